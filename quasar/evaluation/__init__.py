@@ -1,0 +1,1 @@
+"""What is decoded, and what the outcome is measured against."""

@@ -1,0 +1,110 @@
+"""Prompts: the built-in set, and Spec-Bench JSONL files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from quasar.config import DataConfig
+from quasar.errors import RequestError
+
+BUILTIN = Path(__file__).parent / "prompts"
+FAMILIES = ("chat", "code", "math", "instruction", "summarization")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation's user turns. ``key`` is unique in its set; ``place`` says where the prompt was read."""
+
+    key: str
+    family: str
+    turns: tuple[str, ...]
+    reference: tuple[str, ...]
+    place: str
+
+
+def load_prompts(data: DataConfig) -> list[Prompt]:
+    """The prompts of ``data``, at most ``data.limit`` per task family, in file order.
+
+    Raises RequestError for a missing path, an empty set, or a bad line, naming file and line.
+    """
+    if data.name == "builtin":
+        files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES]
+    else:
+        files = _files(data)
+    prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
+    keys = Counter(prompt.key for prompt in prompts)
+    for prompt in prompts:
+        if keys[prompt.key] > 1:
+            raise RequestError(f"{prompt.place}: question_id {prompt.key} occurs {keys[prompt.key]} times; make it unique")
+    return _limited(prompts, data.limit)
+
+
+def read_prompts(file: Path, by_file: bool) -> Iterator[Prompt]:
+    """Prompts of one Spec-Bench JSONL file (``question_id``, ``category``, ``turns``, optional ``reference``).
+
+    by_file: the file's name is the task family (a folder of one file per task); otherwise the category is.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _parse(line, file, number, by_file)
+
+
+def prompt_set_hash(prompts: list[Prompt]) -> str:
+    """SHA-256 over keys and texts: equal for equal prompt sets."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.key, prompt.family, prompt.turns]).encode())
+    return digest.hexdigest()
+
+
+def _parse(line: str, file: Path, number: int, by_file: bool) -> Prompt:
+    place = f"{file}:{number}"
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{place}: not valid JSON ({error}); every line must be one JSON object") from None
+    if not isinstance(raw, dict) or "question_id" not in raw or "turns" not in raw:
+        raise RequestError(f"{place}: needs the keys question_id and turns (Spec-Bench form)")
+    turns = raw["turns"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise RequestError(f"{place}: turns must be a list of one or more texts, found {turns!r:.80}")
+    family = file.stem if by_file else str(raw.get("category") or file.stem)
+    key = f"{file.stem}/{raw['question_id']}" if by_file else str(raw["question_id"])
+    references = raw.get("reference") or []
+    references = [references] if isinstance(references, str) else references
+    return Prompt(key, family, tuple(turns), tuple(map(str, references)), place)
+
+
+def _files(data: DataConfig) -> list[Path]:
+    if data.path is None:
+        raise RequestError(f"data.path is not set; data={data.name} needs data.path=FILE_OR_FOLDER")
+    path = Path(data.path).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise RequestError(f"data.path={path}: no such file or folder; pass a .jsonl file or a folder of them")
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        raise RequestError(f"data.path={path}: no *.jsonl file there")
+    return files
+
+
+def _limited(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    if not prompts:
+        raise RequestError("data.path: the prompt files hold no prompt")
+    taken: Counter[str] = Counter()
+    kept = []
+    for prompt in prompts:
+        taken[prompt.family] += 1
+        if limit is None or taken[prompt.family] <= limit:
+            kept.append(prompt)
+    return kept

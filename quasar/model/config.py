@@ -1,0 +1,145 @@
+"""The shape of a model, and how a checkpoint's ``config.json`` describes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quasar.errors import RequestError
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "PanguEmbedded", "quasar")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Widths of one decoder block; pruned models have narrower ones."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: ``type`` default, linear, llama3 or yarn; ``parameters`` are the scaling's own."""
+
+    theta: float = 10_000.0
+    type: str = "default"
+    parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and SwiGLU.
+
+    context_length: longest sequence in tokens; for sliding-window attention at most the window, within which
+    it equals full attention.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    layers: tuple[LayerShape, ...]
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    context_length: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The form that `from_json` reads; ``model_type`` marks it as Quasar's own."""
+        return {"model_type": "quasar", **dataclasses.asdict(self)}
+
+    @staticmethod
+    def read(folder: Path) -> ModelConfig:
+        """Read ``config.json`` of a checkpoint folder.
+
+        Raises RequestError where the file is missing or broken, or the architecture is not supported.
+        """
+        path = folder / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RequestError(f"{folder}: no config.json there; name a folder with a Hugging Face checkpoint") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from None
+        try:
+            return ModelConfig.from_json(raw, place=str(path))
+        except KeyError as missing:
+            raise RequestError(f"{path}: key {missing} is missing; the checkpoint's config is incomplete") from None
+
+    @staticmethod
+    def from_json(raw: dict[str, Any], place: str = "config.json") -> ModelConfig:
+        """Translate a Hugging Face config (of transformers 4 or 5) or our own into a ModelConfig."""
+        kind = raw.get("model_type")
+        if kind not in SUPPORTED:
+            names = ", ".join(SUPPORTED[:-1])
+            architecture = ", ".join(raw.get("architectures") or []) or "unnamed"
+            raise RequestError(
+                f"{place}: model_type {kind!r} (architecture {architecture}) is not supported; supported are {names}"
+            )
+        if kind == "quasar":
+            return _own(raw)
+        activation = raw.get("hidden_act", "silu")
+        if activation != "silu":
+            raise RequestError(f"{place}: hidden_act {activation!r} is not supported; only 'silu' (SwiGLU) is")
+        heads = raw["num_attention_heads"]
+        shape = LayerShape(heads, raw.get("num_key_value_heads") or heads, raw["intermediate_size"])
+        attention_bias = bool(raw.get("attention_bias", raw.get("bias", False)))
+        return ModelConfig(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            layers=(shape,) * raw["num_hidden_layers"],
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope=_rope(raw, place),
+            context_length=_context_length(raw),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=attention_bias or kind == "qwen2",
+            # Qwen2 has biases on q, k and v only; Llama's and Pangu's flag covers the output projection too.
+            output_bias=attention_bias and kind != "qwen2",
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+        )
+
+
+def _own(raw: dict[str, Any]) -> ModelConfig:
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    values = {key: value for key, value in raw.items() if key in fields}
+    values["layers"] = tuple(LayerShape(**layer) for layer in raw["layers"])
+    values["rope"] = RopeConfig(**raw["rope"])
+    return ModelConfig(**values)
+
+
+def _rope(raw: dict[str, Any], place: str) -> RopeConfig:
+    # transformers 5 writes one rope_parameters; before, rope_theta stood beside an optional rope_scaling.
+    settings = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = float(settings.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0)
+    kind = str(settings.pop("rope_type", None) or settings.pop("type", None) or "default")
+    settings.pop("type", None)
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise RequestError(
+            f"{place}: rope scaling {kind!r} is not supported; supported are default, linear, llama3 and yarn"
+        )
+    if kind == "yarn":
+        settings.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+    return RopeConfig(theta, kind, {key: float(value) for key, value in settings.items() if value is not None})
+
+
+def _context_length(raw: dict[str, Any]) -> int:
+    length = int(raw.get("max_position_embeddings", 2048))
+    window = raw.get("sliding_window")
+    # Qwen2 and Qwen3 name a window that they use only where use_sliding_window says so.
+    if window and raw.get("use_sliding_window", raw.get("model_type") == "mistral"):
+        return min(length, int(window))
+    return length

