@@ -22,7 +22,7 @@ class Accepted:
 
 class AcceptanceRule(Protocol):
     def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
-        """Decide on a draft of T tokens. logits: float [T + 1, V], row 0 after the last token, row t + 1 after token t."""
+        """Decide on a draft of T tokens. logits: float [T + 1, V]: after the last token and every draft token."""
         ...
 
 
@@ -43,7 +43,7 @@ class Greedy:
 
 
 class RejectionSampling:
-    """Speculative sampling (Leviathan et al. 2023, algorithm 1; for trees its recursive form, SpecInfer, Miao et al. 2024).
+    """Speculative sampling (Leviathan et al. 2023, algorithm 1; on trees recursively, SpecInfer, Miao et al. 2024).
 
     The output follows the verifier's sampling distribution p exactly. A drafted token x from distribution q is
     kept with probability min(1, p(x) / q(x)); on rejection p becomes its residual max(0, p - q), normalized,

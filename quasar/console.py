@@ -17,7 +17,7 @@ Advance = Callable[[int, int], None]
 
 
 class Reporter:
-    """Writes to standard output. A terminal gets bars and boxes; a file or pipe gets lines without control characters."""
+    """Writes to standard output: bars and boxes on a terminal, lines without control characters elsewhere."""
 
     def __init__(self) -> None:
         console = Console(highlight=False)

@@ -7,6 +7,10 @@ from collections import defaultdict
 
 import torch
 
+DECODE_PHASES = ("draft", "verify", "overhead", "observe")
+"""Phases of a step: proposing, the verification pass, deciding and bookkeeping, the drafter's learning from it."""
+PHASES = ("prefill", *DECODE_PHASES)
+
 
 class Stopwatch:
     """Laps of named phases, one after the other; read once at the end.
@@ -44,7 +48,8 @@ class Stopwatch:
 
 
 def _elapsed(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(start, torch.cuda.Event):
-        return start.elapsed_time(end)
-    assert isinstance(end, float)
-    return (end - start) * 1e3
+    if isinstance(start, float) and isinstance(end, float):
+        return (end - start) * 1e3
+    assert isinstance(start, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    return start.elapsed_time(end)

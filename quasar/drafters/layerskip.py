@@ -36,14 +36,17 @@ class LayerSkipDrafter:
     ) -> None:
         if exit_layer is not None and skip_layers is not None:
             raise RequestError(
-                f"drafter.exit_layer={exit_layer} and drafter.skip_layers={skip_layers} exclude each other; set one to null"
+                f"drafter.exit_layer={exit_layer} and drafter.skip_layers={skip_layers} exclude each "
+                "other; set one to null"
             )
         self.num_tokens = num_tokens
         self.exit_layer, self.skip_layers, self.skip_ratio = exit_layer, skip_layers, skip_ratio
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         if not isinstance(verifier, LayeredVerifier):
-            raise RequestError(f"drafter=layerskip needs a verifier with layers to skip; {type(verifier).__name__} has none")
+            raise RequestError(
+                f"drafter=layerskip needs a verifier with layers to skip; {type(verifier).__name__} has none"
+            )
         self._verifier: LayeredVerifier = verifier
         self._layers = self.kept_layers(verifier.num_layers)
 
@@ -55,7 +58,8 @@ class LayerSkipDrafter:
         if self.exit_layer is not None:
             if self.exit_layer >= num_layers:
                 raise RequestError(
-                    f"drafter.exit_layer={self.exit_layer}: the model has {num_layers} layers; exit after 1 to {num_layers - 1}"
+                    f"drafter.exit_layer={self.exit_layer}: the model has {num_layers} layers; "
+                    f"exit after 1 to {num_layers - 1}"
                 )
             return list(range(self.exit_layer))
         if self.skip_layers is not None:

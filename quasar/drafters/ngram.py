@@ -20,7 +20,9 @@ class NgramDrafter:
     @validate_call
     def __init__(self, num_tokens: PositiveInt = 5, n_max: PositiveInt = 3, n_min: PositiveInt = 1) -> None:
         if n_min > n_max:
-            raise RequestError(f"drafter.n_min={n_min} is larger than drafter.n_max={n_max}; lower one or raise the other")
+            raise RequestError(
+                f"drafter.n_min={n_min} is larger than drafter.n_max={n_max}; lower one or raise the other"
+            )
         self.num_tokens = num_tokens
         self.sizes = range(n_max, n_min - 1, -1)
         self._followers: dict[tuple[int, ...], int] = {}

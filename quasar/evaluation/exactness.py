@@ -18,7 +18,8 @@ def compare(prompt: Sequence[int], output: Sequence[int], autoregressive: Sequen
     differently from a single row, so ties within rounding may fall either way; in float32 they do not.
     """
     divergence = next(
-        (index for index, (ours, theirs) in enumerate(zip(output, autoregressive, strict=False)) if ours != theirs), None
+        (index for index, (ours, theirs) in enumerate(zip(output, autoregressive, strict=False)) if ours != theirs),
+        None,
     )
     if divergence is None:
         return {"match_self": len(output) == len(autoregressive), "first_divergence": None, "top2_gap": None}

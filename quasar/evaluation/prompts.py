@@ -32,15 +32,14 @@ def load_prompts(data: DataConfig) -> list[Prompt]:
 
     Raises RequestError for a missing path, an empty set, or a bad line, naming file and line.
     """
-    if data.name == "builtin":
-        files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES]
-    else:
-        files = _files(data)
+    files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data)
     prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
     keys = Counter(prompt.key for prompt in prompts)
     for prompt in prompts:
         if keys[prompt.key] > 1:
-            raise RequestError(f"{prompt.place}: question_id {prompt.key} occurs {keys[prompt.key]} times; make it unique")
+            raise RequestError(
+                f"{prompt.place}: question_id {prompt.key} occurs {keys[prompt.key]} times; make it unique"
+            )
     return _limited(prompts, data.limit)
 
 

@@ -70,7 +70,9 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RequestError(f"{folder}: no config.json there; name a folder with a Hugging Face checkpoint") from None
+            raise RequestError(
+                f"{folder}: no config.json there; name a folder with a Hugging Face checkpoint"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from None
         try:

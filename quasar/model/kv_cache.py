@@ -41,7 +41,7 @@ class KVCache:
         self.length = start + count
 
     def reserve(self, rows: int) -> None:
-        """Make room for ``rows`` more rows. Grows by doubling, so that it allocates seldom; views taken before stay old."""
+        """Make room for ``rows`` more rows; grows by doubling, so that it allocates seldom."""
         if self.length + rows <= self.capacity:
             return
         self.capacity = max(2 * self.capacity, self.length + rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,7 +75,9 @@ def save_transformer(model: Transformer, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(model.config.to_json(), indent=2), encoding="utf-8")
 
 
-def random_transformer(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
+def random_transformer(
+    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Transformer:
     """A model with random weights drawn from a fixed seed, the same on every machine.
 
     Weights are normal with standard deviation 1 / sqrt(fan-in), so that activations keep their scale and the
@@ -135,7 +138,7 @@ class _Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._where: dict[str, Path] = {}
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, Any] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise RequestError(f"{folder}: no *.safetensors there; only safetensors and GGUF files are read")
@@ -159,7 +162,7 @@ class _Checkpoint:
         except SafetensorError as error:
             raise _corrupt(file, error) from None
 
-    def _handle(self, file: Path):  # noqa: ANN202 (safetensors names no public type)
+    def _handle(self, file: Path) -> Any:  # safetensors names no public type
         if file not in self._open:
             try:
                 self._open[file] = safe_open(file, framework="pt")
@@ -170,4 +173,3 @@ class _Checkpoint:
 
 def _corrupt(file: Path, error: Exception) -> RequestError:
     return RequestError(f"{file}: corrupt or truncated ({error}); delete it and fetch the model again")
-

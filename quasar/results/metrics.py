@@ -9,8 +9,11 @@ import numpy as np
 from scipy import stats
 
 from quasar.results.records import Json
+from quasar.timing import DECODE_PHASES, PHASES
 
 BOOTSTRAP_RESAMPLES = 2000
+COUNTS = ("mean_context", "steps", "drafted", "accepted")
+"""Keys of `summarize` that lead to others and are no metrics themselves."""
 
 
 def summarize(records: Sequence[Json]) -> Json:
@@ -24,7 +27,7 @@ def summarize(records: Sequence[Json]) -> Json:
     steps = {key: np.concatenate([_array(turn["steps"][key]) for turn in turns]) for key in turns[0]["steps"]}
     phases = {key: sum(float(np.sum(turn["milliseconds"][key])) for turn in turns) for key in PHASES}
     count = len(steps["emitted"])
-    decode_ms = phases["draft"] + phases["observe"] + phases["verify"] + phases["overhead"]
+    decode_ms = sum(phases[key] for key in DECODE_PHASES)
     decoded = int(steps["emitted"].sum())
     drafted, accepted = int(steps["drafted"].sum()), int(steps["accepted"].sum())
     prompt_tokens = sum(turn["prompt_tokens"] for turn in turns)
@@ -54,9 +57,6 @@ def summarize(records: Sequence[Json]) -> Json:
     }
 
 
-PHASES = ("prefill", "draft", "observe", "verify", "overhead")
-
-
 def by_position(depth: np.ndarray, accepted: np.ndarray) -> list[float]:
     """Share of the drafts that reached each depth whose accepted path did, from depth 1 on."""
     deepest = int(depth.max(initial=0))
@@ -70,10 +70,12 @@ def speedup(records: Sequence[Json], baseline: str) -> tuple[float | None, list[
         return None, None
     columns = [np.array(column) for column in zip(*pairs, strict=True)]
 
-    def statistic(tokens: np.ndarray, ms: np.ndarray, base_tokens: np.ndarray, base_ms: np.ndarray, axis: int = -1) -> Any:
+    def statistic(
+        tokens: np.ndarray, ms: np.ndarray, base_tokens: np.ndarray, base_ms: np.ndarray, axis: int = -1
+    ) -> Any:
         return (tokens.sum(axis) / ms.sum(axis)) / (base_tokens.sum(axis) / base_ms.sum(axis))
 
-    value = float(statistic(*columns))
+    value = float(statistic(columns[0], columns[1], columns[2], columns[3]))
     if len(pairs) < 2:
         return value, None
     interval = stats.bootstrap(
@@ -83,12 +85,12 @@ def speedup(records: Sequence[Json], baseline: str) -> tuple[float | None, list[
 
 
 def _paired(record: Json, baseline: str) -> tuple[float, float, float, float] | None:
-    """Decoded tokens and milliseconds of a prompt, with drafting and in the baseline; None where either decoded none."""
+    """Decoded tokens and milliseconds of a prompt, with drafting and in the baseline; None where one decoded none."""
     turns = record["turns"]
     if any(turn["baselines"].get(baseline) is None for turn in turns):
         return None
     tokens = sum(sum(turn["steps"]["emitted"]) for turn in turns)
-    ms = sum(float(np.sum(turn["milliseconds"][key])) for turn in turns for key in PHASES if key != "prefill")
+    ms = sum(float(np.sum(turn["milliseconds"][key])) for turn in turns for key in DECODE_PHASES)
     base_tokens = sum(turn["baselines"][baseline]["decoded_tokens"] for turn in turns)
     base_ms = sum(turn["baselines"][baseline]["decode_ms"] for turn in turns)
     return (tokens, ms, base_tokens, base_ms) if tokens and base_tokens else None

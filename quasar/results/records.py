@@ -33,7 +33,9 @@ class RunFolder:
                 "choose another hydra.run.dir"
             )
         if previous is not None and not resume:
-            raise RequestError(f"{path} already holds this run; pass resume=true to continue it, or another hydra.run.dir")
+            raise RequestError(
+                f"{path} already holds this run; pass resume=true to continue it, or another hydra.run.dir"
+            )
 
     def begin(self, command: list[str], environment: Json) -> list[Json]:
         """Write what is known before the first prompt; return the finished prompts' records of an earlier attempt."""
@@ -58,7 +60,12 @@ class RunFolder:
 
     def status(self, state: str, error: str | None = None) -> None:
         """``state``: running, done or failed."""
-        content = {"status": state, "error": error, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config_hash": self.hash}
+        content = {
+            "status": state,
+            "error": error,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "config_hash": self.hash,
+        }
         write_atomically(self.path / "status.json", json.dumps(content, indent=2) + "\n")
 
     def _previous_hash(self) -> str | None:

@@ -10,32 +10,48 @@ from quasar.results.metrics import summarize
 from quasar.results.records import Json
 from quasar.verifiers.transformer import TransformerVerifier
 
-_COLUMNS = ("task family", "prompts", "tokens", "tokens/s", "τ", "accept", "step ms", "vs AR-same", "vs AR-ref", "= AR-same")
+_COLUMNS = (
+    "task family",
+    "prompts",
+    "tokens",
+    "tokens/s",
+    "τ",
+    "accept",
+    "step ms",
+    "vs AR-same",
+    "vs AR-ref",
+    "= AR-same",
+)
 
 
 def print_report(
-    reporter: Reporter, settings: RunConfig, verifier: TransformerVerifier, records: list[Json], summary: Json, folder: Path
+    reporter: Reporter,
+    settings: RunConfig,
+    verifier: TransformerVerifier,
+    records: list[Json],
+    measured: Json,
+    folder: Path,
 ) -> None:
-    """A row per task family and one for all, then what the figures mean, where the files are, and one greppable line."""
+    """A row per task family and one for all, what the figures mean, where the files are, and one greppable line."""
     families = list(dict.fromkeys(record["family"] for record in records))
     rows = [(family, summarize([record for record in records if record["family"] == family])) for family in families]
-    rows.append(("all", summary))
+    rows.append(("all", measured))
     title = f"{settings.model.name}: drafter={settings.drafter['name']} verifier={settings.verifier['name']}"
     reporter.line()
     reporter.table(title, _COLUMNS, [_row(name, metrics) for name, metrics in rows])
-    for note in _notes(verifier, records, summary):
+    for note in _notes(verifier, records, measured):
         reporter.line(note)
     for name in ("summary.json", "generations.jsonl", "config.yaml", "environment.json"):
         reporter.line(f"wrote {folder / name}")
-    reporter.line(acceptance_line(summary))
+    reporter.line(acceptance_line(measured))
 
 
-def acceptance_line(summary: Json) -> str:
+def acceptance_line(measured: Json) -> str:
     """For example ``acceptance=0.645 (167/259) mean_len=2.92 per_pos=(.81,.63,.48)``."""
-    rate = "n/a" if summary["acceptance_rate"] is None else f"{summary['acceptance_rate']:.3f}"
-    length = "n/a" if summary["mean_acceptance_length"] is None else f"{summary['mean_acceptance_length']:.2f}"
-    positions = ",".join(f"{share:.2f}".removeprefix("0") for share in summary["acceptance_by_position"])
-    return f"acceptance={rate} ({summary['accepted']}/{summary['drafted']}) mean_len={length} per_pos=({positions})"
+    rate = "n/a" if measured["acceptance_rate"] is None else f"{measured['acceptance_rate']:.3f}"
+    length = "n/a" if measured["mean_acceptance_length"] is None else f"{measured['mean_acceptance_length']:.2f}"
+    positions = ",".join(f"{share:.2f}".removeprefix("0") for share in measured["acceptance_by_position"])
+    return f"acceptance={rate} ({measured['accepted']}/{measured['drafted']}) mean_len={length} per_pos=({positions})"
 
 
 def _row(name: str, metrics: Json) -> list[str]:
@@ -53,14 +69,21 @@ def _row(name: str, metrics: Json) -> list[str]:
     ]
 
 
-def _notes(verifier: TransformerVerifier, records: list[Json], summary: Json) -> list[str]:
+def _notes(verifier: TransformerVerifier, records: list[Json], measured: Json) -> list[str]:
     notes = []
     if not verifier.is_reference:
         notes.append(f"The output is lossless with respect to the {verifier.label} only, not to the reference.")
-    interval = summary["speedup_ci95"]
+    interval = measured["speedup_ci95"]
     if interval is not None:
-        notes.append(f"Speedup over AR-ref: 95 % interval {interval[0]:.2f}x to {interval[1]:.2f}x (bootstrap over prompts).")
-    diverged = [turn["exactness"] for record in records for turn in record["turns"] if turn["exactness"].get("top2_gap") is not None]
+        notes.append(
+            f"Speedup over AR-ref: 95 % interval {interval[0]:.2f}x to {interval[1]:.2f}x (bootstrap over prompts)."
+        )
+    diverged = [
+        turn["exactness"]
+        for record in records
+        for turn in record["turns"]
+        if turn["exactness"].get("top2_gap") is not None
+    ]
     if diverged:
         gap = max(entry["top2_gap"] for entry in diverged)
         first = min(entry["first_divergence"] for entry in diverged)

@@ -1,0 +1,134 @@
+"""Decoding one prompt: all its turns, the autoregressive baselines beside them, and the record of both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from quasar.acceptance import rule_for
+from quasar.config import RunConfig
+from quasar.decode import Generation, Limits, decode
+from quasar.draft import StepResult
+from quasar.drafters.base import Drafter
+from quasar.drafters.none import NoneDrafter
+from quasar.evaluation.exactness import compare
+from quasar.evaluation.prompts import Prompt
+from quasar.model.tokenizer import Message, Tokenizer
+from quasar.results.records import Json
+from quasar.sampling import Sampling
+from quasar.timing import DECODE_PHASES, PHASES
+from quasar.verifiers.transformer import TransformerVerifier
+
+OnStep = Callable[[StepResult], None]
+STEP_COUNTS = ("drafted", "depth", "accepted", "emitted", "context")
+
+
+@dataclass
+class Session:
+    """Everything that decoding a prompt needs.
+
+    reference: the verifier of the AR-ref baseline; None where ``verifier`` is the reference itself, or no baseline
+        is wanted
+    """
+
+    settings: RunConfig
+    drafter: Drafter
+    verifier: TransformerVerifier
+    tokenizer: Tokenizer
+    reference: TransformerVerifier | None = None
+
+    def __post_init__(self) -> None:
+        chosen = self.settings.decode
+        self.sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
+        self.rule = rule_for(self.sampling)
+        context_length = self.verifier.model.config.context_length
+        self.limits = Limits(
+            chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, draft_tokens=chosen.draft_tokens
+        )
+
+    def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> Json:
+        """Decode every turn, later ones on the model's own replies; a line of generations.jsonl.
+
+        A conversation that outgrows the context window ends with the turn before.
+        """
+        messages: list[Message] = []
+        turns: list[Json] = []
+        for number, text in enumerate(prompt.turns):
+            messages.append({"role": "user", "content": text})
+            tokens = self.tokenizer.encode_chat(messages)
+            if len(tokens) >= self.limits.context_length:
+                break
+            turn = self._decode_turn(tokens, f"{prompt.key}/{number}", on_step)
+            messages.append({"role": "assistant", "content": turn["text"]})
+            turns.append(turn)
+        return {"question_id": prompt.key, "family": prompt.family, "turns": turns}
+
+    def warm_up(self) -> None:
+        """A short decode that is not recorded: first calls allocate, compile and fill caches."""
+        tokens = self.tokenizer.encode_chat([{"role": "user", "content": "Say hello, hello, hello."}])
+        for verifier in (self.verifier, self.reference):
+            if verifier is not None:
+                self._generate(tokens, self.drafter, verifier, "warm-up", max_new_tokens=8)
+
+    def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Json:
+        generation = self._generate(tokens, self.drafter, self.verifier, key, on_step)
+        baselines, exactness = self._baselines(tokens, generation, key)
+        return {
+            "prompt_tokens": len(tokens),
+            "token_ids": generation.tokens,
+            "text": self.tokenizer.decode(generation.tokens),
+            "finish_reason": generation.finish_reason,
+            "steps": {name: getattr(generation, name) for name in STEP_COUNTS},
+            "milliseconds": {
+                phase: [round(lap, 4) for lap in generation.milliseconds.get(phase, [])] for phase in PHASES
+            },
+            "baselines": baselines,
+            "exactness": exactness,
+        }
+
+    def _baselines(self, tokens: list[int], generation: Generation, key: str) -> tuple[Json, Json]:
+        """Autoregressive decoding of the same turn: AR-same, and AR-ref where baselines are asked for."""
+        evaluate = self.settings.evaluate
+        if not (evaluate.baselines or evaluate.exactness):
+            return {}, {}
+        same = self._generate(tokens, NoneDrafter(), self.verifier, key)
+        exactness: Json = {}
+        if self.sampling.greedy:
+            exactness = compare(tokens, generation.tokens, same.tokens, self.verifier)
+        if not evaluate.baselines:
+            return {}, exactness
+        reference = same
+        if self.reference is not None:
+            reference = self._generate(tokens, NoneDrafter(), self.reference, key)
+        if self.sampling.greedy:
+            exactness["match_reference"] = generation.tokens == reference.tokens
+        return {"ar_same": _timing(same), "ar_ref": _timing(reference)}, exactness
+
+    def _generate(
+        self,
+        tokens: list[int],
+        drafter: Drafter,
+        verifier: TransformerVerifier,
+        key: str,
+        on_step: OnStep | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Generation:
+        limits = self.limits
+        if max_new_tokens is not None:
+            limits = Limits(max_new_tokens, limits.context_length, limits.stop_tokens, limits.draft_tokens)
+        # A generator per prompt and turn, so that a resumed run draws what an undisturbed one would have drawn.
+        generator = torch.Generator(verifier.device).manual_seed(_seed(self.settings.seed, key))
+        return decode(tokens, drafter, verifier, self.rule, self.sampling, limits, generator, on_step)
+
+
+def _timing(generation: Generation) -> Json:
+    laps = generation.milliseconds
+    decode_ms = sum(sum(laps.get(phase, [])) for phase in DECODE_PHASES)
+    return {"decoded_tokens": sum(generation.emitted), "decode_ms": round(decode_ms, 4)}
+
+
+def _seed(seed: int, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")

@@ -1,0 +1,51 @@
+"""Shared fixtures: small random models, checkpoints of every supported architecture, and SmolLM2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from quasar.cli import model_source
+from quasar.config import ModelSource
+from quasar.model.loading import random_transformer, tiny_config
+from quasar.model.sources import Checkpoint, locate
+from quasar.model.transformer import Transformer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny() -> Transformer:
+    """A random float32 model over 64 tokens; small vocabularies make repetition, and so drafting, likely."""
+    return random_transformer(tiny_config(vocab_size=64), seed=0, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Checkpoint:
+    """SmolLM2-135M-Instruct from the user's cache, fetched on first use."""
+    return locate(model_source("smollm2_135m"))
+
+
+@pytest.fixture
+def path_source() -> ModelSource:
+    source = OmegaConf.to_object(OmegaConf.structured(ModelSource(name="path", source="path")))
+    assert isinstance(source, ModelSource)
+    return source
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    """A Spec-Bench file of three prompts, the last one with two turns."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text(
+        '{"question_id": 1, "category": "math", "turns": ["one two one two one"]}\n'
+        '{"question_id": 2, "category": "chat", "turns": ["say it again"]}\n'
+        '{"question_id": 3, "category": "chat", "turns": ["a b a b", "and once more"]}\n'
+    )
+    return file

@@ -1,0 +1,159 @@
+"""Acceptance: greedy follows the argmax; sampling follows the verifier's distribution.
+
+Each statistical test is seeded, so it is deterministic; under a fresh seed it would raise a false alarm with a
+chance of ALPHA.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+
+from quasar.acceptance import Greedy, RejectionSampling
+from quasar.draft import ROOT, Draft
+from quasar.sampling import Sampling, draw
+
+VOCABULARY = 6
+DRAWS = 12_000
+ALPHA = 1e-4
+
+
+def one_hot_logits(tokens: list[int]) -> torch.Tensor:
+    logits = torch.zeros(len(tokens), 10)
+    logits[range(len(tokens)), tokens] = 1.0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("draft", "targets", "path", "bonus"),
+    [
+        (Draft(), [7], [], 7),
+        (Draft.chain([1, 2, 3]), [1, 2, 3, 4], [0, 1, 2], 4),
+        (Draft.chain([1, 2, 3]), [1, 5, 3, 4], [0], 5),
+        (Draft.chain([1, 2, 3]), [2, 2, 3, 4], [], 2),
+        (Draft([1, 2, 3, 4], [ROOT, ROOT, 1, 1]), [2, 9, 4, 9, 6], [1, 3], 6),
+        (Draft([1, 2], [ROOT, 0]), [5, 2, 3], [], 5),  # a child that would match counts for nothing without its parent
+    ],
+)
+def test_greedy(draft: Draft, targets: list[int], path: list[int], bonus: int) -> None:
+    accepted = Greedy().accept(draft, one_hot_logits(targets), torch.Generator())
+    assert (accepted.path, accepted.bonus) == (path, bonus)
+
+
+def random_logits(rows: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 1.5
+
+
+def assert_follows(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    expected = probabilities[possible].double() * counts.sum()
+    p_value = stats.chisquare(
+        counts[possible].double().numpy(), (expected * counts.sum() / expected.sum()).numpy()
+    ).pvalue
+    assert p_value > ALPHA
+
+
+def first_token(draft: Draft, path: list[int], bonus: int) -> int:
+    return draft.tokens[path[0]] if path else bonus
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.7), Sampling(0.7, top_k=4), Sampling(1.0, top_p=0.8)], ids=str
+)
+@pytest.mark.parametrize("token", [0, 3])
+def test_one_hot_draft_keeps_the_distribution(sampling: Sampling, token: int) -> None:
+    rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(token)
+    logits = random_logits(2, seed=7)
+    draft = Draft.chain([token])
+    first, second = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
+    for _ in range(DRAWS):
+        accepted = rule.accept(draft, logits, generator)
+        first[first_token(draft, accepted.path, accepted.bonus)] += 1
+        if accepted.path:
+            second[accepted.bonus] += 1
+    assert_follows(first, sampling.probabilities(logits[0]))
+    if second.sum() > 0:
+        assert_follows(second, sampling.probabilities(logits[1]))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.0, top_p=0.7)], ids=str)
+def test_drawn_draft_keeps_the_distribution(sampling: Sampling) -> None:
+    """A draft of two tokens drawn from a distribution of its own; the joint distribution of two tokens is the verifier's."""
+    rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(1)
+    root, following = random_logits(1, seed=2)[0], random_logits(VOCABULARY, seed=3)
+    proposals = random_logits(1 + VOCABULARY, seed=4).softmax(-1)
+    joint = torch.zeros(VOCABULARY, VOCABULARY)
+    for _ in range(DRAWS):
+        first = draw(proposals[0], generator)
+        second = draw(proposals[1 + first], generator)
+        draft = Draft.chain([first, second], torch.stack([proposals[0], proposals[1 + first]]))
+        logits = torch.stack([root, following[first], root])
+        accepted = rule.accept(draft, logits, generator)
+        emitted = [draft.tokens[node] for node in accepted.path] + [accepted.bonus]
+        if len(emitted) == 1:
+            # The sequence goes on with the verifier's own distribution after the replacement.
+            emitted.append(draw(sampling.probabilities(following[emitted[0]]), generator))
+        joint[emitted[0], emitted[1]] += 1
+    conditional = torch.stack([sampling.probabilities(row) for row in following])
+    expected = sampling.probabilities(root).unsqueeze(1) * conditional
+    assert_follows(joint.flatten(), expected.flatten())
+
+
+def test_tree_of_siblings_keeps_the_distribution() -> None:
+    """Two deterministic siblings, one of them with a child, at temperature 1."""
+    sampling = Sampling(1.0)
+    rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(5)
+    logits = random_logits(4, seed=6)
+    draft = Draft([2, 4, 1], [ROOT, ROOT, 1])
+    first, below = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
+    for _ in range(DRAWS):
+        accepted = rule.accept(draft, logits, generator)
+        first[first_token(draft, accepted.path, accepted.bonus)] += 1
+        if accepted.path[:1] == [1]:
+            below[1 if len(accepted.path) == 2 else accepted.bonus] += 1
+    assert_follows(first, sampling.probabilities(logits[0]))
+    assert_follows(below, sampling.probabilities(logits[2]))
+
+
+def test_siblings_drawn_without_replacement_keep_the_distribution() -> None:
+    """Recursive rejection: the second sibling's distribution is the first one's without the first token."""
+    sampling = Sampling(1.0)
+    rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(8)
+    logits, proposal = random_logits(3, seed=9), random_logits(1, seed=10)[0].softmax(-1)
+    counts = torch.zeros(VOCABULARY)
+    for _ in range(DRAWS):
+        first = draw(proposal, generator)
+        rest = proposal.clone()
+        rest[first] = 0
+        rest /= rest.sum()
+        second = draw(rest, generator)
+        draft = Draft([first, second], [ROOT, ROOT], torch.stack([proposal, rest]))
+        accepted = rule.accept(draft, logits, generator)
+        counts[first_token(draft, accepted.path, accepted.bonus)] += 1
+    assert_follows(counts, sampling.probabilities(logits[0]))
+
+
+def test_acceptance_probability_is_the_overlap_of_the_distributions() -> None:
+    """Leviathan et al. 2023, theorem 3.5: a token drawn from q is accepted with probability sum(min(p, q))."""
+    sampling, generator = Sampling(1.0), torch.Generator().manual_seed(11)
+    logits, proposal = random_logits(2, seed=12), random_logits(1, seed=13)[0].softmax(-1)
+    rule = RejectionSampling(sampling)
+    hits = 0
+    for _ in range(DRAWS):
+        draft = Draft.chain([draw(proposal, generator)], proposal.unsqueeze(0))
+        hits += len(rule.accept(draft, logits, generator).path)
+    overlap = float(torch.minimum(sampling.probabilities(logits[0]), proposal).sum())
+    assert stats.binomtest(hits, DRAWS, overlap).pvalue > ALPHA
+
+
+def test_sampling_distribution() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    assert Sampling(0.0).probabilities(logits).tolist() == [1, 0, 0, 0]
+    assert torch.allclose(Sampling(2.0).probabilities(logits), (logits / 2).softmax(-1))
+    top2 = Sampling(1.0, top_k=2).probabilities(logits)
+    assert torch.allclose(top2, torch.tensor([0.7311, 0.2689, 0.0, 0.0]), atol=1e-4)
+    # Masses are 0.644, 0.237, 0.087, 0.032: 0.8 needs the first two, 0.6 the first alone.
+    assert (Sampling(1.0, top_p=0.8).probabilities(logits) > 0).tolist() == [True, True, False, False]
+    assert Sampling(1.0, top_p=0.6).probabilities(logits).tolist() == [1, 0, 0, 0]
