@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -11,9 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from quasar.config import CONF, register
-from quasar.errors import QuasarError, RequestError
+from quasar.errors import QuasarError
 
-DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+DONE, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
 
 
 def main() -> int:
@@ -48,7 +49,7 @@ def _run(config: DictConfig) -> int:
         return INTERRUPTED
     except QuasarError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return WRONG_REQUEST if isinstance(error, RequestError) else FAILED
+        return error.exit_code
     return DONE

@@ -80,7 +80,7 @@ def test_one_hot_draft_keeps_the_distribution(sampling: Sampling, token: int) ->
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.0, top_p=0.7)], ids=str)
 def test_drawn_draft_keeps_the_distribution(sampling: Sampling) -> None:
-    """A draft of two tokens drawn from a distribution of its own; the joint distribution of two tokens is the verifier's."""
+    """Two tokens drawn from a distribution of the draft's own: the joint distribution is the verifier's."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(1)
     root, following = random_logits(1, seed=2)[0], random_logits(VOCABULARY, seed=3)
     proposals = random_logits(1 + VOCABULARY, seed=4).softmax(-1)

@@ -3,41 +3,66 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from quasar.main import main
+
 ROOT = Path(__file__).parents[1]
-SUMMARY_KEYS = set(
-    """model drafter verifier data temperature prompts tokens_generated tokens_per_second prefill_tokens_per_second
-    mean_acceptance_length mean_acceptance_length_ref acceptance_rate acceptance_by_position draft_ms verify_ms
-    overhead_ms step_ms speedup_vs_ar_same speedup_vs_ar_ref speedup_ci95 kl_to_reference top1_agreement
-    exact_match_to_self exact_match_to_reference weight_bytes bytes_per_step achieved_bandwidth_fraction
-    peak_memory_bytes device""".split()
-)
+SUMMARY_KEYS = {
+    *("model", "drafter", "verifier", "data", "temperature", "prompts", "tokens_generated", "tokens_per_second"),
+    *("prefill_tokens_per_second", "mean_acceptance_length", "mean_acceptance_length_ref", "acceptance_rate"),
+    *("acceptance_by_position", "draft_ms", "verify_ms", "overhead_ms", "step_ms", "speedup_vs_ar_same"),
+    *("speedup_vs_ar_ref", "speedup_ci95", "kl_to_reference", "top1_agreement", "exact_match_to_self"),
+    *("exact_match_to_reference", "weight_bytes", "bytes_per_step", "achieved_bandwidth_fraction"),
+    *("peak_memory_bytes", "device"),
+}
 
 
 def command(*overrides: str) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), "model=tiny", "threads=2", *overrides]
+    model = [] if any(override.startswith("model=") for override in overrides) else ["model=tiny"]
+    # One thread: the tiny model's operations are too small to share.
+    return [sys.executable, str(ROOT / "run.py"), *overrides, *model, "threads=1"]
 
 
-def run(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **environment}
-    return subprocess.run(command(*overrides), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+@dataclass
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """``run.py`` in this process, which saves the seconds that importing everything takes."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*overrides: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", command(*overrides)[1:])
+        capfd.readouterr()
+        code = main()
+        return Ended(code, *capfd.readouterr())
+
+    return start
 
 
 def small(prompt_file: Path, folder: str = "out") -> list[str]:
     return ["data=specbench", f"data.path={prompt_file}", "decode.max_new_tokens=24", f"hydra.run.dir={folder}"]
 
 
-def test_a_run_prints_its_table_and_leaves_its_files(prompt_file: Path, tmp_path: Path) -> None:
-    done = run(*small(prompt_file), "verifier=int4", "drafter=ngram", "verifier.dtype=float32", cwd=tmp_path)
+def test_a_run_prints_its_table_and_leaves_its_files(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    done = run(*small(prompt_file), "verifier=int4", "drafter=ngram", "verifier.dtype=float32")
     assert done.returncode == 0, done.stderr
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout), "control characters in plain output"
     header = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:6])
@@ -90,16 +115,16 @@ def test_a_run_prints_its_table_and_leaves_its_files(prompt_file: Path, tmp_path
     assert "num_tokens: 5" in config
 
 
-def test_second_turn_reads_the_models_own_reply(prompt_file: Path, tmp_path: Path) -> None:
-    assert run(*small(prompt_file), "drafter=none", "verifier=fp16", cwd=tmp_path).returncode == 0
+def test_second_turn_reads_the_models_own_reply(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    assert run(*small(prompt_file), "drafter=none", "verifier=fp16").returncode == 0
     first, second = json.loads((tmp_path / "out/generations.jsonl").read_text().splitlines()[2])["turns"]
     # The byte tokenizer counts: both turns, the reply between them, and the template's markers.
     reply = len(first["text"].encode())
-    assert second["prompt_tokens"] == first["prompt_tokens"] + reply + len("and once more") + 3
+    assert second["prompt_tokens"] == first["prompt_tokens"] + reply + len("and once more") + 4
 
 
-def test_interrupted_run_continues_after_its_last_whole_line(prompt_file: Path, tmp_path: Path) -> None:
-    whole = run(*small(prompt_file, "whole"), cwd=tmp_path)
+def test_interrupted_run_continues_after_its_last_whole_line(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    whole = run(*small(prompt_file, "whole"))
     assert whole.returncode == 0, whole.stderr
     cut = tmp_path / "cut"
     cut.mkdir()
@@ -107,7 +132,7 @@ def test_interrupted_run_continues_after_its_last_whole_line(prompt_file: Path, 
         (cut / name).write_text((tmp_path / "whole" / name).read_text())
     lines = (tmp_path / "whole/generations.jsonl").read_text().splitlines(keepends=True)
     (cut / "generations.jsonl").write_text(lines[0] + lines[1][:50])
-    done = run(*small(prompt_file, "cut"), cwd=tmp_path)
+    done = run(*small(prompt_file, "cut"))
     assert done.returncode == 0, done.stderr
     assert "1 already done" in done.stdout
     continued = [json.loads(line) for line in (cut / "generations.jsonl").read_text().splitlines()]
@@ -119,13 +144,13 @@ def test_interrupted_run_continues_after_its_last_whole_line(prompt_file: Path, 
     assert tokens[0] == tokens[1]
 
 
-def test_folder_of_another_run_is_left_alone(prompt_file: Path, tmp_path: Path) -> None:
-    assert run(*small(prompt_file), cwd=tmp_path).returncode == 0
+def test_folder_of_another_run_is_left_alone(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    assert run(*small(prompt_file)).returncode == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    other = run(*small(prompt_file), "drafter=ngram", cwd=tmp_path)
+    other = run(*small(prompt_file), "drafter=ngram")
     assert other.returncode == 2
     assert "holds a run with another configuration" in other.stderr
-    again = run(*small(prompt_file), "resume=false", cwd=tmp_path)
+    again = run(*small(prompt_file), "resume=false")
     assert again.returncode == 2
     assert "already holds this run" in again.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
@@ -145,9 +170,9 @@ def test_folder_of_another_run_is_left_alone(prompt_file: Path, tmp_path: Path) 
     ],
 )
 def test_wrong_requests_end_with_one_message_and_code_2(
-    overrides: list[str], words: list[str], prompt_file: Path, tmp_path: Path
+    run: Run, overrides: list[str], words: list[str], prompt_file: Path, tmp_path: Path
 ) -> None:
-    done = run(*small(prompt_file), *overrides, cwd=tmp_path)
+    done = run(*small(prompt_file), *overrides)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     for word in words:
@@ -155,16 +180,17 @@ def test_wrong_requests_end_with_one_message_and_code_2(
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_full_error_brings_the_traceback_back(prompt_file: Path, tmp_path: Path) -> None:
-    done = run(*small(prompt_file), "drafter=ngram", "drafter.num_tokens=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+def test_full_error_brings_the_traceback_back(run: Run, prompt_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    done = run(*small(prompt_file), "drafter=ngram", "drafter.num_tokens=0")
     assert done.returncode == 2
     assert "Traceback" in done.stderr
 
 
-def test_prompt_longer_than_the_context_is_named(tmp_path: Path) -> None:
+def test_prompt_longer_than_the_context_is_named(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"question_id": 7, "category": "chat", "turns": ["x" * 20_000]}) + "\n")
-    done = run(*small(file), cwd=tmp_path)
+    done = run(*small(file))
     assert done.returncode == 2
     assert "long.jsonl:1: question 7 has 20" in done.stderr
     assert "16384" in done.stderr
@@ -192,18 +218,16 @@ def test_interrupt_ends_with_130_and_keeps_the_records(prompt_file: Path, tmp_pa
     assert [json.loads(line) for line in generations.read_text().splitlines()]
 
 
-def test_multirun_runs_every_combination(prompt_file: Path, tmp_path: Path) -> None:
-    done = run("-m", "drafter=none,ngram", *small(prompt_file)[:-1], "hydra.sweep.dir=sweep", cwd=tmp_path)
+def test_multirun_runs_every_combination(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    done = run("-m", "drafter=none,ngram", *small(prompt_file)[:-1], "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
     summaries = [json.loads(file.read_text()) for file in sorted((tmp_path / "sweep").glob("*/summary.json"))]
     assert [summary["drafter"] for summary in summaries] == ["none", "ngram"]
 
 
-def test_sampled_run_is_reproducible(prompt_file: Path, tmp_path: Path) -> None:
+def test_sampled_run_is_reproducible(run: Run, prompt_file: Path, tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        assert (
-            run(*small(prompt_file, folder), "decode=sampling", "verifier.dtype=float32", cwd=tmp_path).returncode == 0
-        )
+        assert run(*small(prompt_file, folder), "decode=sampling", "verifier.dtype=float32").returncode == 0
     texts = [
         [
             [turn["text"] for turn in json.loads(line)["turns"]]
@@ -214,7 +238,7 @@ def test_sampled_run_is_reproducible(prompt_file: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_help_answers_without_loading_torch(tmp_path: Path) -> None:
+def test_help_answers_without_loading_torch(run: Run, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "run.py"), "--help"],
         cwd=tmp_path,
