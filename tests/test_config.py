@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 from quasar.building import build
 from quasar.cli import model_source
-from quasar.config import CONF, RunConfig, check, config_hash, register
+from quasar.config import CONF, RunConfig, config_hash
 from quasar.drafters.base import Drafter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.prompts import load_prompts, prompt_set_hash
@@ -21,12 +19,7 @@ from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import locate
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
-
-
-def composed(*overrides: str) -> DictConfig:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+from tests.compose import composed, composed_run
 
 
 def names(group: str) -> list[str]:
@@ -35,16 +28,16 @@ def names(group: str) -> list[str]:
 
 @pytest.mark.parametrize("name", names("drafter"))
 def test_every_drafter_yaml_builds_and_drafts(name: str) -> None:
-    settings = check(composed(f"drafter={name}"))
+    settings = composed_run(f"drafter={name}")
     assert settings.drafter["name"] == name
     drafter: Drafter = build("drafter", settings.drafter)
-    verifier: TransformerVerifier = build("verifier", check(composed("verifier=fp16")).verifier, tiny(), Setup())
+    verifier: TransformerVerifier = build("verifier", composed_run("verifier=fp16").verifier, tiny(), Setup())
     drafter.begin(torch.tensor([1, 2, 3]), verifier)
 
 
 @pytest.mark.parametrize("name", names("verifier"))
 def test_every_verifier_yaml_builds_and_scores(name: str) -> None:
-    settings = check(composed(f"verifier={name}"))
+    settings = composed_run(f"verifier={name}")
     assert settings.verifier["name"] == name
     verifier: TransformerVerifier = build("verifier", settings.verifier, tiny(), Setup())
     assert verifier.prefill(torch.tensor([1, 2, 3])).shape == (512,)
@@ -65,7 +58,7 @@ def test_every_model_yaml_fits_the_schema(name: str) -> None:
 @pytest.mark.parametrize("group", ["decode", "data"])
 def test_every_other_yaml_passes_the_checks(group: str) -> None:
     for name in names(group):
-        assert isinstance(check(composed(f"{group}={name}")), RunConfig)
+        assert isinstance(composed_run(f"{group}={name}"), RunConfig)
 
 
 @pytest.mark.parametrize("group", ["model", "drafter", "verifier", "decode", "data"])
@@ -100,7 +93,7 @@ def test_every_key_is_documented_where_it_is_defined(group: str) -> None:
 )
 def test_values_out_of_range_are_refused(override: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        check(composed(override))
+        composed_run(override)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +110,7 @@ def test_values_out_of_range_are_refused(override: str, message: str) -> None:
 )
 def test_drafters_refuse_bad_values_by_key(overrides: list[str], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        build("drafter", check(composed(*overrides)).drafter)
+        build("drafter", composed_run(*overrides).drafter)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +127,7 @@ def test_drafters_refuse_bad_values_by_key(overrides: list[str], message: str) -
 )
 def test_verifiers_refuse_bad_values_by_key(overrides: list[str], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        build("verifier", check(composed(*overrides)).verifier, tiny(), Setup())
+        build("verifier", composed_run(*overrides).verifier, tiny(), Setup())
 
 
 def test_device_and_dtype() -> None:
@@ -155,19 +148,19 @@ def test_config_hash_covers_what_determines_results() -> None:
 
 
 def test_builtin_prompts() -> None:
-    prompts = load_prompts(check(composed("data.limit=null")).data)
+    prompts = load_prompts(composed_run("data.limit=null").data)
     families = [prompt.family for prompt in prompts]
     assert set(families) == {"chat", "code", "math", "instruction", "summarization"}
     assert all(families.count(family) >= 8 for family in set(families))
     assert max(len(prompt.turns[0].split()) for prompt in prompts if prompt.family == "summarization") > 500
     assert any(len(prompt.turns) > 1 for prompt in prompts)
-    limited = load_prompts(check(composed("data.limit=2")).data)
+    limited = load_prompts(composed_run("data.limit=2").data)
     assert len(limited) == 10
     assert prompt_set_hash(limited) != prompt_set_hash(prompts)
 
 
 def specbench(path: Path):
-    return check(composed("data=specbench", f"data.path={path}")).data
+    return composed_run("data=specbench", f"data.path={path}").data
 
 
 def test_specbench_file_and_folder(prompt_file: Path) -> None:
@@ -201,7 +194,7 @@ def test_bad_prompt_lines_are_named(prompt_file: Path, line: str, message: str) 
 
 def test_missing_prompt_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"data\.path is not set"):
-        load_prompts(check(composed("data=specbench")).data)
+        load_prompts(composed_run("data=specbench").data)
     with pytest.raises(RequestError, match="no such file or folder"):
         load_prompts(specbench(tmp_path / "nothing"))
     with pytest.raises(RequestError, match=r"no \*\.jsonl"):
