@@ -1,0 +1,173 @@
+"""How close a verifier is to the reference: on the reference's own text, token by token, and in τ_ref.
+
+The reference's greedy answers (trajectories) are computed once per model, prompt set and length, and cached. A
+verifier is then teacher-forced along them, in one pass per prompt, so that every verifier is judged on the same
+tokens, whatever it would have written itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from quasar.acceptance import Accepted
+from quasar.draft import ROOT, Draft
+from quasar.results.records import Json, write_atomically
+from quasar.verifiers.transformer import TransformerVerifier
+
+# Rows of logits compared at a time: bounds memory at large vocabularies.
+COMPARE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The reference's greedy answer to one prompt, and how far its own two ways of computing it differ there.
+
+    prompt, answer: token ids
+    noise_kl: KL(one pass || step by step) of the reference with itself at every answer token, nats
+    noise_top1: whether their argmaxes agree, per answer token
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    noise_kl: list[float]
+    noise_top1: list[bool]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Per answer token along one trajectory: KL(reference || verifier) in nats, and whether the argmaxes agree."""
+
+    kl: list[float]
+    top1: list[bool]
+
+
+def measure(reference: TransformerVerifier, verifier: TransformerVerifier, trajectory: Trajectory) -> Fidelity:
+    """Teacher-force both along the trajectory, each in one pass."""
+    kl, top1 = divergence(answer_logits(reference, trajectory), answer_logits(verifier, trajectory))
+    return Fidelity(kl, top1)
+
+
+@torch.inference_mode()
+def answer_logits(verifier: TransformerVerifier, trajectory: Trajectory) -> Tensor:
+    """Logits [A, V] from which the A answer tokens are predicted, in one pass over prompt and answer."""
+    tokens = torch.tensor([*trajectory.prompt, *trajectory.answer[:-1]], device=verifier.device)
+    return verifier.model(tokens, outputs=slice(len(trajectory.prompt) - 1, None))
+
+
+def divergence(reference: Tensor, verifier: Tensor) -> tuple[list[float], list[bool]]:
+    """KL(reference || verifier) in nats and argmax agreement, per row of logits [A, V]; computed in float32."""
+    kl: list[float] = []
+    top1: list[bool] = []
+    for ours, theirs in zip(reference.split(COMPARE_ROWS), verifier.split(COMPARE_ROWS), strict=True):
+        log_p, log_q = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+        kl += (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).tolist()
+        top1 += (ours.argmax(-1) == theirs.argmax(-1)).tolist()
+    return kl, top1
+
+
+class ReferencePath:
+    """Acceptance rule of τ_ref: the sequence follows the reference's answer whatever the verifier says.
+
+    A drafted token is accepted where it is the verifier's argmax *and* the answer's next token; the bonus token is
+    the answer's. A degenerate verifier, which agrees with repetitive drafts, gains nothing by it.
+    """
+
+    def __init__(self, answer: Sequence[int]) -> None:
+        self._answer = answer
+        self._position = 0
+
+    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+        targets: list[int] = logits.argmax(-1).tolist()
+        path: list[int] = []
+        node = ROOT
+        # The last answer token is always the bonus: what would follow it is not known.
+        while self._position < len(self._answer) - 1 and targets[node + 1] == self._answer[self._position]:
+            target = targets[node + 1]
+            following = next((child for child in draft.children(node) if draft.tokens[child] == target), None)
+            if following is None:
+                break
+            path.append(following)
+            node = following
+            self._position += 1
+        bonus = self._answer[self._position]
+        self._position += 1
+        return Accepted(path, bonus)
+
+
+def trajectory_of(reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
+    """Greedy autoregressive decoding by the reference, at most ``length`` tokens, with its noise floor.
+
+    In 16 bit the reference differs from itself between one pass over many tokens and one token at a time: no
+    verifier can be asked to come closer than that.
+    """
+    rows = [reference.prefill(torch.tensor(prompt)).clone()]
+    answer = [int(rows[0].argmax())]
+    room = reference.model.config.context_length - len(prompt)
+    while len(answer) < min(length, room) and answer[-1] not in stop:
+        rows.append(reference.verify(answer[-1], Draft())[0])
+        reference.keep([])
+        answer.append(int(rows[-1].argmax()))
+    stepwise = torch.stack(rows)
+    one_pass = answer_logits(reference, Trajectory(prompt, answer, [], []))
+    noise_kl, noise_top1 = divergence(one_pass, stepwise)
+    return Trajectory(prompt, answer, noise_kl, noise_top1)
+
+
+class TrajectoryCache:
+    """Trajectories on disk, one file per (model, dtype, device, length), a line per prompt.
+
+    key: everything besides the prompt that determines a trajectory
+    """
+
+    def __init__(self, folder: Path, key: dict[str, str | int]) -> None:
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        self._file = folder / f"{name}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(
+        self, reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]
+    ) -> Trajectory:
+        """The trajectory of a prompt, computed where it is not cached yet."""
+        key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+        found = self._read().get(key)
+        if found is not None:
+            return Trajectory(prompt, found["answer"], found["noise_kl"], found["noise_top1"])
+        trajectory = trajectory_of(reference, prompt, length, stop)
+        entry = {
+            "answer": trajectory.answer,
+            "noise_kl": [float(f"{value:.6g}") for value in trajectory.noise_kl],
+            "noise_top1": trajectory.noise_top1,
+        }
+        with FileLock(f"{self._file}.lock"):
+            write_atomically(self._file, json.dumps({**self._read(), key: entry}))
+        return trajectory
+
+    def _read(self) -> Json:
+        return json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
+
+
+def distinct_ngram_ratio(tokens: Sequence[int], size: int = 4) -> float | None:
+    """Distinct n-grams over all n-grams: 1 for text that never repeats one, near 0 for a loop; None if too short."""
+    ngrams = [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    for index, (ours, theirs) in enumerate(zip(first, second, strict=False)):
+        if ours != theirs:
+            return index
+    return min(len(first), len(second))
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
