@@ -74,10 +74,21 @@ class DataConfig:
 
 
 @dataclass
+class CalibrationConfig:
+    """The calibration node of conf/config.yaml"""
+
+    path: Optional[str] = MISSING
+    prompts: int = MISSING
+    max_tokens: int = MISSING
+    seed: int = MISSING
+
+
+@dataclass
 class EvaluateConfig:
     """The evaluate node of conf/config.yaml"""
 
     baselines: bool = MISSING
+    fidelity: bool = MISSING
     exactness: bool = MISSING
 
 
@@ -91,6 +102,7 @@ class RunConfig:
     verifier: dict[str, Any] = MISSING
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     device: str = MISSING
     threads: Optional[int] = MISSING
@@ -128,6 +140,8 @@ def check(config: DictConfig) -> RunConfig:
     _require(
         typed.threads is None or typed.threads >= 1, "threads", typed.threads, "at least 1, or null (PyTorch's choice)"
     )
+    _require(typed.calibration.prompts >= 0, "calibration.prompts", typed.calibration.prompts, "at least 0 (none)")
+    _require(typed.calibration.max_tokens >= 1, "calibration.max_tokens", typed.calibration.max_tokens, "at least 1")
     devices = ("auto", "cpu", "cuda")
     _require(typed.device in devices, "device", typed.device, f"one of {', '.join(devices)}")
     dtypes = ("auto", "bfloat16", "float16", "float32")

@@ -18,9 +18,11 @@ from quasar.console import Reporter
 from quasar.draft import StepResult
 from quasar.drafters.base import Drafter
 from quasar.errors import QuasarError, RequestError
+from quasar.evaluation.calibration import prepare_calibration
+from quasar.evaluation.fidelity import TrajectoryCache
 from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
 from quasar.model.loading import load_transformer, random_transformer, tiny_config
-from quasar.model.sources import Checkpoint, locate
+from quasar.model.sources import Checkpoint, cache_folder, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.model.transformer import Transformer
 from quasar.results.environment import describe_environment, device_name, peak_memory_bytes
@@ -52,12 +54,15 @@ def run(config: DictConfig, folder: Path, command: list[str], reporter: Reporter
     with reporter.stages() as stage:
         checkpoint = locate(settings.model, stage)
     tokenizer = load_tokenizer(checkpoint)
+    calibration = prepare_calibration(settings.calibration, prompts, tokenizer, checkpoint)
     dtype = choose_dtype(settings.verifier["dtype"], device)
     model = load_model(checkpoint, dtype, device, reporter)
     longest = _longest(prompts, tokenizer, model.config.context_length)
     capacity = min(longest + settings.decode.max_new_tokens, model.config.context_length) + BLOCK_ROOM
     with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
-        verifier: TransformerVerifier = build("verifier", settings.verifier, model, Setup(capacity, advance))
+        verifier: TransformerVerifier = build(
+            "verifier", settings.verifier, model, Setup(capacity, advance, calibration)
+        )
     # A drafter that cannot draft for this verifier says so now, before anything is written.
     drafter.begin(torch.zeros(1, dtype=torch.int64), verifier)
     del model
@@ -74,7 +79,9 @@ def run(config: DictConfig, folder: Path, command: list[str], reporter: Reporter
     try:
         _print_header(reporter, settings, checkpoint, verifier, len(prompts), len(records), folder)
         session = Session(settings, drafter, verifier, tokenizer)
-        if settings.evaluate.baselines and not verifier.is_reference:
+        if settings.evaluate.fidelity:
+            session.trajectories = _trajectories(settings, checkpoint, verifier)
+        if (settings.evaluate.baselines or settings.evaluate.fidelity) and not verifier.is_reference:
             session.reference = FP16Verifier(load_model(checkpoint, dtype, device, reporter), Setup(capacity))
         _decode_all(session, prompts, records, run_folder, reporter)
         measured = summarize(records)
@@ -118,6 +125,18 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
         return random_transformer(tiny_config(), checkpoint.seed, dtype, device)
     with reporter.progress("loading weights") as advance:
         return load_transformer(checkpoint.folder, dtype, device, advance)
+
+
+def _trajectories(settings: RunConfig, checkpoint: Checkpoint, verifier: TransformerVerifier) -> TrajectoryCache:
+    """The reference's answers are its own on every device and in every precision."""
+    key: dict[str, str | int] = {
+        "model": checkpoint.identity,
+        "dtype": str(verifier.model.dtype),
+        "device": verifier.device.type,
+        "torch": torch.__version__,
+        "length": settings.decode.max_new_tokens,
+    }
+    return TrajectoryCache(cache_folder() / "trajectories", key)
 
 
 def _longest(prompts: Iterable[Prompt], tokenizer: Tokenizer, context_length: int) -> int:
@@ -205,9 +224,6 @@ def _summary(settings: RunConfig, verifier: TransformerVerifier, measured: Json,
         "data": settings.data.name,
         "temperature": settings.decode.temperature,
         **{key: value for key, value in measured.items() if key not in COUNTS},
-        "mean_acceptance_length_ref": None,
-        "kl_to_reference": None,
-        "top1_agreement": None,
         "weight_bytes": cost.weight_bytes,
         "bytes_per_step": bytes_per_step,
         "achieved_bandwidth_fraction": bytes_per_step / (verify_ms / 1e3) / copy_bandwidth if verify_ms else None,

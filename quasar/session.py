@@ -1,20 +1,21 @@
-"""Decoding one prompt: all its turns, the autoregressive baselines beside them, and the record of both."""
+"""Decoding one prompt: all its turns, the baselines and the fidelity measured beside them, and the record of all."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from quasar.acceptance import rule_for
+from quasar.acceptance import AcceptanceRule, rule_for
 from quasar.config import RunConfig
 from quasar.decode import Generation, Limits, decode
 from quasar.draft import StepResult
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.exactness import compare
+from quasar.evaluation.fidelity import ReferencePath, TrajectoryCache, measure
 from quasar.evaluation.prompts import Prompt
 from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.records import Json
@@ -30,8 +31,9 @@ STEP_COUNTS = ("drafted", "depth", "accepted", "emitted", "context")
 class Session:
     """Everything that decoding a prompt needs.
 
-    reference: the verifier of the AR-ref baseline; None where ``verifier`` is the reference itself, or no baseline
-        is wanted
+    reference: the unquantized, unpruned model, of AR-ref and of fidelity; None where ``verifier`` is that itself, or
+        neither is wanted
+    trajectories: the reference's own answers, along which fidelity is measured; None: it is not
     """
 
     settings: RunConfig
@@ -39,6 +41,7 @@ class Session:
     verifier: TransformerVerifier
     tokenizer: Tokenizer
     reference: TransformerVerifier | None = None
+    trajectories: TrajectoryCache | None = None
 
     def __post_init__(self) -> None:
         chosen = self.settings.decode
@@ -50,7 +53,21 @@ class Session:
         )
 
     def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> Json:
-        """Decode every turn, later ones on the model's own replies; a line of generations.jsonl.
+        """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""
+        record: Json = {"question_id": prompt.key, "family": prompt.family}
+        record["turns"] = self._converse(prompt, lambda tokens, key: self._decode_turn(tokens, key, on_step))
+        record["fidelity"] = [] if self.trajectories is None else self._converse(prompt, self._fidelity_of_turn)
+        return record
+
+    def warm_up(self) -> None:
+        """A short decode that is not recorded: first calls allocate, compile and fill caches."""
+        tokens = self.tokenizer.encode_chat([{"role": "user", "content": "Say hello, hello, hello."}])
+        for verifier in (self.verifier, self.reference):
+            if verifier is not None:
+                self._generate(tokens, self.drafter, verifier, "warm-up", max_new_tokens=8)
+
+    def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Json]) -> list[Json]:
+        """What ``answer`` makes of every turn's (token ids, key), whose ``token_ids`` are the reply the next turn sees.
 
         A conversation that outgrows the context window ends with the turn before.
         """
@@ -61,17 +78,9 @@ class Session:
             tokens = self.tokenizer.encode_chat(messages)
             if len(tokens) >= self.limits.context_length:
                 break
-            turn = self._decode_turn(tokens, f"{prompt.key}/{number}", on_step)
-            messages.append({"role": "assistant", "content": turn["text"]})
-            turns.append(turn)
-        return {"question_id": prompt.key, "family": prompt.family, "turns": turns}
-
-    def warm_up(self) -> None:
-        """A short decode that is not recorded: first calls allocate, compile and fill caches."""
-        tokens = self.tokenizer.encode_chat([{"role": "user", "content": "Say hello, hello, hello."}])
-        for verifier in (self.verifier, self.reference):
-            if verifier is not None:
-                self._generate(tokens, self.drafter, verifier, "warm-up", max_new_tokens=8)
+            turns.append(answer(tokens, f"{prompt.key}/{number}"))
+            messages.append({"role": "assistant", "content": self.tokenizer.decode(turns[-1]["token_ids"])})
+        return turns
 
     def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Json:
         generation = self._generate(tokens, self.drafter, self.verifier, key, on_step)
@@ -107,6 +116,26 @@ class Session:
             exactness["match_reference"] = generation.tokens == reference.tokens
         return {"ar_same": _timing(same), "ar_ref": _timing(reference)}, exactness
 
+    def _fidelity_of_turn(self, tokens: list[int], key: str) -> Json:
+        """The verifier along the reference's answer: its divergence at every token, and the steps of τ_ref."""
+        assert self.trajectories is not None
+        reference = self.reference or self.verifier
+        length = self.settings.decode.max_new_tokens
+        trajectory = self.trajectories.get(reference, tokens, length, self.tokenizer.stop_tokens)
+        found = measure(reference, self.verifier, trajectory)
+        answer = trajectory.answer
+        path = self._generate(
+            tokens, self.drafter, self.verifier, key, max_new_tokens=len(answer), rule=ReferencePath(answer)
+        )
+        return {
+            "token_ids": answer,
+            "emitted": path.emitted,
+            "kl": _rounded(found.kl),
+            "top1": found.top1,
+            "noise_kl": _rounded(trajectory.noise_kl),
+            "noise_top1": trajectory.noise_top1,
+        }
+
     def _generate(
         self,
         tokens: list[int],
@@ -115,19 +144,26 @@ class Session:
         key: str,
         on_step: OnStep | None = None,
         max_new_tokens: int | None = None,
+        rule: AcceptanceRule | None = None,
     ) -> Generation:
         limits = self.limits
         if max_new_tokens is not None:
-            limits = Limits(max_new_tokens, limits.context_length, limits.stop_tokens, limits.draft_tokens)
+            limits = replace(limits, max_new_tokens=max_new_tokens)
+        # A path that is given is a greedy one, whatever the run samples.
+        sampling = self.sampling if rule is None else Sampling()
         # A generator per prompt and turn, so that a resumed run draws what an undisturbed one would have drawn.
         generator = torch.Generator(verifier.device).manual_seed(_seed(self.settings.seed, key))
-        return decode(tokens, drafter, verifier, self.rule, self.sampling, limits, generator, on_step)
+        return decode(tokens, drafter, verifier, rule or self.rule, sampling, limits, generator, on_step)
 
 
 def _timing(generation: Generation) -> Json:
     laps = generation.milliseconds
     decode_ms = sum(sum(laps.get(phase, [])) for phase in DECODE_PHASES)
     return {"decoded_tokens": sum(generation.emitted), "decode_ms": round(decode_ms, 4)}
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _seed(seed: int, key: str) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -133,9 +132,7 @@ class TrajectoryCache:
         self._file = folder / f"{name}.json"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(
-        self, reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]
-    ) -> Trajectory:
+    def get(self, reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
         """The trajectory of a prompt, computed where it is not cached yet."""
         key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
         found = self._read().get(key)
@@ -159,15 +156,3 @@ def distinct_ngram_ratio(tokens: Sequence[int], size: int = 4) -> float | None:
     """Distinct n-grams over all n-grams: 1 for text that never repeats one, near 0 for a loop; None if too short."""
     ngrams = [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    for index, (ours, theirs) in enumerate(zip(first, second, strict=False)):
-        if ours != theirs:
-            return index
-    return min(len(first), len(second))
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None

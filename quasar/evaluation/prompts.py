@@ -27,12 +27,14 @@ class Prompt:
     place: str
 
 
-def load_prompts(data: DataConfig) -> list[Prompt]:
+def load_prompts(data: DataConfig, key: str = "data.path") -> list[Prompt]:
     """The prompts of ``data``, at most ``data.limit`` per task family, in file order.
+
+    key: the configuration's name of the path, for messages
 
     Raises RequestError for a missing path, an empty set, or a bad line, naming file and line.
     """
-    files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data)
+    files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data, key)
     prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
     keys = Counter(prompt.key for prompt in prompts)
     for prompt in prompts:
@@ -40,6 +42,8 @@ def load_prompts(data: DataConfig) -> list[Prompt]:
             raise RequestError(
                 f"{prompt.place}: question_id {prompt.key} occurs {keys[prompt.key]} times; make it unique"
             )
+    if not prompts:
+        raise RequestError(f"{key}={data.path}: the prompt files hold no prompt")
     return _limited(prompts, data.limit)
 
 
@@ -83,23 +87,21 @@ def _parse(line: str, file: Path, number: int, by_file: bool) -> Prompt:
     return Prompt(key, family, tuple(turns), tuple(map(str, references)), place)
 
 
-def _files(data: DataConfig) -> list[Path]:
+def _files(data: DataConfig, key: str) -> list[Path]:
     if data.path is None:
-        raise RequestError(f"data.path is not set; data={data.name} needs data.path=FILE_OR_FOLDER")
+        raise RequestError(f"{key} is not set; data={data.name} needs {key}=FILE_OR_FOLDER")
     path = Path(data.path).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise RequestError(f"data.path={path}: no such file or folder; pass a .jsonl file or a folder of them")
+        raise RequestError(f"{key}={path}: no such file or folder; pass a .jsonl file or a folder of them")
     files = sorted(path.glob("*.jsonl"))
     if not files:
-        raise RequestError(f"data.path={path}: no *.jsonl file there")
+        raise RequestError(f"{key}={path}: no *.jsonl file there")
     return files
 
 
 def _limited(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    if not prompts:
-        raise RequestError("data.path: the prompt files hold no prompt")
     taken: Counter[str] = Counter()
     kept = []
     for prompt in prompts:

@@ -46,6 +46,11 @@ class Checkpoint:
     seed: int = 0
     chat_template: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def identity(self) -> str:
+        """Differs between any two models: the weights' SHA-256, or the seed that they are drawn from."""
+        return ",".join(self.file_hashes().values()) or f"random {self.seed}"
+
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of every weight and tokenizer file, by name."""
         if self.folder is None:

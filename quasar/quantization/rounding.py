@@ -1,6 +1,8 @@
-"""Round-to-nearest quantization of weight matrices."""
+"""Quantization grids of weight matrices, and rounding to the nearest point of them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,35 +10,84 @@ from torch import Tensor
 from kernels import Int8Weight
 
 INT4_LEVELS = 15
+# Shares of a group's range that the clipping search tries: a smaller range rounds finer and clips the ends.
+CLIPPING = tuple(1.0 - 0.05 * step for step in range(11))
+
+
+@dataclass(frozen=True)
+class Grid4:
+    """A 4-bit grid per group, ``(q - zero) * scale`` for q in 0..15; both float32 [N, K / group_size]."""
+
+    scales: Tensor
+    zeros: Tensor
 
 
 def quantize_int8(weight: Tensor) -> Int8Weight:
     """Symmetric int8 per output channel: ``w ≈ values * scale``, values in [-127, 127]. weight: float [N, K]."""
     wide = weight.float()
-    scales = wide.abs().amax(dim=1) / 127
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = _positive(wide.abs().amax(dim=1) / 127)
     values = torch.round(wide / scales.unsqueeze(1)).to(torch.int8)
     return Int8Weight(values, scales)
 
 
-def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """4-bit integers in groups of ``group_size`` along K: ``w ≈ (q - zero) * scale``, q in 0..15.
+def grid_int4(
+    weight: Tensor, group_size: int, symmetric: bool, importance: Tensor | None = None, clip: bool = True
+) -> Grid4:
+    """The grid of every group of ``group_size`` weights along K. weight: float [N, K], K a multiple of group_size.
 
-    weight: float [N, K], K a multiple of group_size. Returns q uint8 [N, K] and scales and zeros, float32
-    [N, K / group_size]. Symmetric grids have zero 8 and span [-7, 7]; asymmetric ones span the group's range,
-    extended to hold zero.
+    Symmetric grids have zero 8 and span [-7, 7] steps; asymmetric ones span the group's range, extended to hold 0.
+    With ``clip`` each group takes the share of its range (`CLIPPING`) of least squared error, weighted per input
+    channel with ``importance`` [K] where given.
     """
-    rows, columns = weight.shape
-    groups = weight.float().view(rows, columns // group_size, group_size)
+    groups = weight.float().view(weight.shape[0], -1, group_size)
     if symmetric:
-        scales = groups.abs().amax(dim=2) / 7
-        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-        zeros = torch.full_like(scales, 8)
+        high = groups.abs().amax(dim=2)
+        low = -high
     else:
-        low = groups.amin(dim=2).clamp(max=0.0)
-        high = groups.amax(dim=2).clamp(min=0.0)
-        scales = (high - low) / INT4_LEVELS
-        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-        zeros = torch.round(-low / scales)
-    values = torch.round(groups / scales.unsqueeze(2)) + zeros.unsqueeze(2)
-    return values.clamp_(0, INT4_LEVELS).to(torch.uint8).view(rows, columns), scales, zeros
+        low, high = groups.amin(dim=2).clamp(max=0.0), groups.amax(dim=2).clamp(min=0.0)
+    best = _grid(low, high, symmetric)
+    if not clip:
+        return best
+    weights = 1.0 if importance is None else importance.float().view(1, -1, group_size)
+    least = _squared_error(groups, best, weights)
+    for share in CLIPPING[1:]:
+        grid = _grid(low * share, high * share, symmetric)
+        error = _squared_error(groups, grid, weights)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = Grid4(torch.where(better, grid.scales, best.scales), torch.where(better, grid.zeros, best.zeros))
+    return best
+
+
+def round_int4(weight: Tensor, grid: Grid4) -> Tensor:
+    """The nearest grid point of every weight, uint8 [N, K] in 0..15. weight: float [N, K]."""
+    groups = weight.float().view(*grid.scales.shape, -1)
+    return _nearest(groups, grid).to(torch.uint8).view(weight.shape)
+
+
+def restore_int4(values: Tensor, grid: Grid4) -> Tensor:
+    """float32 [N, K] from integers [N, K] and their grid."""
+    groups = values.float().view(*grid.scales.shape, -1)
+    return ((groups - grid.zeros.unsqueeze(2)) * grid.scales.unsqueeze(2)).view(values.shape)
+
+
+def _grid(low: Tensor, high: Tensor, symmetric: bool) -> Grid4:
+    if symmetric:
+        scales = _positive(high / 7)
+        return Grid4(scales, torch.full_like(scales, 8))
+    scales = _positive((high - low) / INT4_LEVELS)
+    return Grid4(scales, torch.round(-low / scales).clamp(0, INT4_LEVELS))
+
+
+def _nearest(groups: Tensor, grid: Grid4) -> Tensor:
+    steps = torch.round(groups / grid.scales.unsqueeze(2)) + grid.zeros.unsqueeze(2)
+    return steps.clamp_(0, INT4_LEVELS)
+
+
+def _squared_error(groups: Tensor, grid: Grid4, weights: Tensor | float) -> Tensor:
+    restored = (_nearest(groups, grid) - grid.zeros.unsqueeze(2)) * grid.scales.unsqueeze(2)
+    return ((restored - groups).square() * weights).sum(2)
+
+
+def _positive(scales: Tensor) -> Tensor:
+    return torch.where(scales > 0, scales, torch.ones_like(scales))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from quasar.evaluation.fidelity import distinct_ngram_ratio
 from quasar.results.records import Json
 from quasar.timing import DECODE_PHASES, PHASES
 
@@ -39,6 +40,7 @@ def summarize(records: Sequence[Json]) -> Json:
         "tokens_per_second": _ratio(decoded * 1e3, decode_ms),
         "prefill_tokens_per_second": _ratio(prompt_tokens * 1e3, phases["prefill"]),
         "mean_acceptance_length": _ratio(decoded, count),
+        **fidelity(records),
         "acceptance_rate": _ratio(accepted, drafted),
         "acceptance_by_position": by_position(steps["depth"], steps["accepted"]),
         "draft_ms": _ratio(phases["draft"] + phases["observe"], count),
@@ -54,6 +56,28 @@ def summarize(records: Sequence[Json]) -> Json:
         "steps": count,
         "drafted": drafted,
         "accepted": accepted,
+    }
+
+
+def fidelity(records: Sequence[Json]) -> Json:
+    """Means over all tokens of the reference's answers, and its τ over all steps along them; None where not measured.
+
+    exact_match_length: answer tokens before the first at which the verifier's argmax differs, mean over answers.
+    The noise floor is the reference against itself, in one pass and step by step. distinct_4gram_ratio is that of the
+    free-running output, beside the reference's own.
+    """
+    answers = [answer for record in records for answer in record["fidelity"]]
+    outputs = [turn["token_ids"] for record in records for turn in record["turns"]]
+    emitted = [count for answer in answers for count in answer["emitted"]]
+    return {
+        "mean_acceptance_length_ref": _mean(emitted),
+        "kl_to_reference": _mean(_joined(answers, "kl")),
+        "top1_agreement": _mean(_joined(answers, "top1")),
+        "kl_noise_floor": _mean(_joined(answers, "noise_kl")),
+        "top1_noise_floor": _mean(_joined(answers, "noise_top1")),
+        "exact_match_length": _mean([[*answer["top1"], False].index(False) for answer in answers]),
+        "distinct_4gram_ratio": _mean(_repetition(outputs)),
+        "distinct_4gram_ratio_reference": _mean(_repetition([answer["token_ids"] for answer in answers])),
     }
 
 
@@ -96,9 +120,22 @@ def _paired(record: Json, baseline: str) -> tuple[float, float, float, float] | 
     return (tokens, ms, base_tokens, base_ms) if tokens and base_tokens else None
 
 
+def _joined(answers: Sequence[Json], key: str) -> list[float]:
+    return [float(value) for answer in answers for value in answer[key]]
+
+
+def _repetition(outputs: Sequence[Sequence[int]]) -> list[float]:
+    ratios = [distinct_ngram_ratio(tokens) for tokens in outputs]
+    return [ratio for ratio in ratios if ratio is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
 def _share(turns: Sequence[Json], key: str) -> float | None:
     found = [turn["exactness"][key] for turn in turns if turn["exactness"].get(key) is not None]
-    return float(np.mean(found)) if found else None
+    return _mean(found)
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

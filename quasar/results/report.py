@@ -16,6 +16,9 @@ _COLUMNS = (
     "tokens",
     "tokens/s",
     "τ",
+    "τ_ref",
+    "KL",
+    "top-1",
     "accept",
     "step ms",
     "vs AR-same",
@@ -61,6 +64,9 @@ def _row(name: str, metrics: Json) -> list[str]:
         str(metrics["tokens_generated"]),
         _number(metrics["tokens_per_second"], ".1f"),
         _number(metrics["mean_acceptance_length"], ".2f"),
+        _number(metrics["mean_acceptance_length_ref"], ".2f"),
+        _number(metrics["kl_to_reference"], ".4f"),
+        _number(metrics["top1_agreement"], ".3f"),
         _number(metrics["acceptance_rate"], ".3f"),
         _number(metrics["step_ms"], ".1f"),
         _number(metrics["speedup_vs_ar_same"], ".2f", "x"),
@@ -73,6 +79,17 @@ def _notes(verifier: TransformerVerifier, records: list[Json], measured: Json) -
     notes = []
     if not verifier.is_reference:
         notes.append(f"The output is lossless with respect to the {verifier.label} only, not to the reference.")
+    if measured["kl_to_reference"] is not None:
+        notes.append(
+            "KL and top-1: against the reference along its own answers, which the output matches for "
+            f"{measured['exact_match_length']:.1f} tokens. The reference against itself, in one pass and step by step: "
+            f"KL {measured['kl_noise_floor']:.4f}, top-1 {measured['top1_noise_floor']:.3f}."
+        )
+    if measured["distinct_4gram_ratio_reference"] is not None and measured["distinct_4gram_ratio"] is not None:
+        notes.append(
+            f"Distinct 4-grams: {measured['distinct_4gram_ratio']:.2f} of the output, "
+            f"{measured['distinct_4gram_ratio_reference']:.2f} of the reference's; repetition inflates τ, not τ_ref."
+        )
     interval = measured["speedup_ci95"]
     if interval is not None:
         notes.append(

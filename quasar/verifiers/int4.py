@@ -1,21 +1,22 @@
-"""W4 verification: group-wise 4-bit weights, activations in 16 bit."""
+"""W4 verification: group-wise 4-bit weights, activations in 16 bit or in 8 bit per token."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import ConfigDict, PositiveInt, validate_call
-from torch import nn
 
-from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import W4Linear, replace_linears
+from quasar.quantization.recipes import Int4Format, awq_w4, gptq_w4, quantize_head, quantize_w4
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 
 
 class Int4Verifier(TransformerVerifier):
-    """Round-to-nearest 4-bit weights in groups along the input of all linear layers of the decoder blocks."""
+    """4-bit weights in groups along the input of all linear layers of the decoder blocks.
+
+    method: gptq (Frantar et al. 2023), awq (Lin et al. 2024) or rtn; ``clip`` searches each group's range
+    """
 
     label = "INT4 model"
 
@@ -25,22 +26,20 @@ class Int4Verifier(TransformerVerifier):
         model: Transformer,
         setup: Setup,
         *,
-        method: Literal["rtn"] = "rtn",
+        method: Literal["gptq", "awq", "rtn"] = "gptq",
         group_size: PositiveInt = 64,
         symmetric: bool = True,
+        clip: bool = True,
+        activation_bits: Literal[16, 8] = 16,
+        lm_head_bits: Literal[16, 8] = 16,
     ) -> None:
-        def quantized(name: str, linear: nn.Linear) -> nn.Module:
-            if linear.in_features % group_size:
-                raise RequestError(_group_size_message(group_size, name, linear.in_features))
-            return W4Linear.from_linear(linear, group_size, symmetric)
-
-        replace_linears(model, quantized, setup.progress)
+        form = Int4Format(group_size, symmetric, activation_bits, model.dtype)
+        if method == "rtn":
+            quantize_w4(model, form, clip, setup.progress)
+        elif method == "awq":
+            awq_w4(model, form, clip, setup.calibration_for(method), setup.progress)
+        else:
+            gptq_w4(model, form, clip, setup.calibration_for(method), setup.progress)
+        if lm_head_bits == 8:
+            quantize_head(model)
         super().__init__(model, setup)
-
-
-def _group_size_message(group_size: int, name: str, width: int) -> str:
-    divisors = [size for size in (16, 32, 64, 96, 128, 192, 256) if width % size == 0]
-    return (
-        f"verifier.group_size={group_size} does not divide {width}, the input width of {name}; "
-        f"group sizes that do: {', '.join(map(str, divisors)) or 'none of the usual ones'}"
-    )

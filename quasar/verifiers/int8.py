@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, validate_call
+from pydantic import ConfigDict, Field, validate_call
 
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import W8A8Linear, replace_linears
+from quasar.quantization.recipes import quantize_head, quantize_w8a8, smoothquant_w8a8
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 
 
 class Int8Verifier(TransformerVerifier):
-    """Round-to-nearest W8A8 of all linear layers of the decoder blocks; embedding and lm_head stay in 16 bit."""
+    """W8A8 of all linear layers of the decoder blocks, after SmoothQuant (Xiao et al. 2023) unless ``method`` is rtn.
+
+    alphas: the smoothing strength of every layer, by name; empty for rtn
+    """
 
     label = "INT8 model"
 
     @validate_call(config=ConfigDict(arbitrary_types_allowed=True))
-    def __init__(self, model: Transformer, setup: Setup, *, method: Literal["rtn"] = "rtn") -> None:
-        replace_linears(model, lambda name, linear: W8A8Linear.from_linear(linear), setup.progress)
+    def __init__(
+        self,
+        model: Transformer,
+        setup: Setup,
+        *,
+        method: Literal["smoothquant", "rtn"] = "smoothquant",
+        alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto",
+        lm_head_bits: Literal[16, 8] = 16,
+    ) -> None:
+        self.alphas: dict[str, float] = {}
+        if method == "smoothquant":
+            strength = None if alpha == "auto" else alpha
+            self.alphas = smoothquant_w8a8(model, strength, setup.calibration_for(method), setup.progress)
+        else:
+            quantize_w8a8(model, setup.progress)
+        if lm_head_bits == 8:
+            quantize_head(model)
         super().__init__(model, setup)

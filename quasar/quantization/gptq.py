@@ -1,0 +1,58 @@
+"""GPTQ (Frantar et al. 2023): quantize column by column, correcting the columns to come for the error made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quasar.errors import QuasarError
+from quasar.quantization.rounding import INT4_LEVELS, Grid4
+
+# Columns corrected at once; the updates of later columns are batched (section 3.3, step 2).
+BLOCK_COLUMNS = 128
+
+
+def gptq_int4(weight: Tensor, hessian: Tensor, grid: Grid4, damping: float = 0.01, reorder: bool = True) -> Tensor:
+    """4-bit integers of ``weight`` on a fixed grid, minimizing the output error ``tr((Q - W) H (Q - W)^T)``.
+
+    weight: float [N, K]; hessian: float32 [K, K], ``X^T X`` over calibration inputs X; grid: scales and zeros
+    [N, K / group_size]. damping: share of the mean diagonal added to it (section 3.3, step 3). reorder: quantize
+    columns of large curvature first, on the grid of their own group. Returns uint8 [N, K] in 0..15.
+
+    Raises QuasarError where the Hessian is not finite.
+    """
+    if not hessian.isfinite().all():
+        raise QuasarError("the Hessian of a layer's inputs is NaN or infinite")
+    columns = weight.shape[1]
+    # Transposed, so that a column of the weight is contiguous.
+    remaining = weight.float().T.contiguous()
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    remaining[dead] = 0.0
+    diagonal += damping * diagonal.mean()
+    order = diagonal.argsort(descending=True) if reorder else torch.arange(columns, device=weight.device)
+    remaining, hessian = remaining[order], hessian[order][:, order]
+    scales = _per_column(grid.scales, columns)[order]
+    zeros = _per_column(grid.zeros, columns)[order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+
+    values = torch.empty_like(remaining)
+    errors = torch.empty_like(remaining[:BLOCK_COLUMNS])
+    for start in range(0, columns, BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, columns)
+        for column in range(start, end):
+            scale, zero, target = scales[column], zeros[column], remaining[column]
+            rounded = torch.round(target / scale).add_(zero).clamp_(0, INT4_LEVELS)
+            values[column] = rounded
+            error = errors[column - start]
+            torch.sub(target, rounded.sub_(zero).mul_(scale), out=error).div_(inverse[column, column])
+            remaining[column + 1 : end].addr_(inverse[column, column + 1 : end], error, alpha=-1)
+        remaining[end:].addmm_(inverse[start:end, end:].T, errors[: end - start], alpha=-1)
+    return values[order.argsort()].T.to(torch.uint8).contiguous()
+
+
+def _per_column(groups: Tensor, columns: int) -> Tensor:
+    """[N, groups] -> contiguous [K, N]."""
+    return groups.T.repeat_interleave(columns // groups.shape[1], dim=0)

@@ -1,0 +1,183 @@
+"""Whole models through a quantization method: the order in which scales are folded and layers replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels import Int4Weight
+from kernels.reference import pack_int4
+from quasar.errors import QuasarError, RequestError
+from quasar.model.transformer import Block, Transformer
+from quasar.quantization.awq import awq_scales, clipped_grid
+from quasar.quantization.gptq import gptq_int4
+from quasar.quantization.layers import W4Linear, W8A8Linear
+from quasar.quantization.rounding import Grid4, grid_int4, quantize_int8, round_int4
+from quasar.quantization.smoothing import LAYERS, best_smoothing, fold, foldable, smoothquant_scales
+from quasar.quantization.statistics import Calibration, Progress
+
+
+@dataclass(frozen=True)
+class Int4Format:
+    """How 4-bit weights are stored and multiplied.
+
+    group_size: weights along K that share a scale; symmetric: no zero points; activation_bits: 16, or 8 per token
+    dtype: of the activations
+    """
+
+    group_size: int
+    symmetric: bool
+    activation_bits: int
+    dtype: torch.dtype
+
+
+def quantize_w8a8(model: Transformer, progress: Progress) -> None:
+    """All linear layers of the blocks to W8A8, rounded to nearest, in place."""
+    for _, block in _blocks(model, progress):
+        _to_int8(block)
+
+
+def smoothquant_w8a8(
+    model: Transformer, alpha: float | None, calibration: Calibration, progress: Progress
+) -> dict[str, float]:
+    """W8A8 after SmoothQuant, in place; alpha None searches it per layer for least output error on calibration data.
+
+    Returns the chosen alpha per layer (0 where not smoothing was best).
+    """
+    statistics = calibration.statistics(model, progress)
+    chosen: dict[str, float] = {}
+    for index, block in _blocks(model, progress):
+        for layer in LAYERS:
+            name = f"blocks.{index}.{layer}"
+            weight = _linear(block, layer).weight
+            if alpha is None:
+                chosen[name], scales = best_smoothing(statistics[name], weight, block, layer)
+            else:
+                chosen[name] = alpha
+                scales = foldable(block, layer, smoothquant_scales(statistics[name], weight, alpha))
+            fold(block, layer, scales)
+        _to_int8(block)
+    return chosen
+
+
+def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Progress) -> None:
+    """4-bit weights rounded to nearest, in place; with ``clip``, on grids clipped for least squared weight error."""
+    _require_fit(model, form)
+    for _, block in _blocks(model, progress):
+        for layer in LAYERS:
+            weight = _linear(block, layer).weight
+            grid = grid_int4(weight, form.group_size, form.symmetric, clip=clip)
+            _to_int4(block, layer, round_int4(weight, grid), grid, form)
+
+
+def awq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibration, progress: Progress) -> None:
+    """4-bit weights by AWQ, in place: scales folded into the preceding layers, then (with ``clip``) clipped grids."""
+    _require_fit(model, form)
+    statistics = calibration.statistics(model, progress)
+    for index, block in _blocks(model, progress):
+        samples: dict[str, Tensor] = {}
+        for layer in LAYERS:
+            weight = _linear(block, layer).weight
+            of = statistics[f"blocks.{index}.{layer}"]
+            scales = fold(block, layer, awq_scales(of, weight, form.group_size, form.symmetric, block, layer))
+            samples[layer] = of.samples.to(scales.device) / scales
+        for layer in LAYERS:
+            weight = _linear(block, layer).weight
+            if clip:
+                grid = clipped_grid(weight, samples[layer], form.group_size, form.symmetric)
+            else:
+                grid = grid_int4(weight, form.group_size, form.symmetric, clip=False)
+            _to_int4(block, layer, round_int4(weight, grid), grid, form)
+
+
+@torch.inference_mode()
+def gptq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibration, progress: Progress) -> None:
+    """4-bit weights by GPTQ, in place, block by block: each sees the inputs that the quantized blocks before it give.
+
+    Raises QuasarError where a layer's inputs are not finite, naming the layer.
+    """
+    _require_fit(model, form)
+    inputs = [model.embedding(sequence.to(model.device)) for sequence in calibration.sequences]
+    for index, block in _blocks(model, progress):
+        hessians = _hessians(model, index, block, inputs)
+        for layer in LAYERS:
+            weight, hessian = _linear(block, layer).weight, hessians[layer]
+            grid = grid_int4(weight, form.group_size, form.symmetric, importance=hessian.diagonal(), clip=clip)
+            _to_int4(block, layer, gptq_int4(weight, hessian, grid), grid, form)
+        inputs = [_through(model, block, x) for x in inputs]
+
+
+def quantize_head(model: Transformer) -> None:
+    """W8A8 for lm_head, in place; a tied embedding keeps its own 16-bit table for lookups."""
+    with torch.no_grad():
+        model.set_submodule("lm_head", W8A8Linear(quantize_int8(model.lm_head.weight), None))
+
+
+def _blocks(model: Transformer, progress: Progress) -> Iterator[tuple[int, Block]]:
+    """Every block, its linear layers in float32 while it is worked on: their replacements are rounded only once."""
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        progress(index, len(model.blocks))
+        for layer in LAYERS:
+            _linear(block, layer).float()
+        with torch.no_grad():
+            yield index, block
+    progress(len(model.blocks), len(model.blocks))
+
+
+def _linear(block: Block, layer: str) -> nn.Linear:
+    linear = block.get_submodule(layer)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _require_fit(model: Transformer, form: Int4Format) -> None:
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        if isinstance(module, nn.Linear) and module.in_features % form.group_size:
+            width = module.in_features
+            divisors = [size for size in (16, 32, 64, 96, 128, 192, 256) if width % size == 0]
+            raise RequestError(
+                f"verifier.group_size={form.group_size} does not divide {width}, the input width of {name}; "
+                f"group sizes that do: {', '.join(map(str, divisors)) or 'none of the usual ones'}"
+            )
+
+
+def _to_int8(block: Block) -> None:
+    for layer in LAYERS:
+        linear = _linear(block, layer)
+        block.set_submodule(layer, W8A8Linear(quantize_int8(linear.weight), linear.bias))
+
+
+def _to_int4(block: Block, layer: str, values: Tensor, grid: Grid4, form: Int4Format) -> None:
+    weight = Int4Weight.prepare(pack_int4(values), grid.scales, grid.zeros, form.symmetric, form.dtype)
+    block.set_submodule(layer, W4Linear(weight, _linear(block, layer).bias, form.activation_bits))
+
+
+def _hessians(model: Transformer, index: int, block: Block, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """``X^T X`` of the inputs X of every linear layer of the block, float32 [K, K]."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(layer: str) -> object:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].float()
+            if not x.isfinite().all():
+                raise QuasarError(f"blocks.{index}.{layer}: its input on calibration text is NaN or infinite")
+            sums[layer] = sums[layer] + x.T @ x if layer in sums else x.T @ x
+
+        return _linear(block, layer).register_forward_pre_hook(hook)
+
+    hooks = [watch(layer) for layer in LAYERS]
+    for x in inputs:
+        _through(model, block, x.float())
+    for hook in hooks:
+        hook.remove()  # type: ignore[attr-defined]
+    return sums
+
+
+def _through(model: Transformer, block: Block, x: Tensor) -> Tensor:
+    rows = len(x)
+    visible = torch.ones(rows, rows, dtype=torch.bool, device=x.device).tril_()
+    return block(x, model.rope(torch.arange(rows, device=x.device)), visible, None)

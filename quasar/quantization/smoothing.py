@@ -1,0 +1,92 @@
+"""Per-channel scales moved between a linear layer and what precedes it: SmoothQuant and AWQ.
+
+``x W^T = (x / s) (W s)^T`` for any s > 0. Dividing x is folded into the preceding norm or linear layer, so it costs
+nothing at run time. SmoothQuant picks s to shift the activations' outliers into the weights, AWQ to enlarge the
+weights that meet large activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.reference import quantize_tokens
+from quasar.model.transformer import Block, RMSNorm
+from quasar.quantization.rounding import quantize_int8
+from quasar.quantization.statistics import LinearStatistics
+
+LAYERS = ("mlp.down", "mlp.gate_up", "attention.output", "attention.qkv")
+"""Linear layers of a block in the order in which scales are folded: a layer before the ones that precede it."""
+
+SMOOTHING_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def smoothquant_scales(statistics: LinearStatistics, weight: Tensor, alpha: float) -> Tensor:
+    """``max|x|^alpha / max|W|^(1 - alpha)`` per input channel, float32 [K] (Xiao et al. 2023, equation 4)."""
+    activations = statistics.absmax.to(weight.device).clamp(min=1e-5)
+    weights = weight.float().abs().amax(0).clamp(min=1e-5)
+    return activations**alpha / weights ** (1 - alpha)
+
+
+def w8a8_error(x: Tensor, weight: Tensor, scales: Tensor) -> float:
+    """Mean squared error of the layer's output under W8A8 after scaling. x: [S, K], weight: [N, K], scales: [K]."""
+    tokens, token_scales = quantize_tokens(x / scales)
+    quantized = quantize_int8(weight * scales)
+    restored = (tokens.float() * token_scales) @ (quantized.values.float() * quantized.scales.unsqueeze(1)).T
+    return float((restored - x @ weight.T).square().mean())
+
+
+def best_smoothing(statistics: LinearStatistics, weight: Tensor, block: Block, layer: str) -> tuple[float, Tensor]:
+    """The alpha of least output error on the samples and its scales [K]; 0 and all ones where none helps."""
+    x, dense = statistics.samples.to(weight.device), weight.float()
+    candidates = {0.0: torch.ones(dense.shape[1], device=weight.device)}
+    for alpha in SMOOTHING_ALPHAS:
+        candidates[alpha] = foldable(block, layer, smoothquant_scales(statistics, dense, alpha))
+    return min(candidates.items(), key=lambda candidate: w8a8_error(x, dense, candidate[1]))
+
+
+def foldable(block: Block, layer: str, scales: Tensor) -> Tensor:
+    """Scales [K] that the layer before can take: query heads of a group read the same value channels."""
+    if layer != "attention.output":
+        return scales
+    attention = block.attention
+    grouped = scales.view(attention.num_kv_heads, -1, attention.head_dim)
+    return grouped.amax(1, keepdim=True).expand_as(grouped).reshape(-1)
+
+
+def fold(block: Block, layer: str, scales: Tensor) -> Tensor:
+    """Multiply the input channels of ``layer`` by scales [K], and divide what precedes it by them; in place.
+
+    Returns the scales that the layer took: a norm's weight is rounded to its dtype, and the layer takes exactly what
+    that leaves, so that the block computes the same as before.
+    """
+    linear = block.get_submodule(layer)
+    assert isinstance(linear, nn.Linear)
+    if layer == "attention.qkv":
+        scales = _divide_norm(block.attention_norm, scales)
+    elif layer == "mlp.gate_up":
+        scales = _divide_norm(block.mlp_norm, scales)
+    elif layer == "mlp.down":
+        width = block.mlp.down.in_features
+        _divide_rows(block.mlp.gate_up, slice(width, 2 * width), scales)
+    else:
+        attention = block.attention
+        width = attention.num_kv_heads * attention.head_dim
+        per_value = scales.view(attention.num_kv_heads, -1, attention.head_dim)[:, 0].reshape(-1)
+        _divide_rows(attention.qkv, slice(-width, None), per_value)
+    linear.weight.data = (linear.weight.float() * scales).to(linear.weight.dtype)
+    return scales
+
+
+def _divide_norm(norm: RMSNorm, scales: Tensor) -> Tensor:
+    before = norm.weight.detach().float()
+    norm.weight.data = (before / scales).to(norm.weight.dtype)
+    after = norm.weight.float()
+    # A weight of zero passes nothing on: its channel may keep any scale.
+    return torch.where(after != 0, before / torch.where(after != 0, after, torch.ones_like(after)), scales)
+
+
+def _divide_rows(linear: nn.Linear, rows: slice, scales: Tensor) -> None:
+    linear.weight.data[rows] = (linear.weight.data[rows].float() / scales.unsqueeze(1)).to(linear.weight.dtype)
+    if linear.bias is not None:
+        linear.bias.data[rows] = (linear.bias.data[rows].float() / scales).to(linear.bias.dtype)
