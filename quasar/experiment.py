@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-import traceback
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from quasar.config import Grid, RunConfig, check
 from quasar.console import Reporter
 from quasar.draft import StepResult
 from quasar.drafters.base import Drafter
-from quasar.errors import QuasarError, RequestError
+from quasar.errors import RequestError
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.fidelity import TrajectoryCache
 from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
@@ -51,32 +51,31 @@ def run(config: DictConfig, folder: Path, command: list[str], reporter: Reporter
     prompts = load_prompts(settings.data)
     drafter: Drafter = build("drafter", settings.drafter)
     run_folder = RunFolder(folder, config, settings.resume)
-    with reporter.stages() as stage:
-        checkpoint = locate(settings.model, stage)
-    tokenizer = load_tokenizer(checkpoint)
-    calibration = prepare_calibration(settings.calibration, prompts, tokenizer, checkpoint)
-    dtype = choose_dtype(settings.verifier["dtype"], device)
-    model = load_model(checkpoint, dtype, device, reporter)
-    longest = _longest(prompts, tokenizer, model.config.context_length)
-    capacity = min(longest + settings.decode.max_new_tokens, model.config.context_length) + BLOCK_ROOM
-    with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
-        verifier: TransformerVerifier = build(
-            "verifier", settings.verifier, model, Setup(capacity, advance, calibration)
-        )
-    # A drafter that cannot draft for this verifier says so now, before anything is written.
-    drafter.begin(torch.zeros(1, dtype=torch.int64), verifier)
-    del model
-    gc.collect()
+    with run_folder.failures_recorded():
+        with reporter.stages() as stage:
+            checkpoint = locate(settings.model, stage)
+        tokenizer = load_tokenizer(checkpoint)
+        dtype = choose_dtype(settings.verifier["dtype"], device)
+        model = load_model(checkpoint, dtype, device, reporter)
+        longest = _longest(prompts, tokenizer, model.config.context_length)
+        capacity = min(longest + settings.decode.max_new_tokens, model.config.context_length) + BLOCK_ROOM
+        with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
+            calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
+            setup = Setup(capacity, advance, calibration)
+            verifier: TransformerVerifier = build("verifier", settings.verifier, model, setup)
+        # A drafter that cannot draft for this verifier says so now, before anything is written.
+        drafter.begin(torch.zeros(1, dtype=torch.int64), verifier)
+        del model
+        gc.collect()
 
-    environment = describe_environment(device)
-    environment["model"] = {
-        "origin": checkpoint.origin,
-        "revision": checkpoint.revision,
-        "files": checkpoint.file_hashes(),
-    }
-    environment["prompt_set"] = prompt_set_hash(prompts)
-    records = run_folder.begin(command, environment)
-    try:
+        environment = describe_environment(device)
+        environment["model"] = {
+            "origin": checkpoint.origin,
+            "revision": checkpoint.revision,
+            "files": checkpoint.file_hashes(),
+        }
+        environment["prompt_set"] = prompt_set_hash(prompts)
+        records = run_folder.begin(command, environment)
         _print_header(reporter, settings, checkpoint, verifier, len(prompts), len(records), folder)
         session = Session(settings, drafter, verifier, tokenizer)
         if settings.evaluate.fidelity:
@@ -87,15 +86,6 @@ def run(config: DictConfig, folder: Path, command: list[str], reporter: Reporter
         measured = summarize(records)
         summary = _summary(settings, verifier, measured, environment["copy_bandwidth_bytes_per_second"])
         run_folder.finish(summary)
-    except KeyboardInterrupt:
-        run_folder.status("failed", "interrupted")
-        raise
-    except QuasarError as error:
-        run_folder.status("failed", str(error))
-        raise
-    except Exception:
-        run_folder.status("failed", traceback.format_exc())
-        raise
     print_report(reporter, settings, verifier, records, measured, folder)
     return summary
 

@@ -13,6 +13,8 @@ from quasar.config import ModelSource
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.transformer import Transformer
+from quasar.quantization.statistics import Calibration
+from quasar.verifiers.base import Setup
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +27,20 @@ def one_thread() -> None:
 def tiny() -> Transformer:
     """A random float32 model over 64 tokens; small vocabularies make repetition, and so drafting, likely."""
     return random_transformer(tiny_config(vocab_size=64), seed=0, dtype=torch.float32)
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Calibration:
+    """Three random sequences over 64 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(0, 64, (length,), generator=generator) for length in (50, 90, 30)]
+    return Calibration(sequences, tmp_path / "calibration", {"model": "tiny"})
+
+
+@pytest.fixture
+def setup(calibration: Calibration) -> Setup:
+    """What every verifier can be built with."""
+    return Setup(calibration=lambda: calibration)
 
 
 @pytest.fixture(scope="session")

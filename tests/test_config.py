@@ -36,10 +36,10 @@ def test_every_drafter_yaml_builds_and_drafts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names("verifier"))
-def test_every_verifier_yaml_builds_and_scores(name: str) -> None:
+def test_every_verifier_yaml_builds_and_scores(name: str, setup: Setup) -> None:
     settings = composed_run(f"verifier={name}")
     assert settings.verifier["name"] == name
-    verifier: TransformerVerifier = build("verifier", settings.verifier, tiny(), Setup())
+    verifier: TransformerVerifier = build("verifier", settings.verifier, tiny(), setup)
     assert verifier.prefill(torch.tensor([1, 2, 3])).shape == (512,)
     assert verifier.cost.weight_bytes > 0
 
@@ -125,9 +125,9 @@ def test_drafters_refuse_bad_values_by_key(overrides: list[str], message: str) -
         (["verifier=int8", "verifier.method=magic"], r"verifier\.method=magic"),
     ],
 )
-def test_verifiers_refuse_bad_values_by_key(overrides: list[str], message: str) -> None:
+def test_verifiers_refuse_bad_values_by_key(overrides: list[str], message: str, setup: Setup) -> None:
     with pytest.raises(RequestError, match=message):
-        build("verifier", composed_run(*overrides).verifier, tiny(), Setup())
+        build("verifier", composed_run(*overrides).verifier, tiny(), setup)
 
 
 def test_device_and_dtype() -> None:

@@ -29,9 +29,9 @@ from quasar.verifiers.transformer import TransformerVerifier
 GREEDY = Sampling()
 VERIFIERS: dict[str, Callable[..., TransformerVerifier]] = {
     "fp16": FP16Verifier,
-    "int8": Int8Verifier,
-    "int4": Int4Verifier,
-    "int4-asymmetric": lambda model, setup: Int4Verifier(model, setup, symmetric=False, group_size=32),
+    "int8": lambda model, setup: Int8Verifier(model, setup, method="rtn"),
+    "int4": lambda model, setup: Int4Verifier(model, setup, method="rtn"),
+    "int4-asymmetric": lambda model, setup: Int4Verifier(model, setup, method="rtn", symmetric=False, group_size=32),
     "pruned-width": lambda model, setup: PrunedVerifier(model, setup, ratio=0.2),
     "pruned-depth": lambda model, setup: PrunedVerifier(model, setup, method="depth", ratio=0.25),
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,13 +28,6 @@ TOKENS = torch.arange(40) % 64
 
 def fresh(dtype: torch.dtype = torch.float32) -> Transformer:
     return random_transformer(tiny_config(vocab_size=64), 0, dtype)
-
-
-@pytest.fixture
-def calibration(tmp_path: Path) -> Calibration:
-    generator = torch.Generator().manual_seed(1)
-    sequences = [torch.randint(0, 64, (length,), generator=generator) for length in (50, 90, 30)]
-    return Calibration(sequences, tmp_path, {"model": "tiny"})
 
 
 def test_int8_of_a_hand_made_row() -> None:
@@ -176,7 +167,7 @@ def test_searched_smoothing_is_no_worse_than_any_fixed_one(calibration: Calibrat
 
 def test_smoothquant_equals_rounding_the_smoothed_weights(calibration: Calibration) -> None:
     """Alpha 0.5 by the formula, layer by layer on a dense model, then plain W8A8."""
-    found = Int8Verifier(fresh(), Setup(calibration=calibration), alpha=0.5).model
+    found = Int8Verifier(fresh(), Setup(calibration=lambda: calibration), alpha=0.5).model
     statistics, dense = collect(fresh(), calibration.sequences, 0, lambda done, total: None), fresh()
     for index, block in enumerate(dense.blocks):
         for layer in LAYERS:
@@ -228,7 +219,7 @@ def test_calibrated_int4_is_closer_than_rounding(method: str, calibration: Calib
     expected = with_outliers()(TOKENS)
 
     def error(**options: object) -> float:
-        verifier = Int4Verifier(with_outliers(), Setup(calibration=calibration), group_size=32, **options)
+        verifier = Int4Verifier(with_outliers(), Setup(calibration=lambda: calibration), group_size=32, **options)
         return float((verifier.model(TOKENS) - expected).square().mean())
 
     assert error(method=method) < 0.9 * error(method="rtn", clip=False)
@@ -262,7 +253,7 @@ def test_broken_activations_name_the_layer(verifier: type, calibration: Calibrat
     with torch.no_grad():
         model.blocks[2].mlp_norm.weight[3] = torch.inf
     with pytest.raises(QuasarError, match=r"blocks\.2\.mlp\.gate_up: its input on calibration text"):
-        verifier(model, Setup(calibration=calibration))
+        verifier(model, Setup(calibration=lambda: calibration))
 
 
 def test_pack_int4_round_trip() -> None:

@@ -23,7 +23,8 @@ SUMMARY_KEYS = {
     *("acceptance_by_position", "draft_ms", "verify_ms", "overhead_ms", "step_ms", "speedup_vs_ar_same"),
     *("speedup_vs_ar_ref", "speedup_ci95", "kl_to_reference", "top1_agreement", "exact_match_to_self"),
     *("exact_match_to_reference", "weight_bytes", "bytes_per_step", "achieved_bandwidth_fraction"),
-    *("peak_memory_bytes", "device"),
+    *("peak_memory_bytes", "device", "kl_noise_floor", "top1_noise_floor", "exact_match_length"),
+    *("distinct_4gram_ratio", "distinct_4gram_ratio_reference"),
 }
 
 
@@ -47,6 +48,7 @@ Run = Callable[..., Ended]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """``run.py`` in this process, which saves the seconds that importing everything takes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
 
     def start(*overrides: str) -> Ended:
         monkeypatch.setattr(sys, "argv", command(*overrides)[1:])
@@ -58,7 +60,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 
 def small(prompt_file: Path, folder: str = "out") -> list[str]:
-    return ["data=specbench", f"data.path={prompt_file}", "decode.max_new_tokens=24", f"hydra.run.dir={folder}"]
+    data = ["data=specbench", f"data.path={prompt_file}", "calibration.prompts=2", "calibration.max_tokens=40"]
+    return [*data, "decode.max_new_tokens=24", f"hydra.run.dir={folder}"]
 
 
 def test_a_run_prints_its_table_and_leaves_its_files(run: Run, prompt_file: Path, tmp_path: Path) -> None:

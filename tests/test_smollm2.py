@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from quasar.building import build
 from quasar.decode import Generation, Limits, decode
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
+from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt, load_prompts
 from quasar.model.loading import load_transformer
 from quasar.model.sources import Checkpoint
@@ -54,11 +56,13 @@ def test_every_pair_reproduces_autoregressive_decoding(
     assert smollm2.folder is not None
     settings = composed_run(f"verifier={verifier_name}", "verifier.dtype=float32")
     model = load_transformer(smollm2.folder, torch.float32)
-    verifier: TransformerVerifier = build("verifier", settings.verifier, model, Setup())
+    prompts = one_prompt_per_family()
+    calibrate = partial(prepare_calibration, settings.calibration, prompts, tokenizer, smollm2)
+    verifier: TransformerVerifier = build("verifier", settings.verifier, model, Setup(calibration=calibrate))
     drafters = [
         build("drafter", composed_run(f"drafter={name}").drafter) for name in ("ngram", "lookahead", "layerskip")
     ]
-    for prompt in one_prompt_per_family():
+    for prompt in prompts:
         tokens = tokenizer.encode_chat([{"role": "user", "content": prompt.turns[0]}])
         expected = greedy(NoneDrafter(), verifier, tokens, tokenizer.stop_tokens)
         for drafter in drafters:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from quasar.config import config_hash
-from quasar.errors import RequestError
+from quasar.errors import QuasarError, RequestError
 
 Json = dict[str, Any]
 
@@ -47,6 +50,23 @@ class RunFolder:
         self.status("running")
         return self._recover()
 
+    @contextmanager
+    def failures_recorded(self) -> Iterator[None]:
+        """Leave status.json as ``failed`` when what runs inside fails, except where the request was wrong."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._failed("interrupted")
+            raise
+        except RequestError:
+            raise
+        except QuasarError as error:
+            self._failed(str(error))
+            raise
+        except Exception:
+            self._failed(traceback.format_exc())
+            raise
+
     def append(self, record: Json) -> None:
         """Add one prompt's record; it is on disk when this returns."""
         with (self.path / "generations.jsonl").open("a", encoding="utf-8") as stream:
@@ -67,6 +87,10 @@ class RunFolder:
             "config_hash": self.hash,
         }
         write_atomically(self.path / "status.json", json.dumps(content, indent=2) + "\n")
+
+    def _failed(self, error: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.status("failed", error)
 
     def _previous_hash(self) -> str | None:
         config = self.path / "config.yaml"

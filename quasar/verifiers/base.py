@@ -71,15 +71,16 @@ class Setup:
 
     capacity: tokens the KV cache has room for at first
     progress: called with (done, total) while weights are transformed
-    calibration: text on which methods watch the model's activations, or None where a run has none
+    calibration: gives the text on which methods watch the model's activations, or None where the run has none
     """
 
     capacity: int = 1024
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
-    calibration: Calibration | None = None
+    calibration: Callable[[], Calibration | None] = field(default=lambda: None)
 
     def calibration_for(self, method: str) -> Calibration:
         """The calibration text. Raises RequestError where there is none, naming the method that needs it."""
-        if self.calibration is None:
+        calibration = self.calibration()
+        if calibration is None:
             raise RequestError(f"verifier.method={method} needs calibration text; set calibration.prompts above 0")
-        return self.calibration
+        return calibration

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from quasar.draft import Draft
+from quasar.errors import QuasarError
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
 from quasar.verifiers.base import Setup, VerifierCost
@@ -45,7 +47,7 @@ class TransformerVerifier:
         logits = torch.empty(0)
         for chunk in tokens.to(self.device).split(PREFILL_CHUNK):
             self.cache.reserve(len(chunk))
-            logits = self.model(chunk, self.cache, outputs=slice(-1, None))
+            logits = self._finite(partial(self.model, chunk, self.cache, outputs=slice(-1, None)))
             self.cache.commit(range(len(chunk)))
         return logits[0]
 
@@ -56,13 +58,15 @@ class TransformerVerifier:
         if draft.scratch is not None:
             size = 1 + len(draft)
             outputs = torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device)
-        return self.model(
+        forward = partial(
+            self.model,
             draft.row_tokens(last).to(self.device),
             self.cache,
             offsets=draft.offsets().to(self.device),
             block_mask=draft.block_mask().to(self.device),
             outputs=outputs,
         )
+        return self._finite(forward)
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
@@ -73,6 +77,35 @@ class TransformerVerifier:
         self.cache.reserve(offset + 1)
         tokens = torch.tensor([token], device=self.device)
         return self.model(tokens, self.cache, start=self.cache.length + offset, layers=layers)[0]
+
+    def _finite(self, forward: Callable[[], Tensor]) -> Tensor:
+        """The logits of a pass. Raises QuasarError where one is NaN or infinite, naming the layer where that began."""
+        logits = forward()
+        if logits.isfinite().all():
+            return logits
+        layer = first_broken_layer(self.model, forward)
+        raise QuasarError(f"logits of the {self.label} are NaN or infinite, first in the output of {layer}")
+
+
+def first_broken_layer(model: Transformer, forward: Callable[[], Tensor]) -> str:
+    """Name of the first layer, in order of execution, whose output is not finite when ``forward`` runs again."""
+    broken: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                broken.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return broken[0] if broken else "no single layer"
 
 
 def weight_bytes(model: nn.Module) -> int:
