@@ -32,8 +32,8 @@ VERIFIERS: dict[str, Callable[..., TransformerVerifier]] = {
     "int8": lambda model, setup: Int8Verifier(model, setup, method="rtn"),
     "int4": lambda model, setup: Int4Verifier(model, setup, method="rtn"),
     "int4-asymmetric": lambda model, setup: Int4Verifier(model, setup, method="rtn", symmetric=False, group_size=32),
-    "pruned-width": lambda model, setup: PrunedVerifier(model, setup, ratio=0.2),
-    "pruned-depth": lambda model, setup: PrunedVerifier(model, setup, method="depth", ratio=0.25),
+    "pruned-width": lambda model, setup: PrunedVerifier(model, setup, ratio=0.2, importance="magnitude"),
+    "pruned-depth": lambda model, setup: PrunedVerifier(model, setup, method="depth", ratio=0.25, selection="deepest"),
 }
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "ngram": NgramDrafter,

@@ -49,7 +49,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
-    mlp_bias: bool = False
+    gate_up_bias: bool = False
+    down_bias: bool = False
     qk_norm: bool = False
 
     @property
@@ -110,7 +111,8 @@ class ModelConfig:
             qkv_bias=attention_bias or kind == "qwen2",
             # Qwen2 has biases on q, k and v only; Llama's and Pangu's flag covers the output projection too.
             output_bias=attention_bias and kind != "qwen2",
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            gate_up_bias=bool(raw.get("mlp_bias", False)),
+            down_bias=bool(raw.get("mlp_bias", False)),
             qk_norm=kind == "qwen3",
         )
 

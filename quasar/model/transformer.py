@@ -61,8 +61,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * shape.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(shape.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * shape.intermediate_size, bias=config.gate_up_bias)
+        self.down = nn.Linear(shape.intermediate_size, config.hidden_size, bias=config.down_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
+from quasar.quantization.statistics import Calibration, Progress
+
+Selection = Literal["block_influence", "angular", "deepest"]
 
 
 def prune_depth(model: Transformer, layers: Sequence[int]) -> Transformer:
@@ -28,16 +34,73 @@ def prune_depth(model: Transformer, layers: Sequence[int]) -> Transformer:
     return model
 
 
-def deep_layers(num_layers: int, ratio: float) -> list[int]:
-    """The contiguous layers to remove for a ratio, all before the last one.
+def select_layers(
+    model: Transformer,
+    ratio: float,
+    selection: Selection,
+    calibration: Callable[[], Calibration],
+    progress: Progress,
+) -> list[int]:
+    """The layers to remove for a ratio, ascending.
 
-    Gromov et al. 2024, section 4.4: dropping the deepest layers but the last is nearly as good as choosing by
-    similarity, and needs no data.
+    block_influence: those that change the residual stream least, ``1 - cos(x_l, x_l+1)`` (Men et al. 2024, ShortGPT)
+    angular:  the contiguous block across which the last token's angle changes least (Gromov et al. 2024, section 3.2)
+    deepest:  the contiguous ones before the last, which is nearly as good and needs no data (ibid., section 4.4)
+
+    Raises RequestError where fewer than two layers would be left, naming the largest valid ratio.
     """
-    count = round(ratio * num_layers)
-    if count > num_layers - 2:
+    layers = model.config.num_layers
+    count = round(ratio * layers)
+    if count > layers - 2:
         raise RequestError(
-            f"verifier.ratio={ratio} would remove {count} of {num_layers} layers; "
-            f"use at most {(num_layers - 2) / num_layers:.2f}"
+            f"verifier.ratio={ratio} would remove {count} of {layers} layers; use at most {(layers - 2) / layers:.2f}"
         )
-    return list(range(num_layers - 1 - count, num_layers - 1))
+    if count == 0:
+        return []
+    if selection == "deepest":
+        return list(range(layers - 1 - count, layers - 1))
+    sequences = calibration().sequences
+    if selection == "block_influence":
+        return sorted(block_influence(model, sequences, progress).argsort()[:count].tolist())
+    start = int(angular_distance(model, sequences, count, progress).argmin())
+    return list(range(start, start + count))
+
+
+@torch.inference_mode()
+def block_influence(model: Transformer, sequences: Sequence[Tensor], progress: Progress) -> Tensor:
+    """Mean of ``1 - cos(x_l, x_l+1)`` over all tokens, for the residual stream x before and after block l. [layers]"""
+    total = torch.zeros(model.config.num_layers)
+    for done, sequence in enumerate(sequences):
+        progress(done, len(sequences))
+        stream = residual_stream(model, sequence)
+        total += (1 - F.cosine_similarity(stream[:-1], stream[1:], dim=-1)).sum(1).cpu()
+    progress(len(sequences), len(sequences))
+    return total / sum(map(len, sequences))
+
+
+@torch.inference_mode()
+def angular_distance(model: Transformer, sequences: Sequence[Tensor], count: int, progress: Progress) -> Tensor:
+    """Mean of ``arccos(cos(x_l, x_l+count)) / π`` at the sequences' last tokens, [layers - count + 1]."""
+    total = torch.zeros(model.config.num_layers - count + 1)
+    for done, sequence in enumerate(sequences):
+        progress(done, len(sequences))
+        last = residual_stream(model, sequence)[:, -1]
+        total += F.cosine_similarity(last[:-count], last[count:], dim=-1).clamp(-1, 1).arccos().cpu() / torch.pi
+    progress(len(sequences), len(sequences))
+    return total / len(sequences)
+
+
+def residual_stream(model: Transformer, sequence: Tensor) -> Tensor:
+    """The residual stream before the first block and after every block, float32 [layers + 1, R, hidden_size]."""
+    states: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda module, arguments, output: states.append(output.float()))
+        for block in model.blocks
+    ]
+    try:
+        tokens = sequence.to(model.device)
+        model.hidden(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([model.embedding(tokens).float(), *states])

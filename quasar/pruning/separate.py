@@ -96,7 +96,12 @@ class SeparateTransformer(nn.Module):
     def fused(self) -> Transformer:
         """The same function as a `Transformer`, whose config has the widths that are left."""
         blocks = [block for block in self.blocks if isinstance(block, SeparateBlock)]
-        config: ModelConfig = replace(self.config, layers=tuple(block.shape for block in blocks))
+        config: ModelConfig = replace(
+            self.config,
+            layers=tuple(block.shape for block in blocks),
+            output_bias=blocks[0].attention.output.bias is not None,
+            down_bias=blocks[0].mlp.down.bias is not None,
+        )
         with torch.device("meta"):
             model = Transformer(config)
         model.rope, model.embedding, model.norm, model.lm_head = self.rope, self.embedding, self.norm, self.lm_head

@@ -1,77 +1,125 @@
-"""Width pruning: the least important MLP channels leave every block, through torch-pruning's dependency graph."""
+"""Width pruning: the least important MLP channels and KV groups leave, through torch-pruning's dependency graph."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
-from quasar.pruning.separate import SeparateBlock, SeparateTransformer
-from quasar.pruning.size import block_parameters
+from quasar.pruning.allocation import Removal, removals
+from quasar.pruning.importance import Importance, input_means, scores
+from quasar.pruning.separate import SeparateAttention, SeparateBlock, SeparateTransformer
+from quasar.quantization.statistics import Calibration, Progress
 
-# Narrowed widths are multiples of this, so that the low-bit kernels and 4-bit groups still fit.
-WIDTH_MULTIPLE = 64
 
+def prune_width(
+    model: Transformer,
+    ratio: float,
+    importance: Importance,
+    heads: bool,
+    uniform: bool,
+    calibration: Callable[[], Calibration],
+    progress: Progress,
+) -> Transformer:
+    """Remove ``ratio`` of the blocks' parameters; see `scores` for ``importance``, `removals` for the allocation.
 
-def prune_width(model: Transformer, ratio: float, progress: Callable[[int, int], None]) -> Transformer:
-    """Remove MLP channels of least magnitude until ``ratio`` of the blocks' parameters is gone.
-
-    A channel is a row of gate and of up together with a column of down; its importance is the product of their
-    L2 norms, which bounds its contribution to the output. Every block loses the same number of channels.
-
-    Raises RequestError where the MLPs hold too little for the ratio, naming the largest valid one.
+    flap also puts the removed channels' mean contribution back as a bias (An et al. 2024, section 3.4).
     """
-    import torch_pruning
+    found = scores(model, importance, calibration, progress)
+    chosen = removals(model, found, ratio, heads, uniform)
+    means: list[tuple[Tensor, Tensor]] | None = None
+    if importance == "flap":
+        statistics = calibration().statistics(model, progress)
+        means = [input_means(statistics, index) for index in range(len(chosen))]
+    return remove(model, chosen, means, progress)
 
+
+def remove(
+    model: Transformer,
+    chosen: Sequence[Removal],
+    means: Sequence[tuple[Tensor, Tensor]] | None,
+    progress: Progress,
+) -> Transformer:
+    """The model without the chosen structures of each block.
+
+    means: of every block, the mean inputs of its output and down projections, put back as biases; None: nothing is
+    """
     separate = SeparateTransformer(model)
-    counts = removable_channels(separate, ratio)
-    tokens = torch.arange(8, device=model.device)
-    for parameter in separate.parameters():
-        parameter.requires_grad_(True)
-    with warnings.catch_warnings():
-        # It reports the norms' weights, which it then treats as what they are: vectors over the hidden size.
-        warnings.simplefilter("ignore", UserWarning)
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            separate, example_inputs=tokens, forward_fn=lambda traced, example: traced(example, rotate_heads=False)
-        )
     blocks = [block for block in separate.blocks if isinstance(block, SeparateBlock)]
-    for done, (block, count) in enumerate(zip(blocks, counts, strict=True)):
+    if means is not None:
+        for block, removal, (attention_mean, mlp_mean) in zip(blocks, chosen, means, strict=True):
+            _compensate(block.attention.output, _query_columns(block.attention, removal.groups), attention_mean)
+            _compensate(block.mlp.down, removal.channels, mlp_mean)
+    couplings = _Couplings(separate)
+    for done, (block, removal) in enumerate(zip(blocks, chosen, strict=True)):
         progress(done, len(blocks))
-        weakest = channel_importance(block).argsort()[:count].tolist()
-        group = graph.get_pruning_group(block.mlp.down, torch_pruning.prune_linear_in_channels, idxs=weakest)
-        group.prune()
+        if removal.channels:
+            mlp = block.mlp
+            couplings.prune(
+                {mlp.gate: removal.channels, mlp.up: removal.channels, mlp.down: removal.channels}, mlp.down
+            )
+        if removal.groups:
+            attention = block.attention
+            queries, keys = _query_columns(attention, removal.groups), _head_rows(attention, removal.groups)
+            dimensions = {attention.q: queries, attention.k: keys, attention.v: keys, attention.output: queries}
+            couplings.prune(dimensions, attention.output)
     progress(len(blocks), len(blocks))
     return separate.fused()
 
 
-def removable_channels(model: SeparateTransformer, ratio: float) -> list[int]:
-    """Channels to remove from each block for a ratio of the blocks' parameters, widths rounded to `WIDTH_MULTIPLE`."""
-    blocks = [block for block in model.blocks if isinstance(block, SeparateBlock)]
-    per_channel = sum(parameter.numel() for parameter in blocks[0].mlp.parameters()) / blocks[0].mlp.down.in_features
-    target = ratio * block_parameters(model) / (per_channel * len(blocks))
-    counts = []
-    for block in blocks:
-        width = block.mlp.down.in_features
-        kept = round((width - target) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        if kept < WIDTH_MULTIPLE:
-            largest = (width - WIDTH_MULTIPLE) * per_channel * len(blocks) / block_parameters(model)
-            raise RequestError(
-                f"verifier.ratio={ratio}: the MLPs hold too few parameters to remove that many by width alone; "
-                f"use at most {int(largest * 100) / 100}, or verifier.method=depth"
+class _Couplings:
+    """torch-pruning's dependency graph of the model: which layers have to shrink together."""
+
+    def __init__(self, model: SeparateTransformer) -> None:
+        import torch_pruning
+
+        self._library = torch_pruning
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        tokens = torch.arange(8, device=model.embedding.weight.device)
+        with warnings.catch_warnings():
+            # It reports the norms' weights, which it then treats as what they are: vectors over the hidden size.
+            warnings.simplefilter("ignore", UserWarning)
+            self._graph = torch_pruning.DependencyGraph().build_dependency(
+                model, example_inputs=tokens, forward_fn=lambda traced, example: traced(example, rotate_heads=False)
             )
-        counts.append(width - kept)
-    return counts
+
+    def prune(self, dimensions: dict[nn.Linear, list[int]], last: nn.Linear) -> None:
+        """Remove dimensions of the layers that feed each other and end in the inputs of ``last``.
+
+        The graph says which layers those are; which dimensions of each belong together is said here, because the
+        graph does not follow indices through grouped-query attention.
+        """
+        group = self._graph.get_pruning_group(
+            last, self._library.prune_linear_in_channels, idxs=sorted(dimensions[last])
+        )
+        coupled = {
+            dependency.target.module for dependency, _ in group if isinstance(dependency.target.module, nn.Linear)
+        }
+        if coupled != set(dimensions):
+            raise RuntimeError(f"torch-pruning couples {len(coupled)} layers where {len(dimensions)} share dimensions")
+        for layer, indices in dimensions.items():
+            prune = self._library.prune_linear_in_channels if layer is last else self._library.prune_linear_out_channels
+            prune(layer, idxs=indices)
 
 
-def channel_importance(block: SeparateBlock) -> Tensor:
-    """Magnitude of every MLP channel, float32 [intermediate_size]."""
-    norms = [_norms(block.mlp.gate, 1), _norms(block.mlp.up, 1), _norms(block.mlp.down, 0)]
-    return norms[0] * norms[1] * norms[2]
+def _compensate(linear: nn.Linear, columns: list[int], mean: Tensor) -> None:
+    weight = linear.weight.data
+    bias = torch.zeros(weight.shape[0], device=weight.device) if linear.bias is None else linear.bias.data.float()
+    bias = bias + weight[:, columns].float() @ mean.to(weight.device)[columns]
+    linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
 
 
-def _norms(linear: nn.Linear, dim: int) -> Tensor:
-    return linear.weight.detach().float().norm(dim=dim)
+def _head_rows(attention: SeparateAttention, groups: Sequence[int]) -> list[int]:
+    """Rows of the k and v projections that belong to KV groups."""
+    size = attention.head_dim
+    return [row for group in groups for row in range(group * size, (group + 1) * size)]
+
+
+def _query_columns(attention: SeparateAttention, groups: Sequence[int]) -> list[int]:
+    """Rows of the q projection, and columns of the output projection, that belong to KV groups."""
+    size = attention.q.out_features // (attention.k.out_features // attention.head_dim)
+    return [column for group in groups for column in range(group * size, (group + 1) * size)]

@@ -78,9 +78,9 @@ class Setup:
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
     calibration: Callable[[], Calibration | None] = field(default=lambda: None)
 
-    def calibration_for(self, method: str) -> Calibration:
-        """The calibration text. Raises RequestError where there is none, naming the method that needs it."""
+    def calibration_for(self, choice: str) -> Calibration:
+        """The calibration text. Raises RequestError where there is none, naming the ``key=value`` that needs it."""
         calibration = self.calibration()
         if calibration is None:
-            raise RequestError(f"verifier.method={method} needs calibration text; set calibration.prompts above 0")
+            raise RequestError(f"{choice} needs calibration text; set calibration.prompts above 0")
         return calibration

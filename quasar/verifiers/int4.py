@@ -37,9 +37,9 @@ class Int4Verifier(TransformerVerifier):
         if method == "rtn":
             quantize_w4(model, form, clip, setup.progress)
         elif method == "awq":
-            awq_w4(model, form, clip, setup.calibration_for(method), setup.progress)
+            awq_w4(model, form, clip, setup.calibration_for(f"verifier.method={method}"), setup.progress)
         else:
-            gptq_w4(model, form, clip, setup.calibration_for(method), setup.progress)
+            gptq_w4(model, form, clip, setup.calibration_for(f"verifier.method={method}"), setup.progress)
         if lm_head_bits == 8:
             quantize_head(model)
         super().__init__(model, setup)

@@ -33,7 +33,9 @@ class Int8Verifier(TransformerVerifier):
         self.alphas: dict[str, float] = {}
         if method == "smoothquant":
             strength = None if alpha == "auto" else alpha
-            self.alphas = smoothquant_w8a8(model, strength, setup.calibration_for(method), setup.progress)
+            self.alphas = smoothquant_w8a8(
+                model, strength, setup.calibration_for("verifier.method=smoothquant"), setup.progress
+            )
         else:
             quantize_w8a8(model, setup.progress)
         if lm_head_bits == 8:

@@ -1,13 +1,15 @@
-"""A structurally pruned verifier: fewer MLP channels or fewer layers, in 16 bit."""
+"""A structurally pruned verifier: narrower layers or fewer of them, in 16 bit."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, validate_call
 
 from quasar.model.transformer import Transformer
-from quasar.pruning.depth import deep_layers, prune_depth
+from quasar.pruning.depth import Selection, prune_depth, select_layers
+from quasar.pruning.importance import Importance
 from quasar.pruning.size import block_parameters
 from quasar.pruning.width import prune_width
 from quasar.verifiers.base import Setup
@@ -15,9 +17,10 @@ from quasar.verifiers.transformer import TransformerVerifier
 
 
 class PrunedVerifier(TransformerVerifier):
-    """method width removes MLP channels by magnitude; depth removes ``layers``, or deep ones by ``ratio``.
+    """method width removes MLP channels, and whole KV groups where ``heads``; depth removes layers.
 
-    ratio: fraction of the decoder blocks' parameters to remove; `achieved_ratio` is what rounding left of it.
+    ratio: fraction of the decoder blocks' parameters to remove; ``achieved_ratio`` is what rounding left of it
+    layers: depth removes exactly these, whatever the ratio
     """
 
     label = "pruned model"
@@ -30,12 +33,20 @@ class PrunedVerifier(TransformerVerifier):
         *,
         method: Literal["width", "depth"] = "width",
         ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        importance: Importance = "flap",
+        heads: bool = True,
+        uniform: bool = False,
+        selection: Selection = "block_influence",
         layers: list[NonNegativeInt] | None = None,
     ) -> None:
         before = block_parameters(model)
         if method == "width":
-            model = prune_width(model, ratio, setup.progress)
+            calibration = partial(setup.calibration_for, f"verifier.importance={importance}")
+            model = prune_width(model, ratio, importance, heads, uniform, calibration, setup.progress)
         else:
-            model = prune_depth(model, deep_layers(model.config.num_layers, ratio) if layers is None else layers)
+            calibration = partial(setup.calibration_for, f"verifier.selection={selection}")
+            if layers is None:
+                layers = select_layers(model, ratio, selection, calibration, setup.progress)
+            model = prune_depth(model, layers)
         self.achieved_ratio = 1 - block_parameters(model) / before
         super().__init__(model, setup)
