@@ -74,6 +74,7 @@ def run(config: DictConfig, folder: Path, command: list[str], reporter: Reporter
             "revision": checkpoint.revision,
             "files": checkpoint.file_hashes(),
         }
+        environment["verifier"] = list(verifier.facts)
         environment["prompt_set"] = prompt_set_hash(prompts)
         records = run_folder.begin(command, environment)
         _print_header(reporter, settings, checkpoint, verifier, len(prompts), len(records), folder)
@@ -157,7 +158,8 @@ def _print_header(
     entries = {
         "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
         "drafter": _describe(settings.drafter),
-        "verifier": _describe({**settings.verifier, "dtype": dtype}) + ("" if verifier.is_reference else lossless),
+        "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.facts])
+        + ("" if verifier.is_reference else lossless),
         "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
         "prompts": f"{prompts} from data={settings.data.name}" + (f", {finished} already done" if finished else ""),
         "output": str(folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, validate_call
@@ -40,4 +41,7 @@ class Int8Verifier(TransformerVerifier):
             quantize_w8a8(model, setup.progress)
         if lm_head_bits == 8:
             quantize_head(model)
+        if self.alphas:
+            smoothed = [strength for strength in self.alphas.values() if strength] or [0.0]
+            self.facts = (f"{len(smoothed)} of {len(self.alphas)} layers smoothed, mean alpha {fmean(smoothed):.2f}",)
         super().__init__(model, setup)

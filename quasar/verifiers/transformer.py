@@ -23,10 +23,12 @@ class TransformerVerifier:
 
     label: how tables name what the output is lossless with respect to
     is_reference: whether this is the unquantized, unpruned model
+    facts: what building it settled beyond the configuration, for people
     """
 
     label = "model"
     is_reference = False
+    facts: tuple[str, ...] = ()
 
     def __init__(self, model: Transformer, setup: Setup) -> None:
         self.model = model
