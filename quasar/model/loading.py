@@ -44,8 +44,10 @@ def load_transformer(
     with torch.device("meta"):
         model = Transformer(config)
     model.to(dtype)
-    tensors = _Checkpoint(folder)
-    names = _source_names(model, own="embedding.weight" in tensors)
+    tensors = TensorFiles(folder)
+    names = {name: [name] for name, _ in model.named_parameters()}
+    if "embedding.weight" not in tensors:
+        names = source_names(model)
     for done, (name, sources) in enumerate(names.items()):
         if progress is not None:
             progress(done, len(names))
@@ -107,13 +109,10 @@ def tiny_config(vocab_size: int = 512, num_layers: int = 4, context_length: int 
     )
 
 
-def _source_names(model: Transformer, own: bool) -> dict[str, list[str]]:
-    """Every parameter of the model with the checkpoint tensors that it stacks, tied weights once."""
-    parameters = [name for name, _ in model.named_parameters()]
-    if own:
-        return {name: [name] for name in parameters}
+def source_names(model: Transformer) -> dict[str, list[str]]:
+    """Every parameter of the model with the tensors of a Hugging Face checkpoint that it stacks, tied weights once."""
     names: dict[str, list[str]] = {}
-    for name in parameters:
+    for name, _ in model.named_parameters():
         if name in _TOP:
             names[name] = [_TOP[name]]
         elif name == "lm_head.weight":
@@ -132,7 +131,7 @@ def _set_parameter(model: Transformer, name: str, value: Tensor) -> None:
     setattr(module, attribute, torch.nn.Parameter(value, requires_grad=False))
 
 
-class _Checkpoint:
+class TensorFiles:
     """The tensors of all ``*.safetensors`` of a folder, by name."""
 
     def __init__(self, folder: Path) -> None:

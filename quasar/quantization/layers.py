@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
@@ -37,6 +38,25 @@ class W4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, self.weight, self.bias)
+
+
+class GroupInt8Linear(nn.Module):
+    """A linear layer with int8 weights in groups along the input, as some checkpoints store them.
+
+    values: int8 [N, K]; scales: float32 [N, G]. It is dequantized in every call: right, but no faster than 16 bit.
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.values, self.scales, self.bias = values, scales, bias
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.values.nbytes + 2 * self.scales.numel() + _bias_bytes(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.values.view(*self.scales.shape, -1) * self.scales.unsqueeze(2)
+        return F.linear(x, groups.view(self.values.shape).to(x.dtype), self.bias)
 
 
 def _bias_bytes(bias: Tensor | None) -> int:

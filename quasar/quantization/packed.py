@@ -1,0 +1,141 @@
+"""Checkpoints that were quantized elsewhere, as they are: packed integers and scales into our own layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kernels import Int4Weight, Int8Weight
+from kernels.reference import pack_int4
+from quasar.errors import RequestError
+from quasar.model.config import ModelConfig
+from quasar.model.loading import Progress, source_names
+from quasar.model.transformer import Transformer
+from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Quantized rows of one linear layer, ``(values - zeros) * scales``.
+
+    values: uint8 [N, K] in 0..15 for 4 bits, int8 [N, K] for 8 bits
+    scales, zeros: float32 [N, G], of G groups of consecutive inputs; zeros need not be whole numbers
+    symmetric: every zero is the middle of the range
+    quantized_inputs: 8 bits: made for int8 activations per token
+    """
+
+    bits: Literal[4, 8]
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+    symmetric: bool
+    quantized_inputs: bool = False
+
+
+class PackedCheckpoint(Protocol):
+    """A checkpoint on disk; tensors go by their Hugging Face names."""
+
+    path: Path
+    config: ModelConfig
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def dense(self, name: str) -> Tensor:
+        """A tensor as floats, dequantized where it is stored packed."""
+        ...
+
+    def packed(self, name: str) -> PackedRows | None:
+        """The weight of a linear layer as it is stored; None where it is stored as floats."""
+        ...
+
+
+def open_packed(path: Path) -> PackedCheckpoint:
+    """Open a GGUF file, or a folder with compressed-tensors, GPTQ or AWQ safetensors.
+
+    Raises RequestError where the path holds neither, naming it and what is supported.
+    """
+    from quasar.quantization.packed_gguf import GGUFCheckpoint
+    from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
+
+    if not path.exists():
+        raise RequestError(f"verifier.path={path}: no such file or folder; pass a .gguf file or a checkpoint folder")
+    return GGUFCheckpoint(path) if path.is_file() else SafetensorsCheckpoint(path)
+
+
+def load_packed(
+    checkpoint: PackedCheckpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation_bits: int,
+    progress: Progress,
+) -> Transformer:
+    """The model of a checkpoint: its packed linear layers kept packed, everything else in ``dtype``."""
+    with torch.device("meta"):
+        model = Transformer(checkpoint.config)
+    model.to(dtype)
+    names = source_names(model)
+    for done, (name, sources) in enumerate(names.items()):
+        progress(done, len(names))
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        parts = [checkpoint.packed(source) for source in sources] if _may_be_packed(name, module) else []
+        whole = [part for part in parts if part is not None]
+        if not whole:
+            dense = torch.cat([checkpoint.dense(source) for source in sources])
+            _require_shape(checkpoint, sources, dense, model.get_parameter(name))
+            setattr(module, attribute, nn.Parameter(dense.to(device=device, dtype=dtype), requires_grad=False))
+            continue
+        if len(whole) != len(parts):
+            raise RequestError(f"{checkpoint.path}: of {', '.join(sources)} some are quantized and some are not")
+        assert isinstance(module, nn.Linear)
+        _require_shape(checkpoint, sources, torch.cat([part.values for part in whole]), module.weight)
+        layer = _layer(checkpoint, sources, whole, dtype, device, activation_bits)
+        model.set_submodule(owner, layer)
+        if module.bias is not None:
+            layer.bias = module.bias  # replaced in its turn: a weight's bias follows it
+    progress(len(names), len(names))
+    if checkpoint.config.tie_word_embeddings:
+        model.lm_head.weight = model.embedding.weight
+    model.rope = type(model.rope)(checkpoint.config.rope, checkpoint.config.head_dim).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _may_be_packed(name: str, module: nn.Module) -> bool:
+    return name.startswith("blocks.") and isinstance(module, nn.Linear) and name.endswith(".weight")
+
+
+def _require_shape(checkpoint: PackedCheckpoint, sources: Sequence[str], found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        raise RequestError(
+            f"{checkpoint.path}: {', '.join(sources)} have shape {tuple(found.shape)} where the config implies "
+            f"{tuple(expected.shape)}; config and weights do not belong together"
+        )
+
+
+def _layer(
+    checkpoint: PackedCheckpoint,
+    sources: Sequence[str],
+    parts: Sequence[PackedRows],
+    dtype: torch.dtype,
+    device: torch.device,
+    activation_bits: int,
+) -> nn.Module:
+    """One layer over the stacked rows of its parts."""
+    first = parts[0]
+    if any((part.bits, part.scales.shape[1]) != (first.bits, first.scales.shape[1]) for part in parts):
+        raise RequestError(f"{checkpoint.path}: {', '.join(sources)} are quantized in different formats")
+    values = torch.cat([part.values for part in parts]).to(device)
+    scales = torch.cat([part.scales for part in parts]).float().to(device)
+    if first.bits == 4:
+        zeros = torch.cat([part.zeros for part in parts]).float().to(device)
+        symmetric = all(part.symmetric for part in parts)
+        weight = Int4Weight.prepare(pack_int4(values), scales, zeros, symmetric, dtype)
+        return W4Linear(weight, None, activation_bits)
+    if all(part.quantized_inputs for part in parts) and scales.shape[1] == 1:
+        return W8A8Linear(Int8Weight(values, scales.squeeze(1)), None)
+    return GroupInt8Linear(values, scales)
