@@ -1,0 +1,240 @@
+"""Checkpoints quantized elsewhere: written here by each format's own rules, or by gguf's quantizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from quasar.errors import RequestError
+from quasar.model.loading import load_transformer
+from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear
+from quasar.verifiers.base import Setup
+from quasar.verifiers.packed import PackedVerifier
+
+TOKENS = torch.arange(40) % 90
+GROUP = 32
+CONFIG = LlamaConfig(
+    vocab_size=96,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def dense() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def dense_folder(dense: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    dense.save_pretrained(folder)
+    return folder
+
+
+def is_linear(name: str) -> bool:
+    return name.split(".")[-2] in LINEAR
+
+
+def verifier(path: Path, dense_folder: Path) -> PackedVerifier:
+    return PackedVerifier(load_transformer(dense_folder, torch.float32), Setup(), path=str(path))
+
+
+@torch.no_grad()
+def expected_logits(dense: LlamaForCausalLM, restored: dict[str, Tensor]) -> Tensor:
+    """What transformers computes with the restored weights."""
+    model = LlamaForCausalLM(CONFIG).eval()
+    model.load_state_dict({**dense.state_dict(), **restored})
+    return model(TOKENS.unsqueeze(0)).logits[0]
+
+
+def grid(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Round-to-nearest int4: values in 0..15 [N, K], scales [N, G], zeros [N, G]."""
+    groups = weight.view(len(weight), -1, GROUP)
+    low, high = groups.amin(2), groups.amax(2)
+    if symmetric:
+        scales, zeros = groups.abs().amax(2) / 7, torch.full_like(low, 8)
+    else:
+        scales = (high - low) / 15
+        zeros = torch.round(-low / scales).clamp(1, 15)
+    values = (torch.round(groups / scales.unsqueeze(2)) + zeros.unsqueeze(2)).clamp(0, 15)
+    return values.view_as(weight).int(), scales, zeros.int()
+
+
+def restored(values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    groups = values.view(*scales.shape, GROUP)
+    return ((groups - zeros.unsqueeze(2)) * scales.unsqueeze(2)).view(values.shape)
+
+
+def into_int32(values: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Eight values of a row in one int32; ``order[j]`` is the one that goes to bits 4 j."""
+    chunks = values.view(len(values), -1, 8).long()
+    packed = sum(chunks[:, :, source] << (4 * place) for place, source in enumerate(order))
+    return (packed - ((packed >> 31) << 32)).int()
+
+
+def write(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, object]) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**CONFIG.to_dict(), "quantization_config": quantization}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_gguf_blocks_stay_packed(kind: str, dense: LlamaForCausalLM, dense_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    expected = expected_logits(dense, write_gguf(file, dense, GGMLQuantizationType[kind]))
+    found = verifier(file, dense_folder)
+    layer = found.model.blocks[1].mlp.down
+    assert isinstance(layer, GroupInt8Linear if kind == "Q8_0" else W4Linear)
+    assert torch.allclose(found.model(TOKENS), expected, atol=1e-4)
+    # What transformers makes of the file agrees too, whatever this test believes of the format.
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.allclose(found.model(TOKENS), oracle(TOKENS.unsqueeze(0)).logits[0], atol=1e-4)
+
+
+def write_gguf(file: Path, dense: LlamaForCausalLM, kind: GGMLQuantizationType) -> dict[str, Tensor]:
+    """A llama.cpp file with quantized linear layers; returns their dequantized weights by Hugging Face name."""
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    parts = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for layer in range(CONFIG.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{ours}.weight": f"blk.{layer}.{gg}.weight" for ours, gg in parts.items()}
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(CONFIG.num_hidden_layers)
+    writer.add_context_length(512)
+    writer.add_embedding_length(128)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(96)
+    writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    back = {}
+    for name, weight in dense.state_dict().items():
+        array = weight.numpy()
+        if not is_linear(name):
+            writer.add_tensor(names[name], array)
+            continue
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+        quantized = quants.quantize(interleaved(array, heads), kind)
+        writer.add_tensor(names[name], quantized, raw_dtype=kind)
+        exact = quants.dequantize(quants.quantize(array, kind), kind)
+        back[name] = torch.from_numpy(np.array(exact))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return back
+
+
+def interleaved(weight: np.ndarray, heads: int | None) -> np.ndarray:
+    """llama.cpp rotates neighbours: it stores the two halves of every head alternating."""
+    if heads is None:
+        return weight
+    half = weight.shape[0] // heads // 2
+    return np.ascontiguousarray(weight.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_four_bit_safetensors(
+    method: str, symmetric: bool, dense: LlamaForCausalLM, dense_folder: Path, tmp_path: Path
+) -> None:
+    tensors, back = {}, {}
+    for name, weight in dense.state_dict().items():
+        if not is_linear(name):
+            tensors[name] = weight
+            continue
+        values, scales, zeros = grid(weight, symmetric)
+        back[name] = restored(values, scales, zeros)
+        layer = name.removesuffix(".weight")
+        if method == "gptq":
+            tensors[f"{layer}.qweight"] = into_int32(values.T.contiguous().T).T  # along the inputs
+            tensors[f"{layer}.qzeros"] = into_int32(zeros.T.contiguous() - 1)
+            tensors[f"{layer}.scales"] = scales.T
+            tensors[f"{layer}.g_idx"] = (torch.arange(weight.shape[1]) // GROUP).int()
+        elif method == "awq":
+            tensors[f"{layer}.qweight"] = into_int32(values.T.contiguous(), (0, 2, 4, 6, 1, 3, 5, 7))
+            tensors[f"{layer}.qzeros"] = into_int32(zeros.T.contiguous(), (0, 2, 4, 6, 1, 3, 5, 7))
+            tensors[f"{layer}.scales"] = scales.T
+        else:
+            tensors[f"{layer}.weight_packed"] = into_int32(values)
+            tensors[f"{layer}.weight_scale"] = scales
+            tensors[f"{layer}.weight_shape"] = torch.tensor(weight.shape)
+            if not symmetric:
+                tensors[f"{layer}.weight_zero_point"] = into_int32(zeros.T.contiguous()).T
+    folder = write(tmp_path, tensors, {"quant_method": method, "bits": 4, "group_size": GROUP})
+    found = verifier(folder, dense_folder)
+    assert isinstance(found.model.blocks[0].attention.qkv, W4Linear)
+    assert found.model.blocks[0].attention.qkv.weight.symmetric == symmetric
+    assert torch.allclose(found.model(TOKENS), expected_logits(dense, back), atol=1e-4)
+
+
+def test_w8a8_safetensors(dense: LlamaForCausalLM, dense_folder: Path, tmp_path: Path) -> None:
+    tensors = {}
+    for name, weight in dense.state_dict().items():
+        if is_linear(name):
+            scales = weight.abs().amax(1, keepdim=True) / 127
+            tensors[name] = torch.round(weight / scales).to(torch.int8)
+            tensors[name.replace(".weight", ".weight_scale")] = scales
+        else:
+            tensors[name] = weight
+    groups = {"group_0": {"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"}}}
+    folder = write(tmp_path, tensors, {"quant_method": "compressed-tensors", "config_groups": groups})
+    layer = verifier(folder, dense_folder).model.blocks[1].mlp.down
+    assert isinstance(layer, W8A8Linear)
+    weight = dense.model.layers[1].mlp.down_proj.weight
+    x = torch.randn(3, 256)
+    assert torch.allclose(layer(x), x @ weight.T, atol=0.02)
+    assert not torch.allclose(layer(x), x @ weight.T, atol=1e-6)
+
+
+def test_what_cannot_be_read_is_named(dense: LlamaForCausalLM, dense_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"verifier\.path=.*nowhere: no such file"):
+        verifier(tmp_path / "nowhere", dense_folder)
+    with pytest.raises(RequestError, match=r"quant_method is None; supported are compressed-tensors, gptq, awq"):
+        verifier(dense_folder, dense_folder)
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RequestError, match=r"cut\.gguf: not a readable GGUF file"):
+        verifier(tmp_path / "cut.gguf", dense_folder)
+    write_gguf(tmp_path / "q5.gguf", dense, GGMLQuantizationType.Q5_0)
+    with pytest.raises(RequestError, match=r"attn_q\.weight is Q5_0; kept packed are Q8_0, Q4_0, Q4_1"):
+        verifier(tmp_path / "q5.gguf", dense_folder)
+    values, scales, zeros = grid(torch.randn(128, 128), symmetric=True)
+    tensors = dict(dense.state_dict())
+    name = "model.layers.0.self_attn.q_proj"
+    del tensors[f"{name}.weight"]
+    tensors |= {f"{name}.qweight": into_int32(values).T, f"{name}.qzeros": into_int32(zeros.T - 1)}
+    tensors |= {f"{name}.scales": scales.T, f"{name}.g_idx": torch.arange(128).flip(0).int() // GROUP}
+    folder = write(tmp_path, tensors, {"quant_method": "gptq", "bits": 4})
+    with pytest.raises(RequestError, match=r"q_proj was quantized with desc_act"):
+        verifier(folder, dense_folder)
