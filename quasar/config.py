@@ -89,6 +89,7 @@ class EvaluateConfig:
 
     baselines: bool = MISSING
     fidelity: bool = MISSING
+    accuracy: bool = MISSING
     exactness: bool = MISSING
 
 

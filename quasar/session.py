@@ -14,6 +14,7 @@ from quasar.decode import Generation, Limits, decode
 from quasar.draft import StepResult
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
+from quasar.evaluation.accuracy import graded
 from quasar.evaluation.exactness import compare
 from quasar.evaluation.fidelity import ReferencePath, TrajectoryCache, measure
 from quasar.evaluation.prompts import Prompt
@@ -56,6 +57,8 @@ class Session:
         """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""
         record: Json = {"question_id": prompt.key, "family": prompt.family}
         record["turns"] = self._converse(prompt, lambda tokens, key: self._decode_turn(tokens, key, on_step))
+        if self.settings.evaluate.accuracy:
+            record["correct"] = graded(prompt, record["turns"][0]["text"])
         record["fidelity"] = [] if self.trajectories is None else self._converse(prompt, self._fidelity_of_turn)
         return record
 

@@ -35,7 +35,7 @@ def test_every_drafter_yaml_builds_and_drafts(name: str) -> None:
     drafter.begin(torch.tensor([1, 2, 3]), verifier)
 
 
-@pytest.mark.parametrize("name", names("verifier"))
+@pytest.mark.parametrize("name", sorted(set(names("verifier")) - {"packed"}))  # which needs a checkpoint of its own
 def test_every_verifier_yaml_builds_and_scores(name: str, setup: Setup) -> None:
     settings = composed_run(f"verifier={name}")
     assert settings.verifier["name"] == name

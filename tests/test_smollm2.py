@@ -24,7 +24,7 @@ from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed_run
 
 pytestmark = pytest.mark.smollm2
-TOKENS = 24
+TOKENS = 16
 
 
 @pytest.fixture(autouse=True)

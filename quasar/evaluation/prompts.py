@@ -18,13 +18,17 @@ FAMILIES = ("chat", "code", "math", "instruction", "summarization")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation's user turns. ``key`` is unique in its set; ``place`` says where the prompt was read."""
+    """A conversation's user turns. ``key`` is unique in its set; ``place`` says where the prompt was read.
+
+    reference: model answers; test: Python that raises where the code asked for is wrong
+    """
 
     key: str
     family: str
     turns: tuple[str, ...]
     reference: tuple[str, ...]
     place: str
+    test: str | None = None
 
 
 def load_prompts(data: DataConfig, key: str = "data.path") -> list[Prompt]:
@@ -48,7 +52,8 @@ def load_prompts(data: DataConfig, key: str = "data.path") -> list[Prompt]:
 
 
 def read_prompts(file: Path, by_file: bool) -> Iterator[Prompt]:
-    """Prompts of one Spec-Bench JSONL file (``question_id``, ``category``, ``turns``, optional ``reference``).
+    """Prompts of one Spec-Bench JSONL file (``question_id``, ``category``, ``turns``; optional ``reference``,
+    and HumanEval's ``test`` and ``entry_point``).
 
     by_file: the file's name is the task family (a folder of one file per task); otherwise the category is.
     """
@@ -84,7 +89,10 @@ def _parse(line: str, file: Path, number: int, by_file: bool) -> Prompt:
     key = f"{file.stem}/{raw['question_id']}" if by_file else str(raw["question_id"])
     references = raw.get("reference") or []
     references = [references] if isinstance(references, str) else references
-    return Prompt(key, family, tuple(turns), tuple(map(str, references)), place)
+    test = raw.get("test")
+    if test is not None and "entry_point" in raw:
+        test = f"{test}\n\ncheck({raw['entry_point']})"
+    return Prompt(key, family, tuple(turns), tuple(map(str, references)), place, test)
 
 
 def _files(data: DataConfig, key: str) -> list[Path]:

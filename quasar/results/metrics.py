@@ -41,6 +41,7 @@ def summarize(records: Sequence[Json]) -> Json:
         "prefill_tokens_per_second": _ratio(prompt_tokens * 1e3, phases["prefill"]),
         "mean_acceptance_length": _ratio(decoded, count),
         **fidelity(records),
+        "task_accuracy": _mean([record["correct"] for record in records if record.get("correct") is not None]),
         "acceptance_rate": _ratio(accepted, drafted),
         "acceptance_by_position": by_position(steps["depth"], steps["accepted"]),
         "draft_ms": _ratio(phases["draft"] + phases["observe"], count),

@@ -85,6 +85,8 @@ def _notes(verifier: TransformerVerifier, records: list[Json], measured: Json) -
             f"{measured['exact_match_length']:.1f} tokens. The reference against itself, in one pass and step by step: "
             f"KL {measured['kl_noise_floor']:.4f}, top-1 {measured['top1_noise_floor']:.3f}."
         )
+    if measured["task_accuracy"] is not None:
+        notes.append(f"Task accuracy: {_accuracies(records)}.")
     if measured["distinct_4gram_ratio_reference"] is not None and measured["distinct_4gram_ratio"] is not None:
         notes.append(
             f"Distinct 4-grams: {measured['distinct_4gram_ratio']:.2f} of the output, "
@@ -109,6 +111,16 @@ def _notes(verifier: TransformerVerifier, records: list[Json], measured: Json) -
             f"largest gap between the two best logits there {gap:.3f})."
         )
     return notes
+
+
+def _accuracies(records: list[Json]) -> str:
+    graded = [record for record in records if record.get("correct") is not None]
+    families = dict.fromkeys(record["family"] for record in graded)
+    parts = []
+    for family in families:
+        answers = [record["correct"] for record in graded if record["family"] == family]
+        parts.append(f"{family} {sum(answers)}/{len(answers)}")
+    return ", ".join(parts)
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -34,7 +34,7 @@ class PrunedVerifier(TransformerVerifier):
         method: Literal["width", "depth"] = "width",
         ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         importance: Importance = "flap",
-        heads: bool = True,
+        heads: bool = False,
         uniform: bool = False,
         selection: Selection = "block_influence",
         layers: list[NonNegativeInt] | None = None,

@@ -1,0 +1,82 @@
+"""Task accuracy: is the answer to a math problem right, does generated code do what its examples say?"""
+
+from __future__ import annotations
+
+import doctest
+import re
+from decimal import Decimal, InvalidOperation
+
+from quasar.evaluation.prompts import Prompt
+from quasar.evaluation.sandbox import passes
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_DOCSTRING = re.compile(r"(\"{3}|'{3})(.*?)\1", re.DOTALL)
+_CODE_START = re.compile(r"^(?:from |import |def |class |@)", re.MULTILINE)
+
+
+def graded(prompt: Prompt, output: str) -> bool | None:
+    """Whether the output of the prompt's first turn solves its task; None for tasks that have no such answer.
+
+    A reference that ends in ``#### N`` asks for that number (GSM8K, Cobbe et al. 2021): the last one of the output
+    counts, or the one behind its own ``####``. Code with ``test``, or with docstring examples, is run (HumanEval,
+    pass@1, Chen et al. 2021).
+    """
+    if prompt.reference and "####" in prompt.reference[0]:
+        return final_number(output) == final_number(prompt.reference[0])
+    given = code_of(prompt.turns[0])
+    if given is None:
+        return None
+    test = prompt.test if prompt.test is not None else examples_as_test(given)
+    if test is None:
+        return None
+    return passes(f"{solution(given, output)}\n\n{test}")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The last number of a text, after its last ``####`` where it has one; commas between digits are ignored."""
+    numbers = _NUMBER.findall(text.rsplit("####", 1)[-1]) or _NUMBER.findall(text)
+    try:
+        return Decimal(numbers[-1].replace(",", "").rstrip(".")) if numbers else None
+    except InvalidOperation:
+        return None
+
+
+def code_of(text: str) -> str | None:
+    """The Python that a prompt shows: its fenced block, or everything from the first line of code on."""
+    fenced = _FENCE.search(text)
+    if fenced:
+        return fenced.group(1)
+    start = _CODE_START.search(text)
+    return text[start.start() :] if start else None
+
+
+def solution(given: str, output: str) -> str:
+    """A whole program: the output's code, behind what was given where the output only continues it."""
+    fenced = _FENCE.search(output)
+    code = fenced.group(1) if fenced else output
+    name = re.search(r"def (\w+)", given)
+    if name and re.search(rf"^def {name.group(1)}\b", code, re.MULTILINE):
+        imports = "\n".join(re.findall(r"^(?:from|import) .*$", given, re.MULTILINE))
+        return f"{imports}\n{code}"
+    body = code if code.startswith((" ", "\t")) else "\n".join(f"    {line}" for line in code.splitlines())
+    return f"{given.rstrip()}\n{body}"
+
+
+def examples_as_test(given: str) -> str | None:
+    """Code that fails unless the docstring examples of ``given`` come out as written; None where it has none."""
+    texts = [text for _, text in _DOCSTRING.findall(given)]
+    found = [example for text in texts for example in doctest.DocTestParser().get_examples(text)]
+    examples = [example for example in found if example.want]
+    if not examples:
+        return None
+    lines = "\n".join(f">>> {_continued(example.source)}{example.want}" for example in examples)
+    return (
+        "import doctest as _doctest\n"
+        f"_test = _doctest.DocTestParser().get_doctest({lines!r}, dict(globals()), 'examples', None, 0)\n"
+        "assert _doctest.DocTestRunner(verbose=False).run(_test, out=lambda text: None).failed == 0\n"
+    )
+
+
+def _continued(source: str) -> str:
+    return source.rstrip("\n").replace("\n", "\n... ") + "\n"
