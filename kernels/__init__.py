@@ -5,12 +5,7 @@ in plain PyTorch and is the oracle of all tests; the functions exported here cho
 the tensors' device has.
 """
 
-from kernels.ops import (
-    Int4Weight,
-    Int8Weight,
-    linear_w4a8,
-    linear_w4a16,
-    linear_w8a8,
-)
+from kernels.ops import linear_bf16, linear_w4a8, linear_w4a16, linear_w8a8
+from kernels.weights import DenseWeight, Int4Weight, Int8Weight
 
-__all__ = ["Int4Weight", "Int8Weight", "linear_w4a8", "linear_w4a16", "linear_w8a8"]
+__all__ = ["DenseWeight", "Int4Weight", "Int8Weight", "linear_bf16", "linear_w4a8", "linear_w4a16", "linear_w8a8"]

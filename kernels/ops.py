@@ -1,83 +1,34 @@
-"""The ops as models call them: one signature per op, the backend chosen by device and dtype.
+"""The ops as models call them: one signature per op, the backend chosen by device, shape and machine.
 
-The backend here is PyTorch's own operations, which run everywhere and compute what `kernels.reference` defines.
+On a CPU with AVX2 or better the compiled kernels of `kernels.cpu` do the work; elsewhere PyTorch's own operations
+compute what `kernels.reference` defines.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
+from kernels.cpu import Library, backend, custom_ops
+from kernels.cpu.library import ACTIVATION_DTYPES, multiply
+from kernels.weights import DenseWeight, Int4Weight, Int8Weight
 
 # PyTorch's packed 4-bit product re-reads the weights every few rows: beyond this many, dequantizing once is cheaper.
 PACKED_INT4_MAX_ROWS = 64
-CPU_INT4_GROUP_SIZES = (32, 64, 128, 256)
 CUDA_INT_MM_MIN_ROWS = 17
-
-
-@dataclass(frozen=True)
-class Int8Weight:
-    """values: int8 [N, K]; scales: float32 [N], one per output channel."""
-
-    values: Tensor
-    scales: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
-
-
-@dataclass(frozen=True)
-class Int4Weight:
-    """4-bit weight ``(q - zero) * scale`` in groups along K.
-
-    packed: uint8 [N, K / 2] as in `reference.pack_int4`; scales, zeros: [N, K / group_size], float32 here and
-    counted as 16-bit scales and 4-bit zero points (``nbytes``), the form in which kernels read them.
-    prepared: what the backend made of it once, or None.
-    """
-
-    packed: Tensor
-    scales: Tensor
-    zeros: Tensor
-    symmetric: bool
-    prepared: Tensor | None = None
-    prepared_scales: Tensor | None = None
-
-    @staticmethod
-    def prepare(packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype) -> Int4Weight:
-        """Pack a weight for products with activations of ``dtype``.
-
-        BF16 on a CPU uses PyTorch's packed layout. Float32 is the exactness mode: the dequantized weight is kept.
-        """
-        columns = packed.shape[1] * 2
-        group_size = columns // scales.shape[1]
-        if dtype == torch.float32:
-            return Int4Weight(packed, scales, zeros, symmetric, reference.dequantize_int4(packed, scales, zeros))
-        if packed.device.type == "cpu" and group_size in CPU_INT4_GROUP_SIZES and len(packed) % 16 == 0:
-            values = reference.unpack_int4(packed).to(torch.int32)
-            # PyTorch computes (q - 8) * scale + zero.
-            offsets = (8 - zeros) * scales
-            prepared = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-            scales_and_zeros = torch.stack([scales, offsets], dim=-1).transpose(0, 1).contiguous().to(dtype)
-            return Int4Weight(packed, scales, zeros, symmetric, prepared, scales_and_zeros)
-        return Int4Weight(packed, scales, zeros, symmetric)
-
-    @property
-    def group_size(self) -> int:
-        return self.packed.shape[1] * 2 // self.scales.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        zero_bytes = 0 if self.symmetric else self.zeros.numel() / 2
-        return int(self.packed.nbytes + 2 * self.scales.numel() + zero_bytes)
 
 
 def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, int8 × int8 with per-token and per-channel scales. x: [M, K]; returns [M, N]."""
+    packed = weight.packed_for_kernels()
+    if packed is not None and packed.scales is not None:
+        if x.dtype not in ACTIVATION_DTYPES:
+            return linear_w8a8(x.float(), weight, _widened(bias)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_w8a8(x, packed.values, packed.scales, bias)
+        return multiply(_library().linear_w8a8, packed, x, bias)
     tokens, token_scales = reference.quantize_tokens(x)
     rows = len(x)
     if x.is_cuda and rows < CUDA_INT_MM_MIN_ROWS:
@@ -89,17 +40,50 @@ def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights. x: [M, K]; returns [M, N]."""
-    if weight.prepared_scales is not None and weight.prepared is not None and len(x) <= PACKED_INT4_MAX_ROWS:
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), weight.prepared, weight.group_size, weight.prepared_scales
-        )
+    packed = weight.packed_for_kernels()
+    if packed is not None and packed.scales is not None:
+        if x.dtype not in ACTIVATION_DTYPES:
+            return linear_w4a16(x.float(), weight, _widened(bias)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_w4a16(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
+        return multiply(_library().linear_w4a16, packed, x, bias)
+    if x.dtype == torch.bfloat16 and len(x) <= PACKED_INT4_MAX_ROWS and (prepared := weight.packed_for_torch()):
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), prepared[0], weight.group_size, prepared[1])
         return out if bias is None else out + bias
-    if x.dtype == torch.float32 and weight.prepared is not None:
-        return F.linear(x, weight.prepared, bias)
-    dense = reference.dequantize_int4(weight.packed, weight.scales, weight.zeros).to(x.dtype)
-    return F.linear(x, dense, bias)
+    return F.linear(x, weight.dequantize().to(x.dtype), bias)
 
 
 def linear_w4a8(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations. x: [M, K]; returns [M, N]."""
-    return reference.linear_w4a8(x, weight.packed, weight.scales, weight.zeros, bias)
+    packed = weight.packed_for_kernels()
+    if packed is not None and packed.scales is not None:
+        if x.dtype not in ACTIVATION_DTYPES:
+            return linear_w4a8(x.float(), weight, _widened(bias)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_w4a8(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
+        return multiply(_library().linear_w4a8, packed, x, bias)
+    return reference.linear_w4a8(x, *weight.canonical(), bias)
+
+
+def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` with bfloat16 (or, in exactness mode, float32) weights, summed in float32.
+
+    x: [M, K]; returns [M, N].
+    """
+    packed = weight.packed_for_kernels()
+    if packed is not None and x.dtype in ACTIVATION_DTYPES:
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_bf16(x, packed.values, bias)
+        library = _library()
+        return multiply(library.linear_f32 if weight.dtype == torch.float32 else library.linear_bf16, packed, x, bias)
+    return F.linear(x, weight.values.to(x.dtype), bias)
+
+
+def _library() -> Library:
+    library = backend()
+    assert library is not None, "a weight is packed only where the kernels exist"
+    return library
+
+
+def _widened(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()

@@ -76,3 +76,8 @@ def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: 
         out += (dot - offset).float() * scales[:, group].float()
     out = out * token_scales
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` with 16-bit or float32 weights, summed in float32. x: [M, K]; values: [N, K]."""
+    return F.linear(x.float(), values.float(), None if bias is None else bias.float()).to(x.dtype)
