@@ -1,7 +1,8 @@
-"""The ops as models call them: one signature per op, the backend chosen by device, shape and machine.
+"""The products as models call them: one signature per op, the backend chosen by device, shape and machine.
 
 On a CPU with AVX2 or better the compiled kernels of `kernels.cpu` do the work; elsewhere PyTorch's own operations
-compute what `kernels.reference` defines.
+compute what `kernels.reference` defines. Activations of the int8 products are quantized per token inside, or passed
+as `Quantized` by an op that did so already.
 """
 
 from __future__ import annotations
@@ -11,27 +12,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.cpu import Library, backend, custom_ops
+from kernels.cpu import backend, custom_ops
 from kernels.cpu.library import ACTIVATION_DTYPES, multiply
-from kernels.weights import DenseWeight, Int4Weight, Int8Weight
+from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 # PyTorch's packed 4-bit product re-reads the weights every few rows: beyond this many, dequantizing once is cheaper.
 PACKED_INT4_MAX_ROWS = 64
 CUDA_INT_MM_MIN_ROWS = 17
 
 
-def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, int8 × int8 with per-token and per-channel scales. x: [M, K]; returns [M, N]."""
-    packed = weight.packed_for_kernels()
-    if packed is not None and packed.scales is not None:
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and packed.scales is not None:
+        if isinstance(x, Quantized):
+            return multiply(library.linear_w8a8, packed, x.values, bias, x.scales, x.dtype)
         if x.dtype not in ACTIVATION_DTYPES:
             return linear_w8a8(x.float(), weight, _widened(bias)).to(x.dtype)
         if torch.compiler.is_compiling():
             return custom_ops.linear_w8a8(x, packed.values, packed.scales, bias)
-        return multiply(_library().linear_w8a8, packed, x, bias)
-    tokens, token_scales = reference.quantize_tokens(x)
-    rows = len(x)
-    if x.is_cuda and rows < CUDA_INT_MM_MIN_ROWS:
+        return multiply(library.linear_w8a8, packed, x, bias)
+    tokens, token_scales = (x.values, x.scales) if isinstance(x, Quantized) else reference.quantize_tokens(x)
+    rows = len(tokens)
+    if tokens.is_cuda and rows < CUDA_INT_MM_MIN_ROWS:
         tokens = F.pad(tokens, (0, 0, 0, CUDA_INT_MM_MIN_ROWS - rows))
     accumulated = torch._int_mm(tokens, weight.values.T)[:rows]
     out = accumulated.float() * (token_scales * weight.scales)
@@ -40,28 +44,35 @@ def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights. x: [M, K]; returns [M, N]."""
-    packed = weight.packed_for_kernels()
-    if packed is not None and packed.scales is not None:
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and packed.scales is not None:
         if x.dtype not in ACTIVATION_DTYPES:
             return linear_w4a16(x.float(), weight, _widened(bias)).to(x.dtype)
         if torch.compiler.is_compiling():
             return custom_ops.linear_w4a16(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
-        return multiply(_library().linear_w4a16, packed, x, bias)
+        return multiply(library.linear_w4a16, packed, x, bias)
     if x.dtype == torch.bfloat16 and len(x) <= PACKED_INT4_MAX_ROWS and (prepared := weight.packed_for_torch()):
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), prepared[0], weight.group_size, prepared[1])
         return out if bias is None else out + bias
     return F.linear(x, weight.dequantize().to(x.dtype), bias)
 
 
-def linear_w4a8(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
+def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations. x: [M, K]; returns [M, N]."""
-    packed = weight.packed_for_kernels()
-    if packed is not None and packed.scales is not None:
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and packed.scales is not None:
+        if isinstance(x, Quantized):
+            return multiply(library.linear_w4a8, packed, x.values, bias, x.scales, x.dtype)
         if x.dtype not in ACTIVATION_DTYPES:
             return linear_w4a8(x.float(), weight, _widened(bias)).to(x.dtype)
         if torch.compiler.is_compiling():
             return custom_ops.linear_w4a8(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
-        return multiply(_library().linear_w4a8, packed, x, bias)
+        return multiply(library.linear_w4a8, packed, x, bias)
+    if isinstance(x, Quantized):
+        out = reference.linear_w4a8_quantized(x.values, x.scales, *weight.canonical(), bias)
+        return out.to(x.dtype)
     return reference.linear_w4a8(x, *weight.canonical(), bias)
 
 
@@ -70,19 +81,13 @@ def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> T
 
     x: [M, K]; returns [M, N].
     """
-    packed = weight.packed_for_kernels()
-    if packed is not None and x.dtype in ACTIVATION_DTYPES:
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and x.dtype in ACTIVATION_DTYPES:
         if torch.compiler.is_compiling():
             return custom_ops.linear_bf16(x, packed.values, bias)
-        library = _library()
         return multiply(library.linear_f32 if weight.dtype == torch.float32 else library.linear_bf16, packed, x, bias)
     return F.linear(x, weight.values.to(x.dtype), bias)
-
-
-def _library() -> Library:
-    library = backend()
-    assert library is not None, "a weight is packed only where the kernels exist"
-    return library
 
 
 def _widened(bias: Tensor | None) -> Tensor | None:

@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INT8_MAX = 127
+# Float32 is the mode in which exactness is asserted. There, attention of blocks up to this size accumulates in
+# float64, so that a row's result does not depend on how many other rows share its block: an int8 activation
+# quantizer behind it would turn a difference in the last bit into a different integer.
+EXACT_BLOCK = 128
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,19 +69,83 @@ def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: 
     Within a group the sum of ``token * q`` is an exact integer; groups are then scaled and added in float32,
     in ascending order. Shapes as in `linear_w4a16`.
     """
-    tokens, token_scales = quantize_tokens(x)
+    return linear_w4a8_quantized(*quantize_tokens(x), packed, scales, zeros, bias).to(x.dtype)
+
+
+def linear_w4a8_quantized(
+    tokens: Tensor, token_scales: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`linear_w4a8` of activations that are quantized already, int8 [M, K] and float32 [M, 1]; returns float32."""
     rows, groups = scales.shape
-    token_groups = tokens.double().view(len(x), groups, -1)
+    token_groups = tokens.double().view(len(tokens), groups, -1)
     weight_groups = unpack_int4(packed).double().view(rows, groups, -1)
-    out = torch.zeros(len(x), rows, dtype=torch.float32, device=x.device)
+    out = torch.zeros(len(tokens), rows, dtype=torch.float32, device=tokens.device)
     for group in range(groups):
         dot = token_groups[:, group] @ weight_groups[:, group].T
         offset = token_groups[:, group].sum(1, keepdim=True) * zeros[:, group].double()
         out += (dot - offset).float() * scales[:, group].float()
     out = out * token_scales
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    return out if bias is None else out + bias.float()
 
 
 def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with 16-bit or float32 weights, summed in float32. x: [M, K]; values: [N, K]."""
     return F.linear(x.float(), values.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square normalization over the last dimension (Zhang & Sennrich 2019), computed in float32."""
+    wide = x.float()
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normalized.to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (SwiGLU, Shazeer 2020). gate_up: [M, 2 S], the gates first; returns [M, S]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads by their positions (Su et al. 2021). x: [R, heads, D]; cos, sin: float32 [R, D]."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
+
+
+def rotary_write(
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Rotated queries [R, H, D] of a fused projection [R, (H + 2 H_kv) * D]; rotated keys and values are stored.
+
+    keys, values: [H_kv, R, D], written; norms: weights [D] of `rms_norm` over each query and each key head, or None.
+    """
+    kv_heads, _, head_dim = keys.shape
+    heads = qkv.view(len(qkv), -1, head_dim)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    keys.copy_(rotate(k, *rotation).transpose(0, 1))
+    values.copy_(v.transpose(0, 1))
+    return rotate(q, *rotation)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention of a block: q [R, H, D]; keys, values [H_kv, S, D]; visible bool [R, S]; returns [R, H * D].
+
+    The H / H_kv query heads of a KV head are packed into rows, so that each key is read once.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
+    packed = q.transpose(0, 1).reshape(1, kv_heads, group * rows, head_dim)
+    mask = visible.repeat(group, 1)
+    if q.dtype == torch.float32 and rows <= EXACT_BLOCK:
+        packed, keys, values = packed.double(), keys.double(), values.double()
+    out = F.scaled_dot_product_attention(packed, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask)
+    return out.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)

@@ -6,6 +6,8 @@ backend has packed it, the canonical form is computed from the packed one when s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,15 @@ from kernels.cpu.packing import (
 # What PyTorch's own packed 4-bit product takes.
 TORCH_INT4_GROUP_SIZES = (32, 64, 128, 256)
 TORCH_INT4_OUTPUTS_MULTIPLE = 16
+
+
+class Quantized(NamedTuple):
+    """Activations that are quantized per token: values int8 [M, K], scales float32 [M, 1]; dtype: of the result of a
+    product with them."""
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
 
 
 class Int8Weight:

@@ -4,7 +4,7 @@
 `kernels.cpu.packing` are the operands of its products.
 """
 
-from kernels.cpu.library import Library, backend
+from kernels.cpu.library import Library, backend, use_level
 from kernels.cpu.packing import PackedWeight, pack_dense, pack_int4, pack_int8
 
-__all__ = ["Library", "PackedWeight", "backend", "pack_dense", "pack_int4", "pack_int8"]
+__all__ = ["Library", "PackedWeight", "backend", "pack_dense", "pack_int4", "pack_int8", "use_level"]

@@ -4,8 +4,7 @@
 // pointer, whatever the number of rows, and every unit is a broadcast operand.
 #pragma once
 
-#include <cstdlib>
-
+#include "buffer.h"
 #include "interface.h"
 #include "simd.h"
 
@@ -39,7 +38,7 @@ struct Activations {
     static Activations of(int64_t rows, int64_t units, int64_t groups) {
         thread_local Buffer buffer;
         Activations result;
-        result.scratch = buffer.reserve(4 * rows * (2 * units + 2 * groups + 1));
+        result.scratch = static_cast<int32_t*>(buffer.reserve(4 * rows * (2 * units + 2 * groups + 1)));
         result.rows = result.scratch;
         result.units = result.scratch + rows * units;
         result.offsets = result.units + rows * units;
@@ -47,27 +46,21 @@ struct Activations {
         result.scales = result.sums + rows * groups;
         return result;
     }
-
-   private:
-    struct Buffer {
-        void* memory = nullptr;
-        int64_t capacity = 0;
-
-        int32_t* reserve(int64_t bytes) {
-            if (bytes > capacity) {
-                std::free(memory);
-                capacity = (bytes + 4095) / 4096 * 4096;
-                memory = std::aligned_alloc(64, capacity);
-                if (memory == nullptr) std::abort();
-            }
-            return static_cast<int32_t*>(memory);
-        }
-        ~Buffer() { std::free(memory); }
-    };
 };
 
 inline Floats load_activations(const Request& request, int64_t element) {
     return request.bfloat16() ? load_bfloat16(request.x + 2 * element) : load_float32(request.x + 4 * element);
+}
+
+// Sums of the values of each group of a row that was quantized before; returns its scale.
+inline float sum_quantized_row(const Request& request, int64_t row, int64_t groups, int64_t group_size, int32_t* sums) {
+    const uint8_t* values = request.x + row * groups * group_size;
+    for (int64_t group = 0; group < groups; ++group) {
+        Ints sum = broadcast_int(0);
+        for (int64_t k = 0; k < group_size; k += LANES) sum = add_ints(sum, load_int8(values + group * group_size + k));
+        sums[group] = sum_lanes(sum);
+    }
+    return request.token_scales[row];
 }
 
 // `reference.quantize_tokens` for one row: values and the returned scale are equal to its results, bit for bit.

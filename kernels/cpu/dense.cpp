@@ -2,7 +2,7 @@
 #include "exports.h"
 
 EXPORT(quasar_linear_bf16) {
-    const Request request{x, out, bias, rows, flags, threads};
+    const Request request{x, token_scales, out, bias, rows, flags, threads};
 #ifdef __AVX512BF16__
     if (request.bfloat16()) return multiply<DenseProduct<DenseKind::BFLOAT16_PAIRS>>(*weight, request);
 #endif
@@ -10,5 +10,5 @@ EXPORT(quasar_linear_bf16) {
 }
 
 EXPORT(quasar_linear_f32) {
-    multiply<DenseProduct<DenseKind::FLOAT32_WEIGHTS>>(*weight, {x, out, bias, rows, flags, threads});
+    multiply<DenseProduct<DenseKind::FLOAT32_WEIGHTS>>(*weight, {x, token_scales, out, bias, rows, flags, threads});
 }

@@ -4,7 +4,7 @@
 
 #include "interface.h"
 
-#define EXPORT(name)                                                                                            \
-    extern "C" __attribute__((visibility("default"))) void name(const Weight* weight, const uint8_t* x, uint8_t* out, \
-                                                                const uint8_t* bias, int64_t rows, int32_t flags,     \
-                                                                int32_t threads)
+#define EXPORT(name)                                                                                        \
+    extern "C" __attribute__((visibility("default"))) void name(                                            \
+        const Weight* weight, const uint8_t* x, const float* token_scales, uint8_t* out, const uint8_t* bias, \
+        int64_t rows, int32_t flags, int32_t threads)

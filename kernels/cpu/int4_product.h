@@ -21,7 +21,7 @@ struct Int4Int8Product {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
 
-    static bool reads_activations(const Request&) { return false; }
+    static bool reads_activations(const Request& request) { return request.quantized(); }
 
     static void prepare_row(const Job& job, int64_t row) {
         const Weight& weight = job.weight;
@@ -30,7 +30,9 @@ struct Int4Int8Product {
         int32_t* offsets = prepared.offsets + row * job.groups;
         float* sums = prepared.sums + row * job.groups;
         prepared.scales[row] =
-            quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets);
+            job.request.quantized()
+                ? sum_quantized_row(job.request, row, job.groups, weight.group_size, offsets)
+                : quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets);
         for (int64_t group = 0; group < job.groups; ++group) {
             sums[group] = static_cast<float>(offsets[group]);
             offsets[group] *= weight.zero_kind == ZERO_EIGHT ? -8 : 0;

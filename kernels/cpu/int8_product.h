@@ -9,13 +9,15 @@ struct Int8Product {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = 4;
 
-    static bool reads_activations(const Request&) { return false; }
+    static bool reads_activations(const Request& request) { return request.quantized(); }
 
     static void prepare_row(const Job& job, int64_t row) {
         const int64_t inputs = job.weight.inputs;
         int8_t* values = reinterpret_cast<int8_t*>(job.activations.scratch + row * job.units);
         int32_t& offset = job.activations.offsets[row];
-        job.activations.scales[row] = quantize_row(job.request, row * inputs, 1, inputs, values, &offset);
+        job.activations.scales[row] =
+            job.request.quantized() ? sum_quantized_row(job.request, row, 1, inputs, &offset)
+                                    : quantize_row(job.request, row * inputs, 1, inputs, values, &offset);
         offset *= -BYTE_OFFSET;
     }
 

@@ -5,7 +5,11 @@
 
 enum ScaleKind : int32_t { SCALE_FLOAT32 = 0, SCALE_FLOAT16 = 1 };
 enum ZeroKind : int32_t { ZERO_EIGHT = 0, ZERO_NIBBLE = 1, ZERO_FLOAT32 = 2 };
-enum RequestFlags : int32_t { ACTIVATIONS_BFLOAT16 = 1, BIAS_BFLOAT16 = 2 };
+enum RequestFlags : int32_t {
+    ACTIVATIONS_BFLOAT16 = 1,  // else float32; the output likewise
+    BIAS_BFLOAT16 = 2,
+    ACTIVATIONS_INT8 = 4,  // quantized before, with token_scales [rows]; ACTIVATIONS_BFLOAT16 then tells the output's type
+};
 
 // A packed weight. Sixteen outputs form a block; within it the 32-bit units of the outputs are interleaved, so that
 // one 64-byte vector holds the same unit of sixteen outputs: values [outputs / 16][units][16]. A unit is four int8
@@ -25,6 +29,7 @@ struct Weight {
 
 struct Request {
     const uint8_t* x;
+    const float* token_scales;
     uint8_t* out;
     const uint8_t* bias;
     int64_t rows;
@@ -32,5 +37,6 @@ struct Request {
     int32_t threads;
 
     bool bfloat16() const { return flags & ACTIVATIONS_BFLOAT16; }
+    bool quantized() const { return flags & ACTIVATIONS_INT8; }
     bool bias_bfloat16() const { return flags & BIAS_BFLOAT16; }
 };

@@ -42,13 +42,13 @@ def available_levels() -> tuple[Level, ...]:
     return tuple(level for level in LEVELS if level.features <= features)
 
 
-def chosen_level() -> Level | None:
-    """The best level, or the one that `QUASAR_CPU_LEVEL` names; None means PyTorch's own operations.
+def chosen_level(name: str | None = None) -> Level | None:
+    """The named level, or the one that `QUASAR_CPU_LEVEL` names, or the best; None means PyTorch's own operations.
 
-    Raises ValueError if the variable names no level, or one that this processor does not have.
+    Raises ValueError if the name is no level, or one that this processor does not have.
     """
     available = available_levels()
-    wanted = os.environ.get(LEVEL_VARIABLE)
+    wanted = name or os.environ.get(LEVEL_VARIABLE)
     if not wanted:
         return available[0] if available else None
     if wanted == NO_KERNELS:
@@ -57,7 +57,8 @@ def chosen_level() -> Level | None:
         if level.name == wanted:
             return level
     choices = ", ".join([*(level.name for level in available), NO_KERNELS])
-    raise ValueError(f"{LEVEL_VARIABLE}={wanted}: this processor has {choices}")
+    source = "" if name else f"{LEVEL_VARIABLE}="
+    raise ValueError(f"{source}{wanted}: no level of CPU kernels here; this processor has {choices}")
 
 
 def _processor_features() -> frozenset[str]:

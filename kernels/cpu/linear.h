@@ -117,7 +117,7 @@ void multiply_chunk(const Job& job) {
 
 template <class Product>
 void multiply(const Weight& weight, Request request) {
-    const int64_t element = request.bfloat16() ? 2 : 4;
+    const int64_t out_element = request.bfloat16() ? 2 : 4, element = request.quantized() ? 1 : out_element;
     const int64_t units = weight.inputs / Product::INPUTS_PER_UNIT;
     const int64_t weight_units = weight.inputs / Product::INPUTS_PER_WEIGHT_UNIT;
     const int64_t groups = weight.group_size ? weight.inputs / weight.group_size : 1;
@@ -129,7 +129,8 @@ void multiply(const Weight& weight, Request request) {
         multiply_chunk<Product>(Job{weight, request, activations, units, weight_units, groups});
         remaining -= request.rows;
         request.x += request.rows * weight.inputs * element;
-        request.out += request.rows * weight.outputs * element;
+        if (request.quantized()) request.token_scales += request.rows;
+        request.out += request.rows * weight.outputs * out_element;
     }
 }
 

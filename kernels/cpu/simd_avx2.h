@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace {
@@ -54,6 +55,44 @@ inline float largest_lane(Floats values) {
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
+inline float sum_floats(Floats values) {
+    const __m256 eight = _mm256_add_ps(values.low, values.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+inline Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Floats round_to_integers(Floats values) {  // ties to even
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(values.low, mode), _mm256_round_ps(values.high, mode)};
+}
+// values where x >= least, else 0
+inline Floats keep_from(Floats values, Floats x, float least) {
+    const __m256 bound = _mm256_set1_ps(least);
+    return {_mm256_and_ps(values.low, _mm256_cmp_ps(x.low, bound, _CMP_GE_OQ)),
+            _mm256_and_ps(values.high, _mm256_cmp_ps(x.high, bound, _CMP_GE_OQ))};
+}
+// values where the byte is not 0, else -infinity
+inline __m256 mask_eight(__m256 values, const uint8_t* visible) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(visible)));
+    const __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(bytes, _mm256_setzero_si256()));
+    return _mm256_blendv_ps(values, _mm256_set1_ps(-INFINITY), hidden);
+}
+inline Floats mask_invisible(Floats values, const uint8_t* visible) {
+    return {mask_eight(values.low, visible), mask_eight(values.high, visible + 8)};
+}
+// 2^n for integers n in [-126, 127]
+inline __m256 eight_powers_of_two(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline Floats power_of_two(Floats n) { return {eight_powers_of_two(n.low), eight_powers_of_two(n.high)}; }
+
+// Sixteen rows of sixteen 32-bit units become sixteen columns, [unit][16].
+inline void transpose(const int32_t* const (&rows)[16], int64_t first, int32_t* target) {
+    for (int row = 0; row < 16; ++row)
+        for (int unit = 0; unit < 16; ++unit) target[16 * unit + row] = rows[row][first + unit];
+}
 
 inline Floats load_float32(const void* source) {
     const float* lanes = static_cast<const float*>(source);
@@ -98,6 +137,10 @@ inline int32_t sum_lanes(Ints values) {
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
     four = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 1)));
+}
+inline Ints load_int8(const void* source) {
+    const __m128i lanes = _mm_loadu_si128(static_cast<const __m128i*>(source));
+    return {_mm256_cvtepi8_epi32(lanes), _mm256_cvtepi8_epi32(_mm_srli_si128(lanes, 8))};
 }
 inline void store_int8(int8_t* target, Ints values) {
     // The packs work within 128-bit halves: put the quarters back in order.

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace {
@@ -31,6 +32,25 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_p
 inline Floats subtract_product(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }
 inline Floats larger_magnitude(Floats largest, Floats x) { return _mm512_max_ps(_mm512_abs_ps(x), largest); }
 inline float largest_lane(Floats values) { return _mm512_reduce_max_ps(values); }
+inline float sum_floats(Floats values) { return _mm512_reduce_add_ps(values); }
+inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats round_to_integers(Floats values) {  // ties to even
+    return _mm512_roundscale_ps(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// values where x >= least, else 0
+inline Floats keep_from(Floats values, Floats x, float least) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_GE_OQ), values);
+}
+// values where the byte is not 0, else -infinity
+inline Floats mask_invisible(Floats values, const uint8_t* visible) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(visible));
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(bytes, bytes), values);
+}
+// 2^n for integers n in [-126, 127]
+inline Floats power_of_two(Floats n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
 
 inline Floats load_float32(const void* source) { return _mm512_loadu_ps(source); }
 inline Floats load_float16(const void* source) {
@@ -54,6 +74,9 @@ inline void store_bfloat16(void* target, Floats values) {
 inline Ints round_to_ints(Floats values) { return _mm512_cvtps_epi32(values); }  // ties to even
 inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline int32_t sum_lanes(Ints values) { return _mm512_reduce_add_epi32(values); }
+inline Ints load_int8(const void* source) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(source)));
+}
 inline void store_int8(int8_t* target, Ints values) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtsepi32_epi8(values));
 }
@@ -88,6 +111,36 @@ inline Floats centered_nibbles(Ints packed) {
 inline Floats even_bfloat16(Ints pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline Floats odd_bfloat16(Ints pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
+}
+
+// Sixteen rows of sixteen 32-bit units become sixteen columns, [unit][16].
+inline void transpose(const int32_t* const (&rows)[16], int64_t first, int32_t* target) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i] + first);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    // a[4 q + u]: unit u of every 128-bit quarter, of rows 4 q to 4 q + 3
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // Quarters are a 4 x 4 matrix for every u: transpose it by halves.
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+        const __m512i low = _mm512_shuffle_i32x4(a[u], a[4 + u], 0x44), low2 = _mm512_shuffle_i32x4(a[8 + u], a[12 + u], 0x44);
+        const __m512i high = _mm512_shuffle_i32x4(a[u], a[4 + u], 0xEE), high2 = _mm512_shuffle_i32x4(a[8 + u], a[12 + u], 0xEE);
+        _mm512_storeu_si512(target + 16 * u, _mm512_shuffle_i32x4(low, low2, 0x88));
+        _mm512_storeu_si512(target + 16 * (4 + u), _mm512_shuffle_i32x4(low, low2, 0xDD));
+        _mm512_storeu_si512(target + 16 * (8 + u), _mm512_shuffle_i32x4(high, high2, 0x88));
+        _mm512_storeu_si512(target + 16 * (12 + u), _mm512_shuffle_i32x4(high, high2, 0xDD));
+    }
 }
 
 #ifdef __AVX512BF16__
