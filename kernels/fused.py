@@ -47,6 +47,7 @@ def rotary_write(
     rotation: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
+    start: int = 0,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
 ) -> Tensor:
@@ -54,23 +55,24 @@ def rotary_write(
 
     qkv:      [R, (H + 2 H_kv) * D], queries first, then keys, then values
     rotation: cosines and sines, float32 [R, D]
-    keys, values: [H_kv, R, D], written: the rows' slots of a static cache (rows of D contiguous elements)
+    keys, values: a static cache [H_kv, capacity, D], written at slots ``start`` to ``start + R``
     norms:    weights [D] of an RMS norm with ``eps`` over each query and each key head, or None
 
     Returns the rotated queries, [R, H, D].
     """
     same = keys.dtype == qkv.dtype and (norms is None or norms[0].dtype == qkv.dtype)
-    if same and cpu.fits_heads(qkv, keys.shape[2]) and (library := backend()) is not None:
-        return cpu.rotary_write(library, qkv, rotation, keys, values, norms, eps)
-    return reference.rotary_write(qkv, rotation, keys, values, norms, eps)
+    if same and cpu.fits_heads(qkv, keys) and (library := backend()) is not None:
+        return cpu.rotary_write(library, qkv, rotation, keys, values, start, norms, eps)
+    return reference.rotary_write(qkv, rotation, keys, values, start, norms, eps)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention of a block over the context.
 
-    q: [R, H, D]; keys, values: [H_kv, S, D]; visible: bool [R, S], True where a row sees a slot. Returns [R, H * D].
-    Query head h reads KV head h // (H / H_kv). On a CPU in bfloat16 a row's result does not depend on the others.
+    q: [R, H, D]; keys, values: a static cache [H_kv, capacity, D]; visible: bool [R, S], True where a row sees one of
+    the first S slots. Returns [R, H * D]. Query head h reads KV head h // (H / H_kv). On a CPU in bfloat16 a row's
+    result depends neither on the other rows nor on slots that it does not see.
     """
-    if keys.dtype == q.dtype and cpu.fits_heads(q, q.shape[2]) and (library := backend()) is not None:
+    if keys.dtype == q.dtype and cpu.fits_heads(q, keys) and (library := backend()) is not None:
         return cpu.attend(library, q, keys, values, visible)
     return reference.attend(q, keys, values, visible)

@@ -118,28 +118,32 @@ def rotary_write(
     rotation: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
+    start: int = 0,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
 ) -> Tensor:
     """Rotated queries [R, H, D] of a fused projection [R, (H + 2 H_kv) * D]; rotated keys and values are stored.
 
-    keys, values: [H_kv, R, D], written; norms: weights [D] of `rms_norm` over each query and each key head, or None.
+    keys, values: [H_kv, capacity, D], written from slot ``start`` on; norms: weights [D] of `rms_norm` over each
+    query and each key head, or None.
     """
     kv_heads, _, head_dim = keys.shape
     heads = qkv.view(len(qkv), -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if norms is not None:
         q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
-    keys.copy_(rotate(k, *rotation).transpose(0, 1))
-    values.copy_(v.transpose(0, 1))
+    keys[:, start : start + len(qkv)] = rotate(k, *rotation).transpose(0, 1)
+    values[:, start : start + len(qkv)] = v.transpose(0, 1)
     return rotate(q, *rotation)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """Softmax attention of a block: q [R, H, D]; keys, values [H_kv, S, D]; visible bool [R, S]; returns [R, H * D].
+    """Softmax attention of a block over the first S slots: q [R, H, D]; keys, values [H_kv, capacity, D]; visible bool
+    [R, S]; returns [R, H * D].
 
     The H / H_kv query heads of a KV head are packed into rows, so that each key is read once.
     """
+    keys, values = keys[:, : visible.shape[1]], values[:, : visible.shape[1]]
     rows, heads, head_dim = q.shape
     kv_heads = keys.shape[0]
     group = heads // kv_heads

@@ -179,6 +179,11 @@ class DenseWeight:
         self._packed: PackedWeight | None = None
 
     @staticmethod
+    def has_kernels(values: Tensor) -> bool:
+        """Whether a matrix of this shape and device can be packed."""
+        return _has_kernels(values, *values.shape)
+
+    @staticmethod
     def prepare(values: Tensor) -> DenseWeight:
         """As the constructor, but packed now instead of at the first product."""
         weight = DenseWeight(values)

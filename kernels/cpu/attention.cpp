@@ -16,11 +16,11 @@
 namespace {
 
 constexpr int64_t LANES = 16;
-constexpr int64_t CHUNK_KEYS = 256;
-constexpr int64_t BATCH_ROWS = 64;  // query rows that share one buffer of partial results
+constexpr int64_t CHUNK_KEYS = 128;
+constexpr int64_t BATCH_ROWS = 32;  // query rows that share one buffer of partial results
 constexpr int64_t MAX_HEAD_DIM = 512;
 #ifdef __AVX512F__
-constexpr int TILE_ROWS = 12;  // packed rows of one task
+constexpr int TILE_ROWS = 24;  // packed rows of one task
 constexpr int VALUE_ROWS = 6, VALUE_VECTORS = 4;
 #else
 constexpr int TILE_ROWS = 4;
@@ -77,17 +77,19 @@ template <int ROWS>
 void score_tile(const Attention& job, const int32_t* const* queries, const uint8_t* const* visible, int64_t first_key,
                 const int32_t* key_units, float* scores) {
     Floats sums[ROWS];
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int row = 0; row < ROWS; ++row) sums[row] = zero_floats();
     for (int64_t unit = 0; unit < job.head_dim / 2; ++unit) {
         const Ints pairs = load_ints(key_units + unit * LANES);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
         for (int row = 0; row < ROWS; ++row) sums[row] = add_pairs(sums[row], pairs, queries[row][unit]);
     }
-    const int64_t present = std::min(LANES, job.slots - first_key);
+    const int64_t present = job.slots - first_key;
+#pragma GCC unroll 24
     for (int row = 0; row < ROWS; ++row) {
-        uint8_t mask[LANES] = {};
-        std::memcpy(mask, visible[row] + first_key, present);
+        const uint8_t* mask = visible[row] + first_key;
+        uint8_t padded[LANES] = {};
+        if (present < LANES) mask = static_cast<uint8_t*>(std::memcpy(padded, mask, present));
         store_float32(scores + row * CHUNK_KEYS, mask_invisible(multiply(sums[row], broadcast(job.scale)), mask));
     }
 }
@@ -100,21 +102,44 @@ ScoreFunction score_function(int64_t rows, std::integer_sequence<int, ROWS...>) 
     return functions[rows - 1];
 }
 
-// Adds weights times values of the chunk for ROWS rows and VECTORS vectors of the head.
+// Weights of one row and chunk replace its scores: pairs of bfloat16 where products take pairs, else float32.
+inline const int32_t* weights_of(const float* scores, int64_t row) {
+    return reinterpret_cast<const int32_t*>(scores + row * CHUNK_KEYS);
+}
+
+// Sums of weights times values of the chunk, for ROWS rows and VECTORS vectors of the head.
 template <int ROWS, int VECTORS>
-void add_values(const Attention& job, const float* weights, const uint16_t* values, int64_t keys, float* const* results) {
+void add_values(const Attention& job, const float* scores, const uint16_t* values, int64_t keys, float* const* results) {
     Floats sums[ROWS][VECTORS];
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 4
         for (int vector = 0; vector < VECTORS; ++vector) sums[row][vector] = zero_floats();
+#ifdef __AVX512BF16__
+    for (int64_t key = 0; key < keys; key += 2, values += 2 * job.head_dim) {
+        // The weight behind the last key is zero.
+        const uint16_t* next = key + 1 < keys ? values + job.head_dim : values;
+        Ints pairs[VECTORS];
+#pragma GCC unroll 2
+        for (int vector = 0; vector < VECTORS; vector += 2)
+            pair_rows(values + vector * LANES, next + vector * LANES, pairs[vector], pairs[vector + 1]);
+#pragma GCC unroll 24
+        for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+            for (int vector = 0; vector < VECTORS; ++vector)
+                sums[row][vector] = dot_bfloat16(sums[row][vector], pairs[vector], weights_of(scores, row)[key / 2]);
+    }
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; vector += 2)
+            store_paired(results[row] + vector * LANES, sums[row][vector], sums[row][vector + 1]);
+#else
     for (int64_t key = 0; key < keys; ++key, values += job.head_dim) {
         Floats wide[VECTORS];
 #pragma GCC unroll 4
         for (int vector = 0; vector < VECTORS; ++vector) wide[vector] = load_bfloat16(values + vector * LANES);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
         for (int row = 0; row < ROWS; ++row) {
-            const Floats weight = broadcast(weights[row * CHUNK_KEYS + key]);
+            const Floats weight = broadcast(scores[row * CHUNK_KEYS + key]);
 #pragma GCC unroll 4
             for (int vector = 0; vector < VECTORS; ++vector)
                 sums[row][vector] = multiply_add(weight, wide[vector], sums[row][vector]);
@@ -122,10 +147,11 @@ void add_values(const Attention& job, const float* weights, const uint16_t* valu
     }
     for (int row = 0; row < ROWS; ++row)
         for (int vector = 0; vector < VECTORS; ++vector) store_float32(results[row] + vector * LANES, sums[row][vector]);
+#endif
 }
 
 template <int ROWS>
-void add_rows(const Attention& job, const float* weights, const uint16_t* values, int64_t keys, float* const* results) {
+void add_rows(const Attention& job, const float* scores, const uint16_t* values, int64_t keys, float* const* results) {
     float* place[ROWS];
     int64_t element = 0;
     const auto advance = [&] {
@@ -133,11 +159,12 @@ void add_rows(const Attention& job, const float* weights, const uint16_t* values
     };
     for (; element + VALUE_VECTORS * LANES <= job.head_dim; element += VALUE_VECTORS * LANES) {
         advance();
-        add_values<ROWS, VALUE_VECTORS>(job, weights, values + element, keys, place);
+        add_values<ROWS, VALUE_VECTORS>(job, scores, values + element, keys, place);
     }
-    for (; element < job.head_dim; element += LANES) {
+    constexpr int REST = VALUE_VECTORS > 1 ? 2 : 1;  // vectors; heads are multiples of two
+    for (; element < job.head_dim; element += REST * LANES) {
         advance();
-        add_values<ROWS, 1>(job, weights, values + element, keys, place);
+        add_values<ROWS, REST>(job, scores, values + element, keys, place);
     }
 }
 
@@ -149,18 +176,26 @@ AddFunction add_function(int64_t rows, std::integer_sequence<int, ROWS...>) {
     return functions[rows - 1];
 }
 
-// Scores of the chunk become exp(score - largest).
+// Scores of the chunk become weights exp(score - largest); all are 0 where nothing is visible.
 inline void to_weights(float* scores, int64_t keys, float* largest, float* sum) {
     Floats top = broadcast(-INFINITY);
     for (int64_t key = 0; key < keys; key += LANES) top = larger(top, load_float32(scores + key));
     *largest = largest_lane(top);
     *sum = 0;
-    if (*largest == -INFINITY) return;
+    if (*largest == -INFINITY) {
+        std::memset(scores, 0, CHUNK_KEYS * sizeof(float));
+        return;
+    }
     Floats total = zero_floats();
     for (int64_t key = 0; key < keys; key += LANES) {
         const Floats weights = exponential(subtract(load_float32(scores + key), broadcast(*largest)));
+#ifdef __AVX512BF16__
+        // Half as wide, so the front of the row never overtakes the scores that are still to be read.
+        total = add(total, store_rounded(reinterpret_cast<uint16_t*>(scores) + key, weights));
+#else
         store_float32(scores + key, weights);
         total = add(total, weights);
+#endif
     }
     *sum = sum_floats(total);
 }
@@ -205,11 +240,7 @@ void attend_chunk(const Attention& job, const Partials& partials, const Task& ta
         to_weights(scratch.scores + index * CHUNK_KEYS, keys, &results[index][0], &results[index][1]);
 
     const uint16_t* value_rows = job.values + task.kv_head * job.head_stride + first * job.head_dim;
-    for (int64_t index = 0; index < task.count; ++index) {
-        float* scores = scratch.scores + index * CHUNK_KEYS;
-        if (results[index][1] == 0) std::fill(scores, scores + keys, 0.0f);
-        results[index] += LANES;
-    }
+    for (int64_t index = 0; index < task.count; ++index) results[index] += LANES;
     for (int64_t index = 0; index < task.count; index += VALUE_ROWS) {
         const int64_t rows = std::min<int64_t>(VALUE_ROWS, task.count - index);
         add_function(rows, std::make_integer_sequence<int, VALUE_ROWS>())(job, scratch.scores + index * CHUNK_KEYS,

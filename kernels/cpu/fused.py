@@ -26,8 +26,10 @@ def fits(x: Tensor, size: int, multiple: int = LANES) -> bool:
     )
 
 
-def fits_heads(x: Tensor, head_dim: int) -> bool:
-    return fits(x, head_dim, HEAD_DIM_MULTIPLE) and head_dim <= MAX_HEAD_DIM
+def fits_heads(x: Tensor, keys: Tensor) -> bool:
+    """Whether x and a cache [H_kv, capacity, D] like its keys fit."""
+    head_dim = keys.shape[2]
+    return fits(x, head_dim, HEAD_DIM_MULTIPLE) and head_dim <= MAX_HEAD_DIM and keys[0].is_contiguous()
 
 
 def rms_norm(library: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -82,12 +84,17 @@ def rotary_write(
     rotation: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
+    start: int,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
 ) -> Tensor:
     qkv = qkv.contiguous()
     cosines, sines = rotation
-    kv_heads, rows, head_dim = keys.shape
+    rows = len(qkv)
+    kv_heads, capacity, head_dim = keys.shape
+    if start + rows > capacity:
+        raise ValueError(f"rows {start} to {start + rows} do not fit into a cache of {capacity} slots")
+    offset = start * head_dim * keys.itemsize
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q = torch.empty((rows, heads, head_dim), dtype=torch.bfloat16)
     q_weight, k_weight = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
@@ -98,8 +105,8 @@ def rotary_write(
         q_weight,
         k_weight,
         q.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
+        keys.data_ptr() + offset,
+        values.data_ptr() + offset,
         rows,
         heads,
         kv_heads,
@@ -114,7 +121,9 @@ def rotary_write(
 def attend(library: Library, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     q, visible = q.contiguous(), visible.contiguous()
     rows, heads, head_dim = q.shape
-    kv_heads, slots, _ = keys.shape
+    kv_heads, slots = len(keys), visible.shape[1]
+    if slots > keys.shape[1] or len(visible) != rows:
+        raise ValueError(f"mask {list(visible.shape)} does not fit {rows} rows and {keys.shape[1]} slots")
     out = torch.empty((rows, heads * head_dim), dtype=torch.bfloat16)
     library.attention(
         q.data_ptr(),

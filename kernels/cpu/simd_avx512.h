@@ -148,6 +148,26 @@ inline Floats dot_bfloat16(Floats sum, Ints weights, int32_t activations) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(activations));
 }
 
+// Rounds to bfloat16, stores that and returns it widened.
+inline Floats store_rounded(void* target, Floats values) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(values);
+    _mm256_storeu_si256(static_cast<__m256i*>(target), rounded);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+}
+
+// Two rows of 32 bfloat16 become pairs, one element of each row; of every eight elements the first four go to low.
+inline void pair_rows(const void* first, const void* second, Ints& low, Ints& high) {
+    const Ints a = load_ints(first), b = load_ints(second);
+    low = _mm512_unpacklo_epi16(a, b);
+    high = _mm512_unpackhi_epi16(a, b);
+}
+// Stores 32 sums in natural order that stem from pairs of `pair_rows`.
+inline void store_paired(float* target, Floats low, Floats high) {
+    const Floats front = _mm512_shuffle_f32x4(low, high, 0x44), back = _mm512_shuffle_f32x4(low, high, 0xEE);
+    store_float32(target, _mm512_shuffle_f32x4(front, front, 0xD8));
+    store_float32(target + 16, _mm512_shuffle_f32x4(back, back, 0xD8));
+}
+
 // Sixteen bfloat16 in the order in which `centered_bfloat16_nibbles` gives weights: of every eight, the pairs
 // (0, 2), (1, 3), (4, 6), (5, 7).
 inline void store_bfloat16_pairs(void* target, const void* source) {
