@@ -37,7 +37,15 @@ def rms_norm(library: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     size = x.shape[-1]
     library.rms_norm(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), None, None, x.numel() // size, size, eps, torch.get_num_threads()
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        None,
+        None,
+        x.numel() // size,
+        size,
+        eps,
+        torch.get_num_threads(),
     )
     return out
 

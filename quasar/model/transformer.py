@@ -12,6 +12,7 @@ from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.kv_cache import KVCache
 from quasar.model.rope import Rope
 
+
 class RMSNorm(nn.Module):
     """Root mean square normalization over the last dimension (Zhang & Sennrich 2019), computed in float32."""
 
