@@ -133,9 +133,7 @@ class TrajectoryCache:
         self._file = folder / f"{name}.json"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(
-        self, reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]
-    ) -> Trajectory:
+    def get(self, reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
         """The trajectory of a prompt, computed where it is not cached yet."""
         key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
         found = self._read().get(key)
