@@ -17,6 +17,7 @@ from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.exactness import compare
 from quasar.evaluation.prompts import Prompt
 from quasar.model.tokenizer import Message, Tokenizer
+from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.records import Json
 from quasar.sampling import Sampling
 from quasar.timing import DECODE_PHASES, PHASES
@@ -32,6 +33,7 @@ class Session:
 
     reference: the verifier of the AR-ref baseline; None where ``verifier`` is the reference itself, or no baseline
         is wanted
+    shared_same, shared_reference: a sweep's baselines of ``verifier`` and ``reference``; None: decode them here
     """
 
     settings: RunConfig
@@ -39,6 +41,8 @@ class Session:
     verifier: TransformerVerifier
     tokenizer: Tokenizer
     reference: TransformerVerifier | None = None
+    shared_same: SharedBaselines | None = None
+    shared_reference: SharedBaselines | None = None
 
     def __post_init__(self) -> None:
         chosen = self.settings.decode
@@ -94,7 +98,7 @@ class Session:
         evaluate = self.settings.evaluate
         if not (evaluate.baselines or evaluate.exactness):
             return {}, {}
-        same = self._generate(tokens, NoneDrafter(), self.verifier, key)
+        same = self._autoregressive(self.verifier, self.shared_same, tokens, key)
         exactness: Json = {}
         if self.sampling.greedy:
             exactness = compare(tokens, generation.tokens, same.tokens, self.verifier)
@@ -102,10 +106,21 @@ class Session:
             return {}, exactness
         reference = same
         if self.reference is not None:
-            reference = self._generate(tokens, NoneDrafter(), self.reference, key)
+            reference = self._autoregressive(self.reference, self.shared_reference, tokens, key)
         if self.sampling.greedy:
             exactness["match_reference"] = generation.tokens == reference.tokens
         return {"ar_same": _timing(same), "ar_ref": _timing(reference)}, exactness
+
+    def _autoregressive(
+        self, verifier: TransformerVerifier, shared: SharedBaselines | None, tokens: list[int], key: str
+    ) -> Baseline:
+        def decoded() -> Baseline:
+            generation = self._generate(tokens, NoneDrafter(), verifier, key)
+            laps = generation.milliseconds
+            decode_ms = sum(sum(laps.get(phase, [])) for phase in DECODE_PHASES)
+            return local_baseline(generation.tokens, sum(generation.emitted), decode_ms)
+
+        return decoded() if shared is None else shared.measured(key, tokens, decoded)
 
     def _generate(
         self,
@@ -124,10 +139,12 @@ class Session:
         return decode(tokens, drafter, verifier, self.rule, self.sampling, limits, generator, on_step)
 
 
-def _timing(generation: Generation) -> Json:
-    laps = generation.milliseconds
-    decode_ms = sum(sum(laps.get(phase, [])) for phase in DECODE_PHASES)
-    return {"decoded_tokens": sum(generation.emitted), "decode_ms": round(decode_ms, 4)}
+def _timing(baseline: Baseline) -> Json:
+    return {
+        "decoded_tokens": baseline.decoded_tokens,
+        "decode_ms": baseline.decode_ms,
+        "machine": baseline.machine,
+    }
 
 
 def _seed(seed: int, key: str) -> int:
