@@ -82,6 +82,16 @@ class EvaluateConfig:
 
 
 @dataclass
+class SweepConfig:
+    """The sweep node of conf/config.yaml"""
+
+    dry_run: bool = MISSING
+    any_code: bool = MISSING
+    share_baselines: bool = MISSING
+    allow_parallel: bool = MISSING
+
+
+@dataclass
 class RunConfig:
     """The whole configuration. Drafter and verifier are open: their classes check their own arguments."""
 
@@ -97,6 +107,7 @@ class RunConfig:
     seed: int = MISSING
     output_dir: str = MISSING
     resume: bool = MISSING
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def register() -> None:
