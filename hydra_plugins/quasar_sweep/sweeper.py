@@ -7,12 +7,11 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
@@ -26,6 +25,13 @@ from quasar.sweep.plan import Job, Request, begin, newest_sweep, plan, summary_l
 from quasar.sweep.report import print_outcome, print_plan
 from quasar.sweep.snapshot import freeze
 
+ONE_AT_A_TIME = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra_plugins.quasar_sweep.launchers.LocalLauncher",
+    "hydra_plugins.quasar_sweep.launchers.SlurmLauncher",
+)
+"""Launchers whose jobs do not share cores; a cluster gives each its own."""
+
 
 class ResumableSweeper(BasicSweeper):
     """Hydra's grid of overrides, with jobs that are known by their configuration's hash.
@@ -36,36 +42,36 @@ class ResumableSweeper(BasicSweeper):
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config, self._task_function = hydra_context, config, task_function
+        self._context, self._config, self._task_function = hydra_context, config, task_function
 
     def sweep(self, arguments: list[str]) -> None:
         """Carry out the sweep that the command line's overrides span."""
-        assert self.config is not None
-        assert self.hydra_context is not None
         try:
             code = self._sweep(arguments)
         except QuasarError as error:
             code = report(error)
+        except OSError as error:
+            code = report(QuasarError(f"the sweep's folder cannot be written: {error}"))
         if code:
             # Hydra calls this only where nothing is raised.
-            self.hydra_context.callbacks.on_multirun_end(config=self.config)
+            self._context.callbacks.on_multirun_end(config=self._config)
             raise SweepEnded(code)
 
     def _sweep(self, arguments: list[str]) -> int:
-        reporter, settings = Reporter(), self.config.sweep
+        reporter, settings = Reporter(), self._config.sweep
         with tempfile.TemporaryDirectory(prefix="quasar-") as temporary:
-            freeze(self.hydra_context.config_loader, Path(temporary))
+            freeze(self._context.config_loader, Path(temporary))
             requests = self._requests(arguments)
             root = self._choose_folder(arguments, [request.config_hash for request in requests])
-            jobs = plan(requests, root, self.config.resume, settings.any_code)
+            jobs = plan(requests, root, self._config.resume, settings.any_code)
             if settings.dry_run:
                 print_plan(jobs, root, reporter)
                 return 0
-            self.launcher = self._make_launcher(root)
+            launcher = self._make_launcher(root)
             begin(jobs, root, sys.argv)
-            freeze(self.hydra_context.config_loader, root)
+            freeze(self._context.config_loader, root)
         reporter.line(f"sweep {root}, {summary_line(jobs)}")
-        codes = self._launch([job for job in jobs if job.launches], root)
+        codes = self._launch(launcher, [job for job in jobs if job.launches], root)
         runs = [read_run(root / job.folder) for job in jobs if job.action != "same"]
         print_outcome(runs, root, reporter)
         # A job that runs elsewhere is that sweep's to answer for.
@@ -73,12 +79,12 @@ class ResumableSweeper(BasicSweeper):
 
     def _requests(self, arguments: list[str]) -> list[Request]:
         """Every job of the grid, composed and checked, so that a wrong value is told before any job starts."""
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (grid,) = self.split_arguments(overrides, None)
         requests = []
         for job in grid:
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
+            config = self._context.config_loader.load_sweep_config(self._config, list(job))
             with read_write(config):
                 OmegaConf.set_struct(config, False)
                 del config["hydra"]
@@ -91,38 +97,45 @@ class ResumableSweeper(BasicSweeper):
 
     def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str]) -> Path:
         """The sweep's folder: a new one, or with ``resume=true`` on the command line the newest that has these jobs."""
-        root = Path(self.config.hydra.sweep.dir)
-        chosen = any(override.startswith("hydra.sweep.dir=") for override in self.config.hydra.overrides.hydra)
-        if self.config.resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
+        root = Path(self._config.hydra.sweep.dir)
+        chosen = any(override.startswith("hydra.sweep.dir=") for override in self._config.hydra.overrides.hydra)
+        if self._config.resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
             root = newest_sweep(root, hashes) or root
         return root.absolute()
 
-    def _make_launcher(self, root: Path) -> Any:
-        """The configured launcher, for jobs in ``root``. Raises RequestError where it runs jobs side by side."""
+    def _make_launcher(self, root: Path) -> Launcher:
+        """The configured launcher, for jobs in ``root``.
+
+        Raises RequestError where it runs jobs side by side, and where it is not installed.
+        """
         from hydra.core.plugins import Plugins
 
-        with read_write(self.config.hydra.sweep):
-            self.config.hydra.sweep.dir = str(root)
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=self.hydra_context, task_function=self._task_function, config=self.config
-        )
-        one_at_a_time = getattr(launcher, "one_at_a_time", isinstance(launcher, BasicLauncher))
-        if not (one_at_a_time or self.config.sweep.allow_parallel):
-            name = self.config.hydra.runtime.choices["hydra/launcher"]
+        hydra = self._config.hydra
+        name = hydra.runtime.choices["hydra/launcher"]
+        one_at_a_time = hydra.launcher._target_ in ONE_AT_A_TIME and hydra.launcher.get("parallel", 1) == 1
+        if not (one_at_a_time or self._config.sweep.allow_parallel):
             raise RequestError(
                 f"hydra/launcher={name} runs several jobs at a time on the same cores: their timings would not be "
                 "comparable. Use basic, slurm, or slurm_local with hydra.launcher.parallel=1; where timings do not "
                 "matter, sweep.allow_parallel=true"
             )
-        return launcher
+        with read_write(hydra.sweep):
+            hydra.sweep.dir = str(root)
+        try:
+            return Plugins.instance().instantiate_launcher(
+                hydra_context=self._context, task_function=self._task_function, config=self._config
+            )
+        except (ImportError, RuntimeError) as error:
+            raise RequestError(f"hydra/launcher={name}: {error}; is its plugin installed?") from None
 
-    def _launch(self, jobs: Sequence[Job], root: Path) -> list[int]:
+    def _launch(self, launcher: Launcher, jobs: Sequence[Job], root: Path) -> list[int]:
         """Run the jobs; the exit code of each. What a launcher raises is held against the jobs that have no result."""
         codes: list[int] = []
-        for batch in self.split_overrides_to_chunks(list(jobs), self.max_batch_size) if jobs else ():
+        size = self.max_batch_size or max(len(jobs), 1)
+        for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
             overrides = [_with_folder(job, root) for job in batch]
             try:
-                returned = list(self.launcher.launch(overrides, initial_job_idx=len(codes)))
+                returned = list(launcher.launch(overrides, initial_job_idx=len(codes)))
                 fault = None
             except Exception:
                 returned, fault = [JobReturn()] * len(batch), traceback.format_exc()

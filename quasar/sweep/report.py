@@ -10,13 +10,17 @@ from quasar.results.overview import unfinished_rows
 from quasar.results.runs import StoredRun
 from quasar.sweep.plan import Job, summary_line
 
+OVERRIDES_WIDTH = 110
+
 
 def print_plan(jobs: Sequence[Job], root: Path, reporter: Reporter) -> None:
-    """Every job, what becomes of it, and the prompts it has finished."""
+    """Every job, what becomes of it, the prompts it has finished, and what sets it apart from the others."""
+    common = set.intersection(*(set(job.request.overrides) for job in jobs)) if len(jobs) > 1 else set()
     rows = []
     for job in jobs:
         finished = job.stored.prompts if job.stored is not None and not job.replaces else 0
-        rows.append([job.folder, job.action, str(finished), " ".join(job.request.overrides)])
+        own = " ".join(override for override in job.request.overrides if override not in common)
+        rows.append([job.folder, job.action, str(finished), own[:OVERRIDES_WIDTH]])
     columns = ["job", "action", "prompts done", "overrides"]
     reporter.console.print(reporter.build_table(str(root), columns, rows, text=(0, 1, 3)))
     reporter.line(summary_line(jobs))

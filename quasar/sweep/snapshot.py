@@ -7,16 +7,18 @@ import shutil
 from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
 
 SNAPSHOTS = ".conf"
 _SCHEME = "file://"
 
 
-def freeze(loader: ConfigLoaderImpl, root: Path) -> None:
+def freeze(loader: ConfigLoader, root: Path) -> None:
     """Copy every configuration folder that ``loader`` reads to ``root``/.conf, and have it read the copies.
 
     A copy's name is the hash of its content, so that jobs of an earlier submission, still queued, keep theirs.
     """
+    assert isinstance(loader, ConfigLoaderImpl)
     search_path = loader.get_search_path()
     for element in search_path.get_path():
         path = element.path or ""
