@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,6 +47,26 @@ def list_models() -> None:
     for name in model_names():
         source = model_source(name)
         reporter.line(f"{name:<16} {source.repo or source.source}")
+
+
+@app.command("collect")
+def collect_runs(
+    folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],
+    output: Annotated[Path | None, typer.Option(help="stem of the table's files; FOLDER/collected by default")] = None,
+    watch: Annotated[bool, typer.Option(help="refresh a table of states until every run has ended")] = False,
+    every: Annotated[float, typer.Option(help="seconds between refreshes")] = 5.0,
+) -> None:
+    """Gather all runs below a folder into one table, as Parquet and CSV; list what failed or was cut short."""
+    from quasar.results.overview import collect, follow
+
+    reporter = Reporter()
+    try:
+        if watch:
+            follow(folder, every, reporter)
+        collect(folder, output or folder / "collected", reporter)
+    except QuasarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
 
 
 def model_names() -> list[str]:

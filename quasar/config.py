@@ -15,8 +15,8 @@ from quasar.errors import RequestError
 
 CONF = Path(__file__).parents[1] / "conf"
 
-# Keys that say where and how a run is carried out, not what it computes: they do not enter its hash.
-_NOT_HASHED = ("output_dir", "resume")
+NOT_HASHED = ("output_dir", "resume", "sweep", "logger")
+"""Keys that say where and how a run is carried out, not what it computes: they do not enter its hash."""
 
 
 @dataclass
@@ -94,6 +94,16 @@ class EvaluateConfig:
 
 
 @dataclass
+class SweepConfig:
+    """The sweep node of conf/config.yaml"""
+
+    dry_run: bool = MISSING
+    any_code: bool = MISSING
+    share_baselines: bool = MISSING
+    allow_parallel: bool = MISSING
+
+
+@dataclass
 class RunConfig:
     """The whole configuration. Drafter and verifier are open: their classes check their own arguments."""
 
@@ -110,6 +120,7 @@ class RunConfig:
     seed: int = MISSING
     output_dir: str = MISSING
     resume: bool = MISSING
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def register() -> None:
@@ -157,7 +168,7 @@ def config_hash(config: DictConfig) -> str:
     """Twelve hex digits over everything that determines a run's results."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
-    kept = {key: value for key, value in values.items() if key not in _NOT_HASHED}
+    kept = {key: value for key, value in values.items() if key not in NOT_HASHED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
