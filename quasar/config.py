@@ -82,6 +82,18 @@ class EvaluateConfig:
 
 
 @dataclass
+class LoggerConfig:
+    """conf/logger/*.yaml"""
+
+    name: str = MISSING
+    mode: str = MISSING
+    project: str = MISSING
+    entity: Optional[str] = MISSING
+    tags: list[str] = MISSING
+    wait: float = MISSING
+
+
+@dataclass
 class SweepConfig:
     """The sweep node of conf/config.yaml"""
 
@@ -107,6 +119,7 @@ class RunConfig:
     seed: int = MISSING
     output_dir: str = MISSING
     resume: bool = MISSING
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
@@ -146,6 +159,8 @@ def check(config: DictConfig) -> RunConfig:
     _require(dtype in dtypes, "verifier.dtype", dtype, f"one of {', '.join(dtypes)}")
     sources = ("auto", "hub", "package", "path", "random")
     _require(typed.model.source in sources, "model.source", typed.model.source, f"one of {', '.join(sources)}")
+    modes = ("auto", "online", "offline")
+    _require(typed.logger.mode in modes, "logger.mode", typed.logger.mode, f"one of {', '.join(modes)}")
     return typed
 
 
