@@ -18,6 +18,8 @@ from quasar.errors import QuasarError, RequestError
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Quasar's tools around runs.")
 models = typer.Typer(no_args_is_help=True, help="Models that conf/model names.")
 app.add_typer(models, name="models")
+wandb_runs = typer.Typer(no_args_is_help=True, help="Weights & Biases.")
+app.add_typer(wandb_runs, name="wandb")
 
 
 @models.command()
@@ -67,6 +69,27 @@ def collect_runs(
     except QuasarError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
+
+
+@wandb_runs.command("push")
+def push_runs(
+    folder: Annotated[Path, typer.Argument(help="a run, a sweep, or any folder above runs")],
+    mode: Annotated[
+        str | None, typer.Option(help="auto, online or offline; by default as the run was configured")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="another project than the run's")] = None,
+    entity: Annotated[str | None, typer.Option(help="another user or team than the run's")] = None,
+) -> None:
+    """Make the W&B runs of run folders from their files; doing it again makes the same runs again."""
+    from quasar.results.pushing import push_all
+
+    given = {"mode": mode, "project": project, "entity": entity}
+    try:
+        failed = push_all(folder, {key: value for key, value in given.items() if value is not None}, Reporter())
+    except QuasarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    raise typer.Exit(1 if failed else 0)
 
 
 def model_names() -> list[str]:

@@ -94,6 +94,18 @@ class EvaluateConfig:
 
 
 @dataclass
+class LoggerConfig:
+    """conf/logger/*.yaml"""
+
+    name: str = MISSING
+    mode: str = MISSING
+    project: str = MISSING
+    entity: Optional[str] = MISSING
+    tags: list[str] = MISSING
+    wait: float = MISSING
+
+
+@dataclass
 class SweepConfig:
     """The sweep node of conf/config.yaml"""
 
@@ -120,6 +132,7 @@ class RunConfig:
     seed: int = MISSING
     output_dir: str = MISSING
     resume: bool = MISSING
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
@@ -161,6 +174,8 @@ def check(config: DictConfig) -> RunConfig:
     _require(dtype in dtypes, "verifier.dtype", dtype, f"one of {', '.join(dtypes)}")
     sources = ("auto", "hub", "package", "path", "random")
     _require(typed.model.source in sources, "model.source", typed.model.source, f"one of {', '.join(sources)}")
+    modes = ("auto", "online", "offline")
+    _require(typed.logger.mode in modes, "logger.mode", typed.logger.mode, f"one of {', '.join(modes)}")
     return typed
 
 

@@ -48,10 +48,12 @@ def _run(config: DictConfig) -> int:
     # Heavy imports wait until a job runs, so that --help answers at once.
     from quasar import experiment
     from quasar.console import Reporter
+    from quasar.results.live import logged
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, reporter = Path(HydraConfig.get().runtime.output_dir), Reporter()
     try:
-        experiment.run(config, folder, sys.argv, Reporter())
+        with logged(config.logger, folder, reporter):
+            experiment.run(config, folder, sys.argv, reporter)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

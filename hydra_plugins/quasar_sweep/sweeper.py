@@ -11,6 +11,7 @@ from pathlib import Path
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -84,7 +85,10 @@ class ResumableSweeper(BasicSweeper):
         (grid,) = self.split_arguments(overrides, None)
         requests = []
         for job in grid:
-            config = self._context.config_loader.load_sweep_config(self._config, list(job))
+            try:
+                config = self._context.config_loader.load_sweep_config(self._config, list(job))
+            except ConfigCompositionException as error:
+                raise RequestError(f"{error} (in the job {' '.join(job)})") from None
             with read_write(config):
                 OmegaConf.set_struct(config, False)
                 del config["hydra"]

@@ -69,7 +69,7 @@ class RunFolder:
 
     @contextmanager
     def failures_recorded(self) -> Iterator[None]:
-        """Leave status.json as ``failed`` when what runs inside fails; before `begin` a wrong request leaves nothing."""
+        """Leave status.json as ``failed`` when what runs inside fails, except for requests refused before `begin`."""
         try:
             yield
         except KeyboardInterrupt:

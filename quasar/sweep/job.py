@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from quasar.config import config_hash
 from quasar.console import Reporter
 from quasar.errors import QuasarError, report
+from quasar.results.live import logged
 from quasar.results.records import write_status
 from quasar.results.runs import is_locked, read_run
 
@@ -38,7 +39,8 @@ def run_job(config: DictConfig) -> int:
     reporter.line(f"\njob {folder.name}: {' '.join(_chosen(hydra.overrides.task))}")
     shared = Path(hydra.sweep.dir) / BASELINES if config.sweep.share_baselines else None
     try:
-        experiment.run(config, folder, command, reporter, shared)
+        with logged(config.logger, folder, reporter):
+            experiment.run(config, folder, command, reporter, shared)
     except QuasarError as error:
         _record(folder, key)
         return report(error)
