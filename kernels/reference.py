@@ -76,3 +76,84 @@ def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: 
         out += (dot - offset).float() * scales[:, group].float()
     out = out * token_scales
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RMS normalization of ``x + residual`` (Zhang & Sennrich 2019), rounded where the model rounds.
+
+    x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
+    """
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    wide = total.float()
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normalized.to(x.dtype), total
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rms_norm`, its rows quantized: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
+    normalized, total = rms_norm(x, weight, eps, residual)
+    return *quantize_tokens(normalized), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """The element-wise part of SwiGLU (Shazeer 2020). gate_up: float [M, 2 I], gate first; returns [M, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`silu_mul`, its rows quantized: int8 [M, I] and float32 scales [M, 1]."""
+    return quantize_tokens(silu_mul(gate_up))
+
+
+def rotary_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Split a QKV projection, normalize and rotate its queries and keys, and write keys and values to the cache.
+
+    qkv: float [R, (H + 2 H_kv) D], query heads first; cos, sin: float32 [R, D], halves repeated; keys, values:
+    [H_kv, capacity, D], written at slots ``start`` on (int64 [1]); q_norm, k_norm: [D] or None, RMS normalization
+    of heads. Returns the queries [R, H, D].
+    """
+    rows, head_dim = len(qkv), cos.shape[1]
+    heads = qkv.view(rows, -1, head_dim)
+    q, k, v = heads.split([heads.shape[1] - 2 * len(keys), len(keys), len(keys)], dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps)[0], rms_norm(k, k_norm, eps)[0]
+    slots = start + torch.arange(rows, device=qkv.device)
+    keys.index_copy_(1, slots, _rotate(k, cos, sin).transpose(0, 1))
+    values.index_copy_(1, slots, v.transpose(0, 1))
+    return _rotate(q, cos, sin)
+
+
+def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
+    """Attention of a block over the cached context and itself.
+
+    q: float [R, H, D]; keys, values: [H_kv, capacity, D], the block's own rows at slots ``start`` (int64 [1]) on;
+    block_mask: bool [R, R], True where a row sees a row of the block; every row sees every slot below ``start``.
+    Query head h reads KV head h // (H / H_kv). Returns [R, H D] in the dtype of q.
+    """
+    rows, heads, head_dim = q.shape
+    end = int(start) + rows
+    visible = F.pad(block_mask.bool(), (end - rows, 0), value=True)
+    group = heads // len(keys)
+    k, v = (stored[:, :end].double().repeat_interleave(group, dim=0) for stored in (keys, values))
+    logits = q.double().transpose(0, 1) @ k.transpose(1, 2) * head_dim**-0.5
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (weights @ v).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
