@@ -18,7 +18,7 @@ from kernels.triton.device import interpreted, multiprocessors
 from kernels.triton.dot import multiply
 
 BLOCK_SLOTS = 64
-MAX_PACKED_ROWS = 64
+MAX_PACKED_ROWS = 32
 MAX_SPLITS = 32
 MERGE_ELEMENTS = 512
 
