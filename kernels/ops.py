@@ -1,17 +1,25 @@
 """The ops as models call them: one signature per op, the backend chosen by device and dtype.
 
-The backend here is PyTorch's own operations, which run everywhere and compute what `kernels.reference` defines.
+On CUDA the Triton kernels do the work where they have one for the shape; otherwise PyTorch's own operations
+compute what `kernels.reference` defines.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
+
+if TYPE_CHECKING:
+    from kernels.triton.int4_packing import PackedInt4
 
 # PyTorch's packed 4-bit product re-reads the weights every few rows: beyond this many, dequantizing once is cheaper.
 PACKED_INT4_MAX_ROWS = 64
@@ -78,6 +86,8 @@ class Int4Weight:
 
 def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, int8 × int8 with per-token and per-channel scales. x: [M, K]; returns [M, N]."""
+    if (gpu := gpu_backend(x)) and gpu.supports("linear_w8a8", x, *weight.values.shape):
+        return gpu.linear_w8a8(x, weight.values, weight.scales, bias)
     tokens, token_scales = reference.quantize_tokens(x)
     rows = len(x)
     if x.is_cuda and rows < CUDA_INT_MM_MIN_ROWS:
@@ -89,6 +99,8 @@ def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights. x: [M, K]; returns [M, N]."""
+    if gpu := _gpu_with_int4("linear_w4a16", x, weight):
+        return gpu.linear_w4a16(x, packed_for_gpu(weight), bias)
     if weight.prepared_scales is not None and weight.prepared is not None and len(x) <= PACKED_INT4_MAX_ROWS:
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), weight.prepared, weight.group_size, weight.prepared_scales
@@ -102,4 +114,42 @@ def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> T
 
 def linear_w4a8(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations. x: [M, K]; returns [M, N]."""
+    if gpu := _gpu_with_int4("linear_w4a8", x, weight):
+        return gpu.linear_w4a8(x, packed_for_gpu(weight), bias)
     return reference.linear_w4a8(x, weight.packed, weight.scales, weight.zeros, bias)
+
+
+def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` with unquantized weights [N, K] in the dtype of x. x: [M, K]; returns [M, N]."""
+    if (gpu := gpu_backend(x)) and gpu.supports("linear_bf16", x, *values.shape):
+        return gpu.linear_bf16(x, values, bias)
+    return F.linear(x, values, bias)
+
+
+def gpu_backend(x: Tensor) -> ModuleType | None:
+    """`kernels.triton.ops` for tensors on CUDA where Triton is installed, else None."""
+    return _triton_ops() if x.is_cuda else None
+
+
+def packed_for_gpu(weight: Int4Weight) -> PackedInt4:
+    """The weight as the Triton kernels read it."""
+    ops = _triton_ops()
+    assert ops is not None
+    return ops.packed_int4(weight, weight.packed, weight.scales, weight.zeros)
+
+
+def _gpu_with_int4(op: str, x: Tensor, weight: Int4Weight) -> ModuleType | None:
+    gpu = gpu_backend(x)
+    if gpu is None:
+        return None
+    outputs, half = weight.packed.shape
+    return gpu if gpu.supports(op, x, outputs, 2 * half, weight.group_size) else None
+
+
+@functools.cache
+def _triton_ops() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from kernels.triton import ops
+
+    return ops

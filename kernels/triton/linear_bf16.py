@@ -30,7 +30,7 @@ def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None, tiling: Tiling) 
         outputs,
         inputs,
         HAS_BIAS=bias is not None,
-        EVEN_K=inputs % (tiling.block_k * tiling.split_k) == 0,
+        EVEN_K=inputs % tiling.block_k == 0,
         WIDE=interpreted(),
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,

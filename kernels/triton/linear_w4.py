@@ -35,7 +35,13 @@ def linear_w4a8(
 
 
 def _launch(
-    x: Tensor, x_scales: Tensor | None, weight: PackedInt4, bias: Tensor | None, out: Tensor, unit: float, tiling: Tiling
+    x: Tensor,
+    x_scales: Tensor | None,
+    weight: PackedInt4,
+    bias: Tensor | None,
+    out: Tensor,
+    unit: float,
+    tiling: Tiling,
 ) -> Tensor:
     rows, outputs = out.shape
     partials, counters = Workspace.of(x.device).reserve(*tiling.workspace(rows, outputs), torch.float32)
@@ -104,7 +110,8 @@ def linear_w4_kernel(
     depth = tl.arange(0, HALF)
     inside = row[:, None] < rows
     x_tile = x + row[:, None] * inputs + depth[None, :]
-    value_tile = values + ((source // 16).to(tl.int64) * (groups * 16) + source % 16)[:, None] * HALF + depth[None, :]
+    tile_row = (source // 16).to(tl.int64) * (groups * 16) + source % 16
+    value_tile = values + tile_row[:, None] * HALF + depth[None, :]
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     share = tl.cdiv(groups, SPLIT_K * GROUPS) * GROUPS
     begin, end = split * share, tl.minimum(split * share + share, groups)

@@ -43,7 +43,7 @@ def linear_w8a8(
         outputs,
         inputs,
         HAS_BIAS=bias is not None,
-        EVEN_K=inputs % (tiling.block_k * tiling.split_k) == 0,
+        EVEN_K=inputs % tiling.block_k == 0,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,

@@ -6,6 +6,8 @@ depend on timing. The programs of a tile meet at a counter, which the last one s
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,9 @@ from torch import Tensor
 
 
 @triton.jit
-def arrive(partials, counters, accumulator, tile, split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):  # noqa: E501
+def arrive(
+    partials, counters, accumulator, tile, split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr
+):
     """Leave this program's partial sums; returns True in the last program of the tile."""
     element = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     base = (tile * SPLIT_K + split) * (BLOCK_M * BLOCK_N)
@@ -41,8 +45,6 @@ class Workspace:
     """Partial sums and counters of one device, shared by all products of a stream; never freed, as captured
     CUDA graphs keep their addresses."""
 
-    _of_device: dict[torch.device, Workspace] = {}
-
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: list[Tensor] = []
@@ -50,11 +52,10 @@ class Workspace:
         self._counters = torch.empty(0, dtype=torch.int32, device=device)
 
     @staticmethod
+    @functools.cache
     def of(device: torch.device) -> Workspace:
         """The workspace of a device."""
-        if device not in Workspace._of_device:
-            Workspace._of_device[device] = Workspace(device)
-        return Workspace._of_device[device]
+        return Workspace(device)
 
     def reserve(self, tiles: int, elements: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``elements`` 32-bit partial sums of ``dtype``, uninitialized, and ``tiles`` counters at 0."""
