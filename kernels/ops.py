@@ -86,7 +86,7 @@ class Int4Weight:
 
 def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, int8 × int8 with per-token and per-channel scales. x: [M, K]; returns [M, N]."""
-    if (gpu := gpu_backend(x)) and gpu.supports("linear_w8a8", x, *weight.values.shape):
+    if (gpu := gpu_backend(x)) and gpu.supports("linear_w8a8", x):
         return gpu.linear_w8a8(x, weight.values, weight.scales, bias)
     tokens, token_scales = reference.quantize_tokens(x)
     rows = len(x)
@@ -119,13 +119,6 @@ def linear_w4a8(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
     return reference.linear_w4a8(x, weight.packed, weight.scales, weight.zeros, bias)
 
 
-def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` with unquantized weights [N, K] in the dtype of x. x: [M, K]; returns [M, N]."""
-    if (gpu := gpu_backend(x)) and gpu.supports("linear_bf16", x, *values.shape):
-        return gpu.linear_bf16(x, values, bias)
-    return F.linear(x, values, bias)
-
-
 def gpu_backend(x: Tensor) -> ModuleType | None:
     """`kernels.triton.ops` for tensors on CUDA where Triton is installed, else None."""
     return _triton_ops() if x.is_cuda else None
@@ -142,8 +135,7 @@ def _gpu_with_int4(op: str, x: Tensor, weight: Int4Weight) -> ModuleType | None:
     gpu = gpu_backend(x)
     if gpu is None:
         return None
-    outputs, half = weight.packed.shape
-    return gpu if gpu.supports(op, x, outputs, 2 * half, weight.group_size) else None
+    return gpu if gpu.supports(op, x, weight.group_size) else None
 
 
 @functools.cache

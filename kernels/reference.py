@@ -43,11 +43,17 @@ def linear_w8a8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None =
 
     x: float [M, K]; values: int8 [N, K]; scales: float32 [N]; bias: [N]. Returns [M, N] in the dtype of x.
     """
-    tokens, token_scales = quantize_tokens(x)
+    return linear_w8a8_quantized(*quantize_tokens(x), values, scales, bias, x.dtype)
+
+
+def linear_w8a8_quantized(
+    tokens: Tensor, token_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linear_w8a8` of activations that are quantized already: int8 [M, K] and float32 [M, 1]."""
     # float64 holds every int32 sum exactly, whatever the order of the additions.
     accumulated = tokens.double() @ values.double().T
     out = accumulated.float() * (token_scales * scales.float())
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    return (out if bias is None else out + bias.float()).to(dtype)
 
 
 def linear_w4a16(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,17 +71,29 @@ def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: 
     Within a group the sum of ``token * q`` is an exact integer; groups are then scaled and added in float32,
     in ascending order. Shapes as in `linear_w4a16`.
     """
-    tokens, token_scales = quantize_tokens(x)
+    return linear_w4a8_quantized(*quantize_tokens(x), packed, scales, zeros, bias, x.dtype)
+
+
+def linear_w4a8_quantized(
+    tokens: Tensor,
+    token_scales: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`linear_w4a8` of activations that are quantized already: int8 [M, K] and float32 [M, 1]."""
     rows, groups = scales.shape
-    token_groups = tokens.double().view(len(x), groups, -1)
+    token_groups = tokens.double().view(len(tokens), groups, -1)
     weight_groups = unpack_int4(packed).double().view(rows, groups, -1)
-    out = torch.zeros(len(x), rows, dtype=torch.float32, device=x.device)
+    out = torch.zeros(len(tokens), rows, dtype=torch.float32, device=tokens.device)
     for group in range(groups):
         dot = token_groups[:, group] @ weight_groups[:, group].T
         offset = token_groups[:, group].sum(1, keepdim=True) * zeros[:, group].double()
         out += (dot - offset).float() * scales[:, group].float()
     out = out * token_scales
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    return (out if bias is None else out + bias.float()).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +302,7 @@ def test_tuning_remembers_the_fastest(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Iterator[dict[str, Any]]:
+def compiled() -> dict[str, Any]:
     """What the compiler made of every kernel, by name and architecture; compiled in a process of its own, because
     this one's kernels may belong to the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -314,7 +313,8 @@ def compiled() -> Iterator[dict[str, Any]]:
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr
-    yield json.loads(done.stdout)
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
 
 
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}

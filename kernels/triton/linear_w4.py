@@ -115,7 +115,7 @@ def linear_w4_kernel(
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     share = tl.cdiv(groups, SPLIT_K * GROUPS) * GROUPS
     begin, end = split * share, tl.minimum(split * share + share, groups)
-    # Scales are too few to be copied to shared memory ahead of time as the weights are: the next one waits in registers.
+    # Scales are too few to be copied to shared memory ahead of time, as weights are: the next one waits in registers.
     scale = tl.load(scales + tl.minimum(begin, groups - 1) * outputs + source)
     for first in range(begin, end, GROUPS):
         for step in tl.static_range(GROUPS):

@@ -15,23 +15,50 @@ from torch import Tensor
 from kernels.triton import linear_bf16 as dense
 from kernels.triton import linear_w4 as int4
 from kernels.triton import linear_w8a8 as int8
+from kernels.triton.activation import silu_mul, silu_mul_quantize
+from kernels.triton.attention import block_attention
 from kernels.triton.int4_packing import W4A8_GROUP_SIZES, W4A16_GROUP_SIZES, PackedInt4, pack_int4
+from kernels.triton.norm import rms_norm, rms_norm_quantize
 from kernels.triton.quantize import quantize_tokens
+from kernels.triton.rotary import rotary_write
 from kernels.triton.tuning import MAX_ROWS, Shape, Tiling, tiling_for
+
+__all__ = [
+    "block_attention",
+    "linear_bf16",
+    "linear_w4a8",
+    "linear_w4a8_quantized",
+    "linear_w4a16",
+    "linear_w8a8",
+    "linear_w8a8_quantized",
+    "packed_int4",
+    "quantize_tokens",
+    "rms_norm",
+    "rms_norm_quantize",
+    "rotary_write",
+    "silu_mul",
+    "silu_mul_quantize",
+    "supports",
+]
 
 # Reads of 16 bytes must not cross the end of a row.
 INPUTS_MULTIPLE = 16
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.int8)
 _GROUP_SIZES = {"linear_w4a16": W4A16_GROUP_SIZES, "linear_w4a8": W4A8_GROUP_SIZES}
 _packed_weights: WeakKeyDictionary[object, PackedInt4] = WeakKeyDictionary()
 
 
-def supports(op: str, x: Tensor, outputs: int, inputs: int, group_size: int = 0) -> bool:
-    """Whether ``op`` has a kernel for activations x of these shapes on their device."""
+def supports(op: str, x: Tensor, group_size: int = 0) -> bool:
+    """Whether ``op`` has a kernel for activations x [M, K] of this shape and dtype (int8 if quantized already).
+
+    Float32 is the mode in which results are compared exactly; it is left to PyTorch.
+    """
     return (
         x.is_cuda
+        and x.dtype in ACTIVATION_DTYPES
         and _capable(x.device)
         and len(x) <= MAX_ROWS
-        and inputs % INPUTS_MULTIPLE == 0
+        and x.shape[1] % INPUTS_MULTIPLE == 0
         and (op not in _GROUP_SIZES or group_size in _GROUP_SIZES[op])
     )
 
