@@ -75,6 +75,11 @@ class BlockPasses:
         # The next replay writes over the graph's own logits.
         return graph.logits[:rows].clone()
 
+    def graph_of(self, rows: int) -> torch.cuda.CUDAGraph | None:
+        """The graph that passes of ``rows`` rows through all layers replay, or None where there is none (yet)."""
+        captured = self._graphs.get((bucket_for(rows), None))
+        return None if captured is None else captured.graph
+
     @property
     def last_was_finite(self) -> bool:
         """Whether no logit of the last pass is NaN or infinite; valid once a result of the pass was read."""
