@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from scripts.gpu_suite import bars
+from scripts.gpu_suite import bars, simulation
+from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Recorder
 
 BLOCKED = [
@@ -124,3 +126,21 @@ def test_bars_take_the_worst_shape() -> None:
     assert found["int8 pass over our BF16 pass"]["value"] == 2.0
     assert found["int4 pass over our BF16 pass"]["met"] is None
     assert found["overhead of a step with int8 weights"]["met"] is True
+
+
+def test_simulation_adds_up_the_passes_of_a_trace(tmp_path: Path) -> None:
+    """One turn of two steps: 3 rows, measured as 4, at context 100; then 1 row at context 103."""
+    trace = tmp_path / "generations.jsonl"
+    steps = {"drafted": [2, 0], "accepted": [2, 0]}
+    trace.write_text(json.dumps({"turns": [{"prompt_tokens": 100, "steps": steps}]}))
+    passes = [
+        {"weights": "int8", "rows": rows, "context": context, "milliseconds": rows + context / 100}
+        for rows in (1, 4)
+        for context in (0, 200)
+    ]
+    found = simulation.measure(Plan(torch.device("cpu"), trace=trace), passes)
+    (row,) = found["rows"]
+    assert found["simulated"] is True
+    assert row["acceptance_length"] == 2.0
+    assert row["tokens_per_second"] == pytest.approx(4e3 / ((4 + 1.00) + (1 + 1.03)))
+    assert row["tokens_per_second_without_drafts"] == pytest.approx(4e3 / (3 * 2.00 + 2.03))

@@ -31,7 +31,7 @@ TREE = Draft([1, 2, 3, 4, 5], [-1, 0, 0, -1, 3])
 def qwen3_like() -> ModelConfig:
     """Head normalization, biases and a head dimension apart from the hidden size."""
     shape = LayerShape(num_heads=4, num_kv_heads=1, intermediate_size=192)
-    return ModelConfig(64, 128, 48, (shape,) * 3, qk_norm=True, qkv_bias=True, output_bias=True, mlp_bias=True)
+    return ModelConfig(64, 128, 48, (shape,) * 3, qk_norm=True, qkv_bias=True, output_bias=True, down_bias=True)
 
 
 def with_linears(model: Transformer, kind: str) -> Transformer:

@@ -16,7 +16,18 @@ def main() -> int:
         os.environ["QUASAR_CACHE"] = str(arguments.output)  # tilings chosen by an interpreter's times are worthless
     import torch
 
-    from scripts.gpu_suite import bars, bench, correctness, decoding, environment, overhead, passes, plots, tune
+    from scripts.gpu_suite import (
+        bars,
+        bench,
+        correctness,
+        decoding,
+        environment,
+        overhead,
+        passes,
+        plots,
+        simulation,
+        tune,
+    )
     from scripts.gpu_suite.plan import Plan
     from scripts.gpu_suite.record import Recorder
 
@@ -33,6 +44,7 @@ def main() -> int:
     recorder.run("passes", lambda: passes.measure(plan, recorder))
     recorder.run("overhead", lambda: overhead.measure(plan))
     recorder.run("decoding", lambda: decoding.measure(plan))
+    recorder.run("simulation", lambda: simulation.measure(plan, recorder.results.get("passes", [])))
     recorder.run("bars", lambda: bars.measure(recorder.results))
     recorder.run("plots", lambda: plots.draw(recorder.results, arguments.output))
     return recorder.finish()

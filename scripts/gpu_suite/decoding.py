@@ -1,5 +1,4 @@
-"""Decoding with SmolLM2, autoregressively and with prompt lookup, by this program and by transformers; and what a
-recorded acceptance trace would make of the large model's step times."""
+"""Decoding with SmolLM2, autoregressively and with prompt lookup, by this program and by transformers."""
 
 from __future__ import annotations
 
