@@ -43,17 +43,17 @@ def linear_w8a8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None =
 
     x: float [M, K]; values: int8 [N, K]; scales: float32 [N]; bias: [N]. Returns [M, N] in the dtype of x.
     """
-    return linear_w8a8_quantized(*quantize_tokens(x), values, scales, bias, x.dtype)
+    return linear_w8a8_quantized(*quantize_tokens(x), values, scales, bias).to(x.dtype)
 
 
 def linear_w8a8_quantized(
-    tokens: Tensor, token_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+    tokens: Tensor, token_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """`linear_w8a8` of activations that are quantized already: int8 [M, K] and float32 [M, 1]."""
+    """`linear_w8a8` of activations that are quantized already, int8 [M, K] and float32 [M, 1]; returns float32."""
     # float64 holds every int32 sum exactly, whatever the order of the additions.
     accumulated = tokens.double() @ values.double().T
     out = accumulated.float() * (token_scales * scales.float())
-    return (out if bias is None else out + bias.float()).to(dtype)
+    return out if bias is None else out + bias.float()
 
 
 def linear_w4a16(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,19 +71,13 @@ def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: 
     Within a group the sum of ``token * q`` is an exact integer; groups are then scaled and added in float32,
     in ascending order. Shapes as in `linear_w4a16`.
     """
-    return linear_w4a8_quantized(*quantize_tokens(x), packed, scales, zeros, bias, x.dtype)
+    return linear_w4a8_quantized(*quantize_tokens(x), packed, scales, zeros, bias).to(x.dtype)
 
 
 def linear_w4a8_quantized(
-    tokens: Tensor,
-    token_scales: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
+    tokens: Tensor, token_scales: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """`linear_w4a8` of activations that are quantized already: int8 [M, K] and float32 [M, 1]."""
+    """`linear_w4a8` of activations that are quantized already, int8 [M, K] and float32 [M, 1]; returns float32."""
     rows, groups = scales.shape
     token_groups = tokens.double().view(len(tokens), groups, -1)
     weight_groups = unpack_int4(packed).double().view(rows, groups, -1)
@@ -93,10 +87,10 @@ def linear_w4a8_quantized(
         offset = token_groups[:, group].sum(1, keepdim=True) * zeros[:, group].double()
         out += (dot - offset).float() * scales[:, group].float()
     out = out * token_scales
-    return (out if bias is None else out + bias.float()).to(dtype)
+    return out if bias is None else out + bias.float()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """RMS normalization of ``x + residual`` (Zhang & Sennrich 2019), rounded where the model rounds.
 
     x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
@@ -107,11 +101,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return weight * normalized.to(x.dtype), total
 
 
-def rms_norm_quantize(
+def add_rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rms_norm`, its rows quantized: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
-    normalized, total = rms_norm(x, weight, eps, residual)
+    """`add_rms_norm`, its rows quantized: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
+    normalized, total = add_rms_norm(x, weight, eps, residual)
     return *quantize_tokens(normalized), total
 
 
@@ -126,7 +120,7 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_tokens(silu_mul(gate_up))
 
 
-def rotary_write(
+def rotary_write_at(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -147,7 +141,7 @@ def rotary_write(
     heads = qkv.view(rows, -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * len(keys), len(keys), len(keys)], dim=1)
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, eps)[0], rms_norm(k, k_norm, eps)[0]
+        q, k = add_rms_norm(q, q_norm, eps)[0], add_rms_norm(k, k_norm, eps)[0]
     slots = start + torch.arange(rows, device=qkv.device)
     keys.index_copy_(1, slots, _rotate(k, cos, sin).transpose(0, 1))
     values.index_copy_(1, slots, v.transpose(0, 1))

@@ -23,9 +23,9 @@ from kernels.triton import linear_bf16, linear_w4, linear_w8a8, tuning
 from kernels.triton.activation import silu_mul, silu_mul_quantize
 from kernels.triton.attention import block_attention
 from kernels.triton.int4_packing import pack_int4
-from kernels.triton.norm import rms_norm, rms_norm_quantize
+from kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
 from kernels.triton.quantize import quantize_tokens
-from kernels.triton.rotary import rotary_write
+from kernels.triton.rotary import rotary_write_at
 from kernels.triton.tuning import Shape, Tiling
 
 # The interpreter truncates where the GPU rounds to the nearest bfloat16, once or twice in an op.
@@ -207,11 +207,11 @@ def test_norm_activation_and_quantization(
     x[0] = 0
     weight = normal(generator, width, dtype=dtype)
     for added in (None, residual):
-        expected = reference.rms_norm(x, weight, 1e-5, added)
-        for actual, wanted in zip(rms_norm(x, weight, 1e-5, added), expected, strict=True):
+        expected = reference.add_rms_norm(x, weight, 1e-5, added)
+        for actual, wanted in zip(add_rms_norm(x, weight, 1e-5, added), expected, strict=True):
             assert_close(actual, wanted)
-        quantized = rms_norm_quantize(x, weight, 1e-5, added)
-        assert_quantized_close(quantized, reference.rms_norm_quantize(x, weight, 1e-5, added), dtype)
+        quantized = add_rms_norm_quantize(x, weight, 1e-5, added)
+        assert_quantized_close(quantized, reference.add_rms_norm_quantize(x, weight, 1e-5, added), dtype)
         assert_close(quantized[2], expected[1])
     gate_up = torch.cat([x, residual], dim=1)
     assert_close(silu_mul(gate_up), reference.silu_mul(gate_up))
@@ -253,8 +253,8 @@ def test_rotary_and_attention(
     cache = normal(generator, 2, kv_heads, context + rows + 5, head_dim, dtype=dtype)
     expected_cache = cache.clone()
     for q_norm, k_norm in ((None, None), norms):
-        q = rotary_write(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6)
-        expected = reference.rotary_write(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6)
+        q = rotary_write_at(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6)
+        expected = reference.rotary_write_at(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6)
         # Rotation mixes values of a whole head, and truncation before it counts double.
         assert (q.float() - expected.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected.float().abs().max()
         assert (cache.float() - expected_cache.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected_cache.abs().max()

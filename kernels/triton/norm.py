@@ -10,17 +10,17 @@ from torch import Tensor
 from kernels.triton.quantize import quantize_row
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `reference.rms_norm`: the normalized rows and the sum that was normalized, both [M, K] in the dtype of x."""
+def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `reference.add_rms_norm`: the normalized rows and the sum, both [M, K] in the dtype of x."""
     out = torch.empty_like(x)
     total = _launch(x, weight, eps, residual, out, None)
     return out, total
 
 
-def rms_norm_quantize(
+def add_rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.rms_norm_quantize`: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
+    """As `reference.add_rms_norm_quantize`: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     total = _launch(x, weight, eps, residual, out, scales)

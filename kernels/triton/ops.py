@@ -18,12 +18,14 @@ from kernels.triton import linear_w8a8 as int8
 from kernels.triton.activation import silu_mul, silu_mul_quantize
 from kernels.triton.attention import block_attention
 from kernels.triton.int4_packing import W4A8_GROUP_SIZES, W4A16_GROUP_SIZES, PackedInt4, pack_int4
-from kernels.triton.norm import rms_norm, rms_norm_quantize
+from kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
 from kernels.triton.quantize import quantize_tokens
-from kernels.triton.rotary import rotary_write
+from kernels.triton.rotary import rotary_write_at
 from kernels.triton.tuning import MAX_ROWS, Shape, Tiling, tiling_for
 
 __all__ = [
+    "add_rms_norm",
+    "add_rms_norm_quantize",
     "block_attention",
     "linear_bf16",
     "linear_w4a8",
@@ -33,9 +35,7 @@ __all__ = [
     "linear_w8a8_quantized",
     "packed_int4",
     "quantize_tokens",
-    "rms_norm",
-    "rms_norm_quantize",
-    "rotary_write",
+    "rotary_write_at",
     "silu_mul",
     "silu_mul_quantize",
     "supports",

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from kernels import fused
+from kernels import block_ops
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Attention, Block, FeedForward, RMSNorm, Transformer
 
@@ -72,22 +72,22 @@ def _attention(
     if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
         q_norm, k_norm, eps = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
     qkv = _project(attention.qkv, rows, dtype)
-    q = fused.rotary_write(qkv, *rotation, keys, values, start, q_norm, k_norm, eps)
-    return _project(attention.output, fused.block_attention(q, keys, values, start, block_mask), dtype)
+    q = block_ops.rotary_write_at(qkv, *rotation, keys, values, start, q_norm, k_norm, eps)
+    return _project(attention.output, block_ops.block_attention(q, keys, values, start, block_mask), dtype)
 
 
 def _feed_forward(mlp: FeedForward, rows: Rows, dtype: torch.dtype) -> Tensor:
     gate_up = _project(mlp.gate_up, rows, dtype)
-    product: Rows = fused.silu_mul_quantize(gate_up) if _takes_int8(mlp.down) else fused.silu_mul(gate_up)
+    product: Rows = block_ops.silu_mul_quantize(gate_up) if _takes_int8(mlp.down) else block_ops.silu_mul(gate_up)
     return _project(mlp.down, product, dtype)
 
 
 def _normalized(norm: RMSNorm, residual: Tensor, update: Tensor | None, consumer: nn.Module) -> tuple[Rows, Tensor]:
     """Add the update to the residual stream and normalize it, in the form that the next layer takes."""
     if _takes_int8(consumer):
-        tokens, scales, total = fused.rms_norm_quantize(residual, norm.weight, norm.eps, update)
+        tokens, scales, total = block_ops.add_rms_norm_quantize(residual, norm.weight, norm.eps, update)
         return (tokens, scales), total
-    return fused.rms_norm(residual, norm.weight, norm.eps, update)
+    return block_ops.add_rms_norm(residual, norm.weight, norm.eps, update)
 
 
 def _takes_int8(linear: nn.Module) -> bool:
@@ -99,6 +99,6 @@ def _project(linear: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
         assert isinstance(linear, QuantizingLinear)
         return linear.forward_quantized(*rows, dtype)
     if type(linear) is nn.Linear:
-        return fused.linear_dense(rows, linear.weight, linear.bias)
+        return block_ops.linear_dense(rows, linear.weight, linear.bias)
     out: Tensor = linear(rows)
     return out

@@ -115,12 +115,12 @@ def _elementwise(plan: Plan, dtype: torch.dtype) -> Iterator[Json]:
         x, residual, weight = (_normal(plan, count, width, dtype=dtype) for _ in range(3))
         wide = (x.double() + residual.double()).to(dtype).double()
         normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight[0].double()
-        out, total = ops.rms_norm(x, weight[0], 1e-6, residual)
-        yield _case(plan, "rms_norm", dtype, _error(out, normalized), rows=count, width=width)
-        yield _case(plan, "rms_norm sum", dtype, _error(total, wide), rows=count, width=width)
-        tokens, scales, _ = ops.rms_norm_quantize(x, weight[0], 1e-6, residual)
+        out, total = ops.add_rms_norm(x, weight[0], 1e-6, residual)
+        yield _case(plan, "add_rms_norm", dtype, _error(out, normalized), rows=count, width=width)
+        yield _case(plan, "add_rms_norm sum", dtype, _error(total, wide), rows=count, width=width)
+        tokens, scales, _ = ops.add_rms_norm_quantize(x, weight[0], 1e-6, residual)
         error = _error(tokens.double() * scales, normalized) - 0.5 / 127
-        yield _case(plan, "rms_norm_quantize", dtype, error, rows=count, width=width)
+        yield _case(plan, "add_rms_norm_quantize", dtype, error, rows=count, width=width)
         product = torch.nn.functional.silu(x.double()) * residual.double()
         gate_up = torch.cat([x, residual], dim=1)
         yield _case(plan, "silu_mul", dtype, _error(ops.silu_mul(gate_up), product), rows=count, width=width)
@@ -151,13 +151,13 @@ def _attention_case(
     cos, sin = (torch.cat([part, part], dim=1) for part in (angles.cos(), angles.sin()))
     norms = [_normal(plan, head_dim, dtype=dtype) for _ in range(2)]
     wide = [tensor.double() for tensor in (qkv, cos, sin, *norms)]
-    q = ops.rotary_write(qkv, cos, sin, cache[0], cache[1], start, norms[0], norms[1], 1e-6)
+    q = ops.rotary_write_at(qkv, cos, sin, cache[0], cache[1], start, norms[0], norms[1], 1e-6)
     expected = _rotated(wide, wanted, context, kv_heads)
     mask = torch.rand(count, count, device=plan.device) > 0.5
     mask.fill_diagonal_(True)
     facts = {"rows": count, "context": context, "heads": heads}
-    yield _case(plan, "rotary_write q", dtype, _error(q, expected), **facts)
-    yield _case(plan, "rotary_write cache", dtype, _error(cache, wanted), **facts)
+    yield _case(plan, "rotary_write_at q", dtype, _error(q, expected), **facts)
+    yield _case(plan, "rotary_write_at cache", dtype, _error(cache, wanted), **facts)
     exact = reference.block_attention(q.double(), cache[0].double(), cache[1].double(), start, mask)
     yield _case(
         plan, "block_attention", dtype, _error(ops.block_attention(q, cache[0], cache[1], start, mask), exact), **facts

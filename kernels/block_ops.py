@@ -14,18 +14,18 @@ from kernels import reference
 from kernels.ops import Int4Weight, Int8Weight, gpu_backend, packed_for_gpu
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The normalized rows and the sum that was normalized."""
     gpu = gpu_backend(x)
-    return (gpu or reference).rms_norm(x, weight, eps, residual)
+    return (gpu or reference).add_rms_norm(x, weight, eps, residual)
 
 
-def rms_norm_quantize(
+def add_rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalized rows as int8 and their scales, and the sum that was normalized."""
     gpu = gpu_backend(x)
-    return (gpu or reference).rms_norm_quantize(x, weight, eps, residual)
+    return (gpu or reference).add_rms_norm_quantize(x, weight, eps, residual)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return (gpu_backend(gate_up) or reference).silu_mul_quantize(gate_up)
 
 
-def rotary_write(
+def rotary_write_at(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -50,7 +50,7 @@ def rotary_write(
     eps: float = 0.0,
 ) -> Tensor:
     """The rotated queries; keys and values go to the cache."""
-    return (gpu_backend(qkv) or reference).rotary_write(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps)
+    return (gpu_backend(qkv) or reference).rotary_write_at(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps)
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def linear_w8a8_quantized(
     gpu = gpu_backend(tokens)
     if gpu is not None and gpu.supports("linear_w8a8", tokens):
         return gpu.linear_w8a8_quantized(tokens, token_scales, weight.values, weight.scales, bias, dtype)
-    return reference.linear_w8a8_quantized(tokens, token_scales, weight.values, weight.scales, bias, dtype)
+    return reference.linear_w8a8_quantized(tokens, token_scales, weight.values, weight.scales, bias).to(dtype)
 
 
 def linear_w4a8_quantized(
@@ -83,6 +83,5 @@ def linear_w4a8_quantized(
     gpu = gpu_backend(tokens)
     if gpu is not None and gpu.supports("linear_w4a8", tokens, weight.group_size):
         return gpu.linear_w4a8_quantized(tokens, token_scales, packed_for_gpu(weight), bias, dtype)
-    return reference.linear_w4a8_quantized(
-        tokens, token_scales, weight.packed, weight.scales, weight.zeros, bias, dtype
-    )
+    form = weight.packed, weight.scales, weight.zeros
+    return reference.linear_w4a8_quantized(tokens, token_scales, *form, bias).to(dtype)
