@@ -120,8 +120,9 @@ def linear_w4a8(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
 
 
 def gpu_backend(x: Tensor) -> ModuleType | None:
-    """`kernels.triton.ops` for tensors on CUDA where Triton is installed, else None."""
-    return _triton_ops() if x.is_cuda else None
+    """`kernels.triton.ops` for tensors on a GPU that it has kernels for, where Triton is installed; else None."""
+    ops = _triton_ops() if x.is_cuda else None
+    return ops if ops is not None and ops.capable(x.device) else None
 
 
 def packed_for_gpu(weight: Int4Weight) -> PackedInt4:

@@ -355,3 +355,11 @@ def test_compiled_products_use_tensor_cores_and_wide_loads(
 def test_weights_are_unpacked_in_tensor_core_registers(compiled: dict[str, Any], kernel: str) -> None:
     """Nothing is stored to shared memory inside the loop: unpacked weights go straight to the tensor cores."""
     assert compiled[f"{kernel} sm_90"]["shared_stores_in_loop"] == 0
+
+
+def test_dependent_launches_wait_and_products_prefetch_before(compiled: dict[str, Any]) -> None:
+    for name, facts in compiled.items():
+        assert facts["waits_for_the_kernel_before"] == (facts["architecture"] == 90), name
+        assert not facts["accesses_before_waiting"], name
+        product = name.startswith(("w8a8", "w4a16", "w4a8", "bf16"))
+        assert facts["prefetches_before_waiting"] == (product and facts["architecture"] == 90), name

@@ -38,6 +38,7 @@ def main() -> None:
     for architecture in (80, 89, 90):
         for name, (kernel, types, constants, options) in kernels().items():
             if architecture == 90 or constants.keys() & {"BLOCK_M", "BLOCK_SLOTS"}:
+                constants["DEPENDENT"] = architecture == 90
                 compiled = compile_kernel(kernel, types, constants, architecture, options)
                 facts[f"{name} sm_{architecture}"] = {"architecture": architecture, **examine(compiled)}
     print(json.dumps(facts))
@@ -123,7 +124,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, 
 def blocks(op: str) -> dict[str, int]:
     """Compile-time sizes of a product's default tiling on an H100."""
     tiling = default_tiling(_shape(op), processors=132)
-    sizes = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k}
+    sizes = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k, "PREFETCH": tiling.stages}
     return sizes | ({"GROUPS": tiling.block_k // GROUP_SIZE} if "w4" in op else {"BLOCK_K": tiling.block_k})
 
 
@@ -153,8 +154,15 @@ def examine(compiled: Any) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "tensor_core_instructions": sorted(set(re.findall(r"(?:wg)?mma\.\S*", ptx))),
         "wide_asynchronous_copies": len(re.findall(r"cp\.async\.cg\.shared\.global.*\b0x10\b", ptx)),
+        "waits_for_the_kernel_before": "griddepcontrol.wait" in ptx,
+        "accesses_before_waiting": bool(re.search(r"\b(ld|st|atom)\.global|cp\.async", _before_wait(ptx))),
+        "prefetches_before_waiting": "prefetch.global.L2" in _before_wait(ptx),
         "shared_stores_in_loop": _shared_stores_in_loop(ptx),
     }
+
+
+def _before_wait(ptx: str) -> str:
+    return ptx.split("griddepcontrol.wait")[0] if "griddepcontrol.wait" in ptx else ""
 
 
 def _stack_bytes(cubin: bytes) -> int:

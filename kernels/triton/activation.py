@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.launch import dependent, wait
 from kernels.triton.quantize import quantize_row
 
 BLOCK_ELEMENTS = 1024
@@ -17,7 +18,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, BLOCK_ELEMENTS))
-    silu_mul_kernel[grid](gate_up, out, out, width, QUANTIZE=False, BLOCK=BLOCK_ELEMENTS, num_warps=4)
+    launch = dependent(gate_up.device)
+    silu_mul_kernel[grid](gate_up, out, out, width, QUANTIZE=False, BLOCK=BLOCK_ELEMENTS, num_warps=4, **launch)
     return out
 
 
@@ -28,13 +30,15 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(rows, 1, dtype=torch.float32, device=gate_up.device)
     block = triton.next_power_of_2(width)
     warps = min(16, max(1, block // 512))
-    silu_mul_kernel[(rows, 1)](gate_up, out, scales, width, QUANTIZE=True, BLOCK=block, num_warps=warps)
+    launch = dependent(gate_up.device)
+    silu_mul_kernel[(rows, 1)](gate_up, out, scales, width, QUANTIZE=True, BLOCK=block, num_warps=warps, **launch)
     return out, scales
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, scales, width, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_up, out, scales, width, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """Grid: (rows, blocks of the width). Rounds where the model does: after SiLU and after the product."""
+    wait(DEPENDENT)
     dtype = gate_up.dtype.element_ty
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

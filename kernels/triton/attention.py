@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.triton.device import interpreted, multiprocessors
 from kernels.triton.dot import multiply
+from kernels.triton.launch import dependent, wait
 
 BLOCK_SLOTS = 64
 MAX_PACKED_ROWS = 32
@@ -61,6 +62,7 @@ def block_attention(
         BLOCK_DIM=block_dim,
         num_warps=4,
         num_stages=2,
+        **dependent(q.device),
     )
     out = torch.empty(rows, heads * head_dim, dtype=q.dtype, device=q.device)
     merge_kernel[(rows, triton.cdiv(heads * head_dim, MERGE_ELEMENTS))](
@@ -73,11 +75,12 @@ def block_attention(
         HEAD_DIM=head_dim,
         BLOCK=MERGE_ELEMENTS,
         num_warps=4,
+        **dependent(q.device),
     )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def block_attention_kernel(
     q,
     keys,
@@ -97,12 +100,14 @@ def block_attention_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid: (KV heads, splits, blocks of packed rows). Packed row p is head p % GROUP of row p // GROUP.
 
     partial: unnormalized float32 [splits, R * H, D]; statistics: float32 [2, splits, R * H], the largest logit in
     units of log 2 and the sum of exponentials relative to it.
     """
+    wait(DEPENDENT)
     kv_head, split = tl.program_id(0), tl.program_id(1)
     packed = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row, head = packed // GROUP, kv_head * GROUP + packed % GROUP
@@ -145,7 +150,7 @@ def block_attention_kernel(
     tl.store(statistics + splits * rows * heads + index, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stripes"])
 def merge_kernel(
     partial,
     statistics,
@@ -155,8 +160,10 @@ def merge_kernel(
     SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows, blocks of the width). Adds the splits' shares, each weighted by its part of the softmax."""
+    wait(DEPENDENT)
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.launch import dependent, wait
 from kernels.triton.quantize import quantize_row
 
 
@@ -46,15 +47,28 @@ def _launch(
         QUANTIZE=scales is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
+        **dependent(x.device),
     )
     return total
 
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, total, weight, out, scales, eps, width, ADD: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    residual,
+    total,
+    weight,
+    out,
+    scales,
+    eps,
+    width,
+    ADD: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows,). Rounds where the model does: after the addition, after the normalization and at the end."""
+    wait(DEPENDENT)
     dtype = x.dtype.element_ty
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)

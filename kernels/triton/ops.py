@@ -27,6 +27,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantize",
     "block_attention",
+    "capable",
     "linear_bf16",
     "linear_w4a8",
     "linear_w4a8_quantized",
@@ -56,7 +57,6 @@ def supports(op: str, x: Tensor, group_size: int = 0) -> bool:
     return (
         x.is_cuda
         and x.dtype in ACTIVATION_DTYPES
-        and _capable(x.device)
         and len(x) <= MAX_ROWS
         and x.shape[1] % INPUTS_MULTIPLE == 0
         and (op not in _GROUP_SIZES or group_size in _GROUP_SIZES[op])
@@ -113,6 +113,6 @@ def _int4_tiling(op: str, x: Tensor, weight: PackedInt4) -> Tiling:
 
 
 @functools.cache
-def _capable(device: torch.device) -> bool:
-    """Asynchronous copies and bfloat16 tensor cores came with compute capability 8.0."""
+def capable(device: torch.device) -> bool:
+    """Whether the GPU has asynchronous copies and bfloat16 tensor cores: compute capability 8.0 and later."""
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.launch import dependent, wait
+
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.quantize_tokens`: int8 [M, K] and float32 scales [M, 1]. x: float [M, K], contiguous rows."""
@@ -14,13 +16,15 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
-    quantize_tokens_kernel[(rows,)](x, out, scales, width, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    warps = min(16, max(1, block // 512))
+    quantize_tokens_kernel[(rows,)](x, out, scales, width, BLOCK=block, num_warps=warps, **dependent(x.device))
     return out, scales
 
 
 @triton.jit
-def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr):
+def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """Grid: (rows,)."""
+    wait(DEPENDENT)
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     place = row * width + column

@@ -35,7 +35,7 @@ def measure(plan: Plan) -> Json:
             "gpu": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
             "cuda": torch.version.cuda,
             "clocks": _output(
                 "nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"

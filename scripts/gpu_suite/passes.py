@@ -7,6 +7,7 @@ import statistics
 
 import torch
 
+from kernels.triton.launch import set_programmatic_launch
 from quasar.draft import Draft
 from quasar.model.graphs import BlockPasses, bucket_for
 from quasar.model.kv_cache import KVCache
@@ -19,16 +20,24 @@ from scripts.gpu_suite.timing import milliseconds_per_call, replay_milliseconds
 
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
-    """A row per weight format, number of rows and context."""
+    """A row per weight format, number of rows and context, with and without programmatic dependent launch.
+
+    checksum: of the logits, the same for both ways of launching unless one of them races
+    """
     rows: list[Json] = []
     for weights in FORMATS:
         name, config = plan.passes_model
         try:
             model = random_model(config, weights, plan.device, torch.bfloat16)
             rows += _measure(plan, name, weights, model)
+            if plan.device.type == "cuda":
+                set_programmatic_launch(True)
+                rows += _measure(plan, name, weights, model, programmatic=True)
             del model
         except Exception as error:
             rows.append({"model": name, "weights": weights, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+        finally:
+            set_programmatic_launch(False)
         gc.collect()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -45,7 +54,8 @@ def filled_cache(model: Transformer, capacity: int) -> KVCache:
 
 
 @torch.inference_mode()
-def _measure(plan: Plan, name: str, weights: str, model: Transformer) -> list[Json]:
+def _measure(plan: Plan, name: str, weights: str, model: Transformer, programmatic: bool = False) -> list[Json]:
+    torch.manual_seed(0)
     cache = filled_cache(model, max(plan.contexts) + bucket_for(max(plan.rows)))
     passes = BlockPasses(model, cache)
     rows = []
@@ -71,6 +81,8 @@ def _measure(plan: Plan, name: str, weights: str, model: Transformer) -> list[Js
                     "bytes": cost,
                     "bytes_per_second": cost / (milliseconds / 1e3),
                     "graph": graph is not None,
+                    "programmatic_launch": programmatic,
+                    "checksum": float(logits.double().abs().sum()),
                     "finite": bool(logits.isfinite().all()),
                 }
             )

@@ -17,9 +17,10 @@ def measure(plan: Plan, passes: list[Json]) -> Json:
     if plan.trace is None:
         return {"skipped": "no --trace FILE"}
     turns = read_trace(plan.trace)
+    passes = [row for row in passes if "milliseconds" in row and not row.get("programmatic_launch", False)]
     rows = []
-    for weights in dict.fromkeys(row["weights"] for row in passes if "milliseconds" in row):
-        own = [row for row in passes if row["weights"] == weights and "milliseconds" in row]
+    for weights in dict.fromkeys(row["weights"] for row in passes):
+        own = [row for row in passes if row["weights"] == weights]
         drafted = sum(_milliseconds(own, turn, with_drafts=True) for turn in turns)
         plain = sum(_milliseconds(own, turn, with_drafts=False) for turn in turns)
         tokens = sum(len(turn.accepted) + sum(turn.accepted) for turn in turns)
