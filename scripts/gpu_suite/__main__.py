@@ -44,6 +44,7 @@ def main() -> int:
     recorder.run("passes", lambda: passes.measure(plan, recorder))
     recorder.run("overhead", lambda: overhead.measure(plan))
     recorder.run("decoding", lambda: decoding.measure(plan))
+    recorder.run("programmatic_passes", lambda: passes.measure_programmatic(plan))
     recorder.run("simulation", lambda: simulation.measure(plan, recorder.results.get("passes", [])))
     recorder.run("bars", lambda: bars.measure(recorder.results))
     recorder.run("plots", lambda: plots.draw(recorder.results, arguments.output))

@@ -20,7 +20,7 @@ def measure(results: Json) -> list[Json]:
     bandwidth = results.get("environment", {}).get("copy_bandwidth_bytes_per_second")
     return [
         *_product_bars(products, bandwidth),
-        *_pass_bars(results.get("passes", []), bandwidth),
+        *_pass_bars([*results.get("passes", []), *results.get("programmatic_passes", [])], bandwidth),
         *_overhead_bars(results),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,27 +15,75 @@ from kernels.triton import ops
 from kernels.triton.int4_packing import W4A8_GROUP_SIZES, pack_int4
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json
+from scripts.gpu_suite.workers import in_processes
 
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Largest difference, in units of a row's largest value."""
 INTERPRETER_TOLERANCE = 2**-5
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A product to check: N, K, and in which forms."""
+
+    outputs: int
+    inputs: int
+    bias: bool
+    group_sizes: tuple[int, ...]
+    symmetric: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process checks at a time. weights: of products; None: everything else"""
+
+    plan: Plan
+    seed: int
+    dtype: torch.dtype
+    rows: tuple[int, ...] = ()
+    weights: Weights | None = None
+
+
+TINY = (Weights(48, 192, True, (32, 64), (True, False)), Weights(40, 384, False, (64, 128), (True,)))
+FULL = (
+    Weights(1000, 1024, True, (32, 64, 128), (True, False)),
+    Weights(4096, 4096, False, (128,), (True,)),
+    Weights(960, 576, True, (32, 64), (True, False)),
+    Weights(4096, 12288, True, (64, 128), (False,)),
+    Weights(24576, 4096, False, (128,), (True,)),
+)
+"""Ragged N; then the shapes of the models. The first two are checked in float16 too."""
+
+
 def measure(plan: Plan) -> Json:
     """All cases with their errors; ``correct`` where an error is within the tolerance of the dtype."""
     seed = torch.seed() % 2**31
-    torch.manual_seed(seed)
-    cases: list[Json] = []
-    for dtype in TOLERANCE:
-        for name, check in (("products", _products), ("element-wise", _elementwise), ("attention", _attention)):
-            try:
-                with poisoned_memory():
-                    cases += check(plan, dtype)
-            except Exception as error:  # one kernel that does not compile must not hide the others
-                cases.append(
-                    {"op": name, "dtype": str(dtype), "correct": False, "error": f"{type(error).__name__}: {error}"}
-                )
+    cases = [case for cases in in_processes(_check, _jobs(plan, seed), _failed, plan.device) for case in cases]
     return {"seed": seed, "cases": cases, "wrong": sum(not case["correct"] for case in cases)}
+
+
+def _jobs(plan: Plan, seed: int) -> list[Job]:
+    sizes = [(1, 6), (17,)] if plan.tiny else [(1, 2, 3, 5, 6, 8, 13, 16), (17, 32), (33, 64)]
+    jobs = []
+    for dtype in TOLERANCE:
+        shapes = TINY if plan.tiny else FULL[: 2 if dtype == torch.float16 else None]
+        jobs += [Job(plan, seed, dtype, rows, weights) for weights in shapes for rows in sizes]
+        jobs.append(Job(plan, seed, dtype))
+    return jobs
+
+
+def _check(job: Job) -> list[Json]:
+    torch.manual_seed(job.seed)
+    with poisoned_memory():
+        if job.weights is not None:
+            return list(_products(job))
+        return [*_elementwise(job.plan, job.dtype), *_attention(job.plan, job.dtype)]
+
+
+def _failed(job: Job, error: Exception) -> list[Json]:
+    """A kernel that does not compile or crashes its process must not hide the others."""
+    reason = f"{type(error).__name__}: {str(error)[:500]}"
+    return [{"op": str(job.weights or "element-wise"), "dtype": str(job.dtype), "correct": False, "error": reason}]
 
 
 @contextlib.contextmanager
@@ -54,25 +103,22 @@ def poisoned_memory() -> Iterator[None]:
         torch.empty, torch.empty_like = empty, empty_like  # type: ignore[assignment]
 
 
-def _products(plan: Plan, dtype: torch.dtype) -> Iterator[Json]:
-    shapes = (
-        [(48, 192), (40, 384)] if plan.tiny else [(960, 576), (4096, 4096), (4096, 12288), (1000, 1024), (24576, 4096)]
-    )
-    rows = (1, 6, 17) if plan.tiny else (1, 2, 3, 5, 6, 8, 13, 16, 17, 32, 33, 64)
-    for outputs, inputs in shapes:
-        for count in rows:
-            x = _normal(plan, count, inputs, dtype=dtype)
-            bias = _normal(plan, outputs, dtype=dtype) if count % 2 else None
-            for op, group_size, actual, expected in _calls(plan, x, outputs, bias):
-                error = _error(actual(), expected())
-                yield _case(plan, op, dtype, error, rows=count, outputs=outputs, inputs=inputs, group_size=group_size)
+def _products(job: Job) -> Iterator[Json]:
+    plan, weights, dtype = job.plan, job.weights, job.dtype
+    assert weights is not None
+    for count in job.rows:
+        x = _normal(plan, count, weights.inputs, dtype=dtype)
+        for op, group_size, actual, expected in _calls(plan, x, weights):
+            facts = {"rows": count, "outputs": weights.outputs, "inputs": weights.inputs, "group_size": group_size}
+            yield _case(plan, op, dtype, _error(actual(), expected()), **facts)
 
 
 def _calls(
-    plan: Plan, x: Tensor, outputs: int, bias: Tensor | None
+    plan: Plan, x: Tensor, weights: Weights
 ) -> Iterator[tuple[str, int | None, Callable[[], Tensor], Callable[[], Tensor]]]:
     """Op, group size, the kernel's result and the one of float64 arithmetic."""
-    inputs = x.shape[1]
+    outputs, inputs = weights.outputs, weights.inputs
+    bias = _normal(plan, outputs, dtype=x.dtype) if weights.bias else None
     values = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=plan.device)
     scales = torch.rand(outputs, device=plan.device) + 0.1
     dense = _normal(plan, outputs, inputs, dtype=x.dtype)
@@ -85,8 +131,8 @@ def _calls(
         lambda: (tokens.double() @ values.double().T) * (token_scales.double() * scales.double()) + added,
     )
     yield "linear_bf16", None, lambda: ops.linear_bf16(x, dense, bias), lambda: x.double() @ dense.double().T + added
-    for group_size in (size for size in (32, 64, 128) if inputs % size == 0):
-        for symmetric in (True, False):
+    for group_size in weights.group_sizes:
+        for symmetric in weights.symmetric:
             groups = (outputs, inputs // group_size)
             packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=plan.device)
             unit = ((torch.rand(groups, device=plan.device) + 0.1) / 64).half().float()

@@ -20,6 +20,7 @@ FORMATS = ("bf16", "int8", "int4", "int4 head8")
 
 def random_model(config: ModelConfig, weights: str, device: torch.device, dtype: torch.dtype) -> Transformer:
     """Weights of the scale that keeps activations finite; they say nothing about what the model would write."""
+    torch.manual_seed(0)
     with torch.device("meta"):
         model = Transformer(config)
     for name, module in list(model.named_modules()):

@@ -17,32 +17,47 @@ from scripts.gpu_suite.models import FORMATS, random_model
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json, Recorder
 from scripts.gpu_suite.timing import milliseconds_per_call, replay_milliseconds
+from scripts.gpu_suite.workers import in_processes
 
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
-    """A row per weight format, number of rows and context, with and without programmatic dependent launch.
-
-    checksum: of the logits, the same for both ways of launching unless one of them races
-    """
+    """A row per weight format, number of rows and context."""
     rows: list[Json] = []
     for weights in FORMATS:
         name, config = plan.passes_model
         try:
             model = random_model(config, weights, plan.device, torch.bfloat16)
             rows += _measure(plan, name, weights, model)
-            if plan.device.type == "cuda":
-                set_programmatic_launch(True)
-                rows += _measure(plan, name, weights, model, programmatic=True)
             del model
         except Exception as error:
             rows.append({"model": name, "weights": weights, "error": f"{type(error).__name__}: {str(error)[:500]}"})
-        finally:
-            set_programmatic_launch(False)
         gc.collect()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
         recorder.keep("passes", rows)
     return rows
+
+
+def measure_programmatic(plan: Plan) -> list[Json]:
+    """The same with programmatic dependent launch, in a process of its own per weight format.
+
+    A row's checksum of the logits differs from the ordinary one's only if a kernel does not wait where it must.
+    """
+    if plan.device.type == "cpu":
+        return []
+    jobs = [(plan, weights) for weights in FORMATS]
+    return [row for rows in in_processes(_programmatic, jobs, _failed, plan.device, most=1) for row in rows]
+
+
+def _programmatic(job: tuple[Plan, str]) -> list[Json]:
+    plan, weights = job
+    set_programmatic_launch(True)
+    name, config = plan.passes_model
+    return _measure(plan, name, weights, random_model(config, weights, plan.device, torch.bfloat16), programmatic=True)
+
+
+def _failed(job: tuple[Plan, str], error: Exception) -> list[Json]:
+    return [{"weights": job[1], "programmatic_launch": True, "error": f"{type(error).__name__}: {str(error)[:500]}"}]
 
 
 def filled_cache(model: Transformer, capacity: int) -> KVCache:

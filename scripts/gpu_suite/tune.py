@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
-import os
 import time
 
 import torch
@@ -18,13 +15,13 @@ from scripts.gpu_suite.contenders import random_int4
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json
 from scripts.gpu_suite.timing import milliseconds_per_call
+from scripts.gpu_suite.workers import MOST_PROCESSES, in_processes
 
 OPS = ("linear_w8a8", "linear_w4a16", "linear_bf16", "linear_w4a8")
 ROWS = (6, 32)
 """One number of rows per size of tile that the suite measures."""
 ROTATED_BYTES = 160 << 20
 REPEATS = 5
-PROCESSES = 12
 
 
 def measure(plan: Plan, seconds: float) -> list[Json]:
@@ -79,12 +76,8 @@ def _shapes(plan: Plan) -> list[Shape]:
 def _milliseconds(shape: Shape, tiling: Tiling, plan: Plan) -> float:
     nbytes = shape.outputs * shape.inputs * {"linear_bf16": 2.0, "linear_w8a8": 1.0}.get(shape.op, 0.5)
     copies = 1 if plan.tiny else max(2, int(-(-ROTATED_BYTES // nbytes)))
-    calls = [_call(shape, tiling, plan.device) for _ in range(copies)]
+    calls = [_Call(shape, tiling, plan.device) for _ in range(copies)]
     return milliseconds_per_call(calls, plan.device, REPEATS)
-
-
-def _call(shape: Shape, tiling: Tiling, device: torch.device) -> _Call:
-    return _Call(shape, tiling, device)
 
 
 class _Call:
@@ -117,17 +110,17 @@ class _Call:
 def _compile(shapes: list[Shape], device: torch.device) -> None:
     """Fill Triton's cache on disk: a kernel takes a second to compile, and there are hundreds."""
     jobs = [(shape, tiling) for shape in shapes for tiling in tuning.candidates(shape, tuning.multiprocessors(device))]
-    workers = min(PROCESSES, os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        list(pool.map(_compile_share, [jobs[first::workers] for first in range(workers)], [device] * workers))
+    shares = [(jobs[first::MOST_PROCESSES], device) for first in range(MOST_PROCESSES)]
+    for _ in in_processes(_compile_share, shares, lambda share, error: None, device):
+        pass
 
 
-def _compile_share(jobs: list[tuple[Shape, Tiling]], device: torch.device) -> None:
+def _compile_share(share: tuple[list[tuple[Shape, Tiling]], torch.device]) -> None:
+    jobs, device = share
     for shape, tiling in jobs:
         # A kernel is compiled for its sizes' divisibility by 16, not for the sizes.
         small = dataclasses.replace(shape, outputs=min(shape.outputs, 4096))
         try:
-            _call(small, tiling, device)()
+            _Call(small, tiling, device)()
         except Exception:  # the process that times it will say what is wrong
             continue
