@@ -79,8 +79,8 @@ def default_tiling(shape: Shape, processors: int) -> Tiling:
     """A tiling that fills the GPU: enough programs for every multiprocessor, and reads of 64 bytes and more a row."""
     wide = shape.outputs >= 64 * processors
     if shape.group_size:
-        # Unpacking costs instructions, which two programs per multiprocessor hide better than one.
-        programs, block_n = 2 * processors, 128 if wide and shape.block_m < 64 else 64
+        # Unpacking costs instructions, which nearly two programs per multiprocessor hide better than one.
+        programs, block_n = 7 * processors // 4, 128 if wide and shape.block_m < 64 else 64
         block_k = _groups_per_iteration(shape) * shape.group_size
     else:
         programs, block_n = 3 * processors // 4, 64 if wide else 32
