@@ -1,8 +1,9 @@
 """The products as models call them: one signature per op, the backend chosen by device, shape and machine.
 
-On a CPU with AVX2 or better the compiled kernels of `kernels.cpu` do the work; elsewhere PyTorch's own operations
-compute what `kernels.reference` defines. Activations of the int8 products are quantized per token inside, or passed
-as `Quantized` by an op that did so already.
+On CUDA the Triton kernels of `kernels.triton` do the work where they have one for the shape, on a CPU with AVX2 or
+better the compiled kernels of `kernels.cpu`; elsewhere PyTorch's own operations compute what `kernels.reference`
+defines. Activations of the int8 products are quantized per token inside, or passed as `Quantized` by an op that did so
+already.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cpu import backend, custom_ops
 from kernels.cpu.library import ACTIVATION_DTYPES, multiply
+from kernels.gpu import gpu_backend, packed_for_gpu
 from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 # PyTorch's packed 4-bit product re-reads the weights every few rows: beyond this many, dequantizing once is cheaper.
@@ -23,6 +25,8 @@ CUDA_INT_MM_MIN_ROWS = 17
 
 def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, int8 × int8 with per-token and per-channel scales. x: [M, K]; returns [M, N]."""
+    if isinstance(x, Tensor) and (gpu := gpu_backend(x)) and gpu.supports("linear_w8a8", x):
+        return gpu.linear_w8a8(x, weight.values, weight.scales, bias)
     library = backend()
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and packed.scales is not None:
@@ -44,6 +48,8 @@ def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None =
 
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights. x: [M, K]; returns [M, N]."""
+    if (gpu := gpu_backend(x)) and gpu.supports("linear_w4a16", x, weight.group_size):
+        return gpu.linear_w4a16(x, packed_for_gpu(weight), bias)
     library = backend()
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and packed.scales is not None:
@@ -60,6 +66,8 @@ def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> T
 
 def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations. x: [M, K]; returns [M, N]."""
+    if isinstance(x, Tensor) and (gpu := gpu_backend(x)) and gpu.supports("linear_w4a8", x, weight.group_size):
+        return gpu.linear_w4a8(x, packed_for_gpu(weight), bias)
     library = backend()
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and packed.scales is not None:

@@ -47,11 +47,17 @@ def linear_w8a8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None =
 
     x: float [M, K]; values: int8 [N, K]; scales: float32 [N]; bias: [N]. Returns [M, N] in the dtype of x.
     """
-    tokens, token_scales = quantize_tokens(x)
+    return linear_w8a8_quantized(*quantize_tokens(x), values, scales, bias).to(x.dtype)
+
+
+def linear_w8a8_quantized(
+    tokens: Tensor, token_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`linear_w8a8` of activations that are quantized already, int8 [M, K] and float32 [M, 1]; returns float32."""
     # float64 holds every int32 sum exactly, whatever the order of the additions.
     accumulated = tokens.double() @ values.double().T
     out = accumulated.float() * (token_scales * scales.float())
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    return out if bias is None else out + bias.float()
 
 
 def linear_w4a16(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,6 +104,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normalized.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RMS normalization of ``x + residual`` (Zhang & Sennrich 2019), rounded where the model rounds.
+
+    x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
+    """
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    return rms_norm(total, weight, eps), total
+
+
+def add_rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_rms_norm`, its rows quantized: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
+    normalized, total = add_rms_norm(x, weight, eps, residual)
+    return *quantize_tokens(normalized), total
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -153,3 +176,53 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
         packed, keys, values = packed.double(), keys.double(), values.double()
     out = F.scaled_dot_product_attention(packed, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask)
     return out.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)
+
+
+def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`silu_mul`, its rows quantized: int8 [M, I] and float32 scales [M, 1]."""
+    return quantize_tokens(silu_mul(gate_up))
+
+
+def rotary_write_at(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Split a QKV projection, normalize and rotate its queries and keys, and write keys and values to the cache.
+
+    qkv: float [R, (H + 2 H_kv) D], query heads first; cos, sin: float32 [R, D], halves repeated; keys, values:
+    [H_kv, capacity, D], written at slots ``start`` on (int64 [1]); q_norm, k_norm: [D] or None, RMS normalization
+    of heads. Returns the queries [R, H, D].
+    """
+    rows, head_dim = len(qkv), cos.shape[1]
+    heads = qkv.view(rows, -1, head_dim)
+    q, k, v = heads.split([heads.shape[1] - 2 * len(keys), len(keys), len(keys)], dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    slots = start + torch.arange(rows, device=qkv.device)
+    keys.index_copy_(1, slots, rotate(k, cos, sin).transpose(0, 1))
+    values.index_copy_(1, slots, v.transpose(0, 1))
+    return rotate(q, cos, sin)
+
+
+def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
+    """Attention of a block over the cached context and itself.
+
+    q: float [R, H, D]; keys, values: [H_kv, capacity, D], the block's own rows at slots ``start`` (int64 [1]) on;
+    block_mask: bool [R, R], True where a row sees a row of the block; every row sees every slot below ``start``.
+    Query head h reads KV head h // (H / H_kv). Returns [R, H D] in the dtype of q.
+    """
+    rows, heads, head_dim = q.shape
+    end = int(start) + rows
+    visible = F.pad(block_mask.bool(), (end - rows, 0), value=True)
+    group = heads // len(keys)
+    k, v = (stored[:, :end].double().repeat_interleave(group, dim=0) for stored in (keys, values))
+    logits = q.double().transpose(0, 1) @ k.transpose(1, 2) * head_dim**-0.5
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (weights @ v).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)

@@ -94,8 +94,11 @@ def run(
         _decode_all(session, prompts, records, run_folder, reporter)
         measured = summarize(records)
         summary = _summary(settings, verifier, measured, environment["copy_bandwidth_bytes_per_second"])
+        summary["simulated"] = session.simulated
+        if session.simulated:
+            summary["distinct_4gram_ratio"] = None
         run_folder.finish(summary)
-    print_report(reporter, settings, verifier, records, measured, folder)
+    print_report(reporter, settings, verifier, records, {**measured, "simulated": session.simulated}, folder)
     return summary
 
 

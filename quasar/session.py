@@ -12,7 +12,7 @@ from quasar.acceptance import AcceptanceRule, rule_for
 from quasar.config import RunConfig
 from quasar.decode import Generation, Limits, decode
 from quasar.draft import StepResult
-from quasar.drafters.base import Drafter
+from quasar.drafters.base import Drafter, SimulatingDrafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.accuracy import graded
 from quasar.evaluation.exactness import compare
@@ -37,6 +37,7 @@ class Session:
         neither is wanted
     trajectories: the reference's own answers, along which fidelity is measured; None: it is not
     shared_same, shared_reference: a sweep's baselines of ``verifier`` and ``reference``; None: decode them here
+    simulated: whether the drafter decides what is accepted; then nothing is said of the text
     """
 
     settings: RunConfig
@@ -51,7 +52,8 @@ class Session:
     def __post_init__(self) -> None:
         chosen = self.settings.decode
         self.sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
-        self.rule = rule_for(self.sampling)
+        self.simulated = isinstance(self.drafter, SimulatingDrafter)
+        self.rule = self.drafter.rule if isinstance(self.drafter, SimulatingDrafter) else rule_for(self.sampling)
         context_length = self.verifier.model.config.context_length
         self.limits = Limits(
             chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, draft_tokens=chosen.draft_tokens
@@ -61,9 +63,11 @@ class Session:
         """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""
         record: Json = {"question_id": prompt.key, "family": prompt.family}
         record["turns"] = self._converse(prompt, lambda tokens, key: self._decode_turn(tokens, key, on_step))
-        if self.settings.evaluate.accuracy:
+        if self.settings.evaluate.accuracy and not self.simulated:
             record["correct"] = graded(prompt, record["turns"][0]["text"])
-        record["fidelity"] = [] if self.trajectories is None else self._converse(prompt, self._fidelity_of_turn)
+        record["fidelity"] = (
+            [] if self.trajectories is None or self.simulated else self._converse(prompt, self._fidelity_of_turn)
+        )
         return record
 
     def warm_up(self) -> None:
@@ -112,14 +116,14 @@ class Session:
             return {}, {}
         same = self._autoregressive(self.verifier, self.shared_same, tokens, key)
         exactness: Json = {}
-        if self.sampling.greedy:
+        if self.sampling.greedy and not self.simulated:
             exactness = compare(tokens, generation.tokens, same.tokens, self.verifier)
         if not evaluate.baselines:
             return {}, exactness
         reference = same
         if self.reference is not None:
             reference = self._autoregressive(self.reference, self.shared_reference, tokens, key)
-        if self.sampling.greedy:
+        if self.sampling.greedy and not self.simulated:
             exactness["match_reference"] = generation.tokens == reference.tokens
         return {"ar_same": _timing(same), "ar_ref": _timing(reference)}, exactness
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from quasar.model.sources import Checkpoint, locate
 from quasar.model.transformer import Transformer
 from quasar.quantization.statistics import Calibration
 from quasar.verifiers.base import Setup
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported: its kernels then run in an interpreter, on any machine.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

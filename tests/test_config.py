@@ -26,7 +26,7 @@ def names(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", names("drafter"))
+@pytest.mark.parametrize("name", sorted(set(names("drafter")) - {"replay"}))  # which needs a recorded run
 def test_every_drafter_yaml_builds_and_drafts(name: str) -> None:
     settings = composed_run(f"drafter={name}")
     assert settings.drafter["name"] == name

@@ -11,7 +11,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from kernels.cpu.levels import Level
@@ -30,8 +29,13 @@ class BuildError(Exception):
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept: below `$QUASAR_CACHE`, else below the user's cache folder."""
-    root = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("quasar")
-    return Path(root) / "kernels"
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if not chosen:
+        # Machines that only run the GPU kernels may lack it.
+        import platformdirs
+
+        chosen = platformdirs.user_cache_dir("quasar")
+    return Path(chosen) / "kernels"
 
 
 def library_path(level: Level) -> Path:

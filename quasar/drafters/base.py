@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from quasar.acceptance import AcceptanceRule
 from quasar.draft import Context, Draft, StepResult
 from quasar.verifiers.base import Verifier
 
@@ -22,3 +23,11 @@ class Drafter(Protocol):
     def observe(self, step: StepResult) -> None:
         """What became of the last draft; ``step.emitted`` is already part of the context."""
         ...
+
+
+@runtime_checkable
+class SimulatingDrafter(Protocol):
+    """A drafter that also decides what is accepted: the times of its steps are real, its text is not."""
+
+    @property
+    def rule(self) -> AcceptanceRule: ...

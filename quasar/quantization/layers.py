@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import DenseWeight, Int4Weight, Int8Weight
+from kernels import DenseWeight, Int4Weight, Int8Weight, block_ops
 
 
 class W8A8Linear(nn.Module):
@@ -24,6 +24,15 @@ class W8A8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear_w8a8(x, self.weight, self.bias)
 
+    @property
+    def int8_activations(self) -> bool:
+        """Whether `forward` quantizes its input, which then may as well be quantized where it is made."""
+        return True
+
+    def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
+        return block_ops.linear_w8a8_quantized(tokens, token_scales, self.weight, self.bias, dtype)
+
 
 class W4Linear(nn.Module):
     """A linear layer with group-wise 4-bit weights; activations stay as they are, or become int8 per token."""
@@ -31,6 +40,7 @@ class W4Linear(nn.Module):
     def __init__(self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
+        self.int8_activations = activation_bits == 8
         self._product = kernels.linear_w4a8 if activation_bits == 8 else kernels.linear_w4a16
 
     @property
@@ -39,6 +49,10 @@ class W4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, self.weight, self.bias)
+
+    def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
+        return block_ops.linear_w4a8_quantized(tokens, token_scales, self.weight, self.bias, dtype)
 
 
 class PackedLinear(nn.Module):

@@ -40,6 +40,8 @@ def print_report(
     rows = [(family, summarize([record for record in records if record["family"] == family])) for family in families]
     rows.append(("all", measured))
     title = f"{settings.model.name}: drafter={settings.drafter['name']} verifier={settings.verifier['name']}"
+    if measured["simulated"]:
+        title += " (simulated acceptance)"
     reporter.line()
     reporter.table(title, _COLUMNS, [_row(name, metrics) for name, metrics in rows])
     for note in _notes(verifier, records, measured):
@@ -77,7 +79,12 @@ def _row(name: str, metrics: Json) -> list[str]:
 
 def _notes(verifier: TransformerVerifier, records: list[Json], measured: Json) -> list[str]:
     notes = []
-    if not verifier.is_reference:
+    if measured["simulated"]:
+        notes.append(
+            "SIMULATED: step times are measured, acceptance is replayed from a recorded run; the text means nothing, "
+            "and no speedup here was achieved by decoding."
+        )
+    elif not verifier.is_reference:
         notes.append(f"The output is lossless with respect to the {verifier.label} only, not to the reference.")
     if measured["kl_to_reference"] is not None:
         notes.append(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quasar.draft import Draft
 from quasar.errors import QuasarError
+from quasar.model.graphs import BUCKETS, BlockPasses, can_fuse
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
@@ -36,6 +37,8 @@ class TransformerVerifier:
         self.model = model
         self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
+        self._passes = BlockPasses(model, self.cache) if can_fuse(model) else None
+        self._last: tuple[int, Draft] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -57,30 +60,47 @@ class TransformerVerifier:
 
     @torch.inference_mode()
     def verify(self, last: int, draft: Draft) -> Tensor:
+        self._last = None
+        if self._passes is None or draft.rows > BUCKETS[-1]:
+            return self._finite(self._forward(last, draft))
+        self._last = last, draft
+        logits = self._passes(draft.row_tokens(last), draft.offsets(), draft.block_mask())
+        return logits if draft.scratch is None else logits[self._outputs(draft)]
+
+    @torch.inference_mode()
+    def keep(self, path: Sequence[int]) -> None:
+        # The path was read from the pass's results, so this waits for nothing.
+        if self._passes is not None and self._last is not None and not self._passes.last_was_finite:
+            self._finite(self._forward(*self._last))
+        self.cache.commit([0, *(node + 1 for node in path)])
+
+    @torch.inference_mode()
+    def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
+        if self._passes is not None:
+            one = torch.ones(1, 1, dtype=torch.bool)
+            start = self.cache.length + offset
+            return self._passes(torch.tensor([token]), torch.zeros(1, dtype=torch.int64), one, start, layers)[0]
+        self.cache.reserve(offset + 1)
+        tokens = torch.tensor([token], device=self.device)
+        return self.model(tokens, self.cache, start=self.cache.length + offset, layers=layers)[0]
+
+    def _forward(self, last: int, draft: Draft) -> Callable[[], Tensor]:
+        """The pass by the model's own operations, for any device, dtype and size of block."""
         self.cache.reserve(draft.rows)
-        outputs: Tensor | slice = slice(None)
-        if draft.scratch is not None:
-            size = 1 + len(draft)
-            outputs = torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device)
-        forward = partial(
+        return partial(
             self.model,
             draft.row_tokens(last).to(self.device),
             self.cache,
             offsets=draft.offsets().to(self.device),
             block_mask=draft.block_mask().to(self.device),
-            outputs=outputs,
+            outputs=slice(None) if draft.scratch is None else self._outputs(draft),
         )
-        return self._finite(forward)
 
-    @torch.inference_mode()
-    def keep(self, path: Sequence[int]) -> None:
-        self.cache.commit([0, *(node + 1 for node in path)])
-
-    @torch.inference_mode()
-    def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
-        self.cache.reserve(offset + 1)
-        tokens = torch.tensor([token], device=self.device)
-        return self.model(tokens, self.cache, start=self.cache.length + offset, layers=layers)[0]
+    def _outputs(self, draft: Draft) -> Tensor:
+        """The rows of a draft with scratch rows whose logits are wanted."""
+        assert draft.scratch is not None
+        size = 1 + len(draft)
+        return torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device)
 
     def _finite(self, forward: Callable[[], Tensor]) -> Tensor:
         """The logits of a pass. Raises QuasarError where one is NaN or infinite, naming the layer where that began."""

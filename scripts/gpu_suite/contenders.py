@@ -1,0 +1,125 @@
+"""One product in every form that can compute it: our kernels and their peers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+from kernels.triton import ops
+from kernels.triton.int4_packing import PackedInt4
+from scripts.gpu_suite.plan import Product
+
+INT_MM_ROWS = 32
+"""`torch._int_mm` takes more than 16 rows only; shorter blocks are padded for it."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A backend with one copy of a weight. nbytes: of the weight, as it is read; run: the product on given rows."""
+
+    name: str
+    nbytes: int
+    run: Callable[[Tensor], Tensor]
+
+
+Build = Callable[[], Contender]
+
+
+def builders(product: Product, device: torch.device) -> Iterator[tuple[str, Build]]:
+    """Name and constructor of every contender that this machine can run; every call makes a fresh copy."""
+    n, k = product.outputs, product.inputs
+    yield "cublas_bf16", lambda: _dense("cublas_bf16", n, k, device, F.linear)
+    yield "linear_bf16", lambda: _dense("linear_bf16", n, k, device, ops.linear_bf16)
+    yield "linear_w8a8", lambda: _w8a8(n, k, device)
+    yield "linear_w4a16", lambda: _w4a16(n, k, product.group_size, device)
+    yield "linear_w4a8", lambda: _w4a8(n, k, product.group_size, device)
+    if device.type == "cuda":
+        yield "torch_int_mm", lambda: _int_mm(n, k, device)
+    if device.type == "cuda" and importlib.util.find_spec("bitsandbytes"):
+        yield "bitsandbytes_int8", lambda: _bitsandbytes_int8(n, k, device)
+        yield "bitsandbytes_nf4", lambda: _bitsandbytes_nf4(n, k, device)
+
+
+def random_int4(outputs: int, inputs: int, group_size: int, device: torch.device) -> PackedInt4:
+    """A symmetric 4-bit weight with random values, made in the kernels' own form; outputs a multiple of 16."""
+    groups = inputs // group_size
+    tiles = -(-outputs // 16)
+    values = torch.randint(0, 256, (tiles, groups, 16, group_size // 2), dtype=torch.uint8, device=device)
+    scales = torch.full((groups, outputs), 0.25, dtype=torch.float16, device=device)
+    return PackedInt4(values, scales, None, inputs**-0.5, outputs, inputs)
+
+
+def _dense(name: str, n: int, k: int, device: torch.device, product: Callable[[Tensor, Tensor], Tensor]) -> Contender:
+    weight = torch.randn(n, k, device=device, dtype=torch.bfloat16)
+    return Contender(name, weight.nbytes, lambda x: product(x, weight))
+
+
+def _int8_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+    return values, torch.full((n,), 0.01, device=device)
+
+
+def _w8a8(n: int, k: int, device: torch.device) -> Contender:
+    """Without quantization of the activations, which a model fuses into the op before."""
+    values, scales = _int8_weight(n, k, device)
+
+    def run(x: Tensor) -> Tensor:
+        return ops.linear_w8a8_quantized(*_quantized(x), values, scales, None, x.dtype)
+
+    return Contender("linear_w8a8", values.nbytes + scales.nbytes, run)
+
+
+def _w4a16(n: int, k: int, group_size: int, device: torch.device) -> Contender:
+    weight = random_int4(n, k, group_size, device)
+    return Contender("linear_w4a16", weight.nbytes, lambda x: ops.linear_w4a16(x, weight))
+
+
+def _w4a8(n: int, k: int, group_size: int, device: torch.device) -> Contender:
+    weight = random_int4(n, k, group_size, device)
+    return Contender(
+        "linear_w4a8", weight.nbytes, lambda x: ops.linear_w4a8_quantized(*_quantized(x), weight, None, x.dtype)
+    )
+
+
+def _int_mm(n: int, k: int, device: torch.device) -> Contender:
+    """The product alone, without scales: a lower bound for W8A8 by PyTorch's own operations."""
+    values, _ = _int8_weight(n, k, device)
+
+    def run(x: Tensor) -> Tensor:
+        tokens = _quantized(x)[0]
+        if len(tokens) < INT_MM_ROWS:
+            tokens = F.pad(tokens, (0, 0, 0, INT_MM_ROWS - len(tokens)))
+        return torch._int_mm(tokens, values.T)
+
+    return Contender("torch_int_mm", values.nbytes, run)
+
+
+def _bitsandbytes_int8(n: int, k: int, device: torch.device) -> Contender:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False).to(device)
+    return Contender("bitsandbytes_int8", n * k + 4 * n, lambda x: layer(x.half()))
+
+
+def _bitsandbytes_nf4(n: int, k: int, device: torch.device) -> Contender:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(device)
+    return Contender("bitsandbytes_nf4", n * k // 2 + n * k // 16, lambda x: layer(x))
+
+
+_last_quantized: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The quantized rows, computed once per tensor and outside of what is timed."""
+    global _last_quantized
+    if _last_quantized is None or _last_quantized[0] is not x:
+        _last_quantized = x, reference.quantize_tokens(x)
+    return _last_quantized[1]

@@ -1,0 +1,66 @@
+"""On what the suite ran."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from scripts.gpu_suite.plan import Plan
+from scripts.gpu_suite.record import Json
+from scripts.gpu_suite.timing import replay_milliseconds
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "bitsandbytes", "torchao")
+COPY_BYTES = 1 << 30
+
+
+def measure(plan: Plan) -> Json:
+    """Versions, device and the copy bandwidth that every fraction refers to."""
+    facts: Json = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git_commit": _output("git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"),
+        "git_dirty": bool(_output("git", "-C", str(Path(__file__).parents[2]), "status", "--porcelain")),
+        "device": str(plan.device),
+        "tiny": plan.tiny,
+        "copy_bandwidth_bytes_per_second": None,
+    }
+    if plan.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(plan.device)
+        facts |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "cuda": torch.version.cuda,
+            "clocks": _output(
+                "nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"
+            ),
+            "copy_bandwidth_bytes_per_second": copy_bandwidth(plan.device),
+        }
+    return facts
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a copy within the device's memory; the best of several."""
+    source = torch.ones(COPY_BYTES // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / (min(replay_milliseconds(lambda: target.copy_(source))) / 1e3)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

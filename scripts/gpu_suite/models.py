@@ -1,0 +1,60 @@
+"""A randomly initialized model built where it is used, in every weight format."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kernels import Int8Weight
+from quasar.model.config import ModelConfig
+from quasar.model.rope import Rope
+from quasar.model.transformer import Transformer
+from quasar.quantization.layers import W8A8Linear
+from scripts.gpu_suite.contenders import random_int4
+from scripts.gpu_suite.packed_linear import PackedW4Linear
+from scripts.gpu_suite.plan import GROUP_SIZE, SMALL_GROUP_SIZE
+
+FORMATS = ("bf16", "int8", "int4", "int4 head8")
+"""Of the blocks' linear layers; the head is in 16 bit, but for the last one, where it is int8 per row."""
+
+
+def random_model(config: ModelConfig, weights: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """Weights of the scale that keeps activations finite; they say nothing about what the model would write."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name, module in list(model.named_modules()):
+        in_blocks = name.startswith("blocks.")
+        if isinstance(module, nn.Linear) and (in_blocks or name == "lm_head"):
+            kind = weights.split()[0] if in_blocks else ("int8" if weights.endswith("head8") else "bf16")
+            model.set_submodule(name, _linear(module, kind, device, dtype))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            filled = _filled(parameter.shape, device, dtype)
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(filled, requires_grad=False))
+    model.rope = Rope(config.rope, config.head_dim).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _linear(linear: nn.Linear, kind: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    outputs, inputs = linear.weight.shape
+    bias = None if linear.bias is None else torch.zeros(outputs, dtype=dtype, device=device)
+    if kind == "int8":
+        values = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
+        scales = torch.full((outputs,), inputs**-0.5 / 73, device=device)
+        return W8A8Linear(Int8Weight(values, scales), bias)
+    if kind == "int4":
+        group_size = GROUP_SIZE if inputs % GROUP_SIZE == 0 else SMALL_GROUP_SIZE
+        return PackedW4Linear(random_int4(outputs, inputs, group_size, device), bias)
+    dense = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=dtype)
+    dense.weight = nn.Parameter(_filled(linear.weight.shape, device, dtype), requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias, requires_grad=False)
+    return dense
+
+
+def _filled(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, device=device, dtype=dtype)
+    return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, shape[1] ** -0.5)

@@ -1,0 +1,71 @@
+"""What a step of the decode loop takes beyond its pass: filling buffers, reading tokens, accepting, bookkeeping."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from quasar.acceptance import Greedy
+from quasar.decode import Limits, decode
+from quasar.draft import Context, Draft, StepResult
+from quasar.sampling import Sampling
+from quasar.verifiers.base import Setup, Verifier
+from quasar.verifiers.fp16 import FP16Verifier
+from scripts.gpu_suite.models import random_model
+from scripts.gpu_suite.plan import Plan
+from scripts.gpu_suite.record import Json
+
+DRAFT_TOKENS = 5
+FORMATS = ("int8", "int4")
+
+
+class FixedDrafter:
+    """Proposes the same tokens at every step, which costs nothing."""
+
+    def begin(self, prompt: torch.Tensor, verifier: Verifier) -> None:
+        pass
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        return Draft.chain(list(range(1, 1 + min(DRAFT_TOKENS, budget))))
+
+    def observe(self, step: StepResult) -> None:
+        pass
+
+
+def measure(plan: Plan) -> list[Json]:
+    """Per weight format: a step by the clock on the wall, its phases on the device, and the overhead's share."""
+    rows = []
+    name, config = plan.passes_model
+    for weights in FORMATS:
+        model = random_model(config, weights, plan.device, torch.bfloat16)
+        verifier = FP16Verifier(model, Setup(capacity=plan.main_context + 512))
+        prompt = list(range(1, plan.main_context))
+        new_tokens = 8 if plan.tiny else 64
+        limits = Limits(new_tokens, plan.main_context + 512, frozenset())
+        generator = torch.Generator(plan.device)
+        for _ in range(2):  # the first captures graphs
+            begin = time.perf_counter()
+            generation = decode(prompt, FixedDrafter(), verifier, Greedy(), Sampling(), limits, generator)
+            seconds = time.perf_counter() - begin
+        laps = {phase: statistics.median(times) for phase, times in generation.milliseconds.items()}
+        step = sum(laps[phase] for phase in ("draft", "verify", "overhead", "observe"))
+        rows.append(
+            {
+                "model": name,
+                "weights": weights,
+                "context": plan.main_context,
+                "median_milliseconds": laps,
+                "step_milliseconds": step,
+                "overhead_milliseconds": laps["overhead"],
+                "overhead_share": laps["overhead"] / step,
+                "beyond_the_pass_share": (step - laps["verify"]) / step,
+                "wall_seconds_with_prefill": seconds,
+                "steps": len(generation.emitted),
+            }
+        )
+        del model, verifier
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows

@@ -1,0 +1,104 @@
+"""Whole verification passes of a randomly initialized model, as CUDA graphs."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+
+import torch
+
+from kernels.triton.launch import set_programmatic_launch
+from quasar.draft import Draft
+from quasar.model.graphs import BlockPasses, bucket_for
+from quasar.model.kv_cache import KVCache
+from quasar.model.transformer import Transformer
+from quasar.verifiers.transformer import weight_bytes
+from scripts.gpu_suite.models import FORMATS, random_model
+from scripts.gpu_suite.plan import Plan
+from scripts.gpu_suite.record import Json, Recorder
+from scripts.gpu_suite.timing import milliseconds_per_call, replay_milliseconds
+from scripts.gpu_suite.workers import in_processes
+
+
+def measure(plan: Plan, recorder: Recorder) -> list[Json]:
+    """A row per weight format, number of rows and context."""
+    rows: list[Json] = []
+    for weights in FORMATS:
+        name, config = plan.passes_model
+        try:
+            model = random_model(config, weights, plan.device, torch.bfloat16)
+            rows += _measure(plan, name, weights, model)
+            del model
+        except Exception as error:
+            rows.append({"model": name, "weights": weights, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+        gc.collect()
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+        recorder.keep("passes", rows)
+    return rows
+
+
+def measure_programmatic(plan: Plan) -> list[Json]:
+    """The same with programmatic dependent launch, in a process of its own per weight format.
+
+    A row's checksum of the logits differs from the ordinary one's only if a kernel does not wait where it must.
+    """
+    if plan.device.type == "cpu":
+        return []
+    jobs = [(plan, weights) for weights in FORMATS]
+    return [row for rows in in_processes(_programmatic, jobs, _failed, plan.device, most=1) for row in rows]
+
+
+def _programmatic(job: tuple[Plan, str]) -> list[Json]:
+    plan, weights = job
+    set_programmatic_launch(True)
+    name, config = plan.passes_model
+    return _measure(plan, name, weights, random_model(config, weights, plan.device, torch.bfloat16), programmatic=True)
+
+
+def _failed(job: tuple[Plan, str], error: Exception) -> list[Json]:
+    return [{"weights": job[1], "programmatic_launch": True, "error": f"{type(error).__name__}: {str(error)[:500]}"}]
+
+
+def filled_cache(model: Transformer, capacity: int) -> KVCache:
+    """A cache with random keys and values in every slot."""
+    cache = KVCache(model.config, capacity, model.dtype, model.device)
+    for stored in (*cache.keys, *cache.values):
+        stored.normal_()
+    return cache
+
+
+@torch.inference_mode()
+def _measure(plan: Plan, name: str, weights: str, model: Transformer, programmatic: bool = False) -> list[Json]:
+    torch.manual_seed(0)
+    cache = filled_cache(model, max(plan.contexts) + bucket_for(max(plan.rows)))
+    passes = BlockPasses(model, cache)
+    rows = []
+    for count in plan.rows:
+        chain = Draft.chain(list(range(1, count)))
+        arguments = chain.row_tokens(0), chain.offsets(), chain.block_mask()
+        for context in plan.contexts:
+            cache.length = context
+            logits = passes(*arguments)
+            graph = passes.graph_of(count)
+            if graph is not None:
+                milliseconds = statistics.median(replay_milliseconds(graph.replay))
+            else:
+                milliseconds = milliseconds_per_call([lambda a=arguments: passes(*a)], torch.device("cpu"))  # type: ignore[misc]
+            cost = weight_bytes(model) + cache.bytes_per_token * context
+            rows.append(
+                {
+                    "model": name,
+                    "weights": weights,
+                    "rows": count,
+                    "context": context,
+                    "milliseconds": milliseconds,
+                    "bytes": cost,
+                    "bytes_per_second": cost / (milliseconds / 1e3),
+                    "graph": graph is not None,
+                    "programmatic_launch": programmatic,
+                    "checksum": float(logits.double().abs().sum()),
+                    "finite": bool(logits.isfinite().all()),
+                }
+            )
+    return rows

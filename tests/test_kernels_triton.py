@@ -1,0 +1,365 @@
+"""The Triton kernels against the reference: on the GPU where there is one, else in Triton's interpreter; and
+compiled ahead of time for GPUs that this machine need not have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Imported after the check that Triton is there; tests/conftest.py has chosen the interpreter where there is no GPU.
+from kernels import reference
+from kernels.triton import linear_bf16, linear_w4, linear_w8a8, tuning
+from kernels.triton.activation import silu_mul, silu_mul_quantize
+from kernels.triton.attention import block_attention
+from kernels.triton.int4_packing import pack_int4
+from kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
+from kernels.triton.quantize import quantize_tokens
+from kernels.triton.rotary import rotary_write_at
+from kernels.triton.tuning import Shape, Tiling
+
+# The interpreter truncates where the GPU rounds to the nearest bfloat16, once or twice in an op.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2**-6}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs begin as NaN or 99, so that an element that a kernel leaves out is seen."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> Tensor:
+        out = empty(*size, **options)
+        return out.fill_(torch.nan if out.is_floating_point() else 99)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(0)
+
+
+def normal(generator: torch.Generator, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*size, generator=generator, device=DEVICE).to(dtype)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the rounding of the dtype, relative to the largest value of a row."""
+    assert actual.dtype == expected.dtype
+    scale = expected.float().abs().amax(-1, keepdim=True).clamp_min(1e-6)
+    difference = (actual.float() - expected.float()).abs() / scale
+    assert difference.max().item() <= TOLERANCE[expected.dtype], difference.max().item()
+
+
+def assert_quantized_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """Integers of float32 values at most one step apart (a tie), of 16-bit values as far as their rounding makes."""
+    steps = (actual[0].int() - expected[0].int()).abs().max().item()
+    assert steps <= max(1, round(127 * TOLERANCE[dtype]))
+    torch.testing.assert_close(actual[1], expected[1], rtol=TOLERANCE[dtype], atol=0)
+
+
+def int8_weight(generator: torch.Generator, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    values = torch.randint(-127, 128, (outputs, inputs), generator=generator, device=DEVICE, dtype=torch.int8)
+    return values, torch.rand(outputs, generator=generator, device=DEVICE) + 0.1
+
+
+def int4_weight(
+    generator: torch.Generator, outputs: int, inputs: int, group_size: int, zeros: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Canonical form; scales that float16 holds, so that packing rounds none."""
+    groups = (outputs, inputs // group_size)
+    packed = torch.randint(0, 256, (outputs, inputs // 2), generator=generator, device=DEVICE, dtype=torch.uint8)
+    scales = (torch.rand(groups, generator=generator, device=DEVICE) + 0.1).half().float() / 64
+    if zeros == "symmetric":
+        return packed, scales, torch.full(groups, 8.0, device=DEVICE)
+    offsets = torch.randint(0, 16, groups, generator=generator, device=DEVICE).float()
+    return packed, scales, offsets + (0.25 if zeros == "fractional" else 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "tiling"),
+    [
+        (1, 40, 256, Tiling(16, 32, 128)),
+        (6, 64, 576, Tiling(16, 32, 256)),  # K ends inside a block
+        (17, 33, 192, Tiling(16, 16, 64, split_k=2)),  # N and M end inside a block, 3 iterations for 2 splits
+        (33, 96, 512, Tiling(32, 32, 64, split_k=4)),
+    ],
+)
+def test_w8a8_is_exact(
+    generator: torch.Generator, rows: int, outputs: int, inputs: int, tiling: Tiling, dtype: torch.dtype
+) -> None:
+    x = normal(generator, rows, inputs, dtype=dtype)
+    values, scales = int8_weight(generator, outputs, inputs)
+    bias = normal(generator, outputs, dtype=dtype) if rows > 1 else None
+    tokens, token_scales = reference.quantize_tokens(x)
+    actual = linear_w8a8.linear_w8a8(tokens, token_scales, values, scales, bias, dtype, tiling)
+    expected = reference.linear_w8a8(x, values, scales, bias)
+    if dtype == torch.float32 and DEVICE.type == "cpu":
+        assert torch.equal(actual, expected)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("rows", range(1, 34))
+def test_every_number_of_rows(generator: torch.Generator, rows: int) -> None:
+    values, scales = int8_weight(generator, 32, 128)
+    weight = int4_weight(generator, 32, 128, 64, "symmetric")
+    x = normal(generator, rows, 128)
+    tokens, token_scales = reference.quantize_tokens(x)
+    block_m = Shape("linear_w8a8", rows, 32, 128).block_m
+    actual = linear_w8a8.linear_w8a8(tokens, token_scales, values, scales, None, x.dtype, Tiling(block_m, 32, 128))
+    assert_close(actual, reference.linear_w8a8(x, values, scales))
+    actual = linear_w4.linear_w4a16(x, pack_int4(*weight), None, Tiling(block_m, 32, 128))
+    assert_close(actual, reference.linear_w4a16(x, *weight))
+
+
+@pytest.mark.parametrize("zeros", ["symmetric", "integer", "fractional"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "group_size", "tiling"),
+    [
+        (1, 40, 256, 32, Tiling(16, 32, 128)),
+        (5, 64, 384, 64, Tiling(16, 32, 64, split_k=4)),  # 6 groups for 4 splits, one of which gets none
+        (33, 48, 512, 128, Tiling(16, 64, 128, split_k=2)),
+    ],
+)
+def test_w4a16(
+    generator: torch.Generator,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    group_size: int,
+    tiling: Tiling,
+    dtype: torch.dtype,
+    zeros: str,
+) -> None:
+    x = normal(generator, rows, inputs, dtype=dtype) + 0.5
+    weight = int4_weight(generator, outputs, inputs, group_size, zeros)
+    bias = normal(generator, outputs, dtype=dtype) if rows > 1 else None
+    assert_close(linear_w4.linear_w4a16(x, pack_int4(*weight), bias, tiling), reference.linear_w4a16(x, *weight, bias))
+
+
+@pytest.mark.parametrize("zeros", ["symmetric", "integer", "fractional"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "group_size", "split_k"), [(1, 64, 2), (7, 128, 1), (20, 256, 2)])
+def test_w4a8(
+    generator: torch.Generator, rows: int, group_size: int, split_k: int, dtype: torch.dtype, zeros: str
+) -> None:
+    x = normal(generator, rows, 512, dtype=dtype) + 0.5
+    weight = int4_weight(generator, 40, 512, group_size, zeros)
+    bias = normal(generator, 40, dtype=dtype)
+    tokens, token_scales = reference.quantize_tokens(x)
+    tiling = Tiling(16, 32, group_size, split_k)
+    actual = linear_w4.linear_w4a8(tokens, token_scales, pack_int4(*weight), bias, dtype, tiling)
+    assert_close(actual, reference.linear_w4a8(x, *weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "tiling"),
+    [(1, 40, 192, Tiling(16, 32, 128)), (18, 64, 256, Tiling(16, 32, 64, split_k=2))],
+)
+def test_unquantized(
+    generator: torch.Generator, rows: int, outputs: int, inputs: int, tiling: Tiling, dtype: torch.dtype
+) -> None:
+    x, weight = normal(generator, rows, inputs, dtype=dtype), normal(generator, outputs, inputs, dtype=dtype)
+    bias = normal(generator, outputs, dtype=dtype)
+    expected = (x.double() @ weight.double().T + bias.double()).to(dtype)
+    assert_close(linear_bf16.linear_bf16(x, weight, bias, tiling), expected)
+
+
+def test_split_counters_return_to_zero(generator: torch.Generator) -> None:
+    """A second launch on the same counters gives the same result."""
+    x, weight = normal(generator, 3, 256), normal(generator, 64, 256)
+    first, second = (linear_bf16.linear_bf16(x, weight, None, Tiling(16, 32, 64, split_k=4)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_packing_pads_the_outputs_and_keeps_every_weight(generator: torch.Generator) -> None:
+    packed, scales, zeros = int4_weight(generator, 40, 128, 64, "integer")
+    weight = pack_int4(packed, scales, zeros)
+    assert weight.values.shape == (3, 2, 16, 32)
+    output, group, element = 37, 1, 50
+    stored = weight.values[output // 16, group, output % 16, element - 32] >> 4
+    assert int(stored) ^ 8 == int(reference.unpack_int4(packed)[output, group * 64 + element])
+    assert weight.scales[group, output] * weight.unit == scales[output, group]
+    assert weight.nbytes == 48 * 64 + 40 * 2 * 2 + 40 * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (5, 100), (33, 576)])
+def test_norm_activation_and_quantization(
+    generator: torch.Generator, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    x, residual = normal(generator, rows, width, dtype=dtype), normal(generator, rows, width, dtype=dtype)
+    x[0] = 0
+    weight = normal(generator, width, dtype=dtype)
+    for added in (None, residual):
+        expected = reference.add_rms_norm(x, weight, 1e-5, added)
+        for actual, wanted in zip(add_rms_norm(x, weight, 1e-5, added), expected, strict=True):
+            assert_close(actual, wanted)
+        quantized = add_rms_norm_quantize(x, weight, 1e-5, added)
+        assert_quantized_close(quantized, reference.add_rms_norm_quantize(x, weight, 1e-5, added), dtype)
+        assert_close(quantized[2], expected[1])
+    gate_up = torch.cat([x, residual], dim=1)
+    assert_close(silu_mul(gate_up), reference.silu_mul(gate_up))
+    assert_quantized_close(silu_mul_quantize(gate_up), reference.silu_mul_quantize(gate_up), dtype)
+    tokens, scales = quantize_tokens(x)
+    assert torch.equal(tokens, reference.quantize_tokens(x)[0])
+    assert torch.equal(scales, reference.quantize_tokens(x)[1])
+
+
+def test_quantization_rounds_ties_to_even() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 0.0, 126.5]], device=DEVICE)
+    assert quantize_tokens(x)[0].tolist() == [[127, 0, 2, 2, 0, -2, 0, 126]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "head_dim", "context", "splits"),
+    [
+        (1, 4, 2, 32, 0, 3),  # no context: two of the splits are empty
+        (5, 6, 2, 64, 70, 2),
+        (9, 8, 1, 40, 200, 4),  # a head dimension that is no power of two, more packed rows than a tile
+        (33, 4, 2, 32, 3, 2),
+    ],
+)
+def test_rotary_and_attention(
+    generator: torch.Generator,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    context: int,
+    splits: int,
+    dtype: torch.dtype,
+) -> None:
+    qkv = normal(generator, rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    cos, sin = normal(generator, rows, head_dim), normal(generator, rows, head_dim)
+    norms = (normal(generator, head_dim, dtype=dtype), normal(generator, head_dim, dtype=dtype))
+    start = torch.tensor([context], device=DEVICE)
+    cache = normal(generator, 2, kv_heads, context + rows + 5, head_dim, dtype=dtype)
+    expected_cache = cache.clone()
+    for q_norm, k_norm in ((None, None), norms):
+        q = rotary_write_at(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6)
+        expected = reference.rotary_write_at(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6)
+        # Rotation mixes values of a whole head, and truncation before it counts double.
+        assert (q.float() - expected.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected.float().abs().max()
+        assert (cache.float() - expected_cache.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected_cache.abs().max()
+        outside = torch.ones(cache.shape[2], dtype=torch.bool, device=DEVICE)
+        outside[context : context + rows] = False
+        assert torch.equal(cache[:, :, outside], expected_cache[:, :, outside])
+    mask = torch.rand(rows, rows, generator=generator, device=DEVICE) > 0.5
+    mask.fill_diagonal_(True)
+    attended = block_attention(expected, *expected_cache, start, mask, splits)
+    assert_close(attended, reference.block_attention(expected, *expected_cache, start, mask))
+
+
+def test_default_tilings_fill_the_gpu() -> None:
+    """At the shapes of Qwen3-8B there is a program for three quarters of an H100's multiprocessors and more."""
+    for outputs, inputs in ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)):
+        for op, group_size in (("linear_w8a8", 0), ("linear_bf16", 0), ("linear_w4a16", 128), ("linear_w4a8", 64)):
+            for rows in (1, 6, 17, 33):
+                tiling = tuning.default_tiling(Shape(op, rows, outputs, inputs, group_size), processors=132)
+                columns, splits, row_blocks = tiling.grid(rows, outputs)
+                assert columns * splits * row_blocks >= 99
+                assert row_blocks == 1
+                assert inputs % tiling.block_k == 0
+
+
+def test_tuning_remembers_the_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path))
+    tuning._table.cache_clear()
+    tuning.tiling_for.cache_clear()
+    shape = Shape("linear_w8a8", 6, 4096, 4096)
+    default = tuning.tiling_for(shape, DEVICE)
+    wanted = tuning.candidates(shape, 132)[2]
+    assert wanted != default
+
+    def milliseconds(tiling: Tiling) -> float:
+        if tiling.warps == 8:
+            raise RuntimeError("out of resource: shared memory")
+        return 1.0 if tiling == wanted else 2.0
+
+    assert tuning.tune(shape, DEVICE, milliseconds) == wanted
+    tuning._table.cache_clear()  # as a new process would begin
+    assert tuning.tiling_for(Shape("linear_w8a8", 3, 4096, 4096), DEVICE) == wanted
+    assert tuning.tiling_for(Shape("linear_w8a8", 20, 4096, 4096), DEVICE).block_m == 32
+    tuning._table.cache_clear()
+    tuning.tiling_for.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    """What the compiler made of every kernel, by name and architecture; compiled in a process of its own, because
+    this one's kernels may belong to the interpreter."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.triton_compile"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+    )
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory that one program may use, by compute capability."""
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_compiled_kernels_fit(compiled: dict[str, Any], architecture: int) -> None:
+    found = {name: facts for name, facts in compiled.items() if facts["architecture"] == architecture}
+    assert len(found) >= 6
+    for name, facts in found.items():
+        assert facts["stack_bytes"] == 0, f"{name} spills registers"
+        assert facts["shared_bytes"] <= SHARED_MEMORY[architecture], name
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    ("kernel", "instruction"),
+    [
+        ("w8a8", "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"),
+        ("w4a8", "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"),
+        ("w4a16", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+        ("w4a16 float16", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
+        ("bf16", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+        ("attention", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+    ],
+)
+def test_compiled_products_use_tensor_cores_and_wide_loads(
+    compiled: dict[str, Any], kernel: str, instruction: str, architecture: int
+) -> None:
+    facts = compiled[f"{kernel} sm_{architecture}"]
+    assert instruction in facts["tensor_core_instructions"]
+    # The weights (and keys) go to shared memory 16 bytes at a time, without passing through registers.
+    assert facts["wide_asynchronous_copies"] >= 3
+
+
+@pytest.mark.parametrize("kernel", ["w4a16", "w4a16 float16"])
+def test_weights_are_unpacked_in_tensor_core_registers(compiled: dict[str, Any], kernel: str) -> None:
+    """Nothing is stored to shared memory inside the loop: unpacked weights go straight to the tensor cores."""
+    assert compiled[f"{kernel} sm_90"]["shared_stores_in_loop"] == 0
+
+
+def test_dependent_launches_wait_and_products_prefetch_before(compiled: dict[str, Any]) -> None:
+    for name, facts in compiled.items():
+        assert facts["waits_for_the_kernel_before"] == (facts["architecture"] == 90), name
+        assert not facts["accesses_before_waiting"], name
+        product = name.startswith(("w8a8", "w4a16", "w4a8", "bf16"))
+        assert facts["prefetches_before_waiting"] == (product and facts["architecture"] == 90), name

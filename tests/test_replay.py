@@ -1,0 +1,115 @@
+"""Replaying a recorded acceptance trace."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quasar.acceptance import Greedy
+from quasar.decode import Limits, decode
+from quasar.draft import Context, Draft
+from quasar.drafters.replay import ReplayDrafter
+from quasar.errors import RequestError
+from quasar.evaluation.trace import read_trace
+from quasar.main import main
+from quasar.model.transformer import Transformer
+from quasar.sampling import Sampling
+from quasar.verifiers.base import Setup
+from quasar.verifiers.fp16 import FP16Verifier
+
+
+def write_trace(file: Path, *turns: tuple[int, list[int], list[int]]) -> Path:
+    """A line per turn of (prompt tokens, drafted, accepted)."""
+    records = [
+        {"turns": [{"prompt_tokens": tokens, "steps": {"drafted": drafted, "accepted": accepted}}]}
+        for tokens, drafted, accepted in turns
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def test_decoding_follows_the_trace_whatever_the_verifier_says(tiny: Transformer, tmp_path: Path) -> None:
+    """Also checks the cache: it must hold as many tokens as the recorded acceptance lets it."""
+    trace = write_trace(tmp_path / "trace.jsonl", (50, [5], [5]), (6, [5, 0, 3, 2], [4, 0, 1, 0]))
+    drafter = ReplayDrafter(trace=trace)
+    verifier = FP16Verifier(tiny, Setup())
+    limits = Limits(max_new_tokens=1 + 5 + 1 + 2 + 1 + 5, context_length=4096, stop_tokens=frozenset())
+    prompt = [1, 2, 3, 4, 5]
+    generation = decode(prompt, drafter, verifier, drafter.rule, Sampling(), limits, torch.Generator())
+    assert generation.drafted == [5, 0, 3, 2, 4]  # the turn begins again, cut to the room that is left
+    assert generation.accepted == [4, 0, 1, 0, 4]
+    assert generation.emitted == [5, 1, 2, 1, 5]
+    assert generation.context == [5, 10, 11, 13, 14]
+    assert verifier.cache.length == 5 + 15 - 1
+
+
+def test_the_bonus_token_is_the_verifiers_after_the_accepted_ones(tmp_path: Path) -> None:
+    drafter = ReplayDrafter(trace=write_trace(tmp_path / "trace.jsonl", (3, [2], [1])))
+    drafter.begin(torch.tensor([1, 2, 3]), None)  # type: ignore[arg-type]
+    draft = drafter.propose(Context([1, 2, 3, 9], 3, Sampling(), torch.Generator()), 8)
+    assert draft == Draft.chain([9, 9])
+    logits = torch.tensor([[0.0, 1, 2, 9], [0, 9, 0, 0], [9, 0, 0, 0]])
+    accepted = drafter.rule.accept(draft, logits, torch.Generator())
+    assert (accepted.path, accepted.bonus) == ([0], 1)
+    assert drafter.rule.accept(Draft(), logits[:1], torch.Generator()) == Greedy().accept(
+        Draft(), logits[:1], torch.Generator()
+    )
+
+
+def test_whole_run_is_labelled_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], prompt_file: Path
+) -> None:
+    """The trace of a real run as input; the summary and the report say what the figures are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
+
+    def start(*overrides: str) -> tuple[int, str]:
+        common = ["model=tiny", "verifier=fp16", f"data.path={prompt_file}", "decode.max_new_tokens=12", "threads=1"]
+        monkeypatch.setattr(sys, "argv", ["run.py", *common, *overrides])
+        return main(), capfd.readouterr().out
+
+    code, _ = start("drafter=ngram", "hydra.run.dir=recorded", "evaluate.baselines=false", "evaluate.fidelity=false")
+    assert code == 0
+    code, out = start("drafter=replay", "drafter.trace=recorded/generations.jsonl", "hydra.run.dir=replayed")
+    assert code == 0
+    recorded, replayed = (json.loads(Path(name, "summary.json").read_text()) for name in ("recorded", "replayed"))
+    assert (recorded["simulated"], replayed["simulated"]) == (False, True)
+    assert replayed["mean_acceptance_length"] == pytest.approx(recorded["mean_acceptance_length"], rel=0.3)
+    for text_metric in (
+        "exact_match_to_self",
+        "exact_match_to_reference",
+        "kl_to_reference",
+        "distinct_4gram_ratio",
+        "mean_acceptance_length_ref",
+    ):
+        assert replayed[text_metric] is None
+    assert "SIMULATED" in out
+    assert "(simulated acceptance)" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"missing\.jsonl: cannot be read .*generations\.jsonl"),
+        ("", "holds no decoding step"),
+        ('{"turns": []}\n', "holds no decoding step"),
+        ('{"turns": []}\nnot json\n', "line 2: not a line of generations.jsonl"),
+        ('{"question_id": 1}\n', "line 1: not a line of generations.jsonl .*turns"),
+        ('{"turns": [{"prompt_tokens": 3, "steps": {"drafted": [1], "accepted": []}}]}', "differ in length"),
+    ],
+)
+def test_bad_traces_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    file = tmp_path / "missing.jsonl"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RequestError, match=message):
+        read_trace(file)
+
+
+def test_replay_without_a_trace_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"drafter\.trace=FILE"):
+        ReplayDrafter()
