@@ -1,12 +1,13 @@
 """The products as models call them: one signature per op, the backend chosen by device, shape and machine.
 
-On CUDA the Triton kernels of `kernels.triton` do the work where they have one for the shape, on a CPU with AVX2 or
-better the compiled kernels of `kernels.cpu`; elsewhere PyTorch's own operations compute what `kernels.reference`
-defines. Activations of the int8 products are quantized per token inside, or passed as `Quantized` by an op that did so
-already.
+On a CPU with AVX2 or better the compiled kernels of `kernels.cpu` do the work, on CUDA those of `kernels.triton` where
+they have one for the shape; elsewhere PyTorch's own operations compute what `kernels.reference` defines. Activations
+of the int8 products are quantized per token inside, or passed as `Quantized` by an op that did so already.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,9 @@ CUDA_INT_MM_MIN_ROWS = 17
 
 def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, int8 × int8 with per-token and per-channel scales. x: [M, K]; returns [M, N]."""
-    if isinstance(x, Tensor) and (gpu := gpu_backend(x)) and gpu.supports("linear_w8a8", x):
+    if gpu := _gpu_for("linear_w8a8", x):
+        if isinstance(x, Quantized):
+            return gpu.linear_w8a8_quantized(x.values, x.scales, weight.values, weight.scales, bias, x.dtype)
         return gpu.linear_w8a8(x, weight.values, weight.scales, bias)
     library = backend()
     packed = weight.packed_for_kernels() if library is not None else None
@@ -48,7 +51,7 @@ def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None =
 
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights. x: [M, K]; returns [M, N]."""
-    if (gpu := gpu_backend(x)) and gpu.supports("linear_w4a16", x, weight.group_size):
+    if gpu := _gpu_for("linear_w4a16", x, weight.group_size):
         return gpu.linear_w4a16(x, packed_for_gpu(weight), bias)
     library = backend()
     packed = weight.packed_for_kernels() if library is not None else None
@@ -66,7 +69,9 @@ def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> T
 
 def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations. x: [M, K]; returns [M, N]."""
-    if isinstance(x, Tensor) and (gpu := gpu_backend(x)) and gpu.supports("linear_w4a8", x, weight.group_size):
+    if gpu := _gpu_for("linear_w4a8", x, weight.group_size):
+        if isinstance(x, Quantized):
+            return gpu.linear_w4a8_quantized(x.values, x.scales, packed_for_gpu(weight), bias, x.dtype)
         return gpu.linear_w4a8(x, packed_for_gpu(weight), bias)
     library = backend()
     packed = weight.packed_for_kernels() if library is not None else None
@@ -89,6 +94,8 @@ def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> T
 
     x: [M, K]; returns [M, N].
     """
+    if gpu := _gpu_for("linear_bf16", x):
+        return gpu.linear_bf16(x, weight.values, bias)
     library = backend()
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and x.dtype in ACTIVATION_DTYPES:
@@ -96,6 +103,12 @@ def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> T
             return custom_ops.linear_bf16(x, packed.values, bias)
         return multiply(library.linear_f32 if weight.dtype == torch.float32 else library.linear_bf16, packed, x, bias)
     return F.linear(x, weight.values.to(x.dtype), bias)
+
+
+def _gpu_for(op: str, x: Tensor | Quantized, group_size: int = 0) -> ModuleType | None:
+    rows = x.values if isinstance(x, Quantized) else x
+    gpu = gpu_backend(rows)
+    return gpu if gpu is not None and gpu.supports(op, rows, group_size) else None
 
 
 def _widened(bias: Tensor | None) -> Tensor | None:

@@ -106,23 +106,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normalized.to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """RMS normalization of ``x + residual`` (Zhang & Sennrich 2019), rounded where the model rounds.
-
-    x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
-    """
-    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
-    return rms_norm(total, weight, eps), total
-
-
-def add_rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_rms_norm`, its rows quantized: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
-    normalized, total = add_rms_norm(x, weight, eps, residual)
-    return *quantize_tokens(normalized), total
-
-
 def silu_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` (SwiGLU, Shazeer 2020). gate_up: [M, 2 S], the gates first; returns [M, S]."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -176,6 +159,23 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
         packed, keys, values = packed.double(), keys.double(), values.double()
     out = F.scaled_dot_product_attention(packed, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask)
     return out.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)
+
+
+def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RMS normalization of ``x + residual`` (Zhang & Sennrich 2019), rounded where the model rounds.
+
+    x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
+    """
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    return rms_norm(total, weight, eps), total
+
+
+def add_rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_rms_norm`, its rows quantized: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
+    normalized, total = add_rms_norm(x, weight, eps, residual)
+    return *quantize_tokens(normalized), total
 
 
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:

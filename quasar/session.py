@@ -36,8 +36,8 @@ class Session:
     reference: the unquantized, unpruned model, of AR-ref and of fidelity; None where ``verifier`` is that itself, or
         neither is wanted
     trajectories: the reference's own answers, along which fidelity is measured; None: it is not
-    shared_same, shared_reference: a sweep's baselines of ``verifier`` and ``reference``; None: decode them here
     simulated: whether the drafter decides what is accepted; then nothing is said of the text
+    shared_same, shared_reference: a sweep's baselines of ``verifier`` and ``reference``; None: decode them here
     """
 
     settings: RunConfig
@@ -53,7 +53,7 @@ class Session:
         chosen = self.settings.decode
         self.sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
         self.simulated = isinstance(self.drafter, SimulatingDrafter)
-        self.rule = self.drafter.rule if isinstance(self.drafter, SimulatingDrafter) else rule_for(self.sampling)
+        self.rule = rule_for(self.sampling)
         context_length = self.verifier.model.config.context_length
         self.limits = Limits(
             chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, draft_tokens=chosen.draft_tokens
@@ -175,7 +175,9 @@ class Session:
         sampling = self.sampling if rule is None else Sampling()
         # A generator per prompt and turn, so that a resumed run draws what an undisturbed one would have drawn.
         generator = torch.Generator(verifier.device).manual_seed(_seed(self.settings.seed, key))
-        return decode(tokens, drafter, verifier, rule or self.rule, sampling, limits, generator, on_step)
+        if rule is None:
+            rule = drafter.rule if isinstance(drafter, SimulatingDrafter) else self.rule
+        return decode(tokens, drafter, verifier, rule, sampling, limits, generator, on_step)
 
 
 def _timing(baseline: Baseline) -> Json:
