@@ -5,12 +5,23 @@ in plain PyTorch and is the oracle of all tests; the functions exported here cho
 the tensors' device has.
 """
 
-from kernels.ops import (
-    Int4Weight,
-    Int8Weight,
-    linear_w4a8,
-    linear_w4a16,
-    linear_w8a8,
-)
+from kernels.fused import attend, rms_norm, rms_norm_quantize, rotary_write, silu_mul, silu_mul_quantize
+from kernels.ops import linear_bf16, linear_w4a8, linear_w4a16, linear_w8a8
+from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
 
-__all__ = ["Int4Weight", "Int8Weight", "linear_w4a8", "linear_w4a16", "linear_w8a8"]
+__all__ = [
+    "DenseWeight",
+    "Int4Weight",
+    "Int8Weight",
+    "Quantized",
+    "attend",
+    "linear_bf16",
+    "linear_w4a8",
+    "linear_w4a16",
+    "linear_w8a8",
+    "rms_norm",
+    "rms_norm_quantize",
+    "rotary_write",
+    "silu_mul",
+    "silu_mul_quantize",
+]

@@ -1,14 +1,14 @@
-"""The ops as models call them: one signature per op, the backend chosen by device and dtype.
+"""The products as models call them: one signature per op, the backend chosen by device, shape and machine.
 
-On CUDA the Triton kernels do the work where they have one for the shape; otherwise PyTorch's own operations
-compute what `kernels.reference` defines.
+On a CPU with AVX2 or better the compiled kernels of `kernels.cpu` do the work, on CUDA those of `kernels.triton` where
+they have one for the shape; elsewhere PyTorch's own operations compute what `kernels.reference` defines. Activations
+of the int8 products are quantized per token inside, or passed as `Quantized` by an op that did so already.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -17,80 +17,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
+from kernels.cpu import backend, custom_ops
+from kernels.cpu.library import ACTIVATION_DTYPES, multiply
+from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 if TYPE_CHECKING:
     from kernels.triton.int4_packing import PackedInt4
 
 # PyTorch's packed 4-bit product re-reads the weights every few rows: beyond this many, dequantizing once is cheaper.
 PACKED_INT4_MAX_ROWS = 64
-CPU_INT4_GROUP_SIZES = (32, 64, 128, 256)
 CUDA_INT_MM_MIN_ROWS = 17
 
 
-@dataclass(frozen=True)
-class Int8Weight:
-    """values: int8 [N, K]; scales: float32 [N], one per output channel."""
-
-    values: Tensor
-    scales: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
-
-
-@dataclass(frozen=True)
-class Int4Weight:
-    """4-bit weight ``(q - zero) * scale`` in groups along K.
-
-    packed: uint8 [N, K / 2] as in `reference.pack_int4`; scales, zeros: [N, K / group_size], float32 here and
-    counted as 16-bit scales and 4-bit zero points (``nbytes``), the form in which kernels read them.
-    prepared: what the backend made of it once, or None.
-    """
-
-    packed: Tensor
-    scales: Tensor
-    zeros: Tensor
-    symmetric: bool
-    prepared: Tensor | None = None
-    prepared_scales: Tensor | None = None
-
-    @staticmethod
-    def prepare(packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype) -> Int4Weight:
-        """Pack a weight for products with activations of ``dtype``.
-
-        BF16 on a CPU uses PyTorch's packed layout. Float32 is the exactness mode: the dequantized weight is kept.
-        """
-        columns = packed.shape[1] * 2
-        group_size = columns // scales.shape[1]
-        if dtype == torch.float32:
-            return Int4Weight(packed, scales, zeros, symmetric, reference.dequantize_int4(packed, scales, zeros))
-        if packed.device.type == "cpu" and group_size in CPU_INT4_GROUP_SIZES and len(packed) % 16 == 0:
-            values = reference.unpack_int4(packed).to(torch.int32)
-            # PyTorch computes (q - 8) * scale + zero.
-            offsets = (8 - zeros) * scales
-            prepared = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-            scales_and_zeros = torch.stack([scales, offsets], dim=-1).transpose(0, 1).contiguous().to(dtype)
-            return Int4Weight(packed, scales, zeros, symmetric, prepared, scales_and_zeros)
-        return Int4Weight(packed, scales, zeros, symmetric)
-
-    @property
-    def group_size(self) -> int:
-        return self.packed.shape[1] * 2 // self.scales.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        zero_bytes = 0 if self.symmetric else self.zeros.numel() / 2
-        return int(self.packed.nbytes + 2 * self.scales.numel() + zero_bytes)
-
-
-def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, int8 × int8 with per-token and per-channel scales. x: [M, K]; returns [M, N]."""
-    if (gpu := gpu_backend(x)) and gpu.supports("linear_w8a8", x):
+    if gpu := _gpu_for("linear_w8a8", x):
+        if isinstance(x, Quantized):
+            return gpu.linear_w8a8_quantized(x.values, x.scales, weight.values, weight.scales, bias, x.dtype)
         return gpu.linear_w8a8(x, weight.values, weight.scales, bias)
-    tokens, token_scales = reference.quantize_tokens(x)
-    rows = len(x)
-    if x.is_cuda and rows < CUDA_INT_MM_MIN_ROWS:
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and packed.scales is not None:
+        if isinstance(x, Quantized):
+            return multiply(library.linear_w8a8, packed, x.values, bias, x.scales, x.dtype)
+        if x.dtype not in ACTIVATION_DTYPES:
+            return linear_w8a8(x.float(), weight, _widened(bias)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_w8a8(x, packed.values, packed.scales, bias)
+        return multiply(library.linear_w8a8, packed, x, bias)
+    tokens, token_scales = (x.values, x.scales) if isinstance(x, Quantized) else reference.quantize_tokens(x)
+    rows = len(tokens)
+    if tokens.is_cuda and rows < CUDA_INT_MM_MIN_ROWS:
         tokens = F.pad(tokens, (0, 0, 0, CUDA_INT_MM_MIN_ROWS - rows))
     accumulated = torch._int_mm(tokens, weight.values.T)[:rows]
     out = accumulated.float() * (token_scales * weight.scales)
@@ -99,24 +56,58 @@ def linear_w8a8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights. x: [M, K]; returns [M, N]."""
-    if gpu := _gpu_with_int4("linear_w4a16", x, weight):
+    if gpu := _gpu_for("linear_w4a16", x, weight.group_size):
         return gpu.linear_w4a16(x, packed_for_gpu(weight), bias)
-    if weight.prepared_scales is not None and weight.prepared is not None and len(x) <= PACKED_INT4_MAX_ROWS:
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), weight.prepared, weight.group_size, weight.prepared_scales
-        )
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and packed.scales is not None:
+        if x.dtype not in ACTIVATION_DTYPES:
+            return linear_w4a16(x.float(), weight, _widened(bias)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_w4a16(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
+        return multiply(library.linear_w4a16, packed, x, bias)
+    if x.dtype == torch.bfloat16 and len(x) <= PACKED_INT4_MAX_ROWS and (prepared := weight.packed_for_torch()):
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), prepared[0], weight.group_size, prepared[1])
         return out if bias is None else out + bias
-    if x.dtype == torch.float32 and weight.prepared is not None:
-        return F.linear(x, weight.prepared, bias)
-    dense = reference.dequantize_int4(weight.packed, weight.scales, weight.zeros).to(x.dtype)
-    return F.linear(x, dense, bias)
+    return F.linear(x, weight.dequantize().to(x.dtype), bias)
 
 
-def linear_w4a8(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
+def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations. x: [M, K]; returns [M, N]."""
-    if gpu := _gpu_with_int4("linear_w4a8", x, weight):
+    if gpu := _gpu_for("linear_w4a8", x, weight.group_size):
+        if isinstance(x, Quantized):
+            return gpu.linear_w4a8_quantized(x.values, x.scales, packed_for_gpu(weight), bias, x.dtype)
         return gpu.linear_w4a8(x, packed_for_gpu(weight), bias)
-    return reference.linear_w4a8(x, weight.packed, weight.scales, weight.zeros, bias)
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and packed.scales is not None:
+        if isinstance(x, Quantized):
+            return multiply(library.linear_w4a8, packed, x.values, bias, x.scales, x.dtype)
+        if x.dtype not in ACTIVATION_DTYPES:
+            return linear_w4a8(x.float(), weight, _widened(bias)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_w4a8(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
+        return multiply(library.linear_w4a8, packed, x, bias)
+    if isinstance(x, Quantized):
+        out = reference.linear_w4a8_quantized(x.values, x.scales, *weight.canonical(), bias)
+        return out.to(x.dtype)
+    return reference.linear_w4a8(x, *weight.canonical(), bias)
+
+
+def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` with bfloat16 (or, in exactness mode, float32) weights, summed in float32.
+
+    x: [M, K]; returns [M, N].
+    """
+    if gpu := _gpu_for("linear_bf16", x):
+        return gpu.linear_bf16(x, weight.values, bias)
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and x.dtype in ACTIVATION_DTYPES:
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_bf16(x, packed.values, bias)
+        return multiply(library.linear_f32 if weight.dtype == torch.float32 else library.linear_bf16, packed, x, bias)
+    return F.linear(x, weight.values.to(x.dtype), bias)
 
 
 def gpu_backend(x: Tensor) -> ModuleType | None:
@@ -129,14 +120,14 @@ def packed_for_gpu(weight: Int4Weight) -> PackedInt4:
     """The weight as the Triton kernels read it."""
     ops = _triton_ops()
     assert ops is not None
-    return ops.packed_int4(weight, weight.packed, weight.scales, weight.zeros)
+    packed: PackedInt4 = ops.packed_int4(weight, *weight.canonical())
+    return packed
 
 
-def _gpu_with_int4(op: str, x: Tensor, weight: Int4Weight) -> ModuleType | None:
-    gpu = gpu_backend(x)
-    if gpu is None:
-        return None
-    return gpu if gpu.supports(op, x, weight.group_size) else None
+def _gpu_for(op: str, x: Tensor | Quantized, group_size: int = 0) -> ModuleType | None:
+    rows = x.values if isinstance(x, Quantized) else x
+    gpu = gpu_backend(rows)
+    return gpu if gpu is not None and gpu.supports(op, rows, group_size) else None
 
 
 @functools.cache
@@ -146,3 +137,7 @@ def _triton_ops() -> ModuleType | None:
     from kernels.triton import ops
 
     return ops
+
+
+def _widened(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()

@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INT8_MAX = 127
+# Float32 is the mode in which exactness is asserted. There, attention of blocks up to this size accumulates in
+# float64, so that a row's result does not depend on how many other rows share its block: an int8 activation
+# quantizer behind it would turn a difference in the last bit into a different integer.
+EXACT_BLOCK = 128
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,15 +94,80 @@ def linear_w4a8_quantized(
     return out if bias is None else out + bias.float()
 
 
+def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` with 16-bit or float32 weights, summed in float32. x: [M, K]; values: [N, K]."""
+    return F.linear(x.float(), values.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square normalization over the last dimension (Zhang & Sennrich 2019), computed in float32."""
+    wide = x.float()
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normalized.to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (SwiGLU, Shazeer 2020). gate_up: [M, 2 S], the gates first; returns [M, S]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads by their positions (Su et al. 2021). x: [R, heads, D]; cos, sin: float32 [R, D]."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
+
+
+def rotary_write(
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    start: int = 0,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Rotated queries [R, H, D] of a fused projection [R, (H + 2 H_kv) * D]; rotated keys and values are stored.
+
+    keys, values: [H_kv, capacity, D], written from slot ``start`` on; norms: weights [D] of `rms_norm` over each
+    query and each key head, or None.
+    """
+    kv_heads, _, head_dim = keys.shape
+    heads = qkv.view(len(qkv), -1, head_dim)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    keys[:, start : start + len(qkv)] = rotate(k, *rotation).transpose(0, 1)
+    values[:, start : start + len(qkv)] = v.transpose(0, 1)
+    return rotate(q, *rotation)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention of a block over the first S slots: q [R, H, D]; keys, values [H_kv, capacity, D]; visible bool
+    [R, S]; returns [R, H * D].
+
+    The H / H_kv query heads of a KV head are packed into rows, so that each key is read once.
+    """
+    keys, values = keys[:, : visible.shape[1]], values[:, : visible.shape[1]]
+    rows, heads, head_dim = q.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
+    packed = q.transpose(0, 1).reshape(1, kv_heads, group * rows, head_dim)
+    mask = visible.repeat(group, 1)
+    if q.dtype == torch.float32 and rows <= EXACT_BLOCK:
+        packed, keys, values = packed.double(), keys.double(), values.double()
+    out = F.scaled_dot_product_attention(packed, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask)
+    return out.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)
+
+
 def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """RMS normalization of ``x + residual`` (Zhang & Sennrich 2019), rounded where the model rounds.
 
     x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
     """
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
-    wide = total.float()
-    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normalized.to(x.dtype), total
+    return rms_norm(total, weight, eps), total
 
 
 def add_rms_norm_quantize(
@@ -107,12 +176,6 @@ def add_rms_norm_quantize(
     """`add_rms_norm`, its rows quantized: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
     normalized, total = add_rms_norm(x, weight, eps, residual)
     return *quantize_tokens(normalized), total
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """The element-wise part of SwiGLU (Shazeer 2020). gate_up: float [M, 2 I], gate first; returns [M, I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,11 +204,11 @@ def rotary_write_at(
     heads = qkv.view(rows, -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * len(keys), len(keys), len(keys)], dim=1)
     if q_norm is not None and k_norm is not None:
-        q, k = add_rms_norm(q, q_norm, eps)[0], add_rms_norm(k, k_norm, eps)[0]
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
     slots = start + torch.arange(rows, device=qkv.device)
-    keys.index_copy_(1, slots, _rotate(k, cos, sin).transpose(0, 1))
+    keys.index_copy_(1, slots, rotate(k, cos, sin).transpose(0, 1))
     values.index_copy_(1, slots, v.transpose(0, 1))
-    return _rotate(q, cos, sin)
+    return rotate(q, cos, sin)
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
@@ -163,9 +226,3 @@ def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, bloc
     logits = q.double().transpose(0, 1) @ k.transpose(1, 2) * head_dim**-0.5
     weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
     return (weights @ v).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)

@@ -321,7 +321,7 @@ def test_int4_weight_bytes(symmetric: bool) -> None:
     grid = grid_int4(dense, 32, symmetric)
     packed = reference.pack_int4(round_int4(dense, grid))
     groups = 64 * 4
-    weight = Int4Weight.prepare(packed, grid.scales, grid.zeros, symmetric, torch.float32)
+    weight = Int4Weight.prepare(packed, grid.scales, grid.zeros, symmetric, torch.bfloat16)
     assert weight.nbytes == 64 * 128 / 2 + 2 * groups + (0 if symmetric else groups / 2)
 
 

@@ -23,13 +23,6 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
 
-    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [num_kv_heads, R, head_dim] at slots ``start`` on; return views of all slots up to their end."""
-        end = start + keys.shape[1]
-        self.keys[layer][:, start:end] = keys
-        self.values[layer][:, start:end] = values
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
-
     def commit(self, rows: Sequence[int]) -> None:
         """Keep the tentative rows ``rows`` (ascending, counted from ``length``) and drop all others."""
         start, count = self.length, len(rows)

@@ -27,13 +27,6 @@ class Rope(nn.Module):
         return angles.cos() * self.scale, angles.sin() * self.scale
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads by their positions. x: [R, heads, head_dim]; cos, sin: float32 [R, head_dim]."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
-
-
 def _frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2] and the factor on cosines and sines."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.kv_cache import KVCache
-from quasar.model.rope import Rope, rotate
-
-# Float32 is the mode in which exactness is asserted. There, attention of blocks up to this size accumulates in
-# float64, so that a row's result does not depend on how many other rows share its block: an int8 activation
-# quantizer behind it would turn a difference in the last bit into a different integer.
-EXACT_BLOCK = 128
+from quasar.model.rope import Rope
 
 
 class RMSNorm(nn.Module):
@@ -27,9 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalized.to(x.dtype)
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -46,14 +39,20 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, slot: CacheSlot | None) -> Tensor:
-        heads = self.qkv(x).view(len(x), -1, self.head_dim)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
-        keys, values = k.transpose(0, 1), v.transpose(0, 1)
-        if slot is not None:
+        qkv = self.qkv(x)
+        if slot is None:
+            shape = self.num_kv_heads, len(x), self.head_dim
+            keys, values, start = qkv.new_empty(shape), qkv.new_empty(shape), 0
+        else:
             cache, layer, start = slot
-            keys, values = cache.write(layer, start, keys, values)
-        return self.output(attend(q, keys, values, visible))
+            keys, values = cache.keys[layer], cache.values[layer]
+        q = kernels.rotary_write(qkv, rotation, keys, values, start, *self._norms())
+        return self.output(kernels.attend(q, keys, values, visible))
+
+    def _norms(self) -> tuple[tuple[Tensor, Tensor] | None, float]:
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            return (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        return None, 0.0
 
 
 class FeedForward(nn.Module):
@@ -65,8 +64,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(shape.intermediate_size, config.hidden_size, bias=config.down_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(kernels.silu_mul(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -161,20 +159,3 @@ class Transformer(nn.Module):
         for layer in range(len(self.blocks)) if layers is None else layers:
             x = self.blocks[layer](x, rotation, visible, None if cache is None else (cache, layer, start))
         return x
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """Softmax attention of a block over the context.
-
-    q: [R, H, D]; keys, values: [H_kv, S, D]; visible: bool [R, S], True where a row sees a slot. Returns [R, H * D].
-    The H / H_kv query heads of a KV head are packed into rows, so that each key is read once.
-    """
-    rows, heads, head_dim = q.shape
-    kv_heads = keys.shape[0]
-    group = heads // kv_heads
-    packed = q.transpose(0, 1).reshape(1, kv_heads, group * rows, head_dim)
-    mask = visible.repeat(group, 1)
-    if q.dtype == torch.float32 and rows <= EXACT_BLOCK:
-        packed, keys, values = packed.double(), keys.double(), values.double()
-    out = F.scaled_dot_product_attention(packed, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask)
-    return out.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)

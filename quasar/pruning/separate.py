@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.reference import attend, rotate
 from quasar.model.config import LayerShape, ModelConfig
-from quasar.model.rope import rotate
-from quasar.model.transformer import Attention, Block, FeedForward, Transformer, attend
+from quasar.model.transformer import Attention, Block, FeedForward, Transformer
 
 Rotation = tuple[Tensor, Tensor]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import Int4Weight, Int8Weight, block_ops
+from kernels import DenseWeight, Int4Weight, Int8Weight, block_ops
 
 
 class W8A8Linear(nn.Module):
@@ -53,6 +53,29 @@ class W4Linear(nn.Module):
     def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
         """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
         return block_ops.linear_w4a8_quantized(tokens, token_scales, self.weight, self.bias, dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with 16-bit weights in the order in which the kernels read them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = DenseWeight.prepare(linear.weight.detach()), linear.bias
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes + _bias_bytes(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear_bf16(x, self.weight, self.bias)
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace every plain bfloat16 linear layer by a `PackedLinear`, in place, where this machine has the kernels."""
+    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name, linear in linears:
+        if linear.weight.dtype == torch.bfloat16 and DenseWeight.has_kernels(linear.weight):
+            model.set_submodule(name, PackedLinear(linear))
 
 
 class GroupInt8Linear(nn.Module):

@@ -13,6 +13,7 @@ from quasar.errors import QuasarError
 from quasar.model.graphs import BUCKETS, BlockPasses, can_fuse
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
+from quasar.quantization.layers import pack_linears
 from quasar.verifiers.base import Setup, VerifierCost
 
 # Long prompts are read in chunks, which bounds the attention mask and the activations.
@@ -32,6 +33,7 @@ class TransformerVerifier:
     facts: tuple[str, ...] = ()
 
     def __init__(self, model: Transformer, setup: Setup) -> None:
+        pack_linears(model)
         self.model = model
         self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)

@@ -1,0 +1,10 @@
+"""C++ kernels for x86 processors, compiled on first use.
+
+`backend` gives the compiled library, or None where the machine has no compiler or no AVX2; the packed weights of
+`kernels.cpu.packing` are the operands of its products.
+"""
+
+from kernels.cpu.library import Library, backend, use_level
+from kernels.cpu.packing import PackedWeight, pack_dense, pack_int4, pack_int8
+
+__all__ = ["Library", "PackedWeight", "backend", "pack_dense", "pack_int4", "pack_int8", "use_level"]

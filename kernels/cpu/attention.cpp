@@ -1,0 +1,307 @@
+// Softmax attention of a block of rows over the static KV cache, bfloat16 in and out, float32 inside.
+//
+// The query heads of a KV head are packed into rows, so that each key is read once for all of them. The context is
+// split at multiples of CHUNK_KEYS slots, and the parts are merged in ascending order: a row's result depends neither
+// on the number of rows, nor on the number of threads, nor on slots that it does not see.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "buffer.h"
+#include "exponential.h"
+
+namespace {
+
+constexpr int64_t LANES = 16;
+constexpr int64_t CHUNK_KEYS = 128;
+constexpr int64_t BATCH_ROWS = 32;  // query rows that share one buffer of partial results
+constexpr int64_t MAX_HEAD_DIM = 512;
+#ifdef __AVX512F__
+constexpr int TILE_ROWS = 24;  // packed rows of one task
+constexpr int VALUE_ROWS = 6, VALUE_VECTORS = 4;
+#else
+constexpr int TILE_ROWS = 4;
+constexpr int VALUE_ROWS = 4, VALUE_VECTORS = 1;
+#endif
+
+struct Attention {
+    const uint16_t* q;       // [rows][heads][head_dim]
+    const uint16_t* keys;    // [kv_heads][..][head_dim], head_stride elements from head to head
+    const uint16_t* values;  // likewise
+    const uint8_t* visible;  // [rows][slots]
+    uint16_t* out;           // [rows][heads][head_dim]
+    int64_t rows, heads, kv_heads, head_dim, slots, head_stride;
+    float scale;
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t chunks() const { return (slots + CHUNK_KEYS - 1) / CHUNK_KEYS; }
+};
+
+// Of one row and chunk: the largest score, the sum of exp(score - largest), and head_dim sums of values.
+struct Partials {
+    float* memory;
+    int64_t size;
+
+    float* of(int64_t packed_row, int64_t chunk, int64_t chunks) const {
+        return memory + (packed_row * chunks + chunk) * size;
+    }
+};
+
+// The packed rows of a task: row p of KV head h is query head h * group + p / rows of query row p % rows.
+struct Task {
+    int64_t kv_head, first, count, chunk;
+};
+
+struct Scratch {
+    alignas(64) int32_t key_units[MAX_HEAD_DIM / 2 * LANES];
+    alignas(64) float scores[TILE_ROWS * CHUNK_KEYS];
+};
+
+// A pair of bfloat16 per lane, against a pair of the query that all lanes share.
+inline Floats add_pairs(Floats sum, Ints key_pairs, int32_t query_pair) {
+#ifdef __AVX512BF16__
+    return dot_bfloat16(sum, key_pairs, query_pair);
+#else
+    float pair[2];
+    const uint32_t bits[2] = {static_cast<uint32_t>(query_pair) << 16, static_cast<uint32_t>(query_pair) & 0xFFFF0000};
+    std::memcpy(pair, bits, sizeof pair);
+    sum = multiply_add(broadcast(pair[0]), even_bfloat16(key_pairs), sum);
+    return multiply_add(broadcast(pair[1]), odd_bfloat16(key_pairs), sum);
+#endif
+}
+
+template <int ROWS>
+void score_tile(const Attention& job, const int32_t* const* queries, const uint8_t* const* visible, int64_t first_key,
+                const int32_t* key_units, float* scores) {
+    Floats sums[ROWS];
+#pragma GCC unroll 24
+    for (int row = 0; row < ROWS; ++row) sums[row] = zero_floats();
+    for (int64_t unit = 0; unit < job.head_dim / 2; ++unit) {
+        const Ints pairs = load_ints(key_units + unit * LANES);
+#pragma GCC unroll 24
+        for (int row = 0; row < ROWS; ++row) sums[row] = add_pairs(sums[row], pairs, queries[row][unit]);
+    }
+    const int64_t present = job.slots - first_key;
+#pragma GCC unroll 24
+    for (int row = 0; row < ROWS; ++row) {
+        const uint8_t* mask = visible[row] + first_key;
+        uint8_t padded[LANES] = {};
+        if (present < LANES) mask = static_cast<uint8_t*>(std::memcpy(padded, mask, present));
+        store_float32(scores + row * CHUNK_KEYS, mask_invisible(multiply(sums[row], broadcast(job.scale)), mask));
+    }
+}
+
+using ScoreFunction = decltype(&score_tile<1>);
+
+template <int... ROWS>
+ScoreFunction score_function(int64_t rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr ScoreFunction functions[] = {&score_tile<ROWS + 1>...};
+    return functions[rows - 1];
+}
+
+// Weights of one row and chunk replace its scores: pairs of bfloat16 where products take pairs, else float32.
+inline const int32_t* weights_of(const float* scores, int64_t row) {
+    return reinterpret_cast<const int32_t*>(scores + row * CHUNK_KEYS);
+}
+
+// Sums of weights times values of the chunk, for ROWS rows and VECTORS vectors of the head.
+template <int ROWS, int VECTORS>
+void add_values(const Attention& job, const float* scores, const uint16_t* values, int64_t keys, float* const* results) {
+    Floats sums[ROWS][VECTORS];
+#pragma GCC unroll 24
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+        for (int vector = 0; vector < VECTORS; ++vector) sums[row][vector] = zero_floats();
+#ifdef __AVX512BF16__
+    for (int64_t key = 0; key < keys; key += 2, values += 2 * job.head_dim) {
+        // The weight behind the last key is zero.
+        const uint16_t* next = key + 1 < keys ? values + job.head_dim : values;
+        Ints pairs[VECTORS];
+#pragma GCC unroll 2
+        for (int vector = 0; vector < VECTORS; vector += 2)
+            pair_rows(values + vector * LANES, next + vector * LANES, pairs[vector], pairs[vector + 1]);
+#pragma GCC unroll 24
+        for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+            for (int vector = 0; vector < VECTORS; ++vector)
+                sums[row][vector] = dot_bfloat16(sums[row][vector], pairs[vector], weights_of(scores, row)[key / 2]);
+    }
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; vector += 2)
+            store_paired(results[row] + vector * LANES, sums[row][vector], sums[row][vector + 1]);
+#else
+    for (int64_t key = 0; key < keys; ++key, values += job.head_dim) {
+        Floats wide[VECTORS];
+#pragma GCC unroll 4
+        for (int vector = 0; vector < VECTORS; ++vector) wide[vector] = load_bfloat16(values + vector * LANES);
+#pragma GCC unroll 24
+        for (int row = 0; row < ROWS; ++row) {
+            const Floats weight = broadcast(scores[row * CHUNK_KEYS + key]);
+#pragma GCC unroll 4
+            for (int vector = 0; vector < VECTORS; ++vector)
+                sums[row][vector] = multiply_add(weight, wide[vector], sums[row][vector]);
+        }
+    }
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; ++vector) store_float32(results[row] + vector * LANES, sums[row][vector]);
+#endif
+}
+
+template <int ROWS>
+void add_rows(const Attention& job, const float* scores, const uint16_t* values, int64_t keys, float* const* results) {
+    float* place[ROWS];
+    int64_t element = 0;
+    const auto advance = [&] {
+        for (int row = 0; row < ROWS; ++row) place[row] = results[row] + element;
+    };
+    for (; element + VALUE_VECTORS * LANES <= job.head_dim; element += VALUE_VECTORS * LANES) {
+        advance();
+        add_values<ROWS, VALUE_VECTORS>(job, scores, values + element, keys, place);
+    }
+    constexpr int REST = VALUE_VECTORS > 1 ? 2 : 1;  // vectors; heads are multiples of two
+    for (; element < job.head_dim; element += REST * LANES) {
+        advance();
+        add_values<ROWS, REST>(job, scores, values + element, keys, place);
+    }
+}
+
+using AddFunction = decltype(&add_rows<1>);
+
+template <int... ROWS>
+AddFunction add_function(int64_t rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr AddFunction functions[] = {&add_rows<ROWS + 1>...};
+    return functions[rows - 1];
+}
+
+// Scores of the chunk become weights exp(score - largest); all are 0 where nothing is visible.
+inline void to_weights(float* scores, int64_t keys, float* largest, float* sum) {
+    Floats top = broadcast(-INFINITY);
+    for (int64_t key = 0; key < keys; key += LANES) top = larger(top, load_float32(scores + key));
+    *largest = largest_lane(top);
+    *sum = 0;
+    if (*largest == -INFINITY) {
+        std::memset(scores, 0, CHUNK_KEYS * sizeof(float));
+        return;
+    }
+    Floats total = zero_floats();
+    for (int64_t key = 0; key < keys; key += LANES) {
+        const Floats weights = exponential(subtract(load_float32(scores + key), broadcast(*largest)));
+#ifdef __AVX512BF16__
+        // Half as wide, so the front of the row never overtakes the scores that are still to be read.
+        total = add(total, store_rounded(reinterpret_cast<uint16_t*>(scores) + key, weights));
+#else
+        store_float32(scores + key, weights);
+        total = add(total, weights);
+#endif
+    }
+    *sum = sum_floats(total);
+}
+
+inline bool any_visible(const uint8_t* const* visible, int64_t rows, int64_t first, int64_t keys) {
+    for (int64_t row = 0; row < rows; ++row)
+        if (std::memchr(visible[row] + first, 1, keys) != nullptr) return true;
+    return false;
+}
+
+void attend_chunk(const Attention& job, const Partials& partials, const Task& task, Scratch& scratch) {
+    const int32_t* queries[TILE_ROWS];
+    const uint8_t* visible[TILE_ROWS];
+    float* results[TILE_ROWS];
+    const int64_t head_rows = job.group() * job.rows;
+    for (int64_t index = 0; index < task.count; ++index) {
+        const int64_t packed = task.first + index, row = packed % job.rows;
+        const int64_t head = task.kv_head * job.group() + packed / job.rows;
+        queries[index] = reinterpret_cast<const int32_t*>(job.q + (row * job.heads + head) * job.head_dim);
+        visible[index] = job.visible + row * job.slots;
+        results[index] = partials.of(task.kv_head * head_rows + packed, task.chunk, job.chunks());
+    }
+    const int64_t first = task.chunk * CHUNK_KEYS, keys = std::min(CHUNK_KEYS, job.slots - first);
+    if (!any_visible(visible, task.count, first, keys)) {
+        for (int64_t index = 0; index < task.count; ++index) results[index][1] = 0;
+        return;
+    }
+    const uint16_t* key_rows = job.keys + task.kv_head * job.head_stride;
+    const ScoreFunction score = score_function(task.count, std::make_integer_sequence<int, TILE_ROWS>());
+    for (int64_t key = 0; key < keys; key += LANES) {
+        const int32_t* tile[LANES];
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            // Lanes behind the last slot repeat it: they are masked, and nothing behind the cache is read.
+            const int64_t slot = std::min(first + key + lane, job.slots - 1);
+            tile[lane] = reinterpret_cast<const int32_t*>(key_rows + slot * job.head_dim);
+        }
+        for (int64_t unit = 0; unit < job.head_dim / 2; unit += LANES)
+            transpose(tile, unit, scratch.key_units + unit * LANES);
+        score(job, queries, visible, first + key, scratch.key_units, scratch.scores + key);
+    }
+    for (int64_t index = 0; index < task.count; ++index)
+        to_weights(scratch.scores + index * CHUNK_KEYS, keys, &results[index][0], &results[index][1]);
+
+    const uint16_t* value_rows = job.values + task.kv_head * job.head_stride + first * job.head_dim;
+    for (int64_t index = 0; index < task.count; ++index) results[index] += LANES;
+    for (int64_t index = 0; index < task.count; index += VALUE_ROWS) {
+        const int64_t rows = std::min<int64_t>(VALUE_ROWS, task.count - index);
+        add_function(rows, std::make_integer_sequence<int, VALUE_ROWS>())(job, scratch.scores + index * CHUNK_KEYS,
+                                                                        value_rows, keys, results + index);
+    }
+}
+
+void merge_row(const Attention& job, const Partials& partials, int64_t packed) {
+    const int64_t head_rows = job.group() * job.rows, within = packed % head_rows;
+    const int64_t head = packed / head_rows * job.group() + within / job.rows, row = within % job.rows;
+    float largest = -INFINITY, sum = 0;
+    for (int64_t chunk = 0; chunk < job.chunks(); ++chunk) {
+        const float* part = partials.of(packed, chunk, job.chunks());
+        if (part[1] > 0) largest = std::max(largest, part[0]);
+    }
+    alignas(64) float total[MAX_HEAD_DIM] = {};
+    for (int64_t chunk = 0; chunk < job.chunks(); ++chunk) {
+        const float* part = partials.of(packed, chunk, job.chunks());
+        if (!(part[1] > 0)) continue;
+        const float weight = std::exp(part[0] - largest);
+        sum += weight * part[1];
+        for (int64_t element = 0; element < job.head_dim; element += LANES)
+            store_float32(total + element, add(load_float32(total + element),
+                                               multiply(broadcast(weight), load_float32(part + LANES + element))));
+    }
+    uint16_t* out = job.out + (row * job.heads + head) * job.head_dim;
+    for (int64_t element = 0; element < job.head_dim; element += LANES)
+        store_bfloat16(out + element, divide(load_float32(total + element), broadcast(sum)));
+}
+
+void attend_batch(const Attention& job, int32_t threads) {
+    const int64_t head_rows = job.group() * job.rows, chunks = job.chunks();
+    const int64_t tiles = (head_rows + TILE_ROWS - 1) / TILE_ROWS, size = LANES + job.head_dim;
+    thread_local Buffer buffer;
+    const Partials partials = {static_cast<float*>(buffer.reserve(4 * job.heads * job.rows * chunks * size)), size};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        alignas(64) Scratch scratch;
+#pragma omp for schedule(dynamic)
+        for (int64_t index = 0; index < job.kv_heads * tiles * chunks; ++index) {
+            const int64_t tile = index / chunks % tiles;
+            const int64_t first = tile * head_rows / tiles, end = (tile + 1) * head_rows / tiles;
+            attend_chunk(job, partials, {index / chunks / tiles, first, end - first, index % chunks}, scratch);
+        }
+#pragma omp for schedule(static)
+        for (int64_t packed = 0; packed < job.heads * job.rows; ++packed) merge_row(job, partials, packed);
+    }
+}
+
+}  // namespace
+
+// q [rows][heads][head_dim]; keys and values [kv_heads][slots][head_dim] with head_stride elements from head to head;
+// visible [rows][slots]; out like q. head_dim: a multiple of 32, at most 512.
+extern "C" __attribute__((visibility("default"))) void quasar_attention(
+    const uint16_t* q, const uint16_t* keys, const uint16_t* values, const uint8_t* visible, uint16_t* out, int64_t rows,
+    int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t slots, int64_t head_stride, int32_t threads) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    for (int64_t row = 0; row < rows; row += BATCH_ROWS) {
+        const int64_t offset = row * heads * head_dim;
+        attend_batch({q + offset, keys, values, visible + row * slots, out + offset, std::min(BATCH_ROWS, rows - row),
+                      heads, kv_heads, head_dim, slots, head_stride, scale},
+                     threads);
+    }
+}

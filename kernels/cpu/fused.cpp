@@ -1,0 +1,132 @@
+// What lies between the products: bfloat16 in, bfloat16 or int8 per token out, float32 inside. Every row is computed
+// on its own, in an order that does not depend on the others.
+#include <omp.h>
+
+#include "activations.h"
+#include "exponential.h"
+
+namespace {
+
+// Elements below which one thread is done before the others have started.
+constexpr int64_t PARALLEL_ELEMENTS = 16384;
+
+// Where rows go: bfloat16 [rows][size], or int8 [rows][size] and a float32 scale per row.
+struct Target {
+    uint8_t* out;
+    int8_t* quantized;
+    float* scales;
+};
+
+// Calls write(row, bfloat16 pointer) for every row, then quantizes it where that is wanted.
+template <class Write>
+void for_each_row(const Target& target, int64_t rows, int64_t size, int32_t threads, Write write) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * size >= PARALLEL_ELEMENTS)
+    for (int64_t row = 0; row < rows; ++row) {
+        if (target.quantized == nullptr) {
+            write(row, target.out + 2 * row * size);
+            continue;
+        }
+        thread_local Buffer buffer;
+        uint8_t* rounded = static_cast<uint8_t*>(buffer.reserve(2 * size));
+        write(row, rounded);
+        Request request = {};
+        request.x = rounded;
+        request.flags = ACTIVATIONS_BFLOAT16;
+        int32_t sum;
+        target.scales[row] = quantize_row(request, 0, 1, size, target.quantized + row * size, &sum);
+    }
+}
+
+// 1 / sqrt(mean of squares + eps)
+inline float inverse_magnitude(const uint8_t* x, int64_t size, float eps) {
+    Floats sum = zero_floats();
+    for (int64_t k = 0; k < size; k += LANES) {
+        const Floats values = load_bfloat16(x + 2 * k);
+        sum = multiply_add(values, values, sum);
+    }
+    return 1.0f / __builtin_sqrtf(sum_floats(sum) / static_cast<float>(size) + eps);
+}
+
+// Rounds to bfloat16 and back: where a sequence of PyTorch operations would round.
+inline Floats rounded(Floats values) {
+    alignas(32) uint8_t lanes[2 * LANES];
+    store_bfloat16(lanes, values);
+    return load_bfloat16(lanes);
+}
+
+inline Floats normalized(const uint8_t* x, const uint8_t* weight, int64_t k, float factor) {
+    return multiply(rounded(multiply(load_bfloat16(x + 2 * k), broadcast(factor))), load_bfloat16(weight + 2 * k));
+}
+
+struct Rotation {
+    const float* cosines;
+    const float* sines;
+};
+
+// One head of one row: normalized where there is a weight, then rotated. Halves are rotated against each other.
+inline void rotate_head(const uint8_t* x, const uint8_t* weight, float eps, Rotation rotation, int64_t head_dim,
+                        uint8_t* out) {
+    const float factor = weight == nullptr ? 1.0f : inverse_magnitude(x, head_dim, eps);
+    const auto load = [&](int64_t k) {
+        return weight == nullptr ? load_bfloat16(x + 2 * k) : rounded(normalized(x, weight, k, factor));
+    };
+    const int64_t half = head_dim / 2;
+    for (int64_t k = 0; k < half; k += LANES) {
+        const Floats first = load(k), second = load(k + half);
+        const Floats cosines = load_float32(rotation.cosines + k), sines = load_float32(rotation.sines + k);
+        const Floats upper_cosines = load_float32(rotation.cosines + k + half);
+        const Floats upper_sines = load_float32(rotation.sines + k + half);
+        store_bfloat16(out + 2 * k, subtract(multiply(first, cosines), multiply(second, sines)));
+        store_bfloat16(out + 2 * (k + half), add(multiply(second, upper_cosines), multiply(first, upper_sines)));
+    }
+}
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default"))) void
+
+// x [rows][size], weight [size]
+EXPORTED quasar_rms_norm(const uint8_t* x, const uint8_t* weight, uint8_t* out, int8_t* quantized, float* scales,
+                         int64_t rows, int64_t size, float eps, int32_t threads) {
+    for_each_row({out, quantized, scales}, rows, size, threads, [=](int64_t row, uint8_t* target) {
+        const uint8_t* source = x + 2 * row * size;
+        const float factor = inverse_magnitude(source, size, eps);
+        for (int64_t k = 0; k < size; k += LANES) store_bfloat16(target + 2 * k, normalized(source, weight, k, factor));
+    });
+}
+
+// gate_up [rows][2][size]: silu(gate) * up, the first factor rounded
+EXPORTED quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows,
+                         int64_t size, int32_t threads) {
+    for_each_row({out, quantized, scales}, rows, size, threads, [=](int64_t row, uint8_t* target) {
+        const uint8_t* source = gate_up + 4 * row * size;
+        for (int64_t k = 0; k < size; k += LANES) {
+            const Floats gate = load_bfloat16(source + 2 * k), up = load_bfloat16(source + 2 * (size + k));
+            // Beyond 88 e^-gate would overflow, and silu is 0 there in bfloat16 either way.
+            const Floats bounded = larger(gate, broadcast(-88.0f));
+            const Floats denominator = add(broadcast(1.0f), exponential(subtract(zero_floats(), bounded)));
+            store_bfloat16(target + 2 * k, multiply(rounded(divide(gate, denominator)), up));
+        }
+    });
+}
+
+// qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q
+// [rows][heads][head_dim], rotated keys and values to keys and values [kv_heads][rows][head_dim], head_stride elements
+// from head to head. q_weight, k_weight: norms of the heads [head_dim], or null.
+EXPORTED quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines, const uint8_t* q_weight,
+                             const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, int64_t rows,
+                             int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,
+                             int32_t threads) {
+    const int64_t width = (heads + 2 * kv_heads) * head_dim;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_ELEMENTS)
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint8_t* source = qkv + 2 * row * width;
+        const Rotation rotation = {cosines + row * head_dim, sines + row * head_dim};
+        for (int64_t head = 0; head < heads; ++head, source += 2 * head_dim)
+            rotate_head(source, q_weight, eps, rotation, head_dim, q + 2 * (row * heads + head) * head_dim);
+        for (int64_t head = 0; head < kv_heads; ++head, source += 2 * head_dim)
+            rotate_head(source, k_weight, eps, rotation, head_dim, keys + 2 * (head * head_stride + row * head_dim));
+        for (int64_t head = 0; head < kv_heads; ++head, source += 2 * head_dim)
+            __builtin_memcpy(values + 2 * (head * head_stride + row * head_dim), source, 2 * head_dim);
+    }
+}

@@ -1,0 +1,201 @@
+// 4-bit weights in groups × int8 activations, or × activations as they are.
+#pragma once
+
+#include "linear.h"
+
+namespace {
+
+constexpr int64_t INPUTS_PER_VECTOR = 8;  // of each of sixteen outputs, in 64 bytes of 4-bit integers
+
+// Where the scales and zero points of sixteen outputs and one group lie.
+inline Floats group_scales(const Weight& weight, int64_t index) {
+    return weight.scale_kind == SCALE_FLOAT16 ? load_float16(weight.scales + 2 * LANES * index)
+                                              : load_float32(weight.scales + 4 * LANES * index);
+}
+inline Floats group_zeros(const Weight& weight, int64_t index) {
+    return weight.zero_kind == ZERO_NIBBLE ? load_nibbles(weight.zeros + LANES / 2 * index)
+                                           : load_float32(weight.zeros + 4 * LANES * index);
+}
+
+struct Int4Int8Product {
+    static constexpr int64_t INPUTS_PER_UNIT = 4;
+    static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
+
+    static bool reads_activations(const Request& request) { return request.quantized(); }
+
+    static void prepare_row(const Job& job, int64_t row) {
+        const Weight& weight = job.weight;
+        const Activations& prepared = job.activations;
+        int8_t* values = reinterpret_cast<int8_t*>(prepared.scratch + row * job.units);
+        int32_t* offsets = prepared.offsets + row * job.groups;
+        float* sums = prepared.sums + row * job.groups;
+        prepared.scales[row] =
+            job.request.quantized()
+                ? sum_quantized_row(job.request, row, job.groups, weight.group_size, offsets)
+                : quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets);
+        for (int64_t group = 0; group < job.groups; ++group) {
+            sums[group] = static_cast<float>(offsets[group]);
+            offsets[group] *= weight.zero_kind == ZERO_EIGHT ? -8 : 0;
+        }
+    }
+
+    // Within a group the sum of token * (q - zero) is exact, or rounded once where zero points are no integers; the
+    // groups are then scaled and added in ascending order, product and sum each rounded, as the reference does.
+    template <int ROWS>
+    static void multiply_tile(const Job& job, Tile tile, int64_t block, float* results) {
+        const Weight& weight = job.weight;
+        const int32_t* units = tile_units(job, tile);
+        const int32_t* offsets = job.activations.offsets + tile.first_row * job.groups;
+        const float* group_sums = job.activations.sums + tile.first_row * job.groups;
+        const uint8_t* values = job.block_values(block);
+        const int64_t vectors = weight.group_size / INPUTS_PER_VECTOR;
+        Floats totals[ROWS];
+        FOR_EACH_ROW totals[row] = zero_floats();
+        for (int64_t group = 0; group < job.groups; ++group) {
+            Ints sums[ROWS];
+            FOR_EACH_ROW sums[row] = broadcast_int(offsets[row * job.groups]);
+#pragma GCC unroll 2
+            for (int64_t vector = 0; vector < vectors; ++vector) {
+                prefetch(values);
+                const Ints packed = load_ints(values);
+                const Ints low = low_nibbles(packed), high = high_nibbles(packed);
+                FOR_EACH_ROW sums[row] = dot_nibbles(sums[row], low, units[row]);
+                FOR_EACH_ROW sums[row] = dot_nibbles(sums[row], high, units[ROWS + row]);
+                values += 64;
+                units += 2 * ROWS;
+            }
+            const int64_t index = block * job.groups + group;
+            const Floats scales = group_scales(weight, index);
+            if (weight.zero_kind == ZERO_EIGHT) {
+                FOR_EACH_ROW
+                    totals[row] = add(totals[row], multiply(to_floats(sums[row]), scales));
+            } else {
+                const Floats zeros = group_zeros(weight, index);
+                FOR_EACH_ROW {
+                    const Floats dot = subtract_product(to_floats(sums[row]), broadcast(group_sums[row * job.groups]), zeros);
+                    totals[row] = add(totals[row], multiply(dot, scales));
+                }
+            }
+            ++offsets;
+            ++group_sums;
+        }
+        FOR_EACH_ROW store_float32(results + row * LANES, totals[row]);
+    }
+
+    static Floats scale(const Job& job, int64_t row, int64_t, Floats totals) {
+        return multiply(totals, broadcast(job.activations.scales[row] * job.weight.scale_unit));
+    }
+};
+
+// Activations stay floating point; the 4-bit integers become q - 8 in registers, exactly, and each group's sum is
+// scaled. BFLOAT16 products take activations in pairs, the others widen to float32.
+template <bool BFLOAT16>
+struct Int4FloatProduct {
+    static constexpr int64_t INPUTS_PER_UNIT = BFLOAT16 ? 2 : 1;
+    static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
+    static constexpr int64_t UNITS_PER_VECTOR = INPUTS_PER_VECTOR / INPUTS_PER_UNIT;
+
+    static bool reads_activations(const Request& request) { return !BFLOAT16 && !request.bfloat16(); }
+
+    static void prepare_row(const Job& job, int64_t row) {
+        const Weight& weight = job.weight;
+        const int64_t first = row * weight.inputs;
+        if (!reads_activations(job.request)) {
+            int32_t* units = job.activations.scratch + row * job.units;
+            for (int64_t k = 0; k < weight.inputs; k += LANES) {
+#ifdef __AVX512BF16__
+                if (BFLOAT16) {
+                    store_bfloat16_pairs(units + k / 2, job.request.x + 2 * (first + k));
+                    continue;
+                }
+#endif
+                store_float32(units + k, load_activations(job.request, first + k));
+            }
+        }
+        if (weight.zero_kind == ZERO_EIGHT) return;
+        for (int64_t group = 0; group < job.groups; ++group) {
+            Floats sum = zero_floats();
+            for (int64_t k = group * weight.group_size; k < (group + 1) * weight.group_size; k += LANES)
+                sum = add(sum, load_activations(job.request, first + k));
+            alignas(64) float lanes[LANES];
+            store_float32(lanes, sum);
+            float total = 0;
+            for (const float lane : lanes) total += lane;
+            job.activations.sums[row * job.groups + group] = total;
+        }
+    }
+
+    template <int ROWS>
+    static void multiply_tile(const Job& job, Tile tile, int64_t block, float* results) {
+        const Weight& weight = job.weight;
+        const int32_t* units = tile_units(job, tile);
+        const float* group_sums = job.activations.sums + tile.first_row * job.groups;
+        const uint8_t* values = job.block_values(block);
+        const int64_t vectors = weight.group_size / INPUTS_PER_VECTOR;
+        Floats totals[ROWS];
+        FOR_EACH_ROW totals[row] = zero_floats();
+        for (int64_t group = 0; group < job.groups; ++group) {
+            Floats sums[ROWS];
+            FOR_EACH_ROW sums[row] = zero_floats();
+            for (int64_t vector = 0; vector < vectors; ++vector) {
+                prefetch(values);
+                add_vector<ROWS>(sums, load_ints(values), units);
+                values += 64;
+                units += UNITS_PER_VECTOR * ROWS;
+            }
+            const int64_t index = block * job.groups + group;
+            const Floats scales = group_scales(weight, index);
+            if (weight.zero_kind != ZERO_EIGHT) {
+                const Floats centered = add(group_zeros(weight, index), broadcast(-8.0f));
+                FOR_EACH_ROW
+                    sums[row] = subtract_product(sums[row], broadcast(group_sums[row * job.groups]), centered);
+            }
+            FOR_EACH_ROW totals[row] = multiply_add(sums[row], scales, totals[row]);
+            ++group_sums;
+        }
+        FOR_EACH_ROW store_float32(results + row * LANES, totals[row]);
+    }
+
+    static Floats scale(const Job& job, int64_t, int64_t, Floats totals) {
+        return multiply(totals, broadcast(job.weight.scale_unit));
+    }
+
+   private:
+    template <int ROWS>
+    static inline void add_vector(Floats (&sums)[ROWS], Ints packed, const int32_t* units) {
+        if constexpr (BFLOAT16) {
+#ifdef __AVX512BF16__
+            add_pairs_of<ROWS, 0>(sums, packed, units);
+            add_pairs_of<ROWS, 8>(sums, packed, units + ROWS);
+            add_pairs_of<ROWS, 4>(sums, packed, units + 2 * ROWS);
+            add_pairs_of<ROWS, 12>(sums, packed, units + 3 * ROWS);
+#endif
+        } else {
+            const float* x = reinterpret_cast<const float*>(units);
+            add_lanes_of<ROWS, 0>(sums, packed, x);
+            add_lanes_of<ROWS, 8>(sums, packed, x + ROWS);
+            add_lanes_of<ROWS, 16>(sums, packed, x + 2 * ROWS);
+            add_lanes_of<ROWS, 24>(sums, packed, x + 3 * ROWS);
+            add_lanes_of<ROWS, 4>(sums, packed, x + 4 * ROWS);
+            add_lanes_of<ROWS, 12>(sums, packed, x + 5 * ROWS);
+            add_lanes_of<ROWS, 20>(sums, packed, x + 6 * ROWS);
+            add_lanes_of<ROWS, 28>(sums, packed, x + 7 * ROWS);
+        }
+    }
+
+#ifdef __AVX512BF16__
+    template <int ROWS, int SHIFT>
+    static inline void add_pairs_of(Floats (&sums)[ROWS], Ints packed, const int32_t* units) {
+        const Ints weights = centered_bfloat16_nibbles<SHIFT>(packed);
+        FOR_EACH_ROW sums[row] = dot_bfloat16(sums[row], weights, units[row]);
+    }
+#endif
+
+    template <int ROWS, int SHIFT>
+    static inline void add_lanes_of(Floats (&sums)[ROWS], Ints packed, const float* x) {
+        const Floats weights = centered_nibbles<SHIFT>(packed);
+        FOR_EACH_ROW sums[row] = multiply_add(broadcast(x[row]), weights, sums[row]);
+    }
+};
+
+}  // namespace

@@ -1,0 +1,42 @@
+// What crosses the C interface; `library.py` declares the same structure.
+#pragma once
+
+#include <cstdint>
+
+enum ScaleKind : int32_t { SCALE_FLOAT32 = 0, SCALE_FLOAT16 = 1 };
+enum ZeroKind : int32_t { ZERO_EIGHT = 0, ZERO_NIBBLE = 1, ZERO_FLOAT32 = 2 };
+enum RequestFlags : int32_t {
+    ACTIVATIONS_BFLOAT16 = 1,  // else float32; the output likewise
+    BIAS_BFLOAT16 = 2,
+    ACTIVATIONS_INT8 = 4,  // quantized before, with token_scales [rows]; ACTIVATIONS_BFLOAT16 then tells the output's type
+};
+
+// A packed weight. Sixteen outputs form a block; within it the 32-bit units of the outputs are interleaved, so that
+// one 64-byte vector holds the same unit of sixteen outputs: values [outputs / 16][units][16]. A unit is four int8
+// (stored as w + 128), two bfloat16, one float32, or eight 4-bit integers: k = 0..3 in the low halves of its bytes,
+// k = 4..7 in the high halves. Scales [outputs / 16][groups][16] and zeros likewise follow the same blocks.
+struct Weight {
+    int64_t outputs;
+    int64_t inputs;
+    int64_t group_size;
+    const uint8_t* values;
+    const uint8_t* scales;
+    const uint8_t* zeros;
+    float scale_unit;  // a power of two that all 16-bit scales are multiplied by
+    int32_t scale_kind;
+    int32_t zero_kind;
+};
+
+struct Request {
+    const uint8_t* x;
+    const float* token_scales;
+    uint8_t* out;
+    const uint8_t* bias;
+    int64_t rows;
+    int32_t flags;
+    int32_t threads;
+
+    bool bfloat16() const { return flags & ACTIVATIONS_BFLOAT16; }
+    bool quantized() const { return flags & ACTIVATIONS_INT8; }
+    bool bias_bfloat16() const { return flags & BIAS_BFLOAT16; }
+};

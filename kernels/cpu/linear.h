@@ -1,0 +1,137 @@
+// The frame of every product: prepare the activations, then give blocks of sixteen outputs to the threads.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "activations.h"
+
+namespace {
+
+// How far ahead of its use a weight is fetched. Hardware prefetchers stop at page boundaries; blocks are contiguous,
+// so the next block of the same thread is fetched while this one is being finished. Into the second-level cache only:
+// from there the hardware follows, and a first-level cache full of weights to come would evict the activations.
+constexpr int64_t PREFETCH_BYTES = 4096;
+// Blocks are taken in shares: large enough to read long streams, small enough to level out a slow thread.
+constexpr int64_t SHARE_BYTES = 192 * 1024;
+constexpr int64_t SHARES_PER_THREAD = 3;
+// Activations below which preparing them alone takes less time than meeting the other threads at a barrier twice.
+constexpr int64_t SHARED_ACTIVATIONS = 65536;
+
+inline void prefetch(const uint8_t* address) {
+    _mm_prefetch(reinterpret_cast<const char*>(address + PREFETCH_BYTES), _MM_HINT_T1);
+}
+
+// Accumulators stay in registers only if every loop over the rows of a tile is unrolled.
+#define FOR_EACH_ROW _Pragma("GCC unroll 16") for (int row = 0; row < ROWS; ++row)
+
+struct Job {
+    Weight weight;
+    Request request;  // of one chunk
+    Activations activations;
+    int64_t units;         // of one row of activations
+    int64_t weight_units;  // of one output
+    int64_t groups;
+
+    const uint8_t* block_values(int64_t block) const { return weight.values + block * weight_units * 64; }
+};
+
+inline Floats load_vector(const uint8_t* source, int64_t element, bool bfloat16) {
+    return bfloat16 ? load_bfloat16(source + 2 * element) : load_float32(source + 4 * element);
+}
+
+// Writes the results of a tile: [rows][16] sums become scaled values of the dtype of the activations.
+template <class Product>
+void finish_tile(const Job& job, Tile tile, int64_t block, const float* results) {
+    const Request& request = job.request;
+    const int64_t output = block * LANES;
+    for (int64_t row = tile.first_row; row < tile.first_row + tile.rows; ++row, results += LANES) {
+        Floats values = Product::scale(job, row, block, load_float32(results));
+        if (request.bias != nullptr) values = add(values, load_vector(request.bias, output, request.bias_bfloat16()));
+        const int64_t element = row * job.weight.outputs + output;
+        if (request.bfloat16())
+            store_bfloat16(request.out + 2 * element, values);
+        else
+            store_float32(request.out + 4 * element, values);
+    }
+}
+
+// The units of a tile: interleaved, except that the units of a single row are its own already.
+inline const int32_t* tile_units(const Job& job, Tile tile) {
+    return (tile.rows == 1 ? job.activations.rows : job.activations.units) + tile.first_row * job.units;
+}
+
+// Computes the sums of one tile and one block: results [rows][16].
+using TileFunction = void (*)(const Job&, Tile, int64_t block, float* results);
+
+template <class Product, int... ROWS>
+TileFunction tile_function(int64_t rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr TileFunction functions[] = {&Product::template multiply_tile<ROWS + 1>...};
+    return functions[rows - 1];
+}
+
+template <class Product>
+void multiply_block(const Job& job, int64_t block) {
+    for (int64_t index = 0; index < count_tiles(job.request.rows); ++index) {
+        const Tile tile = tile_at(job.request.rows, index);
+        alignas(64) float results[MAX_TILE_ROWS * LANES];
+        tile_function<Product>(tile.rows, std::make_integer_sequence<int, MAX_TILE_ROWS>())(job, tile, block, results);
+        finish_tile<Product>(job, tile, block, results);
+    }
+}
+
+inline void interleave_tiles(const Job& job, int64_t first_unit) {
+    for (int64_t index = 0; index < count_tiles(job.request.rows); ++index) {
+        const Tile tile = tile_at(job.request.rows, index);
+        if (tile.rows > 1) interleave(job.activations, tile, job.units, first_unit);
+    }
+}
+
+// Threads come from OpenMP: PyTorch has loaded libgomp before this library, which therefore shares PyTorch's pool of
+// waiting threads instead of competing with it. With one thread no pool is entered, so that forked data-loading
+// processes, which run with one thread, are as safe as they are with PyTorch's own operations.
+template <class Product>
+void multiply_chunk(const Job& job) {
+    const int64_t rows = job.request.rows, blocks = job.weight.outputs / LANES;
+    const int64_t even_share = blocks / (job.request.threads * SHARES_PER_THREAD);
+    const int64_t share = std::max<int64_t>(1, std::min(even_share, SHARE_BYTES / (job.weight_units * 64)));
+    const bool shared = rows * job.weight.inputs >= SHARED_ACTIVATIONS;
+    if (!shared) {
+        for (int64_t row = 0; row < rows; ++row) Product::prepare_row(job, row);
+        for (int64_t first = 0; first < job.units; first += UNITS_PER_STEP) interleave_tiles(job, first);
+    }
+#pragma omp parallel num_threads(job.request.threads) if (job.request.threads > 1)
+    {
+        if (shared) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; ++row) Product::prepare_row(job, row);
+#pragma omp for schedule(static)
+            for (int64_t first = 0; first < job.units; first += UNITS_PER_STEP) interleave_tiles(job, first);
+        }
+#pragma omp for schedule(dynamic, share) nowait
+        for (int64_t block = 0; block < blocks; ++block) multiply_block<Product>(job, block);
+    }
+}
+
+template <class Product>
+void multiply(const Weight& weight, Request request) {
+    const int64_t out_element = request.bfloat16() ? 2 : 4, element = request.quantized() ? 1 : out_element;
+    const int64_t units = weight.inputs / Product::INPUTS_PER_UNIT;
+    const int64_t weight_units = weight.inputs / Product::INPUTS_PER_WEIGHT_UNIT;
+    const int64_t groups = weight.group_size ? weight.inputs / weight.group_size : 1;
+    int64_t remaining = request.rows;
+    while (remaining > 0) {
+        request.rows = remaining < CHUNK_ROWS ? remaining : CHUNK_ROWS;
+        Activations activations = Activations::of(request.rows, units, groups);
+        if (Product::reads_activations(request)) activations.rows = reinterpret_cast<const int32_t*>(request.x);
+        multiply_chunk<Product>(Job{weight, request, activations, units, weight_units, groups});
+        remaining -= request.rows;
+        request.x += request.rows * weight.inputs * element;
+        if (request.quantized()) request.token_scales += request.rows;
+        request.out += request.rows * weight.outputs * out_element;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,515 @@
+"""The compiled CPU kernels against `kernels.reference`, on every level of processor features that this machine has."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+import multiprocessing
+import os
+import shutil
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu, reference
+from kernels.cpu import build, custom_ops, library, packing
+from kernels.cpu.levels import LEVEL_VARIABLE, Level, available_levels
+
+LEVELS = [level.name for level in available_levels()]
+DTYPES = [torch.float32, torch.bfloat16]
+ROWS = [1, 2, 3, 4, 5, 8, 13, 16, 17, 32, 33, 64]
+SHAPES = [(32, 32), (96, 160), (224, 576), (64, 1536)]  # outputs, inputs
+
+needs_kernels = pytest.mark.skipif(not LEVELS or shutil.which("g++") is None, reason="no AVX2, or no C++ compiler")
+
+
+@pytest.fixture(params=[*LEVELS, "torch"])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    cpu.use_level(request.param)
+    with torch.inference_mode():
+        yield request.param
+    cpu.use_level(None)
+
+
+@pytest.fixture
+def unloaded() -> Iterator[None]:
+    """The state before the first use of a kernel, and again after the test."""
+    library.backend.cache_clear()
+    library._loaded.cache_clear()
+    yield
+    library.backend.cache_clear()
+    library._loaded.cache_clear()
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def int8_weight(outputs: int, inputs: int) -> Int8Weight:
+    generator = torch.Generator().manual_seed(outputs)
+    values = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+    return Int8Weight(values, torch.rand(outputs, generator=generator) + 0.01)
+
+
+def int4_weight(
+    outputs: int, inputs: int, group_size: int, zeros: str = "symmetric", dtype: torch.dtype = torch.bfloat16
+) -> Int4Weight:
+    generator = torch.Generator().manual_seed(outputs + group_size)
+    shape = outputs, inputs // group_size
+    packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(shape, generator=generator) + 0.01
+    offsets = {
+        "symmetric": torch.full(shape, 8.0),
+        "integer": torch.randint(0, 16, shape, generator=generator).float(),
+        "fraction": torch.rand(shape, generator=generator) * 15,
+    }[zeros]
+    return Int4Weight(packed, scales, offsets, zeros == "symmetric", dtype)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_w8a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, bias: bool) -> None:
+    for outputs, inputs in SHAPES:
+        weight = int8_weight(outputs, inputs)
+        offset = normal(outputs, dtype=dtype) if bias else None
+        values, scales = weight.values, weight.scales
+        for rows in ROWS:
+            x = normal(rows, inputs, seed=rows, dtype=dtype)
+            expected = reference.linear_w8a8(x, values, scales, offset)
+            assert torch.equal(kernels.linear_w8a8(x, weight, offset), expected)
+            quantized = Quantized(*reference.quantize_tokens(x), dtype)
+            assert torch.equal(kernels.linear_w8a8(quantized, weight, offset), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", ["symmetric", "integer", "fraction"])
+def test_w4a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, zeros: str) -> None:
+    for group_size, (outputs, inputs) in [(32, (96, 160)), (64, (64, 576)), (96, (32, 96)), (128, (64, 1536))]:
+        weight = int4_weight(outputs, inputs, group_size, zeros, dtype)
+        offset = normal(outputs)
+        canonical = weight.canonical()
+        for rows in (1, 3, 8, 17, 64):
+            x = normal(rows, inputs, seed=rows, dtype=dtype)
+            expected = reference.linear_w4a8(x, *canonical, offset)
+            found = kernels.linear_w4a8(x, weight, offset)
+            if zeros == "fraction":  # group sums that are no integers are rounded in float32, not in float64
+                assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+            else:
+                assert torch.equal(found, expected)
+            quantized = Quantized(*reference.quantize_tokens(x), dtype)
+            assert torch.equal(kernels.linear_w4a8(quantized, weight, offset), found)
+
+
+@pytest.mark.parametrize("inputs", [32, 8192])
+def test_integer_sums_are_exact_at_their_extremes(level: str, inputs: int) -> None:
+    """Scales of one leave the integer sums themselves; the largest products would saturate 16-bit additions."""
+    rows = torch.tensor([[127.0], [-127.0]]).repeat(1, inputs)
+    values = torch.full((32, inputs), 127, dtype=torch.int8)
+    values[1::2] = -127
+    found = kernels.linear_w8a8(rows, Int8Weight(values, torch.ones(32)))
+    assert torch.equal(found.double(), rows.double() @ values.double().T)
+    packed = torch.full((32, inputs // 2), 0xFF, dtype=torch.uint8)
+    packed[1::2] = 0
+    groups = 32, inputs // 32
+    weight = Int4Weight(packed, torch.ones(groups), torch.full(groups, 8.0), True, torch.float32)
+    expected = rows.double() @ (reference.unpack_int4(packed).double() - 8).T
+    assert torch.equal(kernels.linear_w4a8(rows, weight).double(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", ["symmetric", "integer", "fraction"])
+def test_w4a16_is_close_to_the_reference(level: str, dtype: torch.dtype, zeros: str) -> None:
+    for group_size, (outputs, inputs) in [(32, (96, 160)), (64, (64, 576)), (128, (32, 1536))]:
+        weight = int4_weight(outputs, inputs, group_size, zeros, dtype)
+        canonical, offset = weight.canonical(), normal(outputs, dtype=dtype)
+        for rows in (1, 3, 8, 17, 64):
+            x = normal(rows, inputs, seed=rows, dtype=dtype)
+            expected = reference.linear_w4a16(x, *canonical, offset)
+            error = relative_error(kernels.linear_w4a16(x, weight, offset), expected)
+            assert error < (1e-5 if dtype == torch.float32 else 1.5e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None:
+    for outputs, inputs in SHAPES:
+        values, offset = normal(outputs, inputs, dtype=dtype), normal(outputs, dtype=dtype)
+        weight = DenseWeight.prepare(values)
+        for rows in (1, 2, 7, 16, 17, 64, 70):
+            x = normal(rows, inputs, seed=rows, dtype=dtype)
+            error = relative_error(kernels.linear_bf16(x, weight, offset), reference.linear_bf16(x, values, offset))
+            assert error < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", ["w8a8", "w4a8", "w4a16", "bf16"])
+def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, op: str) -> None:
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    outputs, inputs = 160, 576
+    weights: dict[str, tuple[Callable[..., Tensor], object]] = {
+        "w8a8": (kernels.linear_w8a8, int8_weight(outputs, inputs)),
+        "w4a8": (kernels.linear_w4a8, int4_weight(outputs, inputs, 64, "integer")),
+        "w4a16": (kernels.linear_w4a16, int4_weight(outputs, inputs, 64, "integer")),
+        "bf16": (kernels.linear_bf16, DenseWeight.prepare(normal(outputs, inputs, dtype=torch.bfloat16))),
+    }
+    product, weight = weights[op]
+    x = normal(100, inputs, dtype=torch.bfloat16)
+    alone = torch.cat([product(x[row : row + 1], weight) for row in range(len(x))])
+    for rows in (*range(1, 33), 47, 64, 65, 100):
+        assert torch.equal(product(x[:rows], weight), alone[:rows])
+        assert torch.equal(product(x[-rows:], weight), alone[-rows:])
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(product(x, weight), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_float16_and_strided_activations(level: str) -> None:
+    weight, x = int8_weight(64, 96), normal(96, 5).T
+    expected = reference.linear_w8a8(x, weight.values, weight.scales)
+    assert torch.equal(kernels.linear_w8a8(x, weight), expected)
+    assert relative_error(kernels.linear_w8a8(x.half(), weight), expected) < 2e-2
+    assert kernels.linear_w8a8(x.half(), weight).dtype == torch.float16
+
+
+@needs_kernels
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    weight = int8_weight(64, 96)
+    with pytest.raises(ValueError, match=r"\[M, 96\] on the CPU, got torch.float32 \[3, 64\]"):
+        kernels.linear_w8a8(torch.zeros(3, 64), weight)
+    with pytest.raises(ValueError, match=r"expected a bias \[64\]"):
+        kernels.linear_w8a8(torch.zeros(3, 96), weight, torch.zeros(32))
+
+
+def test_packing_keeps_every_value(level: str) -> None:
+    int8 = int8_weight(64, 96)
+    values = int8.values.clone()
+    int8.packed_for_kernels()
+    assert torch.equal(int8.values, values)
+    for zeros in ("symmetric", "integer", "fraction"):
+        int4 = int4_weight(64, 96, 32, zeros)
+        before = [part.clone() for part in int4.canonical()]
+        int4.packed_for_kernels()
+        assert all(torch.equal(*pair) for pair in zip(int4.canonical(), before, strict=True))
+    dense = normal(64, 96, dtype=torch.bfloat16)
+    weight = DenseWeight.prepare(dense)
+    assert torch.equal(weight.values, dense)
+    rows = torch.tensor([63, 0, 17])
+    assert torch.equal(weight.rows(rows), dense[rows])
+
+
+def test_norm_and_swiglu(level: str) -> None:
+    for rows, size in [(1, 32), (3, 576), (17, 1536), (64, 2048)]:
+        x, weight = normal(rows, size, dtype=torch.bfloat16), normal(size, seed=1, dtype=torch.bfloat16)
+        found = kernels.rms_norm(x, weight, 1e-5)
+        assert relative_error(found, reference.rms_norm(x, weight, 1e-5)) < 4e-3
+        values, scales = reference.quantize_tokens(found)
+        quantized = kernels.rms_norm_quantize(x, weight, 1e-5)
+        assert torch.equal(quantized.values, values)
+        assert torch.equal(quantized.scales, scales)
+
+        gate_up = normal(rows, 2 * size, dtype=torch.bfloat16) * 8
+        found = kernels.silu_mul(gate_up)
+        assert relative_error(found, reference.silu_mul(gate_up)) < 4e-3
+        values, scales = reference.quantize_tokens(found)
+        quantized = kernels.silu_mul_quantize(gate_up)
+        assert torch.equal(quantized.values, values)
+        assert torch.equal(quantized.scales, scales)
+
+
+def test_swiglu_far_from_zero(level: str) -> None:
+    gate = torch.tensor([-1e30, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 1e30] * 4)
+    gate_up = torch.cat([gate, torch.ones(32)]).bfloat16().unsqueeze(0)
+    found = kernels.silu_mul(gate_up)
+    assert torch.allclose(found.float(), reference.silu_mul(gate_up.float()), rtol=8e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_rotary_write(level: str, head_dim: int, normalized: bool) -> None:
+    heads, kv_heads, capacity = 6, 2, 40
+    norms = None
+    if normalized:
+        norms = normal(head_dim, seed=1, dtype=torch.bfloat16), normal(head_dim, seed=2, dtype=torch.bfloat16)
+    for rows, start in [(1, 0), (5, 35), (17, 9)]:
+        qkv = normal(rows, (heads + 2 * kv_heads) * head_dim, dtype=torch.bfloat16)
+        angles = normal(rows, head_dim // 2).repeat(1, 2)
+        rotation = angles.cos(), angles.sin()
+        keys, values = (normal(kv_heads, capacity, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (3, 4))
+        expected_keys, expected_values = keys.clone(), values.clone()
+        q = kernels.rotary_write(qkv, rotation, keys, values, start, norms, 1e-6)
+        expected = reference.rotary_write(qkv, rotation, expected_keys, expected_values, start, norms, 1e-6)
+        assert relative_error(q, expected) < 4e-3
+        assert relative_error(keys, expected_keys) < 4e-3
+        others = [slot for slot in range(capacity) if not start <= slot < start + rows]
+        assert torch.equal(keys[:, others], expected_keys[:, others])
+        assert torch.equal(values, expected_values)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_attention_over_a_cache(level: str, head_dim: int) -> None:
+    for rows, heads, kv_heads, slots in [(1, 3, 1, 1), (8, 9, 3, 300), (5, 4, 4, 129), (33, 8, 2, 140), (2, 40, 1, 16)]:
+        q = normal(rows, heads, head_dim, dtype=torch.bfloat16)
+        keys, values = (normal(kv_heads, slots + 5, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+        visible = torch.rand(rows, slots, generator=torch.Generator().manual_seed(3)) < 0.6
+        visible[torch.arange(rows), torch.arange(rows) % slots] = True
+        found = kernels.attend(q, keys, values, visible)
+        expected = reference.attend(q.float(), keys.float(), values.float(), visible)
+        assert relative_error(found, expected) < 1e-2
+
+
+@needs_kernels
+def test_attention_of_a_row_depends_on_what_it_sees_alone(level: str) -> None:
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    rows, heads, kv_heads, head_dim, start = 70, 6, 2, 64, 250
+    q = normal(rows, heads, head_dim, dtype=torch.bfloat16)
+    keys, values = (normal(kv_heads, 400, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    visible = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
+    block = kernels.attend(q, keys, values, visible)
+    for row in range(rows):
+        end = start + row + 1
+        alone = kernels.attend(q[row : row + 1], keys, values, visible[row : row + 1, :end])
+        assert torch.equal(alone[0], block[row])
+    for size in (2, 3, 8, 32, 33):
+        assert torch.equal(kernels.attend(q[:size], keys, values, visible[:size, : start + size]), block[:size])
+    # What lies in hidden slots has no influence, not even through its magnitude.
+    keys[:, start + 1 :], values[:, start + 1 :] = 1e4, -1e4
+    assert torch.equal(kernels.attend(q[:1], keys, values, visible[:1]), block[:1])
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(kernels.attend(q[:1], keys, values, visible[:1]), block[:1])
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_gradients_take_the_way_of_pytorch() -> None:
+    x = normal(3, 64, dtype=torch.bfloat16).requires_grad_()
+    kernels.rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-5).sum().backward()
+    assert x.grad is not None
+
+
+@needs_kernels
+def test_operators_of_compiled_graphs() -> None:
+    weight = int4_weight(64, 96, 32, "integer")
+    packed = weight.packed_for_kernels()
+    assert packed is not None
+    x = normal(3, 96, dtype=torch.bfloat16)
+    arguments = (x, packed.values, packed.scales, packed.zeros, packed.scale_unit, None)
+    assert torch.equal(custom_ops.linear_w4a8(*arguments), kernels.linear_w4a8(x, weight))
+    torch.library.opcheck(custom_ops.linear_w4a8, arguments, test_utils=["test_schema", "test_faketensor"])
+
+
+class Guarded:
+    """Memory between two pages that must not be touched; a tensor lies at its end, or at its start."""
+
+    _library = ctypes.CDLL(None, use_errno=True)
+
+    def __init__(self, at_end: bool) -> None:
+        self._at_end = at_end
+        self._maps: list[mmap.mmap] = []
+
+    def copy(self, source: Tensor) -> Tensor:
+        pages = -(-source.nbytes // mmap.PAGESIZE)
+        memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+        self._maps.append(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for guard in (address, address + (pages + 1) * mmap.PAGESIZE):
+            assert self._library.mprotect(ctypes.c_void_p(guard), mmap.PAGESIZE, 0) == 0
+        offset = mmap.PAGESIZE + (pages * mmap.PAGESIZE - source.nbytes if self._at_end else 0)
+        guarded = torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=offset)
+        return guarded.view(source.shape).copy_(source)
+
+    def optional(self, source: Tensor | None) -> Tensor | None:
+        return None if source is None else self.copy(source)
+
+
+def dies(action: Callable[[], None]) -> bool:
+    """Whether the action kills a child process."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        action()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def run_guarded(at_end: bool) -> None:
+    """Every kernel of the current level on guarded operands and results."""
+    guarded = Guarded(at_end)
+    loaded = library.backend()
+    assert loaded is not None
+
+    def product(function: library.Product, weight: packing.PackedWeight, x: Tensor, quantized: bool = False) -> None:
+        scales, zeros = guarded.optional(weight.scales), guarded.optional(weight.zeros)
+        inside = packing.PackedWeight(
+            guarded.copy(weight.values), weight.inputs, scales, zeros, weight.group_size, weight.scale_unit
+        )
+        bias = guarded.copy(torch.zeros(weight.outputs))
+        out = guarded.copy(torch.zeros(len(x), weight.outputs, dtype=x.dtype))
+        flags = library.ACTIVATIONS_BFLOAT16 if x.dtype == torch.bfloat16 else 0
+        token_scales = None
+        if quantized:
+            values, scales_of_tokens = reference.quantize_tokens(x)
+            x, token_scales = values, guarded.copy(scales_of_tokens)
+            flags |= library.ACTIVATIONS_INT8
+        pointer = None if token_scales is None else token_scales.data_ptr()
+        x = guarded.copy(x)
+        function(inside.address, x.data_ptr(), pointer, out.data_ptr(), bias.data_ptr(), len(x), flags, 1)
+
+    for rows in (1, 5, 17, 33):
+        for dtype in DTYPES:
+            x = normal(rows, 160, dtype=dtype)
+            for quantized in (False, True):
+                product(loaded.linear_w8a8, packed(int8_weight(32, 160)), x, quantized)
+                for zeros in ("symmetric", "integer", "fraction"):
+                    product(loaded.linear_w4a8, packed(int4_weight(32, 160, 32, zeros, dtype)), x, quantized)
+            for zeros in ("symmetric", "integer", "fraction"):
+                product(loaded.linear_w4a16, packed(int4_weight(32, 160, 32, zeros, dtype)), x)
+            product(loaded.linear_bf16, packed(DenseWeight(normal(32, 160).bfloat16())), x)
+            product(loaded.linear_f32, packed(DenseWeight(normal(32, 160))), x)
+        run_fused_guarded(loaded, guarded, rows)
+
+
+def packed(weight: Int8Weight | Int4Weight | DenseWeight) -> packing.PackedWeight:
+    found = weight.packed_for_kernels()
+    assert found is not None
+    return found
+
+
+def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> None:
+    def bfloat16(*shape: int) -> int:
+        tensors.append(guarded.copy(normal(*shape, dtype=torch.bfloat16)))
+        return tensors[-1].data_ptr()
+
+    def other(*shape: int, dtype: torch.dtype = torch.float32) -> int:
+        tensors.append(guarded.copy(torch.ones(*shape, dtype=dtype)))
+        return tensors[-1].data_ptr()
+
+    tensors: list[Tensor] = []
+    size, heads, kv_heads, head_dim, slots = 96, 3, 1, 96, 150 + rows
+    loaded.rms_norm(bfloat16(rows, size), bfloat16(size), bfloat16(rows, size), None, None, rows, size, 1e-5, 1)
+    quantized = other(rows, size, dtype=torch.int8), other(rows)
+    loaded.rms_norm(bfloat16(rows, size), bfloat16(size), None, *quantized, rows, size, 1e-5, 1)
+    loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, 1)
+    loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 1)
+    q, cache = (
+        bfloat16(rows, heads, head_dim),
+        (bfloat16(kv_heads, slots, head_dim), bfloat16(kv_heads, slots, head_dim)),
+    )
+    tail = (slots - rows) * head_dim * 2
+    loaded.rotary_write(
+        bfloat16(rows, (heads + 2 * kv_heads) * head_dim),
+        other(rows, head_dim),
+        other(rows, head_dim),
+        bfloat16(head_dim),
+        bfloat16(head_dim),
+        q,
+        *(part + tail for part in cache),
+        rows,
+        heads,
+        kv_heads,
+        head_dim,
+        slots * head_dim,
+        1e-5,
+        1,
+    )
+    visible, out = other(rows, slots, dtype=torch.bool), bfloat16(rows, heads, head_dim)
+    loaded.attention(q, *cache, visible, out, rows, heads, kv_heads, head_dim, slots, slots * head_dim, 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("at_end", [True, False])
+def test_no_access_outside_the_operands(level: str, at_end: bool) -> None:
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    assert not dies(lambda: run_guarded(at_end))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_guards_notice_one_byte() -> None:
+    def touch(offset: int, at_end: bool) -> None:
+        tensor = Guarded(at_end).copy(torch.zeros(100, dtype=torch.uint8))
+        ctypes.memset(tensor.data_ptr() + offset, 0, 1)
+
+    assert not dies(lambda: touch(99, at_end=True))
+    assert dies(lambda: touch(100, at_end=True))
+    assert dies(lambda: touch(-1, at_end=False))
+
+
+def test_levels_by_name(monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
+    for name in LEVELS:
+        cpu.use_level(name)
+        found = cpu.backend()
+        assert found is None or found.level.name == name
+    cpu.use_level("torch")
+    assert cpu.backend() is None
+    with pytest.raises(ValueError, match=r"avx9: no level of CPU kernels here; this processor has .*torch"):
+        cpu.use_level("avx9")
+    cpu.use_level(None)
+    monkeypatch.setenv(LEVEL_VARIABLE, "torch")
+    library.backend.cache_clear()
+    assert cpu.backend() is None
+    monkeypatch.setenv(LEVEL_VARIABLE, "sse")
+    library.backend.cache_clear()
+    with pytest.raises(ValueError, match="QUASAR_CPU_LEVEL=sse"):
+        cpu.backend()
+
+
+@pytest.mark.skipif(not LEVELS, reason="no AVX2")
+@pytest.mark.parametrize("broken", ["none", "failing"])
+def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if broken == "failing":
+        monkeypatch.setenv("CXX", "/bin/false")
+    weight, x = int8_weight(64, 96), normal(3, 96, dtype=torch.bfloat16)
+    expected = reference.linear_w8a8(x, weight.values, weight.scales)
+    reason = "no C\\+\\+ compiler found" if broken == "none" else "/bin/false failed"
+    with pytest.warns(RuntimeWarning, match=f"CPU kernels are off, PyTorch's operations are used: {reason}"):
+        found = kernels.linear_w8a8(x, weight)
+    assert torch.equal(found, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(kernels.linear_w8a8(x, weight), expected)
+
+
+def _first_use(level: Level, cache: str, results: multiprocessing.Queue[str]) -> None:
+    os.environ[build.CACHE_VARIABLE] = cache
+    path = build.library_path(level)
+    ctypes.CDLL(str(path))
+    results.put(str(path))
+
+
+@needs_kernels
+def test_processes_that_start_at_once_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {shutil.which("g++")} "$@"\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O2" else flag for flag in build.FLAGS))
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[str] = context.Queue()
+    level = available_levels()[-1]
+    processes = [context.Process(target=_first_use, args=(level, str(tmp_path / "c"), results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    paths = {results.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(paths) == 1
+    assert sum("-shared" in line for line in log.read_text().splitlines()) == 1
+    assert {path.suffix for path in (tmp_path / "c" / "kernels").iterdir()} <= {".so", ".lock"}
