@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint clean
+.PHONY: setup run test test-slurm lint clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,11 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# As root: starts a one-node SLURM, installing it where it lacks; runs what takes minutes too.
+test-slurm: $(STAMP)
+	settings="$$(scripts/slurm_local.sh start)" && trap "scripts/slurm_local.sh stop" EXIT && eval "$$settings" && \
+	$(BIN)/python -m pytest -m "slow or slurm" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

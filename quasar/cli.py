@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,8 @@ from quasar.errors import QuasarError, RequestError
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Quasar's tools around runs.")
 models = typer.Typer(no_args_is_help=True, help="Models that conf/model names.")
 app.add_typer(models, name="models")
+wandb_runs = typer.Typer(no_args_is_help=True, help="Weights & Biases.")
+app.add_typer(wandb_runs, name="wandb")
 
 
 @models.command()
@@ -46,6 +49,47 @@ def list_models() -> None:
     for name in model_names():
         source = model_source(name)
         reporter.line(f"{name:<16} {source.repo or source.source}")
+
+
+@app.command("collect")
+def collect_runs(
+    folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],
+    output: Annotated[Path | None, typer.Option(help="stem of the table's files; FOLDER/collected by default")] = None,
+    watch: Annotated[bool, typer.Option(help="refresh a table of states until every run has ended")] = False,
+    every: Annotated[float, typer.Option(help="seconds between refreshes")] = 5.0,
+) -> None:
+    """Gather all runs below a folder into one table, as Parquet and CSV; list what failed or was cut short."""
+    from quasar.results.overview import collect, follow
+
+    reporter = Reporter()
+    try:
+        if watch:
+            follow(folder, every, reporter)
+        collect(folder, output or folder / "collected", reporter)
+    except QuasarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+@wandb_runs.command("push")
+def push_runs(
+    folder: Annotated[Path, typer.Argument(help="a run, a sweep, or any folder above runs")],
+    mode: Annotated[
+        str | None, typer.Option(help="auto, online or offline; by default as the run was configured")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="another project than the run's")] = None,
+    entity: Annotated[str | None, typer.Option(help="another user or team than the run's")] = None,
+) -> None:
+    """Make the W&B runs of run folders from their files; doing it again makes the same runs again."""
+    from quasar.results.pushing import push_all
+
+    given = {"mode": mode, "project": project, "entity": entity}
+    try:
+        failed = push_all(folder, {key: value for key, value in given.items() if value is not None}, Reporter())
+    except QuasarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    raise typer.Exit(1 if failed else 0)
 
 
 def model_names() -> list[str]:

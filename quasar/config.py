@@ -15,8 +15,8 @@ from quasar.errors import RequestError
 
 CONF = Path(__file__).parents[1] / "conf"
 
-# Keys that say where and how a run is carried out, not what it computes: they do not enter its hash.
-_NOT_HASHED = ("output_dir", "resume")
+NOT_HASHED = ("output_dir", "resume", "sweep", "logger")
+"""Keys that say where and how a run is carried out, not what it computes: they do not enter its hash."""
 
 
 @dataclass
@@ -94,6 +94,28 @@ class EvaluateConfig:
 
 
 @dataclass
+class LoggerConfig:
+    """conf/logger/*.yaml"""
+
+    name: str = MISSING
+    mode: str = MISSING
+    project: str = MISSING
+    entity: Optional[str] = MISSING
+    tags: list[str] = MISSING
+    wait: float = MISSING
+
+
+@dataclass
+class SweepConfig:
+    """The sweep node of conf/config.yaml"""
+
+    dry_run: bool = MISSING
+    any_code: bool = MISSING
+    share_baselines: bool = MISSING
+    allow_parallel: bool = MISSING
+
+
+@dataclass
 class RunConfig:
     """The whole configuration. Drafter and verifier are open: their classes check their own arguments."""
 
@@ -110,6 +132,8 @@ class RunConfig:
     seed: int = MISSING
     output_dir: str = MISSING
     resume: bool = MISSING
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def register() -> None:
@@ -150,6 +174,8 @@ def check(config: DictConfig) -> RunConfig:
     _require(dtype in dtypes, "verifier.dtype", dtype, f"one of {', '.join(dtypes)}")
     sources = ("auto", "hub", "package", "path", "random")
     _require(typed.model.source in sources, "model.source", typed.model.source, f"one of {', '.join(sources)}")
+    modes = ("auto", "online", "offline")
+    _require(typed.logger.mode in modes, "logger.mode", typed.logger.mode, f"one of {', '.join(modes)}")
     return typed
 
 
@@ -157,7 +183,7 @@ def config_hash(config: DictConfig) -> str:
     """Twelve hex digits over everything that determines a run's results."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
-    kept = {key: value for key, value in values.items() if key not in _NOT_HASHED}
+    kept = {key: value for key, value in values.items() if key not in NOT_HASHED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table, box
+from rich.text import Text
 
 PLAIN_WIDTH = 160
 SECONDS_BETWEEN_LINES = 10.0
@@ -78,9 +79,15 @@ class Reporter:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """The first column is text, the others are numbers."""
+        self.console.print(self.build_table(title, columns, rows))
+
+    def build_table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)
+    ) -> Table:
+        """``text``: columns that hold words; the others are numbers and stand to the right."""
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if self.interactive else box.ASCII2)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+            table.add_column(column, justify="left" if index in text else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+            table.add_row(*(Text(cell) for cell in row))
+        return table

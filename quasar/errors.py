@@ -1,5 +1,11 @@
 """The errors a user can cause or meet, and the exit code of each."""
 
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
 
 class QuasarError(Exception):
     """The run failed (exit code 1); the message says what happened and where."""
@@ -11,3 +17,11 @@ class RequestError(QuasarError):
     """The request was wrong (exit code 2): the message names the value, the place and the remedy."""
 
     exit_code = 2
+
+
+def report(error: QuasarError) -> int:
+    """Say what went wrong in one line, or with HYDRA_FULL_ERROR=1 where too; the exit code."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code

@@ -25,6 +25,7 @@ from quasar.model.loading import load_transformer, random_transformer, tiny_conf
 from quasar.model.sources import Checkpoint, cache_folder, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.model.transformer import Transformer
+from quasar.results.baselines import SharedBaselines, baseline_identity
 from quasar.results.environment import describe_environment, device_name, peak_memory_bytes
 from quasar.results.metrics import COUNTS, summarize
 from quasar.results.records import Json, RunFolder
@@ -38,8 +39,12 @@ from quasar.verifiers.transformer import TransformerVerifier
 BLOCK_ROOM = 64
 
 
-def run(config: DictConfig, folder: Path, command: list[str], reporter: Reporter) -> Json:
+def run(
+    config: DictConfig, folder: Path, command: list[str], reporter: Reporter, shared_baselines: Path | None = None
+) -> Json:
     """Carry out one run in ``folder`` and return its summary.
+
+    shared_baselines: folder in which a sweep's jobs share their autoregressive baselines; None: decode them here
 
     Raises RequestError before anything is written where the request itself is wrong; later failures leave
     status.json as ``failed`` and every finished prompt's record in place.
@@ -76,6 +81,7 @@ def run(config: DictConfig, folder: Path, command: list[str], reporter: Reporter
         }
         environment["verifier"] = list(verifier.facts)
         environment["prompt_set"] = prompt_set_hash(prompts)
+        environment["prompts"] = len(prompts)
         records = run_folder.begin(command, environment)
         _print_header(reporter, settings, checkpoint, verifier, len(prompts), len(records), folder)
         session = Session(settings, drafter, verifier, tokenizer)
@@ -83,6 +89,8 @@ def run(config: DictConfig, folder: Path, command: list[str], reporter: Reporter
             session.trajectories = _trajectories(settings, checkpoint, verifier)
         if (settings.evaluate.baselines or settings.evaluate.fidelity) and not verifier.is_reference:
             session.reference = FP16Verifier(load_model(checkpoint, dtype, device, reporter), Setup(capacity))
+        if shared_baselines is not None:
+            _share(session, shared_baselines)
         _decode_all(session, prompts, records, run_folder, reporter)
         measured = summarize(records)
         summary = _summary(settings, verifier, measured, environment["copy_bandwidth_bytes_per_second"])
@@ -184,6 +192,19 @@ def _on_grid(verifier: dict[str, Any], grid: Grid) -> bool:
 def _describe(node: dict[str, Any]) -> str:
     options = ", ".join(f"{key}={value}" for key, value in node.items() if key not in ("_target_", "name"))
     return node["name"] + (f" ({options})" if options else "")
+
+
+def _share(session: Session, folder: Path) -> None:
+    """Take the session's baselines from a sweep's folder, or put them there."""
+    device = device_name(session.verifier.device)
+    if session.verifier.device.type == "cpu":
+        device += f", {torch.get_num_threads()} threads"
+    dtype = str(session.verifier.model.dtype)
+
+    def shared(is_reference: bool) -> SharedBaselines:
+        return SharedBaselines(folder, baseline_identity(session.settings, is_reference, dtype), device)
+
+    session.shared_same, session.shared_reference = shared(session.verifier.is_reference), shared(True)
 
 
 def _decode_all(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from quasar.config import CONF, register
-from quasar.errors import QuasarError
+from quasar.errors import QuasarError, report
+from quasar.sweep.ending import SweepEnded
 
 DONE, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
 
@@ -23,11 +23,15 @@ def main() -> int:
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> int:
+        # A sweep's job may run in another process: its code is what it returns.
         codes.append(_run(config))
+        return codes[-1]
 
     try:
         job()
+    except SweepEnded as ended:
+        return ended.exit_code
     except SystemExit as stop:
         # Hydra has said what is wrong with the request before any job started.
         return WRONG_REQUEST if stop.code and not codes else int(stop.code or DONE)
@@ -37,19 +41,22 @@ def main() -> int:
 
 
 def _run(config: DictConfig) -> int:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from quasar.sweep.job import run_job
+
+        return run_job(config)
     # Heavy imports wait until a job runs, so that --help answers at once.
     from quasar import experiment
     from quasar.console import Reporter
+    from quasar.results.live import logged
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, reporter = Path(HydraConfig.get().runtime.output_dir), Reporter()
     try:
-        experiment.run(config, folder, sys.argv, Reporter())
+        with logged(config.logger, folder, reporter):
+            experiment.run(config, folder, sys.argv, reporter)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except QuasarError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return report(error)
     return DONE

@@ -19,6 +19,7 @@ from quasar.evaluation.exactness import compare
 from quasar.evaluation.fidelity import ReferencePath, TrajectoryCache, measure
 from quasar.evaluation.prompts import Prompt
 from quasar.model.tokenizer import Message, Tokenizer
+from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.records import Json
 from quasar.sampling import Sampling
 from quasar.timing import DECODE_PHASES, PHASES
@@ -36,6 +37,7 @@ class Session:
         neither is wanted
     trajectories: the reference's own answers, along which fidelity is measured; None: it is not
     simulated: whether the drafter decides what is accepted; then nothing is said of the text
+    shared_same, shared_reference: a sweep's baselines of ``verifier`` and ``reference``; None: decode them here
     """
 
     settings: RunConfig
@@ -44,12 +46,14 @@ class Session:
     tokenizer: Tokenizer
     reference: TransformerVerifier | None = None
     trajectories: TrajectoryCache | None = None
+    shared_same: SharedBaselines | None = None
+    shared_reference: SharedBaselines | None = None
 
     def __post_init__(self) -> None:
         chosen = self.settings.decode
         self.sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
         self.simulated = isinstance(self.drafter, SimulatingDrafter)
-        self.rule = self.drafter.rule if isinstance(self.drafter, SimulatingDrafter) else rule_for(self.sampling)
+        self.rule = rule_for(self.sampling)
         context_length = self.verifier.model.config.context_length
         self.limits = Limits(
             chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, draft_tokens=chosen.draft_tokens
@@ -110,7 +114,7 @@ class Session:
         evaluate = self.settings.evaluate
         if not (evaluate.baselines or evaluate.exactness):
             return {}, {}
-        same = self._generate(tokens, NoneDrafter(), self.verifier, key)
+        same = self._autoregressive(self.verifier, self.shared_same, tokens, key)
         exactness: Json = {}
         if self.sampling.greedy and not self.simulated:
             exactness = compare(tokens, generation.tokens, same.tokens, self.verifier)
@@ -118,7 +122,7 @@ class Session:
             return {}, exactness
         reference = same
         if self.reference is not None:
-            reference = self._generate(tokens, NoneDrafter(), self.reference, key)
+            reference = self._autoregressive(self.reference, self.shared_reference, tokens, key)
         if self.sampling.greedy and not self.simulated:
             exactness["match_reference"] = generation.tokens == reference.tokens
         return {"ar_same": _timing(same), "ar_ref": _timing(reference)}, exactness
@@ -143,6 +147,17 @@ class Session:
             "noise_top1": trajectory.noise_top1,
         }
 
+    def _autoregressive(
+        self, verifier: TransformerVerifier, shared: SharedBaselines | None, tokens: list[int], key: str
+    ) -> Baseline:
+        def decoded() -> Baseline:
+            generation = self._generate(tokens, NoneDrafter(), verifier, key)
+            laps = generation.milliseconds
+            decode_ms = sum(sum(laps.get(phase, [])) for phase in DECODE_PHASES)
+            return local_baseline(generation.tokens, sum(generation.emitted), decode_ms)
+
+        return decoded() if shared is None else shared.measured(key, tokens, decoded)
+
     def _generate(
         self,
         tokens: list[int],
@@ -160,13 +175,17 @@ class Session:
         sampling = self.sampling if rule is None else Sampling()
         # A generator per prompt and turn, so that a resumed run draws what an undisturbed one would have drawn.
         generator = torch.Generator(verifier.device).manual_seed(_seed(self.settings.seed, key))
-        return decode(tokens, drafter, verifier, rule or self.rule, sampling, limits, generator, on_step)
+        if rule is None:
+            rule = drafter.rule if isinstance(drafter, SimulatingDrafter) else self.rule
+        return decode(tokens, drafter, verifier, rule, sampling, limits, generator, on_step)
 
 
-def _timing(generation: Generation) -> Json:
-    laps = generation.milliseconds
-    decode_ms = sum(sum(laps.get(phase, [])) for phase in DECODE_PHASES)
-    return {"decoded_tokens": sum(generation.emitted), "decode_ms": round(decode_ms, 4)}
+def _timing(baseline: Baseline) -> Json:
+    return {
+        "decoded_tokens": baseline.decoded_tokens,
+        "decode_ms": baseline.decode_ms,
+        "machine": baseline.machine,
+    }
 
 
 def _rounded(values: list[float]) -> list[float]:

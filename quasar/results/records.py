@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -11,24 +12,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from quasar.config import config_hash
 from quasar.errors import QuasarError, RequestError
+from quasar.results.code_version import code_version
 
 Json = dict[str, Any]
+GENERATIONS = "generations.jsonl"
+LOCK = ".lock"
+# Long enough to outlast a reader that looks whether the lock is held.
+LOCK_SECONDS = 5.0
 
 
 class RunFolder:
     """One run's files. Opening checks that the folder is fresh or belongs to the same configuration; it writes nothing.
 
-    Raises RequestError where it holds another run's results.
+    From `begin` until the status is done or failed the process holds a lock on the folder, which falls with the
+    process: a folder that is "running" without it was killed.
+
+    Raises RequestError where the folder holds another run's results.
     """
 
     def __init__(self, path: Path, config: DictConfig, resume: bool) -> None:
         self.path = path
         self.hash = config_hash(config)
         self._config = config
+        self._lock = FileLock(path / LOCK)
         previous = self._previous_hash()
         if previous is not None and previous != self.hash:
             raise RequestError(
@@ -41,52 +52,77 @@ class RunFolder:
             )
 
     def begin(self, command: list[str], environment: Json) -> list[Json]:
-        """Write what is known before the first prompt; return the finished prompts' records of an earlier attempt."""
+        """Write what is known before the first prompt; return the finished prompts' records of an earlier attempt.
+
+        Raises RequestError where another process is at work in the folder.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        values = OmegaConf.to_container(self._config, resolve=True)
-        header = f"# config hash: {self.hash}\n# command: {' '.join(command)}\n"
-        write_atomically(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(values)))
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-        self.status("running")
-        return self._recover()
+        try:
+            self._lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise RequestError(f"{self.path}: another process is at work on this run; wait for it or stop it") from None
+        try:
+            return self._begin(command, environment)
+        except BaseException:
+            self._lock.release()
+            raise
 
     @contextmanager
     def failures_recorded(self) -> Iterator[None]:
-        """Leave status.json as ``failed`` when what runs inside fails, except where the request was wrong."""
+        """Leave status.json as ``failed`` when what runs inside fails, except for requests refused before `begin`."""
         try:
             yield
         except KeyboardInterrupt:
             self._failed("interrupted")
             raise
-        except RequestError:
-            raise
         except QuasarError as error:
-            self._failed(str(error))
+            if self._lock.is_locked or not isinstance(error, RequestError):
+                self._failed(str(error))
             raise
         except Exception:
             self._failed(traceback.format_exc())
             raise
 
     def append(self, record: Json) -> None:
-        """Add one prompt's record; it is on disk when this returns."""
-        with (self.path / "generations.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Add one prompt's record; it is on disk when this returns. Where it cannot be, the file stays as it was."""
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        descriptor = os.open(self.path / GENERATIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, line)
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
 
     def finish(self, summary: Json) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.status("done")
 
     def status(self, state: str, error: str | None = None) -> None:
-        """``state``: running, done or failed."""
-        content = {
-            "status": state,
-            "error": error,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "config_hash": self.hash,
-        }
-        write_atomically(self.path / "status.json", json.dumps(content, indent=2) + "\n")
+        """``state``: running, done or failed; the last two end the attempt."""
+        try:
+            write_status(self.path, state, error, self.hash)
+        except OSError:
+            # A disk too full for the error's text: the error itself is on its way to the user.
+            if state != "failed":
+                raise
+        finally:
+            if state != "running":
+                self._lock.release()
+
+    def _begin(self, command: list[str], environment: Json) -> list[Json]:
+        for leftover in self.path.glob(".*.partial"):
+            leftover.unlink()
+        values = OmegaConf.to_container(self._config, resolve=True)
+        header = f"# config hash: {self.hash}\n# command: {' '.join(command)}\n"
+        write_atomically(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(values)))
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        self.status("running")
+        return self._recover()
 
     def _failed(self, error: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -100,23 +136,72 @@ class RunFolder:
         return first.removeprefix("# config hash: ").strip()
 
     def _recover(self) -> list[Json]:
-        """Records of whole lines; a line cut short by a crash is dropped from the file."""
-        file = self.path / "generations.jsonl"
+        """Records of whole lines; what a crash left behind them is dropped from the file."""
+        file = self.path / GENERATIONS
         if not file.exists():
             return []
         content = file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            with file.open("r+b") as stream:
-                stream.truncate(len(whole))
-        return [json.loads(line) for line in whole.decode().splitlines()]
+        records, whole = whole_records(content)
+        if whole != len(content):
+            os.truncate(file, whole)
+        return records
+
+
+def whole_records(content: bytes) -> tuple[list[Json], int]:
+    """The records of a generations.jsonl up to the first line that is cut short or damaged, and the bytes they take."""
+    records: list[Json] = []
+    whole = 0
+    while (end := content.find(b"\n", whole)) >= 0:
+        try:
+            records.append(json.loads(content[whole:end]))
+        except ValueError:
+            break
+        whole = end + 1
+    return records, whole
+
+
+def write_status(folder: Path, state: str, error: str | None, config_hash: str) -> None:
+    """status.json. Machines and code versions gather over a run's attempts: more than one of either is worth a look."""
+    previous = read_json(folder / "status.json") or {}
+    content = {
+        "status": state,
+        "error": error,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "config_hash": config_hash,
+        "code_versions": _with(previous.get("code_versions"), code_version()),
+        "machines": _with(previous.get("machines"), socket.gethostname()),
+        "pid": os.getpid(),
+    }
+    write_atomically(folder / "status.json", json.dumps(content, indent=2) + "\n")
+
+
+def read_json(file: Path) -> Json | None:
+    """The object in a file; None where the file is missing or holds none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_atomically(file: Path, content: str) -> None:
-    """Readers see the old content or the new, never a part."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    """Readers see the old content or the new, never a part; where writing fails, the old content stays."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _with(known: list[str] | None, value: str) -> list[str]:
+    return list(dict.fromkeys([*(known or []), value]))

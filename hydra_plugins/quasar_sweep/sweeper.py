@@ -1,0 +1,182 @@
+"""The sweeper behind ``python run.py -m``: plans, resumes, launches and reports a grid of jobs."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import ConfigCompositionException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from quasar.config import check, config_hash
+from quasar.console import Reporter
+from quasar.errors import QuasarError, RequestError, report
+from quasar.results.records import write_status
+from quasar.results.runs import is_locked, read_run
+from quasar.sweep.ending import SweepEnded
+from quasar.sweep.plan import Job, Request, begin, newest_sweep, plan, summary_line
+from quasar.sweep.report import print_outcome, print_plan
+from quasar.sweep.snapshot import freeze
+
+ONE_AT_A_TIME = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra_plugins.quasar_sweep.launchers.LocalLauncher",
+    "hydra_plugins.quasar_sweep.launchers.SlurmLauncher",
+)
+"""Launchers whose jobs do not share cores; a cluster gives each its own."""
+
+
+class ResumableSweeper(BasicSweeper):
+    """Hydra's grid of overrides, with jobs that are known by their configuration's hash.
+
+    Jobs that are done are left out, others continue where they were (`quasar.sweep.plan`); all jobs read the
+    configuration as it was at submission; a job that fails or is killed stops no other. Ends with `SweepEnded` where
+    not every job is done.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._config, self._task_function = hydra_context, config, task_function
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Carry out the sweep that the command line's overrides span."""
+        try:
+            code = self._sweep(arguments)
+        except QuasarError as error:
+            code = report(error)
+        except OSError as error:
+            code = report(QuasarError(f"the sweep's folder cannot be written: {error}"))
+        if code:
+            # Hydra calls this only where nothing is raised.
+            self._context.callbacks.on_multirun_end(config=self._config)
+            raise SweepEnded(code)
+
+    def _sweep(self, arguments: list[str]) -> int:
+        reporter, settings = Reporter(), self._config.sweep
+        with tempfile.TemporaryDirectory(prefix="quasar-") as temporary:
+            freeze(self._context.config_loader, Path(temporary))
+            requests = self._requests(arguments)
+            root = self._choose_folder(arguments, [request.config_hash for request in requests])
+            jobs = plan(requests, root, self._config.resume, settings.any_code)
+            if settings.dry_run:
+                print_plan(jobs, root, reporter)
+                return 0
+            launcher = self._make_launcher(root)
+            begin(jobs, root, sys.argv)
+            freeze(self._context.config_loader, root)
+        reporter.line(f"sweep {root}, {summary_line(jobs)}")
+        codes = self._launch(launcher, [job for job in jobs if job.launches], root)
+        runs = [read_run(root / job.folder) for job in jobs if job.action != "same"]
+        print_outcome(runs, root, reporter)
+        # A job that runs elsewhere is that sweep's to answer for.
+        return max(codes) if codes else int(any(run.status in ("failed", "partial") for run in runs))
+
+    def _requests(self, arguments: list[str]) -> list[Request]:
+        """Every job of the grid, composed and checked, so that a wrong value is told before any job starts."""
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (grid,) = self.split_arguments(overrides, None)
+        requests = []
+        for job in grid:
+            try:
+                config = self._context.config_loader.load_sweep_config(self._config, list(job))
+            except ConfigCompositionException as error:
+                raise RequestError(f"{error} (in the job {' '.join(job)})") from None
+            with read_write(config):
+                OmegaConf.set_struct(config, False)
+                del config["hydra"]
+            try:
+                check(config)
+            except RequestError as error:
+                raise RequestError(f"{error} (in the job {' '.join(job)})") from None
+            requests.append(Request(tuple(filter(_of_job, job)), config_hash(config)))
+        return requests
+
+    def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str]) -> Path:
+        """The sweep's folder: a new one, or with ``resume=true`` on the command line the newest that has these jobs."""
+        root = Path(self._config.hydra.sweep.dir)
+        chosen = any(override.startswith("hydra.sweep.dir=") for override in self._config.hydra.overrides.hydra)
+        if self._config.resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
+            root = newest_sweep(root, hashes) or root
+        return root.absolute()
+
+    def _make_launcher(self, root: Path) -> Launcher:
+        """The configured launcher, for jobs in ``root``.
+
+        Raises RequestError where it runs jobs side by side, and where it is not installed.
+        """
+        from hydra.core.plugins import Plugins
+
+        hydra = self._config.hydra
+        name = hydra.runtime.choices["hydra/launcher"]
+        one_at_a_time = hydra.launcher._target_ in ONE_AT_A_TIME and hydra.launcher.get("parallel", 1) == 1
+        if not (one_at_a_time or self._config.sweep.allow_parallel):
+            raise RequestError(
+                f"hydra/launcher={name} runs several jobs at a time on the same cores: their timings would not be "
+                "comparable. Use basic, slurm, or slurm_local with hydra.launcher.parallel=1; where timings do not "
+                "matter, sweep.allow_parallel=true"
+            )
+        with read_write(hydra.sweep):
+            hydra.sweep.dir = str(root)
+        try:
+            return Plugins.instance().instantiate_launcher(
+                hydra_context=self._context, task_function=self._task_function, config=self._config
+            )
+        except (ImportError, RuntimeError) as error:
+            raise RequestError(f"hydra/launcher={name}: {error}; is its plugin installed?") from None
+
+    def _launch(self, launcher: Launcher, jobs: Sequence[Job], root: Path) -> list[int]:
+        """Run the jobs; the exit code of each. What a launcher raises is held against the jobs that have no result."""
+        codes: list[int] = []
+        size = self.max_batch_size or max(len(jobs), 1)
+        for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
+            overrides = [_with_folder(job, root) for job in batch]
+            try:
+                returned = list(launcher.launch(overrides, initial_job_idx=len(codes)))
+                fault = None
+            except Exception:
+                returned, fault = [JobReturn()] * len(batch), traceback.format_exc()
+            codes += [_settle(job, root, result, fault) for job, result in zip(batch, returned, strict=True)]
+        return codes
+
+
+def _of_job(override: str) -> bool:
+    """Whether an override is a job's own; the others speak of the sweep."""
+    return not override.startswith(("resume=", "sweep.dry_run=", "sweep.any_code="))
+
+
+def _settle(job: Job, root: Path, returned: JobReturn, fault: str | None) -> int:
+    """A job's exit code, after its folder says how it ended even where the job itself could not."""
+    folder = root / job.folder
+    stored = read_run(folder)
+    if stored.status == "done":
+        return 0
+    if stored.status == "failed" or is_locked(folder):
+        return _exit_code(returned)
+    if returned.status == JobStatus.FAILED:
+        fault = "".join(traceback.format_exception(returned._return_value))
+    write_status(folder, "failed", fault or "the job ended without a result", job.request.config_hash)
+    return 1
+
+
+def _exit_code(returned: JobReturn) -> int:
+    """What the job returned where it did, else 1; a job that is not done has none of 0."""
+    value = returned.return_value if returned.status == JobStatus.COMPLETED else None
+    return value if isinstance(value, int) and value else 1
+
+
+def _with_folder(job: Job, root: Path) -> list[str]:
+    quoted = str(root).replace("\\", "\\\\").replace("'", "\\'")
+    return [
+        *job.request.overrides,
+        f"hydra.sweep.dir='{quoted}'",
+        f"hydra.sweep.subdir='{job.folder}'",
+        "resume=true",
+    ]

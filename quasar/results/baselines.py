@@ -1,0 +1,117 @@
+"""Autoregressive baselines of a sweep: each decoded once, by the first job that needs it, and shared through files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from quasar.config import RunConfig
+from quasar.errors import RequestError
+from quasar.results.code_version import code_version
+from quasar.results.records import Json, whole_records
+
+LOCK_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Autoregressive decoding of one turn. tokens: the new ones; the first belongs to the prefill and is not timed."""
+
+    tokens: list[int]
+    decoded_tokens: int
+    decode_ms: float
+    machine: str = ""
+
+
+class SharedBaselines:
+    """The baselines of one verifier in a sweep's folder, by turn and prompt.
+
+    A job decodes while it holds a lock, which falls with its process; other jobs that need the same wait for it. All
+    are measured on one type of device.
+
+    identity: what determines the verifier and its decoding, `baseline_identity`
+    device: name of the device that this job decodes on
+    """
+
+    def __init__(self, folder: Path, identity: Json, device: str) -> None:
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self._file = folder / f"{key}.jsonl"
+        self._lock = FileLock(folder / f".{key}.lock")
+        self._device = device
+        self._known: dict[str, Baseline] = {}
+        self._read_bytes = 0
+
+    def measured(self, turn: str, prompt: Sequence[int], decode: Callable[[], Baseline]) -> Baseline:
+        """The baseline of one turn, from the folder or else by ``decode``.
+
+        Raises RequestError where the sweep's other jobs decode on another type of device.
+        """
+        key = f"{turn} {hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:16]}"
+        self._read()
+        if key in self._known:
+            return self._known[key]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._lock.acquire(timeout=LOCK_SECONDS):
+                return self._decode(key, decode)
+        except Timeout:
+            # The holder neither ends nor dies. This job's own measurement is as good as any.
+            return decode()
+
+    def _decode(self, key: str, decode: Callable[[], Baseline]) -> Baseline:
+        """Under the lock: another job may have been first, or have died while it wrote."""
+        self._read()
+        if key not in self._known:
+            baseline = decode()
+            line = json.dumps({"key": key, "device": self._device, **asdict(baseline)}) + "\n"
+            with self._file.open("ab") as stream:
+                stream.truncate(self._read_bytes)
+                stream.write(line.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            self._read()
+        return self._known[key]
+
+    def _read(self) -> None:
+        """Take in the lines that are new since the last time."""
+        if not self._file.exists():
+            return
+        with self._file.open("rb") as stream:
+            stream.seek(self._read_bytes)
+            records, whole = whole_records(stream.read())
+        self._read_bytes += whole
+        for record in records:
+            key, device = record.pop("key"), record.pop("device")
+            if device != self._device:
+                raise RequestError(
+                    f"{self._file}: the baselines of this sweep were measured on {device}, but this job runs on "
+                    f"{self._device}; speedups would compare two devices. Pass another hydra.sweep.dir for this "
+                    "device, or sweep.share_baselines=false"
+                )
+            self._known[key] = Baseline(**record)
+
+
+def baseline_identity(settings: RunConfig, is_reference: bool, dtype: str) -> Json:
+    """Everything but prompt and device that an autoregressive baseline depends on.
+
+    Jobs with drafters of their own share it; so do AR-ref of every verifier and AR-same of the reference.
+    """
+    values = asdict(settings)
+    kept = {key: values[key] for key in ("model", "decode", "seed", "threads")}
+    kept["decode"].pop("draft_tokens")
+    verifier = (
+        {"name": "reference"} if is_reference else {**values["verifier"], "calibration": values.get("calibration")}
+    )
+    return {**kept, "verifier": {**verifier, "dtype": dtype}, "code_version": code_version()}
+
+
+def local_baseline(tokens: list[int], decoded_tokens: int, decode_ms: float) -> Baseline:
+    """A baseline that this machine has just measured."""
+    return Baseline(tokens, decoded_tokens, round(decode_ms, 4), socket.gethostname())

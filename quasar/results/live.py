@@ -1,0 +1,75 @@
+"""The process beside a run that tells Weights & Biases of it (``logger=wandb``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quasar.config import LoggerConfig
+from quasar.console import Reporter
+from quasar.results.records import read_json
+
+_ROOT = Path(__file__).parents[2]
+_OUTCOME = "wandb/outcome.json"
+
+
+@contextmanager
+def logged(settings: LoggerConfig, folder: Path, reporter: Reporter) -> Iterator[None]:
+    """Keep W&B up to date with the run in ``folder`` while the body carries it out; W&B's errors stay with W&B."""
+    process = _start(settings, folder, reporter) if settings.name == "wandb" else None
+    try:
+        yield
+    finally:
+        if process is not None:
+            _finish(process, settings, folder, reporter)
+
+
+def _start(settings: LoggerConfig, folder: Path, reporter: Reporter) -> subprocess.Popen[bytes] | None:
+    if importlib.util.find_spec("wandb") is None:
+        reporter.warning("logger=wandb: the package wandb is not installed; quasar wandb push can make up for it later")
+        return None
+    target = {name: getattr(settings, name) for name in ("mode", "project", "entity")}
+    target["tags"] = list(settings.tags)
+    command = [sys.executable, "-m", "quasar.results.wandb_log", str(folder.absolute())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *sys.path])}
+    try:
+        (folder / _OUTCOME).unlink(missing_ok=True)
+        return subprocess.Popen(
+            [*command, "--parent", str(os.getpid()), "--target", json.dumps(target)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        reporter.warning(f"logger=wandb: {error}; quasar wandb push can make up for it later")
+        return None
+
+
+def _finish(process: subprocess.Popen[bytes], settings: LoggerConfig, folder: Path, reporter: Reporter) -> None:
+    """Say what became of the W&B run, where that is known within ``logger.wait`` seconds."""
+    if not (folder / "status.json").exists():
+        # The run never began.
+        process.kill()
+        return
+    deadline = time.monotonic() + settings.wait
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    outcome = read_json(folder / _OUTCOME)
+    if outcome is None:
+        state = "still at work in the background" if process.poll() is None else "ended without a word"
+        reporter.line(f"W&B: {state}; quasar wandb push {folder} makes the run again from its files")
+    elif "error" in outcome:
+        reporter.warning(f"W&B: {outcome['error']}; quasar wandb push {folder} makes the run again from its files")
+    elif outcome["mode"] == "online":
+        reporter.line(f"W&B: {outcome['url']}")
+    else:
+        reporter.line(f"W&B: offline; upload with: wandb sync {outcome['directory']}")

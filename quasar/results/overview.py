@@ -1,0 +1,136 @@
+"""What ``quasar collect`` says and writes, once or again and again while a sweep runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+from quasar.console import Reporter
+from quasar.errors import RequestError
+from quasar.results.collect import Collector, tabulate, write
+from quasar.results.runs import STATES, StoredRun, flatten
+
+STATUS_ROWS = 24
+LISTED = 15
+ERROR_WIDTH = 90
+
+
+def collect(root: Path, stem: Path, reporter: Reporter) -> None:
+    """Write the table of all runs below ``root`` and print their states.
+
+    Raises RequestError where there are none.
+    """
+    runs = Collector(root).runs()
+    if not runs:
+        raise RequestError(f"{root}: holds no run; pass a folder that runs were written to, such as multirun")
+    written = write(tabulate(runs, root), stem)
+    print_states(runs, root, reporter)
+    reporter.line(f"wrote {written.parquet}")
+    reporter.line(f"wrote {written.csv}")
+
+
+def follow(root: Path, seconds: float, reporter: Reporter) -> None:
+    """Show the runs' states until none is running or to come; Ctrl-C ends it earlier."""
+    collector = Collector(root)
+    try:
+        with Live(console=reporter.console, auto_refresh=False) as live:
+            while True:
+                runs = collector.runs()
+                live.update(Group(*tables(runs, root, reporter)), refresh=reporter.interactive)
+                if not any(run.status in ("running", "pending") for run in runs):
+                    return
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        return
+
+
+def print_states(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> None:
+    for table in tables(runs, root, reporter):
+        reporter.console.print(table)
+    for remark in remarks(runs):
+        reporter.line(remark)
+
+
+def tables(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> list[Table]:
+    """Runs by state, and the failed and partial ones where there are any."""
+    found = [reporter.build_table(str(root), *status_rows(runs))]
+    columns, rows = unfinished_rows(runs, root)
+    if rows:
+        found.append(reporter.build_table("failed and partial", columns, rows, text=(0, 1, 3)))
+    return found
+
+
+def status_rows(runs: Sequence[StoredRun]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table of states by verifier and drafter, short however many runs there are."""
+    groups: dict[str, Counter[str]] = {}
+    for run in runs:
+        groups.setdefault(_group(run), Counter())[run.status] += 1
+    # What is not done comes first: it is what a reader looks for.
+    ordered = sorted(groups.items(), key=lambda item: item[1]["done"] == item[1].total())
+    shown, rest = ordered[:STATUS_ROWS], ordered[STATUS_ROWS:]
+    if rest:
+        shown.append((f"... {len(rest)} more", sum((counts for _, counts in rest), Counter())))
+    if len(groups) > 1:
+        shown.append(("all", sum(groups.values(), Counter())))
+    rows = [[name, *(str(counts[state] or "-") for state in STATES), str(counts.total())] for name, counts in shown]
+    return ["verifier, drafter", *STATES, "runs"], rows
+
+
+def unfinished_rows(runs: Sequence[StoredRun], root: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the failed and partial runs, the first `LISTED` of them."""
+    unfinished = [run for run in runs if run.status in ("failed", "partial")]
+    rows = [
+        [os.path.relpath(run.folder, root), run.status, _prompts(run), _last_line(run.error)]
+        for run in unfinished[:LISTED]
+    ]
+    if len(unfinished) > LISTED:
+        rows.append([f"... {len(unfinished) - LISTED} more", "", "", "see the column status of the table"])
+    return ["run", "state", "prompts", "error"], rows
+
+
+def remarks(runs: Sequence[StoredRun]) -> list[str]:
+    """What keeps runs from being compared: several machines, several versions of the code."""
+    notes = []
+    machines = sorted({machine for run in runs for machine in run.machines})
+    if len(machines) > 1:
+        notes.append(
+            f"runs on {len(machines)} machines ({_some(machines)}): compare timings within a machine (column machine)"
+        )
+    moved = sum(len(run.machines) > 1 for run in runs)
+    if moved:
+        notes.append(f"{moved} runs were continued on another machine: their own timings are mixed")
+    versions = sorted({version for run in runs for version in run.code_versions})
+    if len(versions) > 1:
+        notes.append(f"runs by {len(versions)} versions of the code ({_some(versions)}; column code_version)")
+    return notes
+
+
+def _group(run: StoredRun) -> str:
+    config = flatten(run.config)
+    if config:
+        return f"{config.get('verifier.name')}, {config.get('drafter.name')}"
+    chosen = dict(override.split("=", 1) for override in run.overrides if "=" in override)
+    named = [chosen[key] for key in ("verifier", "drafter") if key in chosen]
+    return ", ".join(named) or "not begun"
+
+
+def _prompts(run: StoredRun) -> str:
+    return f"{run.prompts}/{'?' if run.total is None else run.total}"
+
+
+def _last_line(error: str | None) -> str:
+    lines = (error or "").strip().splitlines()
+    line = lines[-1].strip() if lines else ""
+    return line if len(line) <= ERROR_WIDTH else line[: ERROR_WIDTH - 3] + "..."
+
+
+def _some(names: Iterable[str], limit: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

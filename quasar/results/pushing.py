@@ -1,0 +1,51 @@
+"""What ``quasar wandb push`` does: the W&B runs of all run folders below one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quasar.console import Reporter
+from quasar.errors import RequestError
+from quasar.results.collect import Collector
+from quasar.results.runs import StoredRun
+from quasar.results.wandb_log import Target, push, sync_command
+
+
+def push_all(root: Path, given: dict[str, str], reporter: Reporter) -> int:
+    """Push every run that has ended; how many could not be.
+
+    given: keys of `Target` that override the runs' own. Raises RequestError where there is nothing to push or wandb is
+    not installed.
+    """
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise RequestError("the package wandb is not installed; pip install wandb") from None
+    if given.get("mode", "auto") not in ("auto", "online", "offline"):
+        raise RequestError(f"--mode={given['mode']}: must be one of auto, online, offline")
+    ended = [run for run in Collector(root).runs() if run.status not in ("running", "pending")]
+    if not ended:
+        raise RequestError(f"{root}: holds no run that has ended")
+    failed, offline = 0, []
+    for run in ended:
+        try:
+            place = push(run.folder, _target(run, given))
+        except Exception as error:
+            reporter.warning(f"{run.folder}: {type(error).__name__}: {error}")
+            failed += 1
+            continue
+        if place["mode"] == "online":
+            reporter.line(f"{run.folder}: {place['url']}")
+        else:
+            offline.append(sync_command(place))
+    for command in offline:
+        reporter.line(command)
+    reporter.line(f"{len(ended) - failed} of {len(ended)} runs pushed" + (", offline" if offline else ""))
+    return failed
+
+
+def _target(run: StoredRun, given: dict[str, str]) -> Target:
+    """Where the run's own configuration sends it, but for what is given."""
+    own = run.config.get("logger", {})
+    known = {key: own[key] for key in ("mode", "project", "entity") if own.get(key) is not None}
+    return Target(**{**known, **given}, tags=tuple(own.get("tags", ())))

@@ -1,0 +1,144 @@
+"""What a multirun has to do: every job against what an earlier attempt left in the sweep's folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quasar.errors import RequestError
+from quasar.results.code_version import code_version
+from quasar.results.records import Json, read_json, write_atomically
+from quasar.results.runs import MANIFEST, StoredRun, read_run
+
+SUPERSEDED = ".superseded"
+"""Folder below a sweep's that keeps what other versions of the code left behind."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job as the command line asks for it."""
+
+    overrides: tuple[str, ...]
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request and what becomes of it.
+
+    folder: its name below the sweep's folder
+    action: new | continue (after its last finished prompt) | again (it failed) | done | running | same (as another job)
+    replaces: whether the folder holds what another version of the code computed, which is put aside first
+    """
+
+    request: Request
+    folder: str
+    action: str
+    stored: StoredRun | None = None
+    replaces: bool = False
+
+    @property
+    def launches(self) -> bool:
+        return self.action in ("new", "continue", "again")
+
+
+def plan(requests: Sequence[Request], root: Path, resume: bool, any_code: bool) -> list[Job]:
+    """The jobs of a sweep in ``root``; a job is known by the hash of its configuration and the version of the code.
+
+    any_code: take what other versions of the code computed for this one's. Raises RequestError where the folder holds
+    some of the jobs already and ``resume`` is off.
+    """
+    known = {entry["config_hash"]: entry["folder"] for entry in _entries(root)}
+    if known and not resume:
+        raise RequestError(f"{root} already holds a sweep; pass resume=true to continue it, or another hydra.sweep.dir")
+    numbers = _free_numbers(root, set(known.values()))
+    jobs: list[Job] = []
+    planned: dict[str, str] = {}
+    for request in requests:
+        key = request.config_hash
+        if key in planned:
+            jobs.append(Job(request, planned[key], "same"))
+            continue
+        job = _known(request, root, known[key], any_code) if key in known else Job(request, str(next(numbers)), "new")
+        planned[key] = job.folder
+        jobs.append(job)
+    return jobs
+
+
+def begin(jobs: Sequence[Job], root: Path, command: Sequence[str]) -> None:
+    """Make the sweep's folder ready for the jobs: their list on disk, replaced results put aside."""
+    root.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        if job.replaces and (root / job.folder).exists():
+            put_aside(root, job.folder)
+    entries = {entry["config_hash"]: entry for entry in _entries(root)}
+    for job in jobs:
+        entries[job.request.config_hash] = {
+            "folder": job.folder,
+            "overrides": list(job.request.overrides),
+            "config_hash": job.request.config_hash,
+        }
+    manifest = {
+        "jobs": list(entries.values()),
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": list(command),
+        "code_version": code_version(),
+    }
+    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def newest_sweep(root: Path, hashes: Iterable[str]) -> Path | None:
+    """The newest sweep beside ``root`` that has any of these jobs; None where there is none."""
+    wanted = set(hashes)
+    found = [
+        file.parent
+        for file in root.parent.glob(f"*/{MANIFEST}")
+        if wanted & {entry["config_hash"] for entry in _entries(file.parent)}
+    ]
+    return max(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime, default=None)
+
+
+def put_aside(root: Path, folder: str) -> None:
+    target = root / SUPERSEDED / f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (root / folder).rename(target)
+
+
+def summary_line(jobs: Sequence[Job]) -> str:
+    """For example ``12 jobs: 7 done already, 1 to continue, 4 to begin``."""
+    words = {
+        "done": "done already",
+        "running": "running elsewhere",
+        "same": "the same as others",
+        "continue": "to continue",
+        "again": "failed, to run again",
+        "new": "to begin",
+    }
+    counts = Counter(job.action for job in jobs)
+    parts = [f"{counts[action]} {text}" for action, text in words.items() if counts[action]]
+    replaced = sum(job.replaces for job in jobs)
+    note = f" ({replaced} of them computed by other code before; sweep.any_code=true keeps those)" if replaced else ""
+    return f"{len(jobs)} jobs: {', '.join(parts)}{note}"
+
+
+def _known(request: Request, root: Path, folder: str, any_code: bool) -> Job:
+    stored = read_run(root / folder, request.overrides)
+    if stored.status == "running":
+        return Job(request, folder, "running", stored)
+    if not any_code and set(stored.code_versions) - {code_version()}:
+        return Job(request, folder, "new", stored, replaces=True)
+    actions = {"done": "done", "failed": "again", "pending": "new", "partial": "continue"}
+    return Job(request, folder, actions[stored.status], stored)
+
+
+def _entries(root: Path) -> list[Json]:
+    entries = (read_json(root / MANIFEST) or {}).get("jobs", [])
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _free_numbers(root: Path, taken: set[str]) -> Iterator[int]:
+    return (number for number in range(10**9) if str(number) not in taken and not (root / str(number)).exists())

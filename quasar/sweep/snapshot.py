@@ -1,0 +1,44 @@
+"""A copy of conf/ per submission: Hydra reads YAML again when a job starts, which may be hours after an edit."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
+
+SNAPSHOTS = ".conf"
+_SCHEME = "file://"
+
+
+def freeze(loader: ConfigLoader, root: Path) -> None:
+    """Copy every configuration folder that ``loader`` reads to ``root``/.conf, and have it read the copies.
+
+    A copy's name is the hash of its content, so that jobs of an earlier submission, still queued, keep theirs.
+    """
+    assert isinstance(loader, ConfigLoaderImpl)
+    search_path = loader.get_search_path()
+    for element in search_path.get_path():
+        path = element.path or ""
+        folder = Path(path.removeprefix(_SCHEME))
+        if (path.startswith(_SCHEME) or folder.is_absolute()) and folder.is_dir():
+            element.path = _SCHEME + str(_copy(folder, root / SNAPSHOTS))
+    loader.repository.initialize_sources(search_path)
+
+
+def _copy(folder: Path, snapshots: Path) -> Path:
+    files = {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*.yaml"))}
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(str(name).encode() + b"\0" + content + b"\0")
+    target = (snapshots / digest.hexdigest()[:12]).absolute()
+    if not target.exists():
+        unfinished = target.with_suffix(".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for name, content in files.items():
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            (unfinished / name).write_bytes(content)
+        unfinished.rename(target)
+    return target

@@ -1,0 +1,40 @@
+"""Drafters that end their job in ways that no drafter should."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from torch import Tensor
+
+from quasar.drafters.none import NoneDrafter
+from quasar.verifiers.base import Verifier
+
+
+class _Sabotaged(NoneDrafter):
+    """Ends a run at its second prompt; before it come the check that a drafter fits, the warm-up and one prompt."""
+
+    def __init__(self) -> None:
+        self._prompts: set[tuple[int, ...]] = set()
+
+    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+        self._prompts.add(tuple(prompt.tolist()))
+        if len(self._prompts) > 3:
+            self.end()
+
+    def end(self) -> None:
+        raise NotImplementedError
+
+
+class KilledDrafter(_Sabotaged):
+    """The process dies as by the kernel's out-of-memory killer."""
+
+    def end(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FailingDrafter(_Sabotaged):
+    """An error that nobody expects."""
+
+    def end(self) -> None:
+        raise ZeroDivisionError("sabotage")

@@ -1,0 +1,250 @@
+"""W&B beside runs: what it holds is what the files hold, and nothing that it does touches a run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+from wandb.proto import wandb_internal_pb2
+
+from quasar.cli import app
+from quasar.config import CONF
+from quasar.main import main
+from quasar.results import live
+from quasar.results.runs import read_config
+from quasar.results.wandb_log import key_is_configured
+from tests.compose import composed
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+LEVELDB_BLOCK = 32768
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No key of the machine's user, and no server but ours."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("DATA", "CACHE", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("quasar.results.environment.copy_bandwidth", lambda _: 1e10)
+
+    def start(*overrides: str) -> tuple[int, str]:
+        fixed = ["model=tiny", "threads=1", "data=specbench", f"data.path={prompt_file}", "decode.max_new_tokens=16"]
+        grid = ["drafter=ngram", "verifier=fp16", "evaluate.baselines=false"]
+        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *grid, *overrides])
+        capfd.readouterr()
+        code = main()
+        return code, capfd.readouterr().out
+
+    return start
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The processes beside runs; they do not outlive the test."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def noted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = popen(*arguments, **options)
+        if "quasar.results.wandb_log" in arguments[0]:
+            started.append(process)
+        return process
+
+    monkeypatch.setattr(live.subprocess, "Popen", noted)
+    yield started
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+
+
+def read_back(folder: Path) -> tuple[dict, list[dict], dict, wandb_internal_pb2.RunRecord]:
+    """Config, history, summary and header of the only offline run in a folder, by wandb's own record types."""
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    config: dict = {}
+    summary: dict = {}
+    history: list[dict] = []
+    header = wandb_internal_pb2.RunRecord()
+    for content in leveldb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(content)
+        if record.HasField("run"):
+            header = record.run
+            updates = record.run.config.update
+        else:
+            updates = record.config.update
+        config.update({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates})
+        if record.HasField("history"):
+            history.append(items(record.history.item))
+        if record.HasField("summary"):
+            summary.update(items(record.summary.update))
+    return config, history, summary, header
+
+
+def items(found: Any) -> dict:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in found}
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """Records of LevelDB's log format, in which wandb keeps a run: a header of 7 bytes, then blocks of 32 KiB."""
+    assert data[:4] == b":W&B"
+    position, parts = 7, []
+    while position + 7 <= len(data):
+        room = LEVELDB_BLOCK - position % LEVELDB_BLOCK
+        if room < 7:
+            position += room
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+            parts = []
+
+
+def test_the_offline_run_holds_what_the_files_hold(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    code, output = run(
+        "logger=wandb", "logger.mode=offline", "logger.wait=60", "logger.tags=[night]", "hydra.run.dir=o"
+    )
+    assert code == 0
+    folder = tmp_path / "o"
+    (offline,) = folder.glob("wandb/offline-run-*")
+    assert f"W&B: offline; upload with: wandb sync {offline}" in output
+
+    config, history, summary, header = read_back(folder)
+    own = read_config(folder / "config.yaml")
+    assert own is not None
+    assert {key: config[key] for key in own} == own
+    assert set(header.tags) == {"night", "tiny", "ngram", "fp16", "specbench"}
+    assert (header.project, header.job_type) == ("quasar", "run")
+
+    expected = json.loads((folder / "summary.json").read_text())
+    assert {key: summary[key] for key in expected} == expected
+    assert not [key for key in summary if key.startswith(("prompt/", "so_far/"))]
+
+    records = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    prompts = [entry for entry in history if "prompt/acceptance_length" in entry]
+    assert len(prompts) == len(records) == 3
+    for record, entry in zip(records, prompts, strict=True):
+        emitted = [value for turn in record["turns"] for value in turn["steps"]["emitted"]]
+        assert entry["prompt/acceptance_length"] == pytest.approx(sum(emitted) / len(emitted))
+        assert sum(entry["steps/accepted"]["values"]) == len(emitted)
+    assert prompts[-1]["so_far/acceptance_length"] == pytest.approx(expected["mean_acceptance_length"])
+    assert prompts[-1]["so_far/tokens_per_second"] == pytest.approx(expected["tokens_per_second"])
+    (table,) = offline.glob("files/media/table/*.json")
+    texts = [row[3] for row in json.loads(table.read_text())["data"]]
+    assert texts == [turn["text"] for record in records for turn in record["turns"]]
+
+    for file in folder.rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+
+
+def test_pushing_again_makes_the_same_runs(run: Run, tmp_path: Path) -> None:
+    assert run("-m", "seed=0,1", "hydra.sweep.dir=s")[0] == 0
+    pushed = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["wandb", "push", str(tmp_path / "s"), "--mode", "offline", "--project", "mine"])
+        assert done.exit_code == 0, done.output
+        assert "2 of 2 runs pushed, offline" in done.output
+        pushed.append([read_back(tmp_path / "s" / job) for job in "01"])
+    for before, after in zip(*pushed, strict=True):
+        assert before[3].run_id == after[3].run_id
+        assert [entry.get("prompt/acceptance_length") for entry in before[1]] == [
+            entry.get("prompt/acceptance_length") for entry in after[1]
+        ]
+        assert (after[3].run_group, after[3].job_type, after[3].project) == ("s", "sweep", "mine")
+    first, second = pushed[1]
+    # Runs made one after the other by one process stay apart.
+    assert first[3].run_id != second[3].run_id
+    assert [first[0]["seed"], second[0]["seed"]] == [0, 1]
+    assert len(first[1]) == len(second[1]) == 4
+
+
+def test_a_server_that_never_answers_holds_no_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        code, output = run("logger=wandb", "logger.wait=0", "hydra.run.dir=o")
+        assert code == 0
+        assert (tmp_path / "o/summary.json").exists()
+        assert "W&B: still at work in the background; quasar wandb push" in output
+        assert processes[0].poll() is None
+
+
+@pytest.mark.slow
+def test_out_of_reach_it_falls_back_to_offline(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    code, output = run("logger=wandb", "logger.wait=120", "hydra.run.dir=o")
+    assert code == 0
+    assert "W&B: offline; upload with: wandb sync" in output
+    assert len(read_back(tmp_path / "o")[1]) == 4
+
+
+def test_a_missing_package_is_a_warning(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
+    code, output = run("logger=wandb", "hydra.run.dir=o")
+    assert code == 0
+    assert "warning: logger=wandb: the package wandb is not installed" in output
+    assert not (tmp_path / "o/wandb").exists()
+
+
+def test_a_disk_that_takes_nothing_from_wandb_is_a_remark(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/wandb").write_text("in the way")
+    code, output = run("logger=wandb", "logger.wait=60", "hydra.run.dir=o")
+    assert code == 0
+    assert "W&B: ended without a word; quasar wandb push" in output
+    assert json.loads((tmp_path / "o/status.json").read_text())["status"] == "done"
+
+
+def test_a_refused_run_leaves_nothing(run: Run, tmp_path: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    assert run("logger=wandb", "hydra.run.dir=o", "drafter.num_tokens=0")[0] == 2
+    assert not list(tmp_path.glob("o/*"))
+    assert processes[0].wait(timeout=10) == -9
+
+
+def test_where_a_key_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not key_is_configured()
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert key_is_configured()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not key_is_configured()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert key_is_configured()
+
+
+def test_the_sweep_file_drives_the_entry_point() -> None:
+    sweep = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text())
+    assert (sweep["program"], sweep["method"]) == ("run.py", "bayes")
+    fixed = [word for word in sweep["command"] if "=" in word]
+    for key, values in sweep["parameters"].items():
+        for value in values.get("values", [values.get("min"), values.get("max")]):
+            config = composed(*fixed, f"{key}={value}")
+            assert config.logger.name == "wandb"
+    assert sweep["metric"]["name"] == "speedup_vs_ar_ref"
