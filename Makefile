@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-slurm lint clean
+.PHONY: setup run test test-slurm bench lint clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,11 @@ test: $(STAMP)
 test-slurm: $(STAMP)
 	settings="$$(scripts/slurm_local.sh start)" && trap "scripts/slurm_local.sh stop" EXIT && eval "$$settings" && \
 	$(BIN)/python -m pytest -m "slow or slurm" $(ARGS)
+
+# Products and whole steps on this machine's CPU; writes experiments/kernels/.
+bench: $(STAMP)
+	$(BIN)/python -m kernels.bench $(ARGS)
+	$(BIN)/python experiments/kernels/steps.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
