@@ -24,7 +24,7 @@ SUMMARY_KEYS = {
     *("speedup_vs_ar_ref", "speedup_ci95", "kl_to_reference", "top1_agreement", "exact_match_to_self"),
     *("exact_match_to_reference", "weight_bytes", "bytes_per_step", "achieved_bandwidth_fraction"),
     *("peak_memory_bytes", "device", "kl_noise_floor", "top1_noise_floor", "exact_match_length"),
-    *("distinct_4gram_ratio", "distinct_4gram_ratio_reference", "task_accuracy"),
+    *("distinct_4gram_ratio", "distinct_4gram_ratio_reference", "task_accuracy", "drafter_notes"),
     "simulated",
 }
 
