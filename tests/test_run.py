@@ -65,6 +65,19 @@ def small(prompt_file: Path, folder: str = "out") -> list[str]:
     return [*data, "decode.max_new_tokens=24", f"hydra.run.dir={folder}"]
 
 
+def test_auto_draft_length_and_its_gain_are_recorded(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    done = run(*small(prompt_file), "verifier=fp16", "drafter=ngram", "decode.draft_tokens=auto")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    for steps in (turn["steps"] for record in records for turn in record["turns"]):
+        assert len(steps["chosen_length"]) == len(steps["expected_gain"]) == len(steps["emitted"])
+        assert all(depth <= chosen for depth, chosen in zip(steps["depth"], steps["chosen_length"], strict=True))
+        assert min(steps["expected_gain"]) >= 1.0
+    notes = json.loads((tmp_path / "out" / "summary.json").read_text())["drafter_notes"]
+    assert f"Chosen length: {notes['chosen_length']:.2f} (mean over steps)." in done.stdout
+    assert run(*small(prompt_file), "decode.draft_tokens=often").returncode == 2
+
+
 def test_a_run_prints_its_table_and_leaves_its_files(run: Run, prompt_file: Path, tmp_path: Path) -> None:
     done = run(*small(prompt_file), "verifier=int4", "drafter=ngram", "verifier.dtype=float32")
     assert done.returncode == 0, done.stderr
