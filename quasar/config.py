@@ -61,7 +61,7 @@ class DecodeConfig:
     temperature: float = MISSING
     top_k: Optional[int] = MISSING
     top_p: float = MISSING
-    draft_tokens: Optional[int] = MISSING
+    draft_tokens: int | str | None = MISSING
 
 
 @dataclass
@@ -154,10 +154,10 @@ def check(config: DictConfig) -> RunConfig:
     _require(0 < decode.top_p <= 1, "decode.top_p", decode.top_p, "above 0 and at most 1")
     _require(decode.top_k is None or decode.top_k >= 1, "decode.top_k", decode.top_k, "at least 1, or null")
     _require(
-        decode.draft_tokens is None or decode.draft_tokens >= 1,
+        decode.draft_tokens in (None, "auto") or (isinstance(decode.draft_tokens, int) and decode.draft_tokens >= 1),
         "decode.draft_tokens",
         decode.draft_tokens,
-        "at least 1, or null (the drafter's own length); drafter=none drafts nothing",
+        "at least 1, auto, or null (the drafter's own length); drafter=none drafts nothing",
     )
     _require(
         typed.data.limit is None or typed.data.limit >= 1, "data.limit", typed.data.limit, "at least 1, or null (all)"

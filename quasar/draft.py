@@ -135,3 +135,19 @@ class StepResult:
     path: list[int]
     logits: Tensor
     scratch_logits: Tensor | None
+
+
+def merge_into_tree(paths: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    """Tokens and parents of the tree that holds every path, shared prefixes once, earlier paths first."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    nodes: dict[tuple[int, int], int] = {}
+    for path in paths:
+        parent = ROOT
+        for token in path:
+            if (parent, token) not in nodes:
+                nodes[parent, token] = len(tokens)
+                tokens.append(token)
+                parents.append(parent)
+            parent = nodes[parent, token]
+    return tokens, parents

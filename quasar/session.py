@@ -12,7 +12,8 @@ from quasar.acceptance import AcceptanceRule, rule_for
 from quasar.config import RunConfig
 from quasar.decode import Generation, Limits, decode
 from quasar.draft import StepResult
-from quasar.drafters.base import Drafter, SimulatingDrafter
+from quasar.draft_length import AdaptiveLength, measure_pass_cost
+from quasar.drafters.base import Drafter, NotingDrafter, SimulatingDrafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.accuracy import graded
 from quasar.evaluation.exactness import compare
@@ -20,13 +21,13 @@ from quasar.evaluation.fidelity import ReferencePath, TrajectoryCache, measure
 from quasar.evaluation.prompts import Prompt
 from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
+from quasar.results.metrics import STEP_COUNTS
 from quasar.results.records import Json
 from quasar.sampling import Sampling
 from quasar.timing import DECODE_PHASES, PHASES
 from quasar.verifiers.transformer import TransformerVerifier
 
 OnStep = Callable[[StepResult], None]
-STEP_COUNTS = ("drafted", "depth", "accepted", "emitted", "context")
 
 
 @dataclass
@@ -55,9 +56,8 @@ class Session:
         self.simulated = isinstance(self.drafter, SimulatingDrafter)
         self.rule = rule_for(self.sampling)
         context_length = self.verifier.model.config.context_length
-        self.limits = Limits(
-            chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, draft_tokens=chosen.draft_tokens
-        )
+        cap = chosen.draft_tokens if isinstance(chosen.draft_tokens, int) else None
+        self.limits = Limits(chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, draft_tokens=cap)
 
     def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> Json:
         """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""
@@ -71,11 +71,16 @@ class Session:
         return record
 
     def warm_up(self) -> None:
-        """A short decode that is not recorded: first calls allocate, compile and fill caches."""
+        """A short decode that is not recorded: first calls allocate, compile and fill caches.
+
+        Where the draft length is to be chosen step by step, it then measures the verifier's cost.
+        """
         tokens = self.tokenizer.encode_chat([{"role": "user", "content": "Say hello, hello, hello."}])
         for verifier in (self.verifier, self.reference):
             if verifier is not None:
                 self._generate(tokens, self.drafter, verifier, "warm-up", max_new_tokens=8)
+        if self.settings.decode.draft_tokens == "auto":
+            self.drafter = AdaptiveLength(self.drafter, measure_pass_cost(self.verifier, tokens))
 
     def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Json]) -> list[Json]:
         """What ``answer`` makes of every turn's (token ids, key), whose ``token_ids`` are the reply the next turn sees.
@@ -95,13 +100,14 @@ class Session:
 
     def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Json:
         generation = self._generate(tokens, self.drafter, self.verifier, key, on_step)
+        notes = self.drafter.notes() if isinstance(self.drafter, NotingDrafter) else {}
         baselines, exactness = self._baselines(tokens, generation, key)
         return {
             "prompt_tokens": len(tokens),
             "token_ids": generation.tokens,
             "text": self.tokenizer.decode(generation.tokens),
             "finish_reason": generation.finish_reason,
-            "steps": {name: getattr(generation, name) for name in STEP_COUNTS},
+            "steps": {**{name: getattr(generation, name) for name in STEP_COUNTS}, **notes},
             "milliseconds": {
                 phase: [round(lap, 4) for lap in generation.milliseconds.get(phase, [])] for phase in PHASES
             },

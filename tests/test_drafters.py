@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from quasar.draft import ROOT, Context, Draft, StepResult
+from quasar.draft import ROOT, Context, Draft, StepResult, merge_into_tree
+from quasar.drafters.base import Resources
 from quasar.drafters.layerskip import LayerSkipDrafter
-from quasar.drafters.lookahead import LookaheadDrafter, merge_into_tree, window_layout
-from quasar.drafters.ngram import NgramDrafter
+from quasar.drafters.lookahead import LookaheadDrafter, window_layout
+from quasar.drafters.ngram import LOOKUP_PLACES, NgramDrafter
+from quasar.drafters.suffix_automaton import PLACES, SuffixAutomaton
 from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
 from quasar.sampling import Sampling
@@ -23,32 +27,166 @@ def context(tokens: list[int], prompt_length: int = 1) -> Context:
     return Context(tokens, prompt_length, Sampling(), torch.Generator())
 
 
-def slow_prompt_lookup(tokens: list[int], n_max: int, n_min: int, length: int) -> list[int]:
+def slow_prompt_lookup(
+    tokens: list[int], n_max: int, n_min: int, length: int, match: str = "recent", branches: int = 1
+) -> list[list[int]]:
+    """Continuations by linear search, the first one first."""
     for size in range(n_max, n_min - 1, -1):
-        for start in range(len(tokens) - size - 1, -1, -1):
-            if tokens[start : start + size] == tokens[len(tokens) - size :]:
-                return tokens[start + size : start + size + length]
+        ends = [end for end in range(size, len(tokens)) if tokens[end - size : end] == tokens[len(tokens) - size :]]
+        found = [tokens[end : end + length] for end in reversed(ends[-LOOKUP_PLACES:])]
+        if found:
+            return [path for path in slow_choice(found, match, branches) if path]
     return []
+
+
+def slow_choice(found: list[list[int]], match: str, branches: int) -> list[list[int]]:
+    """``found``: continuations, the latest first."""
+    chosen: list[list[int]] = []
+    while len(chosen) < branches:
+        fresh = [path for path in found if not any(earlier[: len(path)] == path for earlier in chosen)]
+        if not fresh:
+            break
+        longest = max(map(len, fresh))
+        if match == "recent":
+            chosen.append(next(path for path in fresh if len(path) == longest))
+            continue
+        ordered = [path for size in range(longest, 0, -1) for path in fresh if len(path) == size]
+        path: list[int] = []
+        while following := [other[len(path)] for other in ordered if other[: len(path)] == path != other]:
+            path = [*path, max(following, key=lambda token: (following.count(token), -following.index(token)))]
+        chosen.append(path)
+    return chosen
+
+
+def grown(drafter: NgramDrafter, tokens: list[int], budget: int) -> Draft:
+    """The draft after a context that grew as in decoding, a few tokens at a time."""
+    drafter.begin(torch.tensor(tokens[:1]), None)  # type: ignore[arg-type]
+    for end in range(2, len(tokens) + 1, 3):
+        drafter.propose(context(tokens[:end]), 5)
+    return drafter.propose(context(tokens), budget)
 
 
 @settings(max_examples=400, deadline=None)
 @given(
     st.lists(st.integers(0, 3), min_size=2, max_size=40),
-    st.integers(1, 4),
-    st.integers(1, 4),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
     st.integers(1, 6),
     st.integers(0, 8),
+    st.sampled_from(["recent", "frequent"]),
+    st.integers(1, 3),
 )
-def test_ngram_equals_a_linear_search(tokens: list[int], n_max: int, n_min: int, length: int, budget: int) -> None:
-    n_min = min(n_min, n_max)
-    drafter = NgramDrafter(num_tokens=length, n_max=n_max, n_min=n_min)
-    drafter.begin(torch.tensor(tokens[:1]), None)  # type: ignore[arg-type]
-    # The context grows as decoding does, a few tokens at a time.
-    for end in range(2, len(tokens) + 1, 3):
-        drafter.propose(context(tokens[:end]), 5)
-    draft = drafter.propose(context(tokens), budget)
-    assert draft.tokens == slow_prompt_lookup(tokens, n_max, n_min, min(length, budget))
-    assert draft.is_chain
+def test_ngram_equals_a_linear_search(
+    tokens: list[int], sizes: tuple[int, int], length: int, budget: int, match: str, branches: int
+) -> None:
+    n_max, n_min = max(sizes), min(sizes)
+    drafter = NgramDrafter(num_tokens=length, n_max=n_max, n_min=n_min, match=match, branches=branches)
+    draft = grown(drafter, tokens, budget)
+    expected = slow_prompt_lookup(tokens, n_max, n_min, min(length, budget), match, branches)
+    assert (draft.tokens, draft.parents) == merge_into_tree([tuple(path) for path in expected])
+
+
+def test_ngram_in_a_constant_run_offers_a_full_draft() -> None:
+    assert grown(NgramDrafter(num_tokens=4), [7] * 12, 9).tokens == [7] * 4
+    assert grown(NgramDrafter(num_tokens=9, method="suffix_automaton"), [1, 2] * 6, 9).tokens == [1, 2] * 4 + [1]
+
+
+def test_ngram_matches_recent_or_frequent() -> None:
+    tokens = [5, 1, 9, 5, 1, 8, 5, 2, 9, 5]
+    assert grown(NgramDrafter(num_tokens=2, n_max=1), tokens, 9).tokens == [2, 9]
+    assert grown(NgramDrafter(num_tokens=2, n_max=1, match="frequent"), tokens, 9).tokens == [1, 8]
+    tree = grown(NgramDrafter(num_tokens=2, n_max=1, branches=2), tokens, 9)
+    assert (tree.tokens, tree.parents) == ([2, 9, 1, 8], [ROOT, 0, ROOT, 2])
+
+
+def slow_longest_match(text: list[int], tokens: list[int]) -> tuple[int, list[int]]:
+    """Length of the longest end of ``tokens`` that stands in ``text`` before its last place, and all such places."""
+    for size in range(len(tokens), 0, -1):
+        ends = [end for end in range(size, len(text) + 1) if text[end - size : end] == tokens[len(tokens) - size :]]
+        if text is tokens:
+            ends.remove(len(tokens))
+        if ends:
+            return size, ends
+    return 0, []
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.lists(st.integers(0, 3), max_size=60))
+def test_suffix_automaton_equals_a_linear_search(tokens: list[int], memory: list[int]) -> None:
+    own, other = SuffixAutomaton(), SuffixAutomaton()
+    other.extend(memory)
+    cursor = 0, 0
+    for end in range(1, len(tokens) + 1):
+        own.append(tokens[end - 1])
+        cursor = other.step(*cursor, tokens[end - 1])
+        seen = tokens[:end]
+        size, ends = slow_longest_match(seen, seen)
+        found = own.own_match()
+        assert (found.length, found.places) == (size, ends[: -PLACES - 1 : -1])
+        size, ends = slow_longest_match(memory, seen)
+        found = other.match(*cursor)
+        assert (found.length, found.places) == (size, ends[: -PLACES - 1 : -1])
+
+
+def test_suffix_automaton_stays_small_and_fast_in_long_runs() -> None:
+    """At most two states per token, and a bounded number of refreshed places, in the worst texts."""
+    for tokens in ([1] * 3000, [1, 2] * 1500, [1] * 1500 + [2] + [1] * 1500):
+        automaton = SuffixAutomaton()
+        automaton.extend(tokens)
+        assert len(automaton._next) <= 2 * len(tokens)
+        assert max(map(len, automaton._ends)) <= PLACES
+    automaton = SuffixAutomaton()
+    automaton.extend([1] * 3000)
+    assert automaton.own_match().length == 2999
+
+
+def test_suffix_automaton_adapts_the_length_to_the_match() -> None:
+    drafter = NgramDrafter(num_tokens=8, method="suffix_automaton", length_factor=2.0)
+    story = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert grown(drafter, [*story, 30, 2], 9).tokens == [3, 4]
+    assert grown(drafter, [*story, 30, 2, 3], 9).tokens == [4, 5, 6, 7]
+    assert grown(drafter, [*story, 30, 1, 2, 3, 4], 9).tokens == [5, 6, 7, 8, 9, 10, 11, 30]
+    fixed = NgramDrafter(num_tokens=3, method="suffix_automaton", length_factor=None, n_min=2)
+    assert grown(fixed, [*story, 30, 2, 3], 9).tokens == [4, 5, 6]
+    assert grown(fixed, [*story, 30, 2], 9).tokens == []
+
+
+def test_session_scope_offers_outputs_of_other_conversations_only() -> None:
+    drafter = NgramDrafter(num_tokens=3, method="suffix_automaton", scope="session")
+    begin = lambda prompt: drafter.begin(torch.tensor(prompt), None)  # type: ignore[arg-type]  # noqa: E731
+    begin([1, 2])
+    drafter.propose(context([1, 2, 40, 41, 42, 43, 44]), 5)
+    begin([1, 2])  # the same prompt once more must not find its own answer
+    assert drafter.propose(context([1, 2, 40, 41]), 5).tokens == []
+    begin([1, 2, 40, 41, 3])  # nor must its second turn, beyond what the turn itself holds
+    assert drafter.propose(context([1, 2, 40, 41, 3, 42]), 5).tokens == []
+    begin([9])
+    assert drafter.propose(context([9, 41, 42]), 5).tokens == [43, 44]
+
+
+def test_corpus_scope_reads_a_text_file(tmp_path: Path) -> None:
+    file = tmp_path / "corpus.txt"
+    file.write_text("abcdefgh")
+    drafter = NgramDrafter(num_tokens=4, method="suffix_automaton", scope="corpus", corpus=str(file))
+    encode = lambda text: [ord(letter) for letter in text]  # noqa: E731
+    drafter.prepare(Resources(None, encode, None, lambda: None, {}))  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    assert drafter.propose(context([1, *encode("cd")]), 9).tokens == encode("efgh")
+    missing = NgramDrafter(method="suffix_automaton", scope="corpus", corpus=str(tmp_path / "none.txt"))
+    with pytest.raises(RequestError, match=r"drafter\.corpus=.*none\.txt: not a readable text file"):
+        missing.prepare(Resources(None, encode, None, lambda: None, {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "session"}, r"drafter\.scope=session needs drafter\.method=suffix_automaton"),
+        ({"method": "suffix_automaton", "scope": "corpus"}, r"drafter\.scope=corpus with drafter\.corpus=None"),
+        ({"method": "suffix_automaton", "corpus": "x"}, r"drafter\.scope=prompt with drafter\.corpus=x"),
+    ],
+)
+def test_ngram_refuses_settings_that_contradict_each_other(options: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        NgramDrafter(**options)
 
 
 def test_ngram_prefers_the_longer_match_and_the_latest_place() -> None:

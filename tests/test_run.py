@@ -24,7 +24,7 @@ SUMMARY_KEYS = {
     *("speedup_vs_ar_ref", "speedup_ci95", "kl_to_reference", "top1_agreement", "exact_match_to_self"),
     *("exact_match_to_reference", "weight_bytes", "bytes_per_step", "achieved_bandwidth_fraction"),
     *("peak_memory_bytes", "device", "kl_noise_floor", "top1_noise_floor", "exact_match_length"),
-    *("distinct_4gram_ratio", "distinct_4gram_ratio_reference", "task_accuracy"),
+    *("distinct_4gram_ratio", "distinct_4gram_ratio_reference", "task_accuracy", "drafter_notes"),
     "simulated",
 }
 
@@ -63,6 +63,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 def small(prompt_file: Path, folder: str = "out") -> list[str]:
     data = ["data=specbench", f"data.path={prompt_file}", "calibration.prompts=2", "calibration.max_tokens=40"]
     return [*data, "decode.max_new_tokens=24", f"hydra.run.dir={folder}"]
+
+
+def test_auto_draft_length_and_its_gain_are_recorded(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    done = run(*small(prompt_file), "verifier=fp16", "drafter=ngram", "decode.draft_tokens=auto")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    for steps in (turn["steps"] for record in records for turn in record["turns"]):
+        assert len(steps["chosen_length"]) == len(steps["expected_gain"]) == len(steps["emitted"])
+        assert all(depth <= chosen for depth, chosen in zip(steps["depth"], steps["chosen_length"], strict=True))
+        assert min(steps["expected_gain"]) >= 1.0
+    notes = json.loads((tmp_path / "out" / "summary.json").read_text())["drafter_notes"]
+    assert f"Chosen length: {notes['chosen_length']:.2f} (mean over steps)." in done.stdout
+    assert run(*small(prompt_file), "decode.draft_tokens=often").returncode == 2
 
 
 def test_a_run_prints_its_table_and_leaves_its_files(run: Run, prompt_file: Path, tmp_path: Path) -> None:

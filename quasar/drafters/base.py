@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from quasar.acceptance import AcceptanceRule
 from quasar.draft import Context, Draft, StepResult
 from quasar.verifiers.base import Verifier
+
+if TYPE_CHECKING:
+    from quasar.quantization.statistics import Calibration
 
 
 class Drafter(Protocol):
@@ -22,6 +27,41 @@ class Drafter(Protocol):
 
     def observe(self, step: StepResult) -> None:
         """What became of the last draft; ``step.emitted`` is already part of the context."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run can give to a drafter that asks for it.
+
+    verifier: the run's own verifier
+    encode: token ids of plain text
+    build_verifier: one more verifier of the run's model. Takes a name of conf/verifier or such a file's content; the
+        model's weights are loaded anew, in the run's dtype where ``dtype`` is auto
+    calibration: text that is none of the evaluation's, or None where the run has none
+    identity: names model, verifier, precision and device, for what is cached between runs
+    """
+
+    verifier: Verifier
+    encode: Callable[[str], list[int]]
+    build_verifier: Callable[[str | dict[str, Any]], Verifier]
+    calibration: Callable[[], Calibration | None]
+    identity: dict[str, str]
+
+
+@runtime_checkable
+class PreparedDrafter(Protocol):
+    """A drafter that asks for resources, once and before its first sequence."""
+
+    def prepare(self, resources: Resources) -> None: ...
+
+
+@runtime_checkable
+class NotingDrafter(Protocol):
+    """A drafter that keeps notes of its own, a value per step, which the records carry beside the counts."""
+
+    def notes(self) -> dict[str, list[int | float | str]]:
+        """Columns by name, each with one value per step since `begin`. Text groups steps in reports."""
         ...
 
 

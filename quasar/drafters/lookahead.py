@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor
 
-from quasar.draft import ROOT, Context, Draft, Scratch, StepResult
+from quasar.draft import Context, Draft, Scratch, StepResult, merge_into_tree
 from quasar.verifiers.base import Verifier
 
 
@@ -116,19 +116,3 @@ def window_layout(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
                 mask[row, starts[newer] + column] = True
     outputs = torch.arange(starts[-1], sum(lengths))
     return torch.tensor(offsets), mask, outputs
-
-
-def merge_into_tree(paths: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
-    """Tokens and parents of the tree that holds every path, shared prefixes once, earlier paths first."""
-    tokens: list[int] = []
-    parents: list[int] = []
-    nodes: dict[tuple[int, int], int] = {}
-    for path in paths:
-        parent = ROOT
-        for token in path:
-            if (parent, token) not in nodes:
-                nodes[parent, token] = len(tokens)
-                tokens.append(token)
-                parents.append(parent)
-            parent = nodes[parent, token]
-    return tokens, parents

@@ -43,7 +43,8 @@ class KVCache:
 
     def _grown(self, stored: Tensor) -> Tensor:
         grown = stored.new_zeros(stored.shape[0], self.capacity, stored.shape[2])
-        grown[:, : self.length] = stored[:, : self.length]
+        # Tentative rows move too: a drafter may be in the middle of a draft.
+        grown[:, : stored.shape[1]] = stored
         return grown
 
     def clear(self) -> None:

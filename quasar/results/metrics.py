@@ -13,6 +13,8 @@ from quasar.results.records import Json
 from quasar.timing import DECODE_PHASES, PHASES
 
 BOOTSTRAP_RESAMPLES = 2000
+STEP_COUNTS = ("drafted", "depth", "accepted", "emitted", "context")
+"""Columns of a turn's steps that every run has; others are the drafter's notes."""
 COUNTS = ("mean_context", "steps", "drafted", "accepted")
 """Keys of `summarize` that lead to others and are no metrics themselves."""
 
@@ -25,7 +27,7 @@ def summarize(records: Sequence[Json]) -> Json:
     Speedups compare the same prompts' throughputs; their confidence interval is a bootstrap over prompts.
     """
     turns = [turn for record in records for turn in record["turns"]]
-    steps = {key: np.concatenate([_array(turn["steps"][key]) for turn in turns]) for key in turns[0]["steps"]}
+    steps = {key: np.concatenate([_array(turn["steps"][key]) for turn in turns]) for key in STEP_COUNTS}
     phases = {key: sum(float(np.sum(turn["milliseconds"][key])) for turn in turns) for key in PHASES}
     count = len(steps["emitted"])
     decode_ms = sum(phases[key] for key in DECODE_PHASES)
@@ -44,6 +46,7 @@ def summarize(records: Sequence[Json]) -> Json:
         "task_accuracy": _mean([record["correct"] for record in records if record.get("correct") is not None]),
         "acceptance_rate": _ratio(accepted, drafted),
         "acceptance_by_position": by_position(steps["depth"], steps["accepted"]),
+        "drafter_notes": summarize_notes(turns),
         "draft_ms": _ratio(phases["draft"] + phases["observe"], count),
         "verify_ms": _ratio(phases["verify"], count),
         "overhead_ms": _ratio(phases["overhead"], count),
@@ -79,6 +82,39 @@ def fidelity(records: Sequence[Json]) -> Json:
         "exact_match_length": _mean([[*answer["top1"], False].index(False) for answer in answers]),
         "distinct_4gram_ratio": _mean(_repetition(outputs)),
         "distinct_4gram_ratio_reference": _mean(_repetition([answer["token_ids"] for answer in answers])),
+    }
+
+
+def summarize_notes(turns: Sequence[Json]) -> Json | None:
+    """The drafter's notes over all steps: means of numbers; counts and τ per value of text. None where it has none.
+
+    For example ``{"chosen_length": 3.2, "member": {"ngram": {"steps": 80, "drafted": 310, …}}}``.
+    """
+    names = dict.fromkeys(key for turn in turns for key in turn["steps"] if key not in STEP_COUNTS)
+    notes: Json = {}
+    for name in names:
+        noted = [turn["steps"] for turn in turns if name in turn["steps"]]
+        values = [value for steps in noted for value in steps[name]]
+        if not any(isinstance(value, str) for value in values):
+            notes[name] = _mean(values)
+            continue
+        columns = {
+            key: [count for steps in noted for count in steps[key]] for key in ("drafted", "accepted", "emitted")
+        }
+        notes[name] = {
+            value: _noted_steps([index for index, other in enumerate(values) if other == value], columns)
+            for value in sorted(set(values))
+        }
+    return notes or None
+
+
+def _noted_steps(steps: Sequence[int], columns: dict[str, list[int]]) -> Json:
+    sums = {key: sum(counts[step] for step in steps) for key, counts in columns.items()}
+    return {
+        "steps": len(steps),
+        **sums,
+        "acceptance_rate": _ratio(sums["accepted"], sums["drafted"]),
+        "mean_acceptance_length": _ratio(sums["emitted"], len(steps)),
     }
 
 

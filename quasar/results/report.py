@@ -99,6 +99,7 @@ def _notes(verifier: TransformerVerifier, records: list[Json], measured: Json) -
             f"Distinct 4-grams: {measured['distinct_4gram_ratio']:.2f} of the output, "
             f"{measured['distinct_4gram_ratio_reference']:.2f} of the reference's; repetition inflates τ, not τ_ref."
         )
+    notes += [_drafter_note(name, value) for name, value in (measured["drafter_notes"] or {}).items()]
     interval = measured["speedup_ci95"]
     if interval is not None:
         notes.append(
@@ -118,6 +119,19 @@ def _notes(verifier: TransformerVerifier, records: list[Json], measured: Json) -
             f"largest gap between the two best logits there {gap:.3f})."
         )
     return notes
+
+
+def _drafter_note(name: str, value: float | Json | None) -> str:
+    """One of the drafter's own notes: a mean over steps, or what each value of a text came to."""
+    title = name.replace("_", " ").capitalize()
+    if not isinstance(value, dict):
+        return f"{title}: {_number(value, '.2f')} (mean over steps)."
+    parts = [
+        f"{key}: {found['steps']} steps, accepted {found['accepted']} of {found['drafted']}, "
+        f"τ {_number(found['mean_acceptance_length'], '.2f')}"
+        for key, found in value.items()
+    ]
+    return f"{title}: {'; '.join(parts)}."
 
 
 def _accuracies(records: list[Json]) -> str:

@@ -1,0 +1,157 @@
+"""``decode.draft_tokens=auto``: each step's draft as long as acceptance so far and the verifier's cost make it pay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quasar.draft import Context, Draft, StepResult
+from quasar.drafters.base import Drafter, NotingDrafter
+from quasar.timing import Stopwatch
+from quasar.verifiers.base import Verifier
+
+MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+REPEATS = 5
+"""Passes per number of rows; the fastest counts, which other work on the machine disturbs least."""
+
+LONGEST = 32
+DECAY = 0.98
+"""Weight of a step's acceptance after each later step: the last fifty steps count."""
+PRIOR_WEIGHT = 3.0
+PRIOR_RATE = 0.7
+"""What is believed of the first position before anything is known; each later position begins like the one before."""
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Milliseconds of a verification pass by its number of rows, t(M)."""
+
+    rows: Sequence[int]
+    milliseconds: Sequence[float]
+
+    def __call__(self, rows: float) -> float:
+        """t(M), linear between the measured numbers of rows and beyond them."""
+        if rows <= self.rows[-1] or len(self.rows) == 1:
+            return float(np.interp(rows, self.rows, self.milliseconds))
+        run = self.rows[-1] - self.rows[-2]
+        slope = max(0.0, (self.milliseconds[-1] - self.milliseconds[-2]) / run)
+        return self.milliseconds[-1] + slope * (rows - self.rows[-1])
+
+
+def measure_pass_cost(verifier: Verifier, prompt: Sequence[int]) -> PassCost:
+    """Time passes of 1 to 32 rows behind a prompt; leaves the verifier's cache with the prompt alone."""
+    verifier.prefill(torch.tensor(prompt, dtype=torch.int64))
+    drafts = [Draft.chain([prompt[-1]] * (rows - 1)) for rows in MEASURED_ROWS]
+    laps: list[list[float]] = [[] for _ in drafts]
+    for _ in range(REPEATS + 1):
+        # Interleaved, so that a disturbance does not fall on one number of rows alone.
+        for index, draft in enumerate(drafts):
+            clock = Stopwatch(verifier.device)
+            verifier.verify(prompt[-1], draft)
+            clock.lap("verify")
+            laps[index] += clock.milliseconds()["verify"]
+    # The first round may still compile and allocate.
+    return PassCost(MEASURED_ROWS, [min(times[1:]) for times in laps])
+
+
+class RunningAcceptance:
+    """Which share of the drafts that were right up to a position were right there too, over the last steps."""
+
+    def __init__(self) -> None:
+        self._tried = np.zeros(LONGEST)
+        self._kept = np.zeros(LONGEST)
+
+    def add(self, depth: int, accepted: int) -> None:
+        """A draft ``depth`` tokens deep, ``accepted`` of which were kept."""
+        self._tried *= DECAY
+        self._kept *= DECAY
+        reached = min(depth, accepted + 1, LONGEST)
+        self._tried[:reached] += 1
+        self._kept[: min(accepted, LONGEST)] += 1
+
+    def reach(self) -> np.ndarray:
+        """Probability that a draft is right up to each position, float64 [LONGEST], from position 1 on.
+
+        Evidence fades where no drafts reach, so that lengths which once did not pay are tried again.
+        """
+        rate = PRIOR_RATE
+        rates = np.empty(LONGEST)
+        for position in range(LONGEST):
+            tried, kept = self._tried[position], self._kept[position]
+            rates[position] = rate = (kept + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+        return np.cumprod(rates)
+
+
+class AdaptiveLength:
+    """A drafter whose drafts are capped, step by step, at the length L that maximizes expected tokens per second:
+
+        (1 + a_1 + … + a_L) / (t(1 + r L + s) + d L)
+
+    with a_i the running share of drafts that are right up to position i, t the verifier's measured cost, r draft rows
+    per position (1 for a chain), s the scratch rows, and d the drafter's time per position. L = 0 drafts nothing.
+    The expected gain is that rate over the rate of L = 0. What is learned carries over from prompt to prompt. As the
+    choice depends on measured times, two runs that sample may draw different texts; greedy output never depends on it.
+    """
+
+    def __init__(self, drafter: Drafter, cost: PassCost) -> None:
+        self.drafter, self.cost = drafter, cost
+        self.acceptance = RunningAcceptance()
+        self._draft_ms, self._depths, self._drafted = 0.0, 0.0, 0.0
+        self._scratch_rows = 0
+        self._deepest = 3
+        self._chosen: list[int | float | str] = []
+        self._gains: list[int | float | str] = []
+
+    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+        self._chosen, self._gains = [], []
+        self.drafter.begin(prompt, verifier)
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        length, gain = self.choose(budget)
+        self._chosen.append(length)
+        self._gains.append(round(gain, 4))
+        started = time.perf_counter()
+        draft = self.drafter.propose(context, length)
+        self._learn_cost(draft, (time.perf_counter() - started) * 1e3)
+        return draft
+
+    def observe(self, step: StepResult) -> None:
+        self.acceptance.add(max(step.draft.depths(), default=0), len(step.path))
+        self.drafter.observe(step)
+
+    def notes(self) -> dict[str, list[int | float | str]]:
+        """The chosen length and its expected gain, and what the drafter itself notes."""
+        own = self.drafter.notes() if isinstance(self.drafter, NotingDrafter) else {}
+        return {"chosen_length": self._chosen, "expected_gain": self._gains, **own}
+
+    def choose(self, budget: int) -> tuple[int, float]:
+        """The best length and its expected gain; at most ``budget``, and one more than the drafter ever offered."""
+        longest = min(budget, self._deepest + 1, LONGEST)
+        emitted = 1 + np.concatenate([[0.0], np.cumsum(self.acceptance.reach()[:longest])])
+        times = np.array([self._step_ms(length) for length in range(longest + 1)])
+        gains = emitted / times * times[0]
+        best = int(gains.argmax())
+        return best, float(gains[best])
+
+    def _step_ms(self, length: int) -> float:
+        if length == 0:
+            return self.cost(1)
+        rows_per_depth = self._drafted / self._depths if self._depths else 1.0
+        draft_ms = self._draft_ms / self._depths if self._depths else 0.0
+        return self.cost(1 + rows_per_depth * length + self._scratch_rows) + draft_ms * length
+
+    def _learn_cost(self, draft: Draft, milliseconds: float) -> None:
+        depth = max(draft.depths(), default=0)
+        if draft.scratch is not None:
+            self._scratch_rows = len(draft.scratch.tokens)
+        if depth == 0:
+            return
+        self._deepest = max(self._deepest, depth)
+        self._draft_ms = DECAY * self._draft_ms + milliseconds
+        self._depths = DECAY * self._depths + depth
+        self._drafted = DECAY * self._drafted + len(draft)
