@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,8 +87,7 @@ def read_back(folder: Path) -> tuple[dict, list[dict], dict, wandb_internal_pb2.
     summary: dict = {}
     history: list[dict] = []
     header = wandb_internal_pb2.RunRecord()
-    for content in leveldb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(content)
+    for record in whole_run(file):
         if record.HasField("run"):
             header = record.run
             updates = record.run.config.update
@@ -99,6 +99,16 @@ def read_back(folder: Path) -> tuple[dict, list[dict], dict, wandb_internal_pb2.
         if record.HasField("summary"):
             summary.update(nested(record.summary.update))
     return config, history, summary, header
+
+
+def whole_run(file: Path) -> list[wandb_internal_pb2.Record]:
+    """A run's records. wandb's service writes the last of them a moment after the run is finished."""
+    for _ in range(600):
+        records = [wandb_internal_pb2.Record.FromString(content) for content in leveldb_records(file.read_bytes())]
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{file} does not end")
 
 
 def nested(items: Any) -> dict:
@@ -115,7 +125,7 @@ def nested(items: Any) -> dict:
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
     """Records of LevelDB's log format, in which wandb keeps a run: a header of 7 bytes, then blocks of 32 KiB."""
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     position, parts = 7, []
     while position + 7 <= len(data):
         room = LEVELDB_BLOCK - position % LEVELDB_BLOCK
@@ -123,6 +133,8 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
             position += room
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data):
+            return  # still being written
         parts.append(data[position + 7 : position + 7 + length])
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
