@@ -14,7 +14,9 @@ daemons=(slurmctld slurmd munged)
 say() { echo "$@" >&2; }
 
 install() {
-    command -v slurmctld slurmd munged >/dev/null && return
+    # command -v of several is content with any.
+    command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
+    [ "$(id -u)" = 0 ] || { say "slurm-wlm and munge are not installed; run this as root, or install them" && exit 1; }
     say "installing slurm-wlm and munge"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq >&2

@@ -175,6 +175,20 @@ def test_trajectories_are_computed_once(tmp_path: Path) -> None:
         TrajectoryCache(tmp_path, {"model": "b", "length": 12}).get(Untouchable(), PROMPT, 12, NO_STOP)
 
 
+def test_the_cache_outlives_a_run_that_died_and_a_folder_that_takes_nothing(tmp_path: Path) -> None:
+    def get(folder: Path, prompt: list[int]) -> list[int]:
+        return TrajectoryCache(folder, {"model": "a"}).get(reference(), prompt, 12, NO_STOP).answer
+
+    first, other = get(tmp_path / "c", PROMPT), get(tmp_path / "c", PROMPT[:-1])
+    (file,) = (tmp_path / "c").glob("*.jsonl")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][:50])
+    assert get(tmp_path / "c", PROMPT[:-1]) == other
+    assert file.read_text() == "".join(lines)
+    (tmp_path / "d").write_text("in the way")
+    assert get(tmp_path / "d", PROMPT) == first
+
+
 def test_distinct_ngram_ratio() -> None:
     assert distinct_ngram_ratio([1, 2, 3, 4, 1, 2, 3, 4], 4) == 4 / 5
     assert distinct_ngram_ratio([1, 2, 3], 4) is None

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from quasar import experiment
 from quasar.cli import app
 from quasar.errors import RequestError
+from quasar.evaluation.fidelity import Trajectory, trajectory_of
 from quasar.main import main
-from quasar.results.baselines import Baseline, SharedBaselines
+from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.records import LOCK
 from quasar.results.runs import read_run
 
@@ -50,7 +51,14 @@ def sweep(
 
     def start(*overrides: str) -> Ended:
         fixed = ["model=tiny", "threads=1", "data=specbench", f"data.path={prompt_file}"]
-        defaults = {"drafter": "none", "verifier": "fp16", "evaluate.baselines": "false", "decode.max_new_tokens": "8"}
+        defaults = {
+            "drafter": "none",
+            "verifier": "fp16",
+            "evaluate.baselines": "false",
+            "evaluate.fidelity": "false",
+            "calibration.prompts": "2",
+            "decode.max_new_tokens": "8",
+        }
         for key, value in defaults.items():
             if not any(override.startswith(f"{key}=") for override in overrides):
                 fixed.append(f"{key}={value}")
@@ -256,6 +264,43 @@ def test_baselines_are_decoded_once(sweep: Sweep, tmp_path: Path) -> None:
     alone = sweep("hydra.sweep.dir=t", "verifier=fp16", "evaluate.baselines=true", "sweep.share_baselines=false")
     assert alone.returncode == 0
     assert not (tmp_path / "t/baselines").exists()
+
+
+def test_exactness_shares_the_autoregressive_output(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def counted(*arguments: object) -> Baseline:
+        measured.append(arguments)
+        return local_baseline(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("quasar.session.local_baseline", counted)
+    done = sweep("hydra.sweep.dir=s", "verifier=int8", "drafter=none,ngram,lookahead", "evaluate.exactness=true")
+    assert done.returncode == 0, done.stderr
+    turns = [turn for number in range(3) for record in records(tmp_path / f"s/{number}") for turn in record["turns"]]
+    assert len(turns) == 3 * len(measured) == 12
+    assert all("match_self" in turn["exactness"] and not turn["baselines"] for turn in turns)
+    (file,) = (tmp_path / "s/baselines").glob("*.jsonl")
+    assert len(file.read_text().splitlines()) == 4
+
+
+def test_the_references_answers_are_decoded_once(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
+    computed = []
+
+    def counted(*arguments: object) -> Trajectory:
+        computed.append(arguments[1])
+        return trajectory_of(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("quasar.evaluation.fidelity.trajectory_of", counted)
+    done = sweep("hydra.sweep.dir=s", "verifier=fp16,int8", "drafter=none,ngram", "evaluate.fidelity=true")
+    assert done.returncode == 0, done.stderr
+    answers = [
+        [turn["token_ids"] for record in records(tmp_path / f"s/{n}") for turn in record["fidelity"]] for n in range(4)
+    ]
+    assert answers == [answers[0]] * 4
+    assert len(computed) == len(answers[0]) == 4
 
 
 def test_baselines_of_another_device_are_refused(sweep: Sweep, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,9 @@ def run(tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capf
 
     def start(*overrides: str) -> tuple[int, str]:
         fixed = ["model=tiny", "threads=1", "data=specbench", f"data.path={prompt_file}", "decode.max_new_tokens=16"]
-        grid = ["drafter=ngram", "verifier=fp16", "evaluate.baselines=false"]
-        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *grid, *overrides])
+        grid = ["drafter=ngram", "verifier=fp16", "evaluate.baselines=false", "evaluate.fidelity=false"]
+        # Hydra takes options ahead of overrides only.
+        monkeypatch.setattr(sys, "argv", ["run.py", *overrides, *fixed, *grid])
         capfd.readouterr()
         code = main()
         return code, capfd.readouterr().out
@@ -84,8 +87,7 @@ def read_back(folder: Path) -> tuple[dict, list[dict], dict, wandb_internal_pb2.
     summary: dict = {}
     history: list[dict] = []
     header = wandb_internal_pb2.RunRecord()
-    for content in leveldb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(content)
+    for record in whole_run(file):
         if record.HasField("run"):
             header = record.run
             updates = record.run.config.update
@@ -93,19 +95,37 @@ def read_back(folder: Path) -> tuple[dict, list[dict], dict, wandb_internal_pb2.
             updates = record.config.update
         config.update({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates})
         if record.HasField("history"):
-            history.append(items(record.history.item))
+            history.append(nested(record.history.item))
         if record.HasField("summary"):
-            summary.update(items(record.summary.update))
+            summary.update(nested(record.summary.update))
     return config, history, summary, header
 
 
-def items(found: Any) -> dict:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in found}
+def whole_run(file: Path) -> list[wandb_internal_pb2.Record]:
+    """A run's records. wandb's service writes the last of them a moment after the run is finished."""
+    for _ in range(600):
+        records = [wandb_internal_pb2.Record.FromString(content) for content in leveldb_records(file.read_bytes())]
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{file} does not end")
+
+
+def nested(items: Any) -> dict:
+    """wandb keeps an object's parts apart, each under its path of keys."""
+    found: dict = {}
+    for item in items:
+        *path, last = item.nested_key or [item.key]
+        inner = found
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = json.loads(item.value_json)
+    return found
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
     """Records of LevelDB's log format, in which wandb keeps a run: a header of 7 bytes, then blocks of 32 KiB."""
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     position, parts = 7, []
     while position + 7 <= len(data):
         room = LEVELDB_BLOCK - position % LEVELDB_BLOCK
@@ -113,6 +133,8 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
             position += room
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data):
+            return  # still being written
         parts.append(data[position + 7 : position + 7 + length])
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -147,7 +169,14 @@ def test_the_offline_run_holds_what_the_files_hold(run: Run, tmp_path: Path, mon
     for record, entry in zip(records, prompts, strict=True):
         emitted = [value for turn in record["turns"] for value in turn["steps"]["emitted"]]
         assert entry["prompt/acceptance_length"] == pytest.approx(sum(emitted) / len(emitted))
-        assert sum(entry["steps/accepted"]["values"]) == len(emitted)
+        for name in ("accepted", "drafted"):
+            counts = Counter(value for turn in record["turns"] for value in turn["steps"][name])
+            histogram = entry[f"steps/{name}"]
+            assert histogram["_type"] == "histogram"
+            assert histogram["bins"] == [edge - 0.5 for edge in range(max(counts) + 2)]
+            assert histogram["values"] == [counts[value] for value in range(max(counts) + 1)]
+        for name in ("verify_ms", "draft_ms"):
+            assert sum(entry[f"steps/{name}"]["values"]) == len(emitted)
     assert prompts[-1]["so_far/acceptance_length"] == pytest.approx(expected["mean_acceptance_length"])
     assert prompts[-1]["so_far/tokens_per_second"] == pytest.approx(expected["tokens_per_second"])
     (table,) = offline.glob("files/media/table/*.json")
@@ -185,7 +214,8 @@ def test_a_server_that_never_answers_holds_no_run(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        code, output = run("logger=wandb", "logger.wait=0", "hydra.run.dir=o")
+        # Were it waited for, the test would run into its time limit.
+        code, output = run("logger=wandb", "logger.wait=3600", "hydra.run.dir=o")
         assert code == 0
         assert (tmp_path / "o/summary.json").exists()
         assert "W&B: still at work in the background; quasar wandb push" in output
@@ -193,14 +223,19 @@ def test_a_server_that_never_answers_holds_no_run(
 
 
 @pytest.mark.slow
-def test_out_of_reach_it_falls_back_to_offline(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_reach_it_falls_back_to_offline(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: list[subprocess.Popen[bytes]]
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    code, output = run("logger=wandb", "logger.wait=120", "hydra.run.dir=o")
+    code, output = run("logger=wandb", "logger.wait=3600", "hydra.run.dir=o")
     assert code == 0
-    assert "W&B: offline; upload with: wandb sync" in output
+    assert "W&B: still at work in the background; quasar wandb push" in output
+    assert processes[0].wait(timeout=120) == 0
+    outcome = json.loads((tmp_path / "o/wandb/outcome.json").read_text())
+    assert (outcome["mode"], outcome["ended"]) == ("offline", True)
     assert len(read_back(tmp_path / "o")[1]) == 4
 
 
@@ -213,19 +248,53 @@ def test_a_missing_package_is_a_warning(run: Run, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "o/wandb").exists()
 
 
-def test_a_disk_that_takes_nothing_from_wandb_is_a_remark(run: Run, tmp_path: Path) -> None:
+def test_a_file_in_the_way_of_wandb_is_a_warning(run: Run, tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     (tmp_path / "o/wandb").write_text("in the way")
-    code, output = run("logger=wandb", "logger.wait=60", "hydra.run.dir=o")
+    code, output = run("logger=wandb", "hydra.run.dir=o")
+    assert code == 0
+    assert "warning: logger=wandb: [Errno 20] Not a directory" in output
+    assert "quasar wandb push can make up for it later" in output
+    assert json.loads((tmp_path / "o/status.json").read_text())["status"] == "done"
+
+
+def test_a_disk_that_is_full_for_wandb_is_a_remark(run: Run, tmp_path: Path) -> None:
+    disk = tmp_path / "o/wandb"
+    disk.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        (disk / "filler").write_bytes(bytes(4096))
+        code, output = run("logger=wandb", "logger.mode=offline", "logger.wait=60", "hydra.run.dir=o")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
     assert code == 0
     assert "W&B: ended without a word; quasar wandb push" in output
     assert json.loads((tmp_path / "o/status.json").read_text())["status"] == "done"
+    assert json.loads((tmp_path / "o/summary.json").read_text())["prompts"] == 3
 
 
 def test_a_refused_run_leaves_nothing(run: Run, tmp_path: Path, processes: list[subprocess.Popen[bytes]]) -> None:
     assert run("logger=wandb", "hydra.run.dir=o", "drafter.num_tokens=0")[0] == 2
     assert not list(tmp_path.glob("o/*"))
-    assert processes[0].wait(timeout=10) == -9
+    assert processes[0].poll() == -9
+
+
+def test_a_refused_second_attempt_leaves_the_first(
+    run: Run, tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    assert run("hydra.run.dir=o")[0] == 0
+    assert run("logger=wandb", "hydra.run.dir=o", "seed=1")[0] == 2
+    assert processes[0].poll() == -9
+    assert not (tmp_path / "o/wandb").exists()
+
+
+def test_wandb_turned_off_by_its_own_variable_is_off(
+    run: Run, monkeypatch: pytest.MonkeyPatch, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert run("logger=wandb", "hydra.run.dir=o")[0] == 0
+    assert not processes
 
 
 def test_where_a_key_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

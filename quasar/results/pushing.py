@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from quasar.console import Reporter
 from quasar.errors import RequestError
 from quasar.results.collect import Collector
 from quasar.results.runs import StoredRun
-from quasar.results.wandb_log import Target, push, sync_command
+from quasar.results.wandb_log import Target, choose_mode, push, sync_command
 
 
 def push_all(root: Path, given: dict[str, str], reporter: Reporter) -> int:
@@ -26,14 +27,18 @@ def push_all(root: Path, given: dict[str, str], reporter: Reporter) -> int:
     ended = [run for run in Collector(root).runs() if run.status not in ("running", "pending")]
     if not ended:
         raise RequestError(f"{root}: holds no run that has ended")
-    failed, offline = 0, []
+    failed, offline, reached = 0, [], True
     for run in ended:
+        target = _target(run, given)
+        mode = choose_mode(target.mode) if reached else "offline"
         try:
-            place = push(run.folder, _target(run, given))
+            place = push(run.folder, replace(target, mode=mode))
         except Exception as error:
             reporter.warning(f"{run.folder}: {type(error).__name__}: {error}")
             failed += 1
             continue
+        # A server out of reach is not tried again for every run: that takes half a minute each.
+        reached = reached and place["mode"] == mode
         if place["mode"] == "online":
             reporter.line(f"{run.folder}: {place['url']}")
         else:

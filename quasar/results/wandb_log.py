@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -89,16 +89,17 @@ class Feed:
             yield record
 
 
-def push(folder: Path, target: Target, follow: bool = False) -> Json:
+def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = None) -> Json:
     """Make the W&B run of a run folder, anew or for the first time; where it is to be found.
 
-    follow: keep pace with the run until it ends. Pushing again makes the same run again, not another: its id follows
-    from the folder. Raises what wandb raises.
+    begun: told the same once W&B has answered; if given, keep pace with the run until it ends. Pushing again makes the
+    same run again, not another: its id follows from the folder, and W&B drops history that it has already. Raises what
+    wandb raises.
     """
     import wandb
 
     run = read_run(folder)
-    mode = _mode(target.mode)
+    mode = choose_mode(target.mode)
     directory = folder / FOLDER
     identity = run_id(run)
     _keep_in(directory)
@@ -108,14 +109,20 @@ def push(folder: Path, target: Target, follow: bool = False) -> Json:
     try:
         handle = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **options)
     except wandb.errors.CommError:
-        # Online and out of reach: what is written now can be uploaded later.
+        # Out of reach: what is written now can be uploaded later. wandb's service holds on to the id that it tried.
+        wandb.teardown(exit_code=1)
         handle = wandb.init(mode="offline", **options)
+    place = {"mode": "offline" if handle.offline else "online", "url": None if handle.offline else handle.url}
+    # The run's own directory has its media; wandb sync wants the one above.
+    place["directory"] = str(Path(handle.dir).parent)
     try:
+        if begun is not None:
+            begun(place)
         handle.define_metric("*", summary="none")
         feed = Feed(folder / GENERATIONS)
         totals = Totals()
         while True:
-            ended = not follow or read_run(folder).status != "running"
+            ended = begun is None or read_run(folder).status != "running"
             for record in feed.new():
                 handle.log(_history(record, totals), step=len(feed.seen) - 1)
             if ended:
@@ -125,9 +132,6 @@ def push(folder: Path, target: Target, follow: bool = False) -> Json:
         handle.log({"generations": _table(feed.seen)}, step=len(feed.seen))
         handle.summary.update(run.summary or {"status": run.status, "error": run.error})
         handle.log_artifact(_artifact(folder, identity))
-        place = {"mode": "offline" if handle.offline else "online", "url": None if handle.offline else handle.url}
-        # The run's own directory has its media; wandb sync wants the one above.
-        place["directory"] = str(Path(handle.dir).parent)
     finally:
         # Without this the next run of the same process would go on in this one.
         handle.finish(exit_code=0 if run.status == "done" else 1)
@@ -147,6 +151,13 @@ def sync_command(place: Json) -> str:
     return f"wandb sync {place['directory']}"
 
 
+def choose_mode(chosen: str) -> Literal["online", "offline"]:
+    """What ``auto`` comes to: what the variable WANDB_MODE says, else online where there is a key."""
+    if chosen == "auto":
+        chosen = os.environ.get("WANDB_MODE") or ("online" if key_is_configured() else "offline")
+    return "online" if chosen == "online" else "offline"
+
+
 def key_is_configured() -> bool:
     """Whether wandb would find a key: in the environment or in the file that ``wandb login`` writes. It is not read."""
     if os.environ.get("WANDB_API_KEY"):
@@ -158,39 +169,53 @@ def key_is_configured() -> bool:
         return False
 
 
+def stamp(folder: Path) -> int:
+    """When a run last said how it fares: changes when it begins, and again when it ends. 0: never."""
+    try:
+        return (folder / "status.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def main(arguments: Sequence[str]) -> None:
     """The process beside a run: wait until it begins, keep pace with it, leave word of the outcome."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--before", type=int, required=True, help="stamp of the run before this attempt")
     parser.add_argument("--target", type=json.loads, required=True)
     chosen = parser.parse_args(arguments)
     # The run's own threads come first.
     os.nice(19)
-    if not _begun(chosen.folder, chosen.parent):
+    if not _begun(chosen.folder, chosen.parent, chosen.before):
         return
     directory = chosen.folder / FOLDER
-    outcome: Json
+
+    def tell(outcome: Json, ended: bool = False) -> None:
+        write_atomically(directory / OUTCOME, json.dumps({**outcome, "ended": ended}) + "\n")
+
     try:
         directory.mkdir(exist_ok=True)
         _adopt_agents_id(directory)
         watchdog = threading.Thread(target=_end_late, args=(chosen.folder,), daemon=True)
         watchdog.start()
         target = Target(**{**chosen.target, "tags": tuple(chosen.target["tags"])})
-        outcome = push(chosen.folder, target, follow=True)
+        tell(push(chosen.folder, target, tell), ended=True)
     except Exception as error:
-        outcome = {"error": f"{type(error).__name__}: {error}"}
-    write_atomically(directory / OUTCOME, json.dumps(outcome) + "\n")
+        tell({"error": _without_key(f"{type(error).__name__}: {error}")}, ended=True)
 
 
-def _begun(folder: Path, parent: int) -> bool:
-    """Wait until the run is at work; False where it ends before."""
+def _begun(folder: Path, parent: int, before: int) -> bool:
+    """Wait until the run is at work, or was; False where its process ends before."""
     deadline = time.monotonic() + BEGIN_SECONDS
-    while time.monotonic() < deadline and os.getppid() == parent:
-        if read_run(folder).status == "running":
-            return True
+    while (alive := os.getppid() == parent and time.monotonic() < deadline) and stamp(folder) == before:
         time.sleep(0.2)
-    return read_run(folder).status == "running"
+    return alive or stamp(folder) != before
+
+
+def _without_key(message: str) -> str:
+    key = os.environ.get("WANDB_API_KEY")
+    return message.replace(key, "(key)") if key else message
 
 
 def _end_late(folder: Path) -> None:
@@ -204,12 +229,6 @@ def _adopt_agents_id(directory: Path) -> None:
     """An agent of a W&B sweep looks for the run under an id of its own choice."""
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         write_atomically(directory / "id", os.environ["WANDB_RUN_ID"])
-
-
-def _mode(chosen: str) -> Literal["online", "offline"]:
-    if chosen == "auto":
-        chosen = os.environ.get("WANDB_MODE") or ("online" if key_is_configured() else "offline")
-    return "online" if chosen == "online" else "offline"
 
 
 def _options(run: StoredRun, target: Target, identity: str) -> Json:
@@ -254,23 +273,30 @@ def _remove_offline(directory: Path, identity: str) -> None:
 
 def _history(record: Json, totals: Totals) -> Json:
     """What one prompt adds: its own figures, those so far, and the distributions over its steps."""
-    import wandb
-
-    own = _totals(record)
+    turns = record["turns"]
+    own = _totals(turns)
     totals.add(own)
     steps = {
-        "accepted": [value for turn in record["turns"] for value in turn["steps"]["accepted"]],
-        "drafted": [value for turn in record["turns"] for value in turn["steps"]["drafted"]],
-        "verify_ms": [value for turn in record["turns"] for value in turn["milliseconds"]["verify"]],
-        "draft_ms": [value for turn in record["turns"] for value in turn["milliseconds"]["draft"]],
+        **{name: [value for turn in turns for value in turn["steps"][name]] for name in ("accepted", "drafted")},
+        **{f"{name}_ms": [lap for turn in turns for lap in turn["milliseconds"][name]] for name in ("verify", "draft")},
     }
-    histograms = {f"steps/{name}": wandb.Histogram(values) for name, values in steps.items() if values}
+    histograms = {f"steps/{name}": _histogram(values) for name, values in steps.items() if values}
     curves = {**own.curves("prompt"), **totals.curves("so_far")}
     return {**{key: value for key, value in curves.items() if value is not None}, **histograms}
 
 
-def _totals(record: Json) -> Totals:
-    turns = record["turns"]
+def _histogram(values: Sequence[float]) -> Any:
+    """Of times, 64 even bins; of counts, one bin each."""
+    import numpy as np
+    import wandb
+
+    if not all(isinstance(value, int) for value in values):
+        return wandb.Histogram(values)
+    counts = np.bincount(values)
+    return wandb.Histogram(np_histogram=(counts, np.arange(len(counts) + 1) - 0.5))
+
+
+def _totals(turns: Sequence[Json]) -> Totals:
     counts = {name: sum(sum(turn["steps"][name]) for turn in turns) for name in ("emitted", "drafted", "accepted")}
     phases = [values for turn in turns for name, values in turn["milliseconds"].items() if name != "prefill"]
     steps = sum(len(turn["steps"]["emitted"]) for turn in turns)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def start(tmp_path: Path, prompts: Path, *overrides: str) -> subprocess.Popen[str]:
     fixed = ["model=tiny", "threads=1", "data=specbench", f"data.path={prompts}", "decode.max_new_tokens=24"]
+    fixed.append("calibration.prompts=2")
     launcher = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.sweep.dir=s"]
     # Options come before overrides.
     command = [sys.executable, str(ROOT / "run.py"), "-m", *overrides, *launcher, *fixed]
@@ -45,6 +48,11 @@ def wait_for_prompts(folder: Path, prompts: int) -> StoredRun:
         assert time.monotonic() < deadline, f"{folder} did not come to its prompt {prompts}"
         time.sleep(0.05)
     return run
+
+
+def send(folder: Path, number: signal.Signals) -> None:
+    """To the process at work in a folder, as the kernel does where memory runs out. scancel may come after its end."""
+    os.kill(json.loads((folder / "status.json").read_text())["pid"], number)
 
 
 def job_of(tmp_path: Path, folder: str) -> str:
@@ -64,7 +72,7 @@ def start_now(job: str) -> None:
 def test_a_killed_job_is_told_resumed_and_collected(tmp_path: Path, prompts: Path) -> None:
     sweep = start(tmp_path, prompts, *GRID)
     wait_for_prompts(tmp_path / "s/0", 2)
-    subprocess.run(["scancel", "--signal=KILL", job_of(tmp_path, "0")], check=True)
+    send(tmp_path / "s/0", signal.SIGKILL)
     output, _ = sweep.communicate(timeout=300)
     assert sweep.returncode == 1, output
     assert "3 of 4 jobs done" in output
@@ -94,7 +102,8 @@ def test_a_killed_job_is_told_resumed_and_collected(tmp_path: Path, prompts: Pat
         ("int8", "none"),
         ("int8", "ngram"),
     ]
-    assert (table.tokens_per_second > 0).all()
+    for measured in ("tokens_per_second", "speedup_vs_ar_same", "mean_acceptance_length_ref"):
+        assert (table[measured] > 0).all()
     assert [len(file.read_text().splitlines()) for file in (tmp_path / "s/baselines").glob("*.jsonl")] == [
         PROMPTS,
         PROMPTS,
@@ -102,12 +111,13 @@ def test_a_killed_job_is_told_resumed_and_collected(tmp_path: Path, prompts: Pat
 
 
 def test_a_preempted_job_is_queued_again_and_continues(tmp_path: Path, prompts: Path) -> None:
-    sweep = start(tmp_path, prompts, "verifier=fp16", "drafter=ngram", "evaluate.baselines=false")
+    sweep = start(
+        tmp_path, prompts, "verifier=fp16", "drafter=ngram", "evaluate.baselines=false", "evaluate.fidelity=false"
+    )
     before = wait_for_prompts(tmp_path / "s/0", 2)
     # What submitit asks SLURM to send ahead of a preemption or the time limit.
-    job = job_of(tmp_path, "0")
-    subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    start_now(job)
+    send(tmp_path / "s/0", signal.SIGUSR2)
+    start_now(job_of(tmp_path, "0"))
     output, _ = sweep.communicate(timeout=360)
     assert sweep.returncode == 0, output
     log = "".join(file.read_text() for file in (tmp_path / "s/.submitit").glob("*/*.err"))
@@ -123,7 +133,8 @@ def test_jobs_read_the_configuration_of_their_submission(tmp_path: Path, prompts
     own = tmp_path / "own/decode/warm.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("defaults: [greedy]\ntemperature: 0.25\n")
-    overrides = ["decode=warm", "verifier=fp16", "drafter=none", "seed=0,1", "data.limit=2", "evaluate.baselines=false"]
+    overrides = ["decode=warm", "verifier=fp16", "drafter=none", "seed=0,1", "data.limit=2"]
+    overrides += ["evaluate.baselines=false", "evaluate.fidelity=false"]
     sweep = start(
         tmp_path, prompts, "--config-dir", str(tmp_path / "own"), "hydra.launcher.array_parallelism=1", *overrides
     )
