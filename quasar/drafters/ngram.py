@@ -34,6 +34,8 @@ class NgramDrafter:
     length_factor: suffix_automaton drafts at most so many tokens per matched token, and at most ``num_tokens``
     """
 
+    facts: tuple[str, ...] = ()
+
     @validate_call
     def __init__(
         self,
@@ -73,7 +75,9 @@ class NgramDrafter:
                 text = Path(self.corpus).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise RequestError(f"drafter.corpus={self.corpus}: not a readable text file ({error})") from None
-            self._index.memorize(resources.encode(text))
+            tokens = resources.encode(text)
+            self._index.memorize(tokens)
+            self.facts = (f"corpus of {len(tokens)} tokens",)
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         self._index.begin(prompt.tolist())
