@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from quasar.building import build
+from quasar.building import build, node_named
 from quasar.config import Grid, RunConfig, check
 from quasar.console import Reporter
 from quasar.draft import StepResult
-from quasar.drafters.base import Drafter
+from quasar.drafters.base import Drafter, PreparedDrafter, Resources
 from quasar.errors import RequestError
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.fidelity import TrajectoryCache
@@ -68,6 +70,11 @@ def run(
             calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
             setup = Setup(capacity, advance, calibration)
             verifier: TransformerVerifier = build("verifier", settings.verifier, model, setup)
+        if isinstance(drafter, PreparedDrafter):
+            with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
+                another = partial(_build_another, checkpoint, dtype, device, replace(setup, progress=advance), reporter)
+                identity = _identity(settings, checkpoint, verifier)
+                drafter.prepare(Resources(verifier, tokenizer.encode, another, calibration, identity, advance))
         # A drafter that cannot draft for this verifier says so now, before anything is written.
         drafter.begin(torch.zeros(1, dtype=torch.int64), verifier)
         del model
@@ -80,10 +87,11 @@ def run(
             "files": checkpoint.file_hashes(),
         }
         environment["verifier"] = list(verifier.facts)
+        environment["drafter"] = list(getattr(drafter, "facts", ()))
         environment["prompt_set"] = prompt_set_hash(prompts)
         environment["prompts"] = len(prompts)
         records = run_folder.begin(command, environment)
-        _print_header(reporter, settings, checkpoint, verifier, len(prompts), len(records), folder)
+        _print_header(reporter, settings, checkpoint, drafter, verifier, len(prompts), len(records), folder)
         session = Session(settings, drafter, verifier, tokenizer)
         if settings.evaluate.fidelity:
             session.trajectories = _trajectories(settings, checkpoint, verifier)
@@ -129,6 +137,34 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
         return load_transformer(checkpoint.folder, dtype, device, advance)
 
 
+def _build_another(
+    checkpoint: Checkpoint,
+    run_dtype: torch.dtype,
+    device: torch.device,
+    setup: Setup,
+    reporter: Reporter,
+    choice: str | dict[str, Any],
+) -> TransformerVerifier:
+    """One more verifier of the run's model, by name or by node; ``dtype`` auto is the run's."""
+    node = node_named("verifier", choice) if isinstance(choice, str) else choice
+    name = node.get("dtype", "auto")
+    dtype = run_dtype if name == "auto" else choose_dtype(name, device)
+    built = build("verifier", node, load_model(checkpoint, dtype, device, reporter), setup)
+    assert isinstance(built, TransformerVerifier)
+    return built
+
+
+def _identity(settings: RunConfig, checkpoint: Checkpoint, verifier: TransformerVerifier) -> dict[str, str]:
+    """What tells this run's model, verifier and machine apart from others whose measurements are cached."""
+    return {
+        "model": checkpoint.identity,
+        "verifier": json.dumps(settings.verifier, sort_keys=True),
+        "dtype": str(verifier.model.dtype),
+        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+
+
 def _trajectories(settings: RunConfig, checkpoint: Checkpoint, verifier: TransformerVerifier) -> TrajectoryCache:
     """The reference's answers are its own on every device and in every precision."""
     key: dict[str, str | int] = {
@@ -159,6 +195,7 @@ def _print_header(
     reporter: Reporter,
     settings: RunConfig,
     checkpoint: Checkpoint,
+    drafter: Drafter,
     verifier: TransformerVerifier,
     prompts: int,
     finished: int,
@@ -168,7 +205,7 @@ def _print_header(
     lossless = f"; lossless with respect to the {verifier.label}, not to the reference"
     entries = {
         "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
-        "drafter": _describe(settings.drafter),
+        "drafter": "; ".join([_describe(settings.drafter), *getattr(drafter, "facts", ())]),
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.facts])
         + ("" if verifier.is_reference else lossless),
         "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",

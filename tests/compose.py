@@ -5,7 +5,12 @@ from __future__ import annotations
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from quasar.building import build, node_named
 from quasar.config import CONF, RunConfig, check, register
+from quasar.drafters.base import Resources
+from quasar.model.loading import random_transformer
+from quasar.verifiers.base import Setup
+from quasar.verifiers.transformer import TransformerVerifier
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -16,3 +21,17 @@ def composed(*overrides: str) -> DictConfig:
 
 def composed_run(*overrides: str) -> RunConfig:
     return check(composed(*overrides))
+
+
+def resources_for(verifier: TransformerVerifier, setup: Setup, seed: int = 0) -> Resources:
+    """What a run gives to a drafter, for a verifier of `random_transformer` with that seed."""
+
+    def another(choice) -> TransformerVerifier:
+        node = node_named("verifier", choice) if isinstance(choice, str) else choice
+        model = random_transformer(verifier.model.config, seed, verifier.model.dtype)
+        return build("verifier", node, model, setup)
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    return Resources(verifier, encode, another, setup.calibration, {"model": "tiny"})

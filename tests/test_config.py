@@ -11,7 +11,7 @@ import torch
 from quasar.building import build
 from quasar.cli import model_source
 from quasar.config import CONF, RunConfig, config_hash
-from quasar.drafters.base import Drafter
+from quasar.drafters.base import Drafter, PreparedDrafter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.prompts import load_prompts, prompt_set_hash
 from quasar.experiment import choose_device, choose_dtype
@@ -19,7 +19,7 @@ from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import locate
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
-from tests.compose import composed, composed_run
+from tests.compose import composed, composed_run, resources_for
 
 
 def names(group: str) -> list[str]:
@@ -27,11 +27,13 @@ def names(group: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(set(names("drafter")) - {"replay"}))  # which needs a recorded run
-def test_every_drafter_yaml_builds_and_drafts(name: str) -> None:
+def test_every_drafter_yaml_builds_and_drafts(name: str, setup: Setup) -> None:
     settings = composed_run(f"drafter={name}")
     assert settings.drafter["name"] == name
     drafter: Drafter = build("drafter", settings.drafter)
     verifier: TransformerVerifier = build("verifier", composed_run("verifier=fp16").verifier, tiny(), Setup())
+    if isinstance(drafter, PreparedDrafter):
+        drafter.prepare(resources_for(verifier, setup))
     drafter.begin(torch.tensor([1, 2, 3]), verifier)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from hypothesis import strategies as st
 from quasar.acceptance import Accepted, Greedy, rule_for
 from quasar.decode import Generation, Limits, decode
 from quasar.draft import ROOT, Context, Draft, StepResult
+from quasar.draft_length import AdaptiveLength, PassCost
 from quasar.drafters.base import Drafter
+from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter
+from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
+from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup, Verifier, VerifierCost
@@ -43,11 +48,27 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "lookahead-wide": lambda: LookaheadDrafter(window=7, ngram=3, guesses=8, pool_from_prompt=False),
     "layerskip": LayerSkipDrafter,
     "layerskip-exit": lambda: LayerSkipDrafter(num_tokens=6, exit_layer=1),
+    "layerskip-sure": lambda: LayerSkipDrafter(num_tokens=6, confidence=0.05),
+    "model": lambda: draft_model("int4"),
+    "model-pruned": lambda: draft_model("pruned-depth"),
+    "chain": lambda: ChainDrafter([{"name": "ngram", "n_min": 2}, "lookahead", "layerskip"]),
+    "auto-ngram": lambda: AdaptiveLength(NgramDrafter(num_tokens=9), CHEAP_ROWS),
+    "auto-layerskip": lambda: AdaptiveLength(LayerSkipDrafter(num_tokens=9), CHEAP_ROWS),
 }
+# Passes so dear that the time of drafting does not count: every length pays.
+CHEAP_ROWS = PassCost([1, 9], [1e4, 1.2e4])
+# With every verifier; the variants of the others meet the reference alone.
+EVERYWHERE = ("ngram", "lookahead", "layerskip", "layerskip-exit", "model", "chain")
 
 
 def build(verifier: str, seed: int = 0) -> TransformerVerifier:
     return VERIFIERS[verifier](random_transformer(tiny_config(vocab_size=64), seed, torch.float32), Setup(capacity=32))
+
+
+def draft_model(verifier: str) -> ModelDrafter:
+    drafter = ModelDrafter({}, num_tokens=5)
+    drafter.use(build(verifier))
+    return drafter
 
 
 def generate(
@@ -73,7 +94,8 @@ def prompts(count: int) -> list[list[int]]:
 @pytest.mark.parametrize("verifier_name", VERIFIERS)
 def test_every_pair_reproduces_autoregressive_decoding(verifier_name: str) -> None:
     verifier = build(verifier_name)
-    drafters = {name: make() for name, make in DRAFTERS.items()}
+    chosen = DRAFTERS if verifier_name == "fp16" else EVERYWHERE
+    drafters = {name: DRAFTERS[name]() for name in chosen}
     accepted = dict.fromkeys(drafters, 0)
     for number, prompt in enumerate(prompts(12)):
         length = 1 + 9 * number  # every length modulo the blocks
@@ -207,6 +229,130 @@ def test_layerskip_drafts_carry_the_distribution_they_were_drawn_from() -> None:
     verifier.draft_logits(4, 0, kept)
     second = sampling.probabilities(verifier.draft_logits(draft.tokens[0], 1, kept))
     assert torch.allclose(draft.probabilities[1], second, atol=1e-6)
+
+
+@pytest.mark.parametrize("verifier_name", ["fp16", "int8", "pruned-width"])
+def test_layerskip_in_another_precision_reproduces_autoregressive_decoding(verifier_name: str) -> None:
+    verifier = build(verifier_name)
+    drafter = LayerSkipDrafter(num_tokens=5, skip_layers=[1])
+    drafter.draft_with(build("int4"))
+    accepted = 0
+    for prompt in prompts(6):
+        generation = generate(drafter, verifier, prompt, 60)
+        assert generation.tokens == generate(NoneDrafter(), verifier, prompt, 60).tokens
+        accepted += sum(generation.accepted)
+    assert accepted > 50
+    with pytest.raises(RequestError, match="INT4 model cannot read the cache of the pruned model"):
+        generate(drafter, build("pruned-depth"), [1], 5)
+
+
+def test_layers_of_the_verifier_itself_draft_what_it_will_say() -> None:
+    """A lent copy of the verifier, all but one layer of which drafts nothing wrong where that layer adds nothing."""
+    verifier, copy = build("fp16"), build("fp16")
+    for model in (verifier.model, copy.model):
+        model.blocks[1].attention.output.weight.data.zero_()
+        model.blocks[1].mlp.down.weight.data.zero_()
+    drafter = LayerSkipDrafter(num_tokens=4, skip_layers=[1])
+    drafter.draft_with(copy)
+    for prompt in prompts(4):
+        generation = generate(drafter, verifier, prompt, 41)
+        assert generation.emitted == [5] * 8
+
+
+def test_draft_model_that_is_the_verifier_is_always_right() -> None:
+    """Its cache must follow the context exactly, or some draft would be wrong; also after drafts that were cut."""
+    verifier = build("fp16")
+    for draft_tokens in (None, 2):
+        for prompt in prompts(6):
+            generation = generate(draft_model("fp16"), verifier, prompt, 50, draft_tokens=draft_tokens)
+            assert generation.accepted == generation.drafted
+            assert generation.tokens == generate(NoneDrafter(), verifier, prompt, 50).tokens
+
+
+def test_draft_model_catches_up_with_what_others_drafted() -> None:
+    """In a chain it is not asked in every step; asked again, it is still always right."""
+    verifier, model = build("fp16"), draft_model("fp16")
+    chain = ChainDrafter([{"name": "ngram", "n_min": 2}])
+    chain.names.append("model")
+    chain.members.append(model)
+    asked = 0
+    for prompt in prompts(8):
+        generation = generate(chain, verifier, prompt, 70)
+        assert generation.tokens == generate(NoneDrafter(), verifier, prompt, 70).tokens
+        winners = chain.notes()["member"]
+        for winner, drafted, accepted in zip(winners, generation.drafted, generation.accepted, strict=True):
+            assert winner != "model" or drafted == accepted
+        asked += sum(1 for first, then in pairwise(winners) if (first, then) == ("ngram", "model"))
+    assert asked > 3
+
+
+def test_rejected_draft_tokens_leave_the_draft_models_cache() -> None:
+    """Whatever was drafted and rejected, the draft model's next logits are those after the context alone."""
+    verifier, fresh = build("fp16"), build("int4")
+    drafter = draft_model("int4")
+    context = Context([1, 2, 3, 4], 3, GREEDY, torch.Generator())
+    drafter.begin(torch.tensor([1, 2, 3]), verifier)
+    for right in (0, 2, 5, 1, 0):
+        draft = drafter.propose(context, 5)
+        assert draft.tokens[0] == int(fresh.prefill(torch.tensor(context.tokens)).argmax())
+        emitted = [*draft.tokens[:right], (draft.tokens[min(right, 4)] + 1) % 64]
+        context.tokens += emitted
+        drafter.observe(StepResult(draft, emitted, list(range(right)), torch.zeros(6, 64), None))
+
+
+def test_draft_model_samples_from_the_distributions_it_names() -> None:
+    verifier, fresh = build("fp16"), build("int4")
+    drafter = draft_model("int4")
+    sampling = Sampling(0.7, top_k=30)
+    drafter.begin(torch.tensor([1, 2, 3]), verifier)
+    draft = drafter.propose(Context([1, 2, 3, 4], 3, sampling, torch.Generator().manual_seed(5)), 3)
+    assert draft.probabilities is not None
+    for position in range(3):
+        logits = fresh.prefill(torch.tensor([1, 2, 3, 4, *draft.tokens[:position]]))
+        assert torch.allclose(draft.probabilities[position], sampling.probabilities(logits), atol=1e-5)
+        assert draft.probabilities[position][draft.tokens[position]] > 0
+
+
+def test_chain_takes_the_first_offer_and_lets_scratch_rows_ride() -> None:
+    """Prompt lookup finds nothing at first; lookahead's empty draft lends its window to layer-skip's tokens."""
+    verifier = build("fp16")
+    chain = ChainDrafter([{"name": "ngram", "n_min": 3}, {"name": "lookahead", "pool_from_prompt": False}, "layerskip"])
+    context = Context([1, 2, 3, 4], 3, GREEDY, torch.Generator())
+    verifier.prefill(torch.tensor([1, 2, 3]))
+    chain.begin(torch.tensor([1, 2, 3]), verifier)
+    draft = chain.propose(context, 4)
+    assert draft.scratch is not None
+    assert len(draft) == 4
+    assert chain.notes() == {"member": ["layerskip"]}
+    lookahead = chain.members[1]
+    before = [list(level) for level in lookahead._levels]
+    logits = verifier.verify(4, draft)
+    chain.observe(StepResult(draft, [9], [], logits[:5], logits[5:]))
+    assert len(lookahead._levels) == len(before) + 1
+    assert lookahead._levels[-1] == logits[5:].argmax(-1).tolist()
+    context.tokens += [1, 2, 3]
+    draft = chain.propose(context, 4)
+    assert (draft.tokens, draft.scratch) == ([4, 1, 2, 3], None)
+    assert chain.notes() == {"member": ["layerskip", "ngram"]}
+
+
+def test_confidence_ends_a_draft_with_its_first_doubtful_token() -> None:
+    verifier = build("fp16")
+    context = Context([1, 2, 3, 4], 3, GREEDY, torch.Generator())
+    verifier.prefill(torch.tensor([1, 2, 3]))
+    free = LayerSkipDrafter(num_tokens=6)
+    free.begin(torch.tensor([1, 2, 3]), verifier)
+    tokens = free.propose(context, 6).tokens
+    layers = free.kept_layers(verifier.num_layers)
+    sure = [
+        float(verifier.draft_logits(token, offset, layers).softmax(-1).max())
+        for offset, token in enumerate([4, *tokens[:-1]])
+    ]
+    for threshold in (0.01, 0.99 * sure[0], 1.01 * sure[0], 0.999):
+        drafter = LayerSkipDrafter(num_tokens=6, confidence=threshold)
+        drafter.begin(torch.tensor([1, 2, 3]), verifier)
+        doubtful = next((index for index, value in enumerate(sure) if value < threshold), 5)
+        assert drafter.propose(context, 6).tokens == tokens[: doubtful + 1]
 
 
 class CountingVerifier:

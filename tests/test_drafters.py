@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,18 @@ from pydantic import ValidationError
 
 from quasar.draft import ROOT, Context, Draft, StepResult, merge_into_tree
 from quasar.drafters.base import Resources
+from quasar.drafters.layer_search import search_skipped_layers
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter, window_layout
 from quasar.drafters.ngram import LOOKUP_PLACES, NgramDrafter
 from quasar.drafters.suffix_automaton import PLACES, SuffixAutomaton
 from quasar.errors import RequestError
+from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
 from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
+from tests.compose import resources_for
 
 
 def context(tokens: list[int], prompt_length: int = 1) -> Context:
@@ -292,6 +296,53 @@ def test_layerskip_chooses_layers() -> None:
 def test_layerskip_refuses_layers_the_model_lacks(options: dict, message: str, tiny: Transformer) -> None:
     with pytest.raises(RequestError, match=message):
         LayerSkipDrafter(**options).begin(torch.tensor([1]), FP16Verifier(tiny, Setup()))
+
+
+def test_layer_search_finds_the_fastest_set_and_measures_none_twice() -> None:
+    """Speed peaks where layers 2, 3 and 5 of eight are left out."""
+    measured: list[tuple[int, ...]] = []
+
+    def speed(skipped: list[int]) -> float:
+        measured.append(tuple(skipped))
+        return 100.0 - 10.0 * len(set(skipped) ^ {2, 3, 5})
+
+    found = search_skipped_layers(speed, 8, 80, 0, lambda done, total: None)
+    assert (found.skipped, found.tokens_per_second) == ([2, 3, 5], 100.0)
+    assert len(measured) == len(set(measured)) == found.tried <= 80
+    assert all(0 < len(skipped) < 8 for skipped in measured)
+    few = search_skipped_layers(speed, 8, 4, 0, lambda done, total: None)
+    assert few.tried == 4
+
+
+def test_searched_layers_are_cached_by_model_and_verifier(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path))
+    verifier = FP16Verifier(random_transformer(tiny_config(vocab_size=64), 0, torch.float32), Setup())
+    searched: list[list[int]] = []
+
+    def speed(self: LayerSkipDrafter, verifier: object, prompts: list[list[int]], skipped: list[int]) -> float:
+        assert [len(prompt) for prompt in prompts] == [50, 90]
+        searched.append(skipped)
+        return 10.0 + (skipped == [1, 2])
+
+    monkeypatch.setattr(LayerSkipDrafter, "_speed", speed)
+    resources = resources_for(verifier, setup)
+    for identity, runs in (({"verifier": "a"}, 6), ({"verifier": "a"}, 6), ({"verifier": "b"}, 12)):
+        drafter = LayerSkipDrafter(method="search", search_sets=6, search_prompts=2, exit_layer=1)
+        drafter.prepare(replace(resources, identity=identity))
+        assert len(searched) == runs
+        if [1, 2] in searched:
+            assert drafter.kept_layers(4) == [0, 3]
+        assert drafter.facts[0].startswith("skips layers [")
+
+
+def test_measured_speed_counts_decoded_tokens(setup: Setup) -> None:
+    verifier = FP16Verifier(random_transformer(tiny_config(vocab_size=64), 0, torch.float32), Setup())
+    drafter = LayerSkipDrafter(search_tokens=8)
+    assert drafter._speed(verifier, [[1, 2, 3], [4, 5]], [1]) > 0
+    with pytest.raises(RequestError, match=r"drafter\.method=search needs calibration text"):
+        LayerSkipDrafter(method="search").prepare(resources_for(verifier, Setup()))
 
 
 def test_drafters_refuse_lengths_that_draft_nothing() -> None:

@@ -65,6 +65,30 @@ def small(prompt_file: Path, folder: str = "out") -> list[str]:
     return [*data, "decode.max_new_tokens=24", f"hydra.run.dir={folder}"]
 
 
+def test_drafters_that_ask_for_resources(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    """A chain of prompt lookup, a searched layer-skip in another precision, and a draft model, in one run."""
+    members = (
+        "drafter.members=[{name: ngram, n_min: 2}, "
+        "{name: layerskip, method: search, draft_verifier: int8, num_tokens: 2, confidence: 0.9, search_sets: 2, "
+        "search_prompts: 1, search_tokens: 4}, model]"
+    )
+    done = run(*small(prompt_file), "verifier=fp16", "drafter=chain", members, "evaluate.fidelity=false")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "out" / "environment.json").read_text())["drafter"]
+    assert facts[0].startswith("layerskip: skips layers [")
+    assert facts[1].startswith("model: draft model of ")
+    notes = json.loads((tmp_path / "out" / "summary.json").read_text())["drafter_notes"]["member"]
+    assert set(notes) <= {"ngram", "layerskip", "model", "none"}
+    assert f"layerskip: {notes['layerskip']['steps']} steps" in done.stdout
+    pruned = run(
+        *small(prompt_file, "draft"), "drafter=model", "verifier@drafter.draft=int4", "drafter.draft.method=rtn"
+    )
+    assert pruned.returncode == 0, pruned.stderr
+    wrong = run(*small(prompt_file, "wrong"), "drafter=chain", "drafter.members=[ngrams]")
+    assert wrong.returncode == 2
+    assert "drafter 'ngrams' is not in conf/drafter; there are chain, " in wrong.stderr
+
+
 def test_auto_draft_length_and_its_gain_are_recorded(run: Run, prompt_file: Path, tmp_path: Path) -> None:
     done = run(*small(prompt_file), "verifier=fp16", "drafter=ngram", "decode.draft_tokens=auto")
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from quasar.verifiers.base import Verifier
 
 if TYPE_CHECKING:
     from quasar.quantization.statistics import Calibration
+    from quasar.verifiers.transformer import TransformerVerifier
 
 
 class Drafter(Protocol):
@@ -40,18 +41,23 @@ class Resources:
         model's weights are loaded anew, in the run's dtype where ``dtype`` is auto
     calibration: text that is none of the evaluation's, or None where the run has none
     identity: names model, verifier, precision and device, for what is cached between runs
+    progress: called with (done, total) while something is prepared that takes long
     """
 
-    verifier: Verifier
+    verifier: TransformerVerifier
     encode: Callable[[str], list[int]]
-    build_verifier: Callable[[str | dict[str, Any]], Verifier]
+    build_verifier: Callable[[str | dict[str, Any]], TransformerVerifier]
     calibration: Callable[[], Calibration | None]
     identity: dict[str, str]
+    progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
 
 @runtime_checkable
 class PreparedDrafter(Protocol):
     """A drafter that asks for resources, once and before its first sequence."""
+
+    facts: tuple[str, ...]
+    """What preparing it settled beyond the configuration, for people."""
 
     def prepare(self, resources: Resources) -> None: ...
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import hashlib
+import json
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
+from filelock import FileLock
 from pydantic import Field, NonNegativeInt, PositiveInt, validate_call
 from torch import Tensor
 
+from quasar.acceptance import Greedy
+from quasar.decode import Limits, decode
 from quasar.draft import Context, Draft, StepResult
+from quasar.drafters.autoregressive import draft_chain
+from quasar.drafters.base import Resources
+from quasar.drafters.layer_search import SearchResult, search_skipped_layers, spread
 from quasar.errors import RequestError
-from quasar.sampling import draw
+from quasar.model.sources import cache_folder
+from quasar.results.records import write_atomically
+from quasar.sampling import Sampling
+from quasar.timing import DECODE_PHASES
 from quasar.verifiers.base import LayeredVerifier, Verifier
+from quasar.verifiers.transformer import TransformerVerifier
 
 
 class LayerSkipDrafter:
@@ -24,23 +37,57 @@ class LayerSkipDrafter:
     exit_layer:   draft with the first ``exit_layer`` layers
     skip_layers:  leave out exactly these layers
     skip_ratio:   otherwise leave out this share of the layers, spread evenly over the second to last but one
+    method:       search looks for the layers itself, whatever these three say: it measures tokens per second on
+                  ``search_prompts`` calibration prompts for ``search_sets`` sets, and caches the best one by model,
+                  verifier and device
+    confidence:   a draft ends with the first token whose probability is lower
+    draft_verifier: name of a verifier whose layers draft in the place of the run's own, in a cheaper precision, on the
+                  same keys and values
     """
+
+    facts: tuple[str, ...] = ()
 
     @validate_call
     def __init__(
         self,
         num_tokens: PositiveInt = 4,
+        method: Literal["fixed", "search"] = "fixed",
         exit_layer: PositiveInt | None = None,
         skip_layers: list[NonNegativeInt] | None = None,
         skip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25,
+        confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        draft_verifier: str | None = None,
+        search_sets: PositiveInt = 24,
+        search_prompts: PositiveInt = 3,
+        search_tokens: Annotated[int, Field(ge=2)] = 48,
+        seed: int = 0,
     ) -> None:
         if exit_layer is not None and skip_layers is not None:
             raise RequestError(
                 f"drafter.exit_layer={exit_layer} and drafter.skip_layers={skip_layers} exclude each "
                 "other; set one to null"
             )
-        self.num_tokens = num_tokens
+        self.num_tokens, self.confidence, self.draft_verifier = num_tokens, confidence, draft_verifier
+        self.method, self.seed = method, seed
         self.exit_layer, self.skip_layers, self.skip_ratio = exit_layer, skip_layers, skip_ratio
+        self.search_sets, self.search_prompts, self.search_tokens = search_sets, search_prompts, search_tokens
+        self._lent: TransformerVerifier | None = None
+
+    def prepare(self, resources: Resources) -> None:
+        """Build the verifier that drafts, and search for the layers, where the settings ask for it."""
+        if self.draft_verifier is not None:
+            self.draft_with(resources.build_verifier(self.draft_verifier))
+        if self.method == "search":
+            found = self._searched(resources)
+            self.exit_layer, self.skip_layers = None, found.skipped
+            self.facts = (
+                f"skips layers {found.skipped}, the fastest of {found.tried} sets at "
+                f"{found.tokens_per_second:.1f} tokens/s on calibration prompts",
+            )
+
+    def draft_with(self, lent: TransformerVerifier) -> None:
+        """Draft with this verifier's layers on the run's verifier's cache."""
+        self._lent = lent
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         if not isinstance(verifier, LayeredVerifier):
@@ -48,6 +95,9 @@ class LayerSkipDrafter:
                 f"drafter=layerskip needs a verifier with layers to skip; {type(verifier).__name__} has none"
             )
         self._verifier: LayeredVerifier = verifier
+        if self._lent is not None and isinstance(verifier, TransformerVerifier):
+            self._lent.share_cache(verifier)
+            self._verifier = self._lent
         self._layers = self.kept_layers(verifier.num_layers)
 
     def kept_layers(self, num_layers: int) -> list[int]:
@@ -70,10 +120,7 @@ class LayerSkipDrafter:
                 )
             skipped = set(self.skip_layers)
         else:
-            count = max(1, round(self.skip_ratio * num_layers))
-            inner = range(1, num_layers - 1)
-            count = min(count, len(inner))
-            skipped = {inner[int((index + 0.5) * len(inner) / count)] for index in range(count)}
+            skipped = set(spread(num_layers, self.skip_ratio))
         kept = [layer for layer in range(num_layers) if layer not in skipped]
         if not kept or len(kept) == num_layers:
             raise RequestError(
@@ -83,18 +130,46 @@ class LayerSkipDrafter:
         return kept
 
     def propose(self, context: Context, budget: int) -> Draft:
-        tokens: list[int] = []
-        distributions: list[Tensor] = []
-        token = context.last
-        for offset in range(min(self.num_tokens, budget)):
-            logits = self._verifier.draft_logits(token, offset, self._layers)
-            if context.sampling.greedy:
-                token = int(logits.argmax())
-            else:
-                distributions.append(context.sampling.probabilities(logits))
-                token = draw(distributions[-1], context.generator)
-            tokens.append(token)
-        return Draft.chain(tokens, torch.stack(distributions) if distributions else None)
+        logits = partial(self._verifier.draft_logits, layers=self._layers)
+        return draft_chain(logits, context, min(self.num_tokens, budget), self.confidence)
 
     def observe(self, step: StepResult) -> None:
         pass
+
+    def _searched(self, resources: Resources) -> SearchResult:
+        """The best set of layers, from the user's cache where the same search was made before."""
+        calibration = resources.calibration()
+        if calibration is None:
+            raise RequestError("drafter.method=search needs calibration text; set calibration.prompts above 0")
+        key = {
+            **resources.identity,
+            **calibration.key,
+            "draft_verifier": self.draft_verifier,
+            "settings": [self.num_tokens, self.confidence, self.search_sets, self.search_prompts, self.search_tokens],
+            "seed": self.seed,
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        file = cache_folder() / "layerskip" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            if file.exists():
+                return SearchResult(**json.loads(file.read_text(encoding="utf-8")))
+            prompts = [sequence.tolist() for sequence in calibration.sequences[: self.search_prompts]]
+            speed = partial(self._speed, resources.verifier, prompts)
+            layers = resources.verifier.num_layers
+            found = search_skipped_layers(speed, layers, self.search_sets, self.seed, resources.progress)
+            write_atomically(file, json.dumps(vars(found)))
+            return found
+
+    def _speed(self, verifier: TransformerVerifier, prompts: list[list[int]], skipped: list[int]) -> float:
+        """Greedy tokens per second without these layers, over all prompts."""
+        drafter = LayerSkipDrafter(self.num_tokens, skip_layers=skipped, confidence=self.confidence)
+        if self._lent is not None:
+            drafter.draft_with(self._lent)
+        tokens, milliseconds = 0, 0.0
+        for prompt in prompts:
+            limits = Limits(self.search_tokens, len(prompt) + self.search_tokens, frozenset())
+            generation = decode(prompt, drafter, verifier, Greedy(), Sampling(), limits, torch.Generator())
+            tokens += sum(generation.emitted)
+            milliseconds += sum(sum(generation.milliseconds[phase]) for phase in DECODE_PHASES)
+        return tokens / milliseconds * 1e3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import OrderedDict
+from itertools import islice
 from typing import Annotated
 
 import torch
@@ -25,6 +26,10 @@ class LookaheadDrafter:
     emitted token, merged into a tree. As in the authors' code the window moves one position per step, however
     many tokens were accepted.
 
+    pool_capacity: n-grams kept per first token, the most recently seen ones; by default G
+    pool_from_prompt: the n-grams of prompt and output enter the pool too
+    window_from_prompt: the first iterate is tokens of the prompt at random; else the prompt's last token, repeated
+
     Costs (N - 1) W - 1 scratch rows and up to G (N - 1) draft rows per pass, and no pass of its own.
     """
 
@@ -34,11 +39,14 @@ class LookaheadDrafter:
         window: PositiveInt = 5,
         ngram: Annotated[int, Field(ge=3)] = 4,
         guesses: PositiveInt = 5,
+        pool_capacity: PositiveInt | None = None,
         pool_from_prompt: bool = True,
+        window_from_prompt: bool = True,
         seed: int = 0,
     ) -> None:
         self.window, self.ngram, self.guesses = window, ngram, guesses
-        self.pool_from_prompt = pool_from_prompt
+        self.pool_capacity = pool_capacity or guesses
+        self.pool_from_prompt, self.window_from_prompt = pool_from_prompt, window_from_prompt
         self.seed = seed
         self._pool: dict[int, OrderedDict[tuple[int, ...], None]] = {}
         self._levels: list[list[int]] = []
@@ -48,10 +56,10 @@ class LookaheadDrafter:
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         self._pool.clear()
         self._indexed = 0
-        # The first iterate is random tokens of the prompt, which at least belong to the subject. It is longer than
-        # the window, because each warm-up step uses up one column.
+        # Random tokens of the prompt at least belong to the subject. The first iterate is longer than the window,
+        # because each warm-up step uses up one column.
         choose = random.Random(self.seed)
-        tokens: list[int] = prompt.tolist()
+        tokens: list[int] = prompt.tolist() if self.window_from_prompt else prompt[-1:].tolist()
         self._levels = [[choose.choice(tokens) for _ in range(self.window + self.ngram - 3)]]
 
     def propose(self, context: Context, budget: int) -> Draft:
@@ -60,7 +68,7 @@ class LookaheadDrafter:
         if budget == 0:
             return Draft()
         self._last = context.last
-        guesses = reversed(self._pool.get(context.last, {}))
+        guesses = islice(reversed(self._pool.get(context.last, {})), self.guesses)
         tokens, parents = merge_into_tree([guess[:budget] for guess in guesses])
         return Draft(tokens, parents, scratch=self._scratch())
 
@@ -89,7 +97,7 @@ class LookaheadDrafter:
         tails = self._pool.setdefault(ngram[0], OrderedDict())
         tails[ngram[1:]] = None
         tails.move_to_end(ngram[1:])
-        if len(tails) > self.guesses:
+        if len(tails) > self.pool_capacity:
             tails.popitem(last=False)
 
     def _index(self, tokens: list[int]) -> None:

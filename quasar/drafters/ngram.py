@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +33,8 @@ class NgramDrafter:
              text file ``corpus``, whose automaton takes some 10 µs and 1 kB per token
     length_factor: suffix_automaton drafts at most so many tokens per matched token, and at most ``num_tokens``
     """
+
+    facts: tuple[str, ...] = ()
 
     @validate_call
     def __init__(
@@ -73,7 +75,9 @@ class NgramDrafter:
                 text = Path(self.corpus).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise RequestError(f"drafter.corpus={self.corpus}: not a readable text file ({error})") from None
-            self._index.memorize(resources.encode(text))
+            tokens = resources.encode(text)
+            self._index.memorize(tokens)
+            self.facts = (f"corpus of {len(tokens)} tokens",)
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         self._index.begin(prompt.tolist())
@@ -109,7 +113,7 @@ class LookupIndex:
     def __init__(self, sizes: range) -> None:
         self._sizes = sizes
         self._tokens: list[int] = []
-        self._followers: dict[tuple[int, ...], deque[int]] = {}
+        self._followers: dict[tuple[int, ...], list[int]] = {}
 
     def begin(self, prompt: list[int]) -> None:
         self._followers.clear()
@@ -122,14 +126,17 @@ class LookupIndex:
             for size in self._sizes:
                 if size <= position:
                     key = tuple(tokens[position - size : position])
-                    self._followers.setdefault(key, deque(maxlen=LOOKUP_PLACES)).append(position)
+                    places = self._followers.setdefault(key, [])
+                    places.append(position)
+                    if len(places) > LOOKUP_PLACES:
+                        del places[0]
         self._tokens += tokens[len(self._tokens) :]
 
     def match(self) -> Match:
         for size in self._sizes:
             places = self._followers.get(tuple(self._tokens[-size:]))
             if places is not None and size < len(self._tokens):
-                return Match(size, self._tokens, list(reversed(places)))
+                return Match(size, self._tokens, places[::-1])
         return Match(0, self._tokens, [])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quasar.draft import Draft
-from quasar.errors import QuasarError
+from quasar.errors import QuasarError, RequestError
 from quasar.model.graphs import BUCKETS, BlockPasses, can_fuse
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
@@ -47,6 +47,22 @@ class TransformerVerifier:
     @property
     def num_layers(self) -> int:
         return self.model.config.num_layers
+
+    def share_cache(self, owner: TransformerVerifier) -> None:
+        """Read and write the owner's cache from now on: the same layers, in another precision, draft for it.
+
+        Raises RequestError where the layers' keys and values have other shapes or types.
+        """
+        if self.cache is owner.cache:
+            return
+        ours, theirs = ([(keys.shape[::2], keys.dtype) for keys in cache.keys] for cache in (self.cache, owner.cache))
+        if ours != theirs:
+            raise RequestError(
+                f"the {self.label} cannot read the cache of the {owner.label}: their layers differ in number, width or "
+                "precision; draft with the same layers in another precision"
+            )
+        self.cache = owner.cache
+        self._passes = BlockPasses(self.model, self.cache) if can_fuse(self.model) else None
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> Tensor:

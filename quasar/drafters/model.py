@@ -1,0 +1,84 @@
+"""A draft model: any verifier of the run's vocabulary, with a KV cache of its own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt, validate_call
+from torch import Tensor
+
+from quasar.draft import Context, Draft, StepResult
+from quasar.drafters.autoregressive import draft_chain
+from quasar.drafters.base import Resources
+from quasar.errors import RequestError
+from quasar.verifiers.base import Verifier
+from quasar.verifiers.transformer import TransformerVerifier
+
+
+class ModelDrafter:
+    """Speculative decoding with a draft model (Leviathan et al. 2023; Chen et al. 2023).
+
+    draft: a verifier's node: the run's own model in another precision or pruned, or with ``packed`` another checkpoint
+        of the same vocabulary
+    confidence: a draft ends with the first token whose probability is lower
+
+    The draft model reads the prompt in the prefill. Its cache keeps the keys and values of the draft tokens that were
+    accepted; a draft begins with the tokens it has not read yet, all in one pass. Costs ``num_tokens`` passes of the
+    draft model per step.
+    """
+
+    facts: tuple[str, ...] = ()
+
+    @validate_call
+    def __init__(
+        self,
+        draft: dict[str, Any],
+        num_tokens: PositiveInt = 4,
+        confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    ) -> None:
+        self.draft, self.num_tokens, self.confidence = draft, num_tokens, confidence
+        self._model: TransformerVerifier | None = None
+        self._read = 0
+        self._unread = 0
+        self._proposed = 0
+
+    def prepare(self, resources: Resources) -> None:
+        """Build the draft model."""
+        model = resources.build_verifier(self.draft)
+        self.facts = (f"draft model of {model.cost.weight_bytes / 1e6:.0f} MB per pass", *model.facts)
+        self.use(model)
+
+    def use(self, model: TransformerVerifier) -> None:
+        """Draft with this model."""
+        self._model = model
+
+    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+        if self._model is None:
+            raise RequestError("drafter=model drafts with a model of its own; prepare or use must come first")
+        self._model.prefill(prompt)
+        self._read = len(prompt)
+        self._proposed = 0
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        unread = context.tokens[self._read :]
+        draft = draft_chain(partial(self._logits, unread), context, min(self.num_tokens, budget), self.confidence)
+        self._unread, self._proposed = len(unread), len(draft)
+        return draft
+
+    def observe(self, step: StepResult) -> None:
+        if not self._proposed:
+            return
+        assert self._model is not None
+        # The cache holds what was unread and all draft tokens but the last; keep them as far as they were right.
+        accepted = min(len(step.path), self._proposed - 1)
+        self._model.keep(range(self._unread - 1 + accepted))
+        self._read += self._unread + accepted
+        self._proposed = 0
+
+    def _logits(self, unread: list[int], token: int, offset: int) -> Tensor:
+        """Logits [V] after the draft token at ``offset``, where 0 is the last of the tokens not read yet."""
+        assert self._model is not None
+        if offset == 0 and len(unread) > 1:
+            return self._model.verify(unread[0], Draft.chain(unread[1:]))[-1]
+        return self._model.draft_logits(token, len(unread) - 1 + offset, range(self._model.num_layers))
