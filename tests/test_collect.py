@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from quasar.cli import app
+from quasar.config import CONF
 from quasar.results.collect import Collector, tabulate
 from quasar.results.overview import LISTED, STATUS_ROWS, remarks, status_rows, unfinished_rows
 from quasar.results.records import RunFolder
@@ -74,7 +76,11 @@ def test_columns_are_the_keys_that_vary(tmp_path: Path) -> None:
     finished(tmp_path / "c", "drafter=none", "decode.top_k=5")
     rows = table(tmp_path)
     varying = [column for column in rows.columns if "." in column or column == "seed"]
-    assert set(varying) == {"drafter.num_tokens", "drafter.n_max", "drafter.n_min", "decode.top_k", "seed"}
+    # Of the n-gram drafter's own options those that are set: the run without it has none of them.
+    options = OmegaConf.load(CONF / "drafter/ngram.yaml")
+    own = {f"drafter.{key}" for key, value in options.items() if key not in ("_target_", "name") and value is not None}
+    assert "drafter.corpus" not in own
+    assert set(varying) == {*own, "decode.top_k", "seed"}
     assert list(rows["drafter.num_tokens"].fillna(0)) == [5, 7, 0]
     assert list(rows.seed) == [1, 0, 0]
     assert rows["drafter.num_tokens"].dtype == "Int64"

@@ -123,11 +123,12 @@ def test_tau_ref_against_its_definition() -> None:
 
 
 def lookup(context: list[int], room: int) -> list[int]:
+    """Of the places of the longest suffix, the latest that ``room`` tokens follow, else the one that most follow."""
     for size in (3, 2, 1):
-        suffix = context[-size:]
-        for start in range(len(context) - size - 1, -1, -1):
-            if context[start : start + size] == suffix:
-                return context[start + size : start + size + room]
+        places = [place for place in range(size, len(context)) if context[place - size : place] == context[-size:]]
+        if places:
+            full = [place for place in places if place + room <= len(context)]
+            return context[(place := full[-1] if full else places[0]) : place + room]
     return []
 
 

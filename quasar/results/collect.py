@@ -96,12 +96,12 @@ def tabulate(runs: Sequence[StoredRun], root: Path) -> pd.DataFrame:
 
 
 def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys of flat configurations that have more than one value, an absent one counted, in order of appearance."""
+    """Keys of flat configurations that have more than one value, null where absent, in order of appearance."""
     values: dict[str, set[str]] = {}
     counts: Counter[str] = Counter()
     for config in configs:
         for key, value in config.items():
-            if _describes(key):
+            if value is not None and _describes(key):
                 values.setdefault(key, set()).add(json.dumps(value, default=str))
                 counts[key] += 1
     return [key for key, found in values.items() if len(found) > 1 or counts[key] < len(configs)]
