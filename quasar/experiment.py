@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import time
-from collections.abc import Iterable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from quasar.building import build, node_named
-from quasar.config import Grid, RunConfig, check
+from quasar.building import build
+from quasar.config import Grid, check
 from quasar.console import Reporter
 from quasar.draft import StepResult
-from quasar.drafters.base import Drafter, PreparedDrafter, Resources
-from quasar.errors import RequestError
-from quasar.evaluation.calibration import prepare_calibration
+from quasar.drafters.base import Drafter
 from quasar.evaluation.fidelity import TrajectoryCache
 from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
-from quasar.model.loading import load_transformer, random_transformer, tiny_config
-from quasar.model.sources import Checkpoint, cache_folder, locate
-from quasar.model.tokenizer import Tokenizer, load_tokenizer
-from quasar.model.transformer import Transformer
+from quasar.model.sources import cache_folder
+from quasar.preparation import Prepared, choose_device, prepare
 from quasar.results.baselines import SharedBaselines, baseline_identity
 from quasar.results.environment import describe_environment, device_name, peak_memory_bytes
 from quasar.results.metrics import COUNTS, summarize
 from quasar.results.records import Json, RunFolder
 from quasar.results.report import print_report
 from quasar.session import Session
-from quasar.verifiers.base import Setup
-from quasar.verifiers.fp16 import FP16Verifier
-from quasar.verifiers.transformer import TransformerVerifier
-
-# The KV cache starts with room for the longest prompt, its answer, and a block of this many rows.
-BLOCK_ROOM = 64
 
 
 def run(
@@ -59,153 +44,66 @@ def run(
     drafter: Drafter = build("drafter", settings.drafter)
     run_folder = RunFolder(folder, config, settings.resume)
     with run_folder.failures_recorded():
-        with reporter.stages() as stage:
-            checkpoint = locate(settings.model, stage)
-        tokenizer = load_tokenizer(checkpoint)
-        dtype = choose_dtype(settings.verifier["dtype"], device)
-        model = load_model(checkpoint, dtype, device, reporter)
-        longest = _longest(prompts, tokenizer, model.config.context_length)
-        capacity = min(longest + settings.decode.max_new_tokens, model.config.context_length) + BLOCK_ROOM
-        with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
-            calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
-            setup = Setup(capacity, advance, calibration)
-            verifier: TransformerVerifier = build("verifier", settings.verifier, model, setup)
-        if isinstance(drafter, PreparedDrafter):
-            with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
-                another = partial(_build_another, checkpoint, dtype, device, replace(setup, progress=advance), reporter)
-                identity = _identity(settings, checkpoint, verifier)
-                drafter.prepare(Resources(verifier, tokenizer.encode, another, calibration, identity, advance))
-        # A drafter that cannot draft for this verifier says so now, before anything is written.
-        drafter.begin(torch.zeros(1, dtype=torch.int64), verifier)
-        del model
-        gc.collect()
-
-        environment = describe_environment(device)
-        environment["model"] = {
-            "origin": checkpoint.origin,
-            "revision": checkpoint.revision,
-            "files": checkpoint.file_hashes(),
-        }
-        environment["verifier"] = list(verifier.facts)
-        environment["drafter"] = list(getattr(drafter, "facts", ()))
-        environment["prompt_set"] = prompt_set_hash(prompts)
-        environment["prompts"] = len(prompts)
+        parts = prepare(settings, prompts, drafter, device, reporter)
+        environment = _environment(parts, prompts)
         records = run_folder.begin(command, environment)
-        _print_header(reporter, settings, checkpoint, drafter, verifier, len(prompts), len(records), folder)
-        session = Session(settings, drafter, verifier, tokenizer)
-        if settings.evaluate.fidelity:
-            session.trajectories = _trajectories(settings, checkpoint, verifier)
-        if (settings.evaluate.baselines or settings.evaluate.fidelity) and not verifier.is_reference:
-            session.reference = FP16Verifier(load_model(checkpoint, dtype, device, reporter), Setup(capacity))
-        if shared_baselines is not None:
-            _share(session, shared_baselines)
+        _print_header(reporter, parts, len(prompts), len(records), folder)
+        session = _session(parts, shared_baselines, reporter)
         _decode_all(session, prompts, records, run_folder, reporter)
         measured = summarize(records)
-        summary = _summary(settings, verifier, measured, environment["copy_bandwidth_bytes_per_second"])
-        summary["simulated"] = session.simulated
-        if session.simulated:
-            summary["distinct_4gram_ratio"] = None
+        summary = _summary(session, measured, environment["copy_bandwidth_bytes_per_second"])
         run_folder.finish(summary)
-    print_report(reporter, settings, verifier, records, {**measured, "simulated": session.simulated}, folder)
+    print_report(reporter, settings, parts.verifier, records, {**measured, "simulated": session.simulated}, folder)
     return summary
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where it is available. Raises RequestError where cuda is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device=cuda: PyTorch sees no CUDA device; use device=cpu, or install a CUDA build of torch")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is BF16 on CPUs and on GPUs that compute in it, else FP16."""
-    if name == "auto":
-        bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bfloat16 else torch.float16
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, reporter: Reporter) -> Transformer:
-    """The unquantized, unpruned model of a checkpoint."""
-    if checkpoint.folder is None:
-        return random_transformer(tiny_config(), checkpoint.seed, dtype, device)
-    with reporter.progress("loading weights") as advance:
-        return load_transformer(checkpoint.folder, dtype, device, advance)
-
-
-def _build_another(
-    checkpoint: Checkpoint,
-    run_dtype: torch.dtype,
-    device: torch.device,
-    setup: Setup,
-    reporter: Reporter,
-    choice: str | dict[str, Any],
-) -> TransformerVerifier:
-    """One more verifier of the run's model, by name or by node; ``dtype`` auto is the run's."""
-    node = node_named("verifier", choice) if isinstance(choice, str) else choice
-    name = node.get("dtype", "auto")
-    dtype = run_dtype if name == "auto" else choose_dtype(name, device)
-    built = build("verifier", node, load_model(checkpoint, dtype, device, reporter), setup)
-    assert isinstance(built, TransformerVerifier)
-    return built
-
-
-def _identity(settings: RunConfig, checkpoint: Checkpoint, verifier: TransformerVerifier) -> dict[str, str]:
-    """What tells this run's model, verifier and machine apart from others whose measurements are cached."""
+def _environment(parts: Prepared, prompts: list[Prompt]) -> Json:
     return {
-        "model": checkpoint.identity,
-        "verifier": json.dumps(settings.verifier, sort_keys=True),
-        "dtype": str(verifier.model.dtype),
-        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        **describe_environment(parts.verifier.device),
+        "model": {
+            "origin": parts.checkpoint.origin,
+            "revision": parts.checkpoint.revision,
+            "files": parts.checkpoint.file_hashes(),
+        },
+        "verifier": list(parts.verifier.facts),
+        "drafter": list(getattr(parts.drafter, "facts", ())),
+        "prompt_set": prompt_set_hash(prompts),
+        "prompts": len(prompts),
     }
 
 
-def _trajectories(settings: RunConfig, checkpoint: Checkpoint, verifier: TransformerVerifier) -> TrajectoryCache:
+def _session(parts: Prepared, shared_baselines: Path | None, reporter: Reporter) -> Session:
+    """The session, with the reference and what is measured against it where the run asks for that."""
+    evaluate = parts.settings.evaluate
+    session = Session(parts.settings, parts.drafter, parts.verifier, parts.tokenizer)
+    if evaluate.fidelity:
+        session.trajectories = _trajectories(parts)
+    if (evaluate.baselines or evaluate.fidelity) and not parts.verifier.is_reference:
+        session.reference = parts.build_reference(reporter)
+    if shared_baselines is not None:
+        _share(session, shared_baselines)
+    return session
+
+
+def _trajectories(parts: Prepared) -> TrajectoryCache:
     """The reference's answers are its own on every device and in every precision."""
     key: dict[str, str | int] = {
-        "model": checkpoint.identity,
-        "dtype": str(verifier.model.dtype),
-        "device": verifier.device.type,
+        "model": parts.checkpoint.identity,
+        "dtype": str(parts.verifier.model.dtype),
+        "device": parts.verifier.device.type,
         "torch": torch.__version__,
-        "length": settings.decode.max_new_tokens,
+        "length": parts.settings.decode.max_new_tokens,
     }
     return TrajectoryCache(cache_folder() / "trajectories", key)
 
 
-def _longest(prompts: Iterable[Prompt], tokenizer: Tokenizer, context_length: int) -> int:
-    """Tokens of the longest prompt, over all of its turns. Raises RequestError where one does not fit the model."""
-    longest = 0
-    for prompt in prompts:
-        length = len(tokenizer.encode_chat([{"role": "user", "content": "\n".join(prompt.turns)}]))
-        if length >= context_length:
-            raise RequestError(
-                f"{prompt.place}: question {prompt.key} has {length} tokens, but the model's context window is "
-                f"{context_length}; shorten it or leave it out"
-            )
-        longest = max(longest, length)
-    return longest
-
-
-def _print_header(
-    reporter: Reporter,
-    settings: RunConfig,
-    checkpoint: Checkpoint,
-    drafter: Drafter,
-    verifier: TransformerVerifier,
-    prompts: int,
-    finished: int,
-    folder: Path,
-) -> None:
+def _print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:
+    settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
     dtype = str(verifier.model.dtype).removeprefix("torch.")
     lossless = f"; lossless with respect to the {verifier.label}, not to the reference"
     entries = {
         "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
-        "drafter": "; ".join([_describe(settings.drafter), *getattr(drafter, "facts", ())]),
+        "drafter": "; ".join([_describe(settings.drafter), *getattr(parts.drafter, "facts", ())]),
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.facts])
         + ("" if verifier.is_reference else lossless),
         "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
@@ -266,11 +164,12 @@ def _decode_all(
                 records.append(record)
 
 
-def _summary(settings: RunConfig, verifier: TransformerVerifier, measured: Json, copy_bandwidth: float) -> Json:
+def _summary(session: Session, measured: Json, copy_bandwidth: float) -> Json:
     """The flat keys of summary.json; null where this run did not measure one."""
+    settings, verifier = session.settings, session.verifier
     cost, verify_ms = verifier.cost, measured["verify_ms"]
     bytes_per_step = cost.weight_bytes + cost.kv_bytes_per_token * (measured["mean_context"] or 0)
-    return {
+    summary = {
         "model": settings.model.name,
         "drafter": settings.drafter["name"],
         "verifier": settings.verifier["name"],
@@ -282,4 +181,8 @@ def _summary(settings: RunConfig, verifier: TransformerVerifier, measured: Json,
         "achieved_bandwidth_fraction": bytes_per_step / (verify_ms / 1e3) / copy_bandwidth if verify_ms else None,
         "peak_memory_bytes": peak_memory_bytes(verifier.device),
         "device": device_name(verifier.device),
+        "simulated": session.simulated,
     }
+    if session.simulated:
+        summary["distinct_4gram_ratio"] = None
+    return summary

@@ -14,9 +14,9 @@ from quasar.config import CONF, RunConfig, config_hash
 from quasar.drafters.base import Drafter, PreparedDrafter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.prompts import load_prompts, prompt_set_hash
-from quasar.experiment import choose_device, choose_dtype
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import locate
+from quasar.preparation import choose_device, choose_dtype
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed, composed_run, resources_for

@@ -16,7 +16,7 @@ from quasar.cli import model_source
 from quasar.console import Reporter
 from quasar.draft import Context, Draft
 from quasar.drafters.ngram import NgramDrafter
-from quasar.experiment import choose_device, choose_dtype, load_model
+from quasar.preparation import choose_device, choose_dtype, load_model
 from quasar.model.sources import locate
 from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
