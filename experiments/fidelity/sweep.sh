@@ -20,9 +20,9 @@ sweep int4 verifier=int4 verifier.method=rtn,awq,gptq verifier.symmetric=true,fa
 sweep int4-unclipped verifier=int4 verifier.method=rtn verifier.clip=false "$@"
 sweep int4-groups verifier=int4 verifier.group_size=32,96 "$@"
 sweep int4-a8 verifier=int4 verifier.activation_bits=8 "$@"
-sweep bitsandbytes verifier=bnb_int8,bnb_nf4,bnb_fp4 "$@"
 sweep width verifier=pruned verifier.importance=flap,wanda,taylor,magnitude verifier.ratio=0.05,0.1,0.25,0.5 "$@"
 sweep width-heads verifier=pruned verifier.heads=true verifier.ratio=0.1,0.25 "$@"
 sweep depth verifier=pruned verifier.method=depth verifier.selection=block_influence,angular,deepest \
     verifier.ratio=0.05,0.1,0.25,0.5 "$@"
+sweep bitsandbytes verifier=bnb_int8,bnb_nf4,bnb_fp4 "$@"
 "${PYTHON:-python}" experiments/fidelity/table.py "$output"
