@@ -118,7 +118,8 @@ def test_stop_token_inside_a_copied_block_ends_the_output_there() -> None:
     assert (generation.accepted, generation.emitted) == ([5], [4])
 
 
-@pytest.mark.parametrize("drafter_name", [name for name in DRAFTERS if not name.startswith("ngram")])
+# Random text is hard to look up: the test above has prompt lookup.
+@pytest.mark.parametrize("drafter_name", [name for name in DRAFTERS if "ngram" not in name])
 def test_stop_token_inside_a_block_ends_the_output_there(drafter_name: str) -> None:
     verifier = build("fp16")
     inside = 0
