@@ -74,9 +74,48 @@ class RejectionSampling:
             node = following
 
 
+class Typical:
+    """Typical acceptance (Medusa, Cai et al. 2024, section 2.3.1): **lossy**, the output has no model's distribution.
+
+    A drafted token x counts as typical where p(x) > min(threshold, alpha * exp(-H(p))), with H the entropy of the
+    verifier's sampling distribution p in nats: a likely token always, an unlikely one where p is flat. The longest
+    path of typical tokens is kept, of equal ones the first; the bonus token is drawn from p over its typical tokens.
+    """
+
+    def __init__(self, sampling: Sampling, threshold: float, alpha: float) -> None:
+        self.sampling = sampling
+        self.threshold = threshold
+        self.alpha = alpha
+
+    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+        target = self.sampling.probabilities(logits)
+        typical = target > self._bounds(target).unsqueeze(-1)
+        rows = torch.tensor(draft.parents, dtype=torch.int64) + 1
+        kept = typical[rows, torch.tensor(draft.tokens, dtype=torch.int64)].tolist()
+        path = _longest_kept_path(draft, kept)
+        row = path[-1] + 1 if path else 0
+        # The most likely token is below the bound in rounding only, or on it (a flat p with alpha 1).
+        candidates = target[row].where(typical[row], 0.0)
+        return Accepted(path, draw(candidates if candidates.any() else target[row], generator))
+
+    def _bounds(self, target: Tensor) -> Tensor:
+        """The probability above which a token is typical, per row of ``target`` [T + 1, V]."""
+        entropy = -torch.special.xlogy(target, target).sum(-1)
+        return (self.alpha * (-entropy).exp()).clamp(max=self.threshold)
+
+
 def rule_for(sampling: Sampling) -> AcceptanceRule:
     """The exact rule for a sampling setting: greedy at temperature 0, else rejection sampling."""
     return Greedy() if sampling.greedy else RejectionSampling(sampling)
+
+
+def _longest_kept_path(draft: Draft, kept: list[bool]) -> list[int]:
+    """The deepest path from the root along which every token is kept, the first of several."""
+    paths: dict[int, list[int]] = {ROOT: []}
+    for node, parent in enumerate(draft.parents):
+        if kept[node] and parent in paths:
+            paths[node] = [*paths[parent], node]
+    return max(paths.values(), key=len)
 
 
 def _uniform(generator: torch.Generator) -> float:

@@ -62,6 +62,10 @@ class DecodeConfig:
     top_k: Optional[int] = MISSING
     top_p: float = MISSING
     draft_tokens: int | str | None = MISSING
+    stop: list[str] = MISSING
+    acceptance: str = MISSING
+    typical_threshold: float = MISSING
+    typical_alpha: float = MISSING
 
 
 @dataclass
@@ -159,6 +163,16 @@ def check(config: DictConfig) -> RunConfig:
         decode.draft_tokens,
         "at least 1, auto, or null (the drafter's own length); drafter=none drafts nothing",
     )
+    _require(all(decode.stop), "decode.stop", decode.stop, "texts of at least one character")
+    _require(decode.acceptance in ("exact", "typical"), "decode.acceptance", decode.acceptance, "exact or typical")
+    _require(
+        decode.acceptance == "exact" or decode.temperature > 0,
+        "decode.acceptance",
+        decode.acceptance,
+        f"exact at decode.temperature={decode.temperature:g}, where there is nothing to sample; raise the temperature",
+    )
+    for key in ("typical_threshold", "typical_alpha"):
+        _require(0 < getattr(decode, key) <= 1, f"decode.{key}", getattr(decode, key), "above 0 and at most 1")
     _require(
         typed.data.limit is None or typed.data.limit >= 1, "data.limit", typed.data.limit, "at least 1, or null (all)"
     )

@@ -10,47 +10,10 @@ import torch
 from quasar.acceptance import AcceptanceRule
 from quasar.draft import Context, Draft, StepResult
 from quasar.drafters.base import Drafter
+from quasar.limits import Limits
 from quasar.sampling import Sampling
 from quasar.timing import Stopwatch
 from quasar.verifiers.base import Verifier
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where a sequence ends: after ``max_new_tokens``, at a stop token, or when the context is full.
-
-    draft_tokens: cap on a draft's depth, or None to leave it to the drafter.
-    """
-
-    max_new_tokens: int
-    context_length: int
-    stop_tokens: frozenset[int]
-    draft_tokens: int | None = None
-
-    def room(self, context: Context) -> int:
-        """Tokens that may still be emitted."""
-        emitted = len(context.tokens) - context.prompt_length
-        return min(self.max_new_tokens - emitted, self.context_length - len(context.tokens))
-
-    def budget(self, context: Context) -> int:
-        """Deepest useful draft: the bonus token takes one place of the room."""
-        budget = self.room(context) - 1
-        return budget if self.draft_tokens is None else min(budget, self.draft_tokens)
-
-    def cut(self, emitted: list[int]) -> list[int]:
-        """A stop token inside an accepted block ends the output there."""
-        for index, token in enumerate(emitted):
-            if token in self.stop_tokens:
-                return emitted[: index + 1]
-        return emitted
-
-    def finished(self, context: Context) -> str | None:
-        """Why the sequence is over ("stop", "length", "context"), or None."""
-        if context.last in self.stop_tokens:
-            return "stop"
-        if self.room(context) > 0:
-            return None
-        return "length" if len(context.tokens) - context.prompt_length >= self.max_new_tokens else "context"
 
 
 @dataclass
@@ -100,7 +63,7 @@ def decode(
         own = logits[: len(draft) + 1]
         accepted = rule.accept(draft, own, generator)
         verifier.keep(accepted.path)
-        emitted = limits.cut([draft.tokens[node] for node in accepted.path] + [accepted.bonus])
+        emitted = limits.cut(context, [draft.tokens[node] for node in accepted.path] + [accepted.bonus])
         step = StepResult(draft, emitted, accepted.path, own, logits[len(draft) + 1 :] if draft.scratch else None)
         record.context.append(len(context.tokens) - 1)
         context.tokens += emitted

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quasar.acceptance import AcceptanceRule, rule_for
+from quasar.acceptance import AcceptanceRule, Typical, rule_for
 from quasar.config import RunConfig
-from quasar.decode import Generation, Limits, decode
+from quasar.decode import Generation, decode
 from quasar.draft import StepResult
 from quasar.draft_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter, NotingDrafter, SimulatingDrafter
@@ -19,6 +19,7 @@ from quasar.evaluation.accuracy import graded
 from quasar.evaluation.exactness import compare
 from quasar.evaluation.fidelity import ReferencePath, TrajectoryCache, measure
 from quasar.evaluation.prompts import Prompt
+from quasar.limits import Limits, StopStrings
 from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.metrics import STEP_COUNTS
@@ -54,10 +55,13 @@ class Session:
         chosen = self.settings.decode
         self.sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
         self.simulated = isinstance(self.drafter, SimulatingDrafter)
-        self.rule = rule_for(self.sampling)
+        self.rule: AcceptanceRule = rule_for(self.sampling)
+        if chosen.acceptance == "typical":
+            self.rule = Typical(self.sampling, chosen.typical_threshold, chosen.typical_alpha)
         context_length = self.verifier.model.config.context_length
         cap = chosen.draft_tokens if isinstance(chosen.draft_tokens, int) else None
-        self.limits = Limits(chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, draft_tokens=cap)
+        strings = StopStrings(chosen.stop, self.tokenizer.decode) if chosen.stop else None
+        self.limits = Limits(chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, cap, strings)
 
     def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> Json:
         """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""
@@ -176,7 +180,8 @@ class Session:
     ) -> Generation:
         limits = self.limits
         if max_new_tokens is not None:
-            limits = replace(limits, max_new_tokens=max_new_tokens)
+            # A given number of tokens is wanted whatever they say.
+            limits = replace(limits, max_new_tokens=max_new_tokens, stop_strings=None)
         # A path that is given is a greedy one, whatever the run samples.
         sampling = self.sampling if rule is None else Sampling()
         # A generator per prompt and turn, so that a resumed run draws what an undisturbed one would have drawn.

@@ -6,14 +6,23 @@ chance of ALPHA.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from scipy import stats
 
-from quasar.acceptance import Greedy, RejectionSampling
+from quasar.acceptance import Greedy, RejectionSampling, Typical
 from quasar.draft import ROOT, Draft
 from quasar.sampling import Sampling, draw
 
+SAMPLINGS = [
+    Sampling(1.0),
+    Sampling(0.7),
+    Sampling(0.7, top_k=4),
+    Sampling(1.0, top_p=0.8),
+    Sampling(0.7, top_k=5, top_p=0.9),
+]
 VOCABULARY = 6
 DRAWS = 12_000
 ALPHA = 1e-4
@@ -59,9 +68,7 @@ def first_token(draft: Draft, path: list[int], bonus: int) -> int:
     return draft.tokens[path[0]] if path else bonus
 
 
-@pytest.mark.parametrize(
-    "sampling", [Sampling(1.0), Sampling(0.7), Sampling(0.7, top_k=4), Sampling(1.0, top_p=0.8)], ids=str
-)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("token", [0, 3])
 def test_one_hot_draft_keeps_the_distribution(sampling: Sampling, token: int) -> None:
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(token)
@@ -78,7 +85,7 @@ def test_one_hot_draft_keeps_the_distribution(sampling: Sampling, token: int) ->
         assert_follows(second, sampling.probabilities(logits[1]))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.0, top_p=0.7)], ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_drawn_draft_keeps_the_distribution(sampling: Sampling) -> None:
     """Two tokens drawn from a distribution of the draft's own: the joint distribution is the verifier's."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(1)
@@ -101,12 +108,13 @@ def test_drawn_draft_keeps_the_distribution(sampling: Sampling) -> None:
     assert_follows(joint.flatten(), expected.flatten())
 
 
-def test_tree_of_siblings_keeps_the_distribution() -> None:
-    """Two deterministic siblings, one of them with a child, at temperature 1."""
-    sampling = Sampling(1.0)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_tree_of_siblings_keeps_the_distribution(sampling: Sampling) -> None:
+    """Two deterministic siblings, the likelier one tried second and with a child."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(5)
     logits = random_logits(4, seed=6)
-    draft = Draft([2, 4, 1], [ROOT, ROOT, 1])
+    second, likeliest = logits[0].topk(2).indices.flip(0).tolist()
+    draft = Draft([second, likeliest, 1], [ROOT, ROOT, 1])
     first, below = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
     for _ in range(DRAWS):
         accepted = rule.accept(draft, logits, generator)
@@ -114,12 +122,13 @@ def test_tree_of_siblings_keeps_the_distribution() -> None:
         if accepted.path[:1] == [1]:
             below[1 if len(accepted.path) == 2 else accepted.bonus] += 1
     assert_follows(first, sampling.probabilities(logits[0]))
+    assert below.sum() > 100
     assert_follows(below, sampling.probabilities(logits[2]))
 
 
-def test_siblings_drawn_without_replacement_keep_the_distribution() -> None:
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_siblings_drawn_without_replacement_keep_the_distribution(sampling: Sampling) -> None:
     """Recursive rejection: the second sibling's distribution is the first one's without the first token."""
-    sampling = Sampling(1.0)
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(8)
     logits, proposal = random_logits(3, seed=9), random_logits(1, seed=10)[0].softmax(-1)
     counts = torch.zeros(VOCABULARY)
@@ -146,6 +155,43 @@ def test_acceptance_probability_is_the_overlap_of_the_distributions() -> None:
         hits += len(rule.accept(draft, logits, generator).path)
     overlap = float(torch.minimum(sampling.probabilities(logits[0]), proposal).sum())
     assert stats.binomtest(hits, DRAWS, overlap).pvalue > ALPHA
+
+
+def test_typical_keeps_the_longest_path_of_likely_tokens() -> None:
+    """A flat distribution over four tokens has entropy log 4, so that 0.3 / 4 = 0.075 is enough there."""
+    flat = [0.25, 0.25, 0.25, 0.25]
+    sharp = [0.85, 0.08, 0.06, 0.01]  # exp(-H) = 0.567: the bound is the threshold, 0.09
+    rule, generator = Typical(Sampling(1.0), threshold=0.09, alpha=0.3), torch.Generator().manual_seed(0)
+
+    def accepted(draft: Draft, *rows: list[float]) -> list[int]:
+        return rule.accept(draft, torch.tensor(rows).log(), generator).path
+
+    assert accepted(Draft.chain([1, 0, 3]), flat, sharp, flat, sharp) == [0, 1, 2]
+    assert accepted(Draft.chain([1, 1, 3]), flat, sharp, flat, sharp) == [0]  # 0.08 after the first token
+    assert accepted(Draft.chain([3, 0]), sharp, flat, flat) == []
+    # Of two branches the deeper one; of equal ones the first, however likely the others.
+    assert accepted(Draft([0, 2, 3], [ROOT, ROOT, 1]), flat, sharp, sharp, flat) == [0]
+    assert accepted(Draft([0, 2, 0], [ROOT, ROOT, 1]), flat, sharp, sharp, flat) == [1, 2]
+    # A kept token below a rejected one does not count.
+    assert accepted(Draft([3, 0], [ROOT, 0]), sharp, sharp, sharp) == []
+
+
+def test_typical_bound_falls_with_entropy_and_the_bonus_is_typical_too() -> None:
+    rule, generator = Typical(Sampling(1.0), threshold=0.3, alpha=0.5), torch.Generator().manual_seed(0)
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
+    bound = 0.5 * math.exp(float((probabilities * probabilities.log()).sum()))
+    assert 0.06 < bound < 0.2
+    bonuses = [rule.accept(Draft(), probabilities.log().unsqueeze(0), generator).bonus for _ in range(DRAWS)]
+    counts = torch.bincount(torch.tensor(bonuses), minlength=5)
+    # Over the three typical tokens the bonus keeps the verifier's proportions.
+    assert_follows(counts, torch.tensor([0.4, 0.3, 0.2, 0.0, 0.0]))
+
+
+def test_typical_is_lossy() -> None:
+    """Why it is labelled so: a draft that is always the second best token is always kept."""
+    rule, generator = Typical(Sampling(1.0), threshold=0.09, alpha=0.3), torch.Generator().manual_seed(0)
+    logits = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()
+    assert all(rule.accept(Draft.chain([1]), logits, generator).path == [0] for _ in range(50))
 
 
 def test_sampling_distribution() -> None:

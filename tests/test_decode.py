@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar.acceptance import Accepted, Greedy, rule_for
-from quasar.decode import Generation, Limits, decode
+from quasar.decode import Generation, decode
 from quasar.draft import ROOT, Context, Draft, StepResult
 from quasar.draft_length import AdaptiveLength, PassCost
 from quasar.drafters.base import Drafter
@@ -22,6 +22,7 @@ from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
 from quasar.errors import RequestError
+from quasar.limits import Limits
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup, Verifier, VerifierCost

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quasar.acceptance import Greedy
 from quasar.config import CalibrationConfig
-from quasar.decode import Limits, decode
+from quasar.decode import decode
 from quasar.draft import ROOT, Draft
 from quasar.drafters.ngram import NgramDrafter
 from quasar.errors import QuasarError, RequestError
@@ -27,6 +27,7 @@ from quasar.evaluation.fidelity import (
     trajectory_of,
 )
 from quasar.evaluation.prompts import Prompt
+from quasar.limits import Limits
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
 from quasar.sampling import Sampling

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from quasar.acceptance import Greedy
-from quasar.decode import Limits, decode
+from quasar.decode import decode
 from quasar.draft import Context
 from quasar.drafters.lookahead import LookaheadDrafter
+from quasar.limits import Limits
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from quasar.acceptance import Greedy
-from quasar.decode import Limits, decode
+from quasar.decode import decode
 from quasar.draft import Context, Draft
 from quasar.drafters.replay import ReplayDrafter
 from quasar.errors import RequestError
 from quasar.evaluation.trace import read_trace
+from quasar.limits import Limits
 from quasar.main import main
 from quasar.model.transformer import Transformer
 from quasar.sampling import Sampling

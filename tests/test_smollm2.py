@@ -7,10 +7,11 @@ import torch
 
 from quasar.acceptance import rule_for
 from quasar.building import build
-from quasar.decode import Generation, Limits, decode
+from quasar.decode import Generation, decode
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.prompts import Prompt, load_prompts
+from quasar.limits import Limits
 from quasar.model.loading import load_transformer
 from quasar.model.sources import Checkpoint
 from quasar.model.tokenizer import Tokenizer, load_tokenizer

@@ -13,12 +13,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt, validate_call
 from torch import Tensor
 
 from quasar.acceptance import Greedy
-from quasar.decode import Limits, decode
+from quasar.decode import decode
 from quasar.draft import Context, Draft, StepResult
 from quasar.drafters.autoregressive import draft_chain
 from quasar.drafters.base import Resources
 from quasar.drafters.layer_search import SearchResult, search_skipped_layers, spread
 from quasar.errors import RequestError
+from quasar.limits import Limits
 from quasar.model.sources import cache_folder
 from quasar.results.records import write_atomically
 from quasar.sampling import Sampling

@@ -31,7 +31,7 @@ def summarize(records: Sequence[Json]) -> Json:
     phases = {key: sum(float(np.sum(turn["milliseconds"][key])) for turn in turns) for key in PHASES}
     count = len(steps["emitted"])
     decode_ms = sum(phases[key] for key in DECODE_PHASES)
-    decoded = int(steps["emitted"].sum())
+    emitted = int(steps["emitted"].sum())
     drafted, accepted = int(steps["drafted"].sum()), int(steps["accepted"].sum())
     prompt_tokens = sum(turn["prompt_tokens"] for turn in turns)
     speedup_same, _ = speedup(records, "ar_same")
@@ -39,9 +39,9 @@ def summarize(records: Sequence[Json]) -> Json:
     return {
         "prompts": len(records),
         "tokens_generated": sum(len(turn["token_ids"]) for turn in turns),
-        "tokens_per_second": _ratio(decoded * 1e3, decode_ms),
+        "tokens_per_second": _ratio(emitted * 1e3, decode_ms),
         "prefill_tokens_per_second": _ratio(prompt_tokens * 1e3, phases["prefill"]),
-        "mean_acceptance_length": _ratio(decoded, count),
+        "mean_acceptance_length": _ratio(emitted, count),
         **fidelity(records),
         "task_accuracy": _mean([record["correct"] for record in records if record.get("correct") is not None]),
         "acceptance_rate": _ratio(accepted, drafted),
@@ -145,13 +145,19 @@ def speedup(records: Sequence[Json], baseline: str) -> tuple[float | None, list[
     return value, [float(interval.low), float(interval.high)]
 
 
+def decoded(record: Json) -> tuple[int, float]:
+    """Tokens decoded for one prompt, and the milliseconds that took, prefill apart."""
+    turns = record["turns"]
+    ms = sum(float(np.sum(turn["milliseconds"][key])) for turn in turns for key in DECODE_PHASES)
+    return sum(sum(turn["steps"]["emitted"]) for turn in turns), ms
+
+
 def _paired(record: Json, baseline: str) -> tuple[float, float, float, float] | None:
     """Decoded tokens and milliseconds of a prompt, with drafting and in the baseline; None where one decoded none."""
     turns = record["turns"]
     if any(turn["baselines"].get(baseline) is None for turn in turns):
         return None
-    tokens = sum(sum(turn["steps"]["emitted"]) for turn in turns)
-    ms = sum(float(np.sum(turn["milliseconds"][key])) for turn in turns for key in DECODE_PHASES)
+    tokens, ms = decoded(record)
     base_tokens = sum(turn["baselines"][baseline]["decoded_tokens"] for turn in turns)
     base_ms = sum(turn["baselines"][baseline]["decode_ms"] for turn in turns)
     return (tokens, ms, base_tokens, base_ms) if tokens and base_tokens else None

@@ -42,9 +42,11 @@ def print_report(
     title = f"{settings.model.name}: drafter={settings.drafter['name']} verifier={settings.verifier['name']}"
     if measured["simulated"]:
         title += " (simulated acceptance)"
+    elif settings.decode.acceptance == "typical":
+        title += " (typical acceptance: lossy)"
     reporter.line()
     reporter.table(title, _COLUMNS, [_row(name, metrics) for name, metrics in rows])
-    for note in _notes(verifier, records, measured):
+    for note in _notes(settings, verifier, records, measured):
         reporter.line(note)
     for name in ("summary.json", "generations.jsonl", "config.yaml", "environment.json"):
         reporter.line(f"wrote {folder / name}")
@@ -77,13 +79,15 @@ def _row(name: str, metrics: Json) -> list[str]:
     ]
 
 
-def _notes(verifier: TransformerVerifier, records: list[Json], measured: Json) -> list[str]:
+def _notes(settings: RunConfig, verifier: TransformerVerifier, records: list[Json], measured: Json) -> list[str]:
     notes = []
     if measured["simulated"]:
         notes.append(
             "SIMULATED: step times are measured, acceptance is replayed from a recorded run; the text means nothing, "
             "and no speedup here was achieved by decoding."
         )
+    elif settings.decode.acceptance == "typical":
+        notes.append("The output is LOSSY: typical acceptance follows no model's distribution.")
     elif not verifier.is_reference:
         notes.append(f"The output is lossless with respect to the {verifier.label} only, not to the reference.")
     if measured["kl_to_reference"] is not None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from quasar.acceptance import Greedy
-from quasar.decode import Generation, Limits, decode
+from quasar.decode import Generation, decode
 from quasar.draft import Context, Draft, StepResult
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
+from quasar.limits import Limits
 from quasar.model.loading import load_transformer
 from quasar.model.transformer import Transformer
 from quasar.quantization.recipes import Int4Format, quantize_w4, quantize_w8a8

@@ -8,8 +8,9 @@ import time
 import torch
 
 from quasar.acceptance import Greedy
-from quasar.decode import Limits, decode
+from quasar.decode import decode
 from quasar.draft import Context, Draft, StepResult
+from quasar.limits import Limits
 from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup, Verifier
 from quasar.verifiers.fp16 import FP16Verifier
