@@ -1,7 +1,8 @@
-"""The ops around the products of a verification pass: Triton kernels on CUDA, the reference elsewhere.
+"""The ops around the products of a verification pass: compiled on a CPU, Triton kernels on CUDA, else the reference.
 
-Signatures and meaning are those of `kernels.reference`. Positions in the cache are read on the device, so that a
-captured CUDA graph serves every context length.
+Signatures and meaning are those of `kernels.reference`. The position in the cache is read when a kernel runs, so that
+a captured CUDA graph or a recorded `kernels.cpu.Tape` serves every context length. In the two that give int8, rows are
+quantized as `reference.quantize_tokens` does.
 """
 
 from __future__ import annotations
@@ -11,31 +12,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.gpu import gpu_backend, packed_for_gpu
-from kernels.weights import Int4Weight, Int8Weight
+from kernels.cpu import backend
+from kernels.cpu import fused as cpu
+from kernels.gpu import gpu_backend
 
 
 def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The normalized rows and the sum that was normalized."""
-    gpu = gpu_backend(x)
-    return (gpu or reference).add_rms_norm(x, weight, eps, residual)
+    if cpu.fits(x, x.shape[-1]) and (library := backend()) is not None:
+        return cpu.rms_norm(library, x, weight, eps, residual)
+    return (gpu_backend(x) or reference).add_rms_norm(x, weight, eps, residual)
 
 
 def add_rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalized rows as int8 and their scales, and the sum that was normalized."""
-    gpu = gpu_backend(x)
-    return (gpu or reference).add_rms_norm_quantize(x, weight, eps, residual)
+    if cpu.fits(x, x.shape[-1]) and (library := backend()) is not None:
+        return cpu.rms_norm_quantize(library, x, weight, eps, residual)
+    return (gpu_backend(x) or reference).add_rms_norm_quantize(x, weight, eps, residual)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``."""
+    if cpu.fits(gate_up, gate_up.shape[1] // 2) and (library := backend()) is not None:
+        return cpu.silu_mul(library, gate_up)
     return (gpu_backend(gate_up) or reference).silu_mul(gate_up)
 
 
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """``silu(gate) * up`` as int8 and its scales."""
+    if cpu.fits(gate_up, gate_up.shape[1] // 2) and (library := backend()) is not None:
+        return cpu.silu_mul_quantize(library, gate_up)
     return (gpu_backend(gate_up) or reference).silu_mul_quantize(gate_up)
 
 
@@ -51,11 +59,17 @@ def rotary_write_at(
     eps: float = 0.0,
 ) -> Tensor:
     """The rotated queries; keys and values go to the cache."""
-    return (gpu_backend(qkv) or reference).rotary_write_at(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps)
+    if cpu.fits_heads(qkv, keys) and (library := backend()) is not None:
+        norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+        return cpu.rotary_write(library, qkv, (cos, sin), keys, values, start, norms, eps)
+    gpu = gpu_backend(qkv)
+    return (gpu or reference).rotary_write_at(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps)
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
     """Attention of a block over the cached context and itself."""
+    if cpu.fits_heads(q, keys) and block_mask.dtype == torch.bool and (library := backend()) is not None:
+        return cpu.attend(library, q, keys, values, block_mask, start)
     return (gpu_backend(q) or reference).block_attention(q, keys, values, start, block_mask)
 
 
@@ -65,23 +79,3 @@ def linear_dense(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     if gpu is not None and gpu.supports("linear_bf16", x):
         return gpu.linear_bf16(x, values, bias)
     return F.linear(x, values, bias)
-
-
-def linear_w8a8_quantized(
-    tokens: Tensor, token_scales: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`kernels.linear_w8a8` of activations that are quantized already: int8 [M, K] and float32 [M, 1]."""
-    gpu = gpu_backend(tokens)
-    if gpu is not None and gpu.supports("linear_w8a8", tokens):
-        return gpu.linear_w8a8_quantized(tokens, token_scales, weight.values, weight.scales, bias, dtype)
-    return reference.linear_w8a8_quantized(tokens, token_scales, weight.values, weight.scales, bias).to(dtype)
-
-
-def linear_w4a8_quantized(
-    tokens: Tensor, token_scales: Tensor, weight: Int4Weight, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`kernels.linear_w4a8` of activations that are quantized already: int8 [M, K] and float32 [M, 1]."""
-    gpu = gpu_backend(tokens)
-    if gpu is not None and gpu.supports("linear_w4a8", tokens, weight.group_size):
-        return gpu.linear_w4a8_quantized(tokens, token_scales, packed_for_gpu(weight), bias, dtype)
-    return reference.linear_w4a8_quantized(tokens, token_scales, *weight.canonical(), bias).to(dtype)

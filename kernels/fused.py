@@ -17,14 +17,14 @@ from kernels.weights import Quantized
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension. x: [..., S]; weight: [S]."""
     if cpu.fits(x, x.shape[-1]) and weight.dtype == x.dtype and (library := backend()) is not None:
-        return cpu.rms_norm(library, x, weight, eps)
+        return cpu.rms_norm(library, x, weight, eps)[0]
     return reference.rms_norm(x, weight, eps)
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
     """`rms_norm` of [M, S], quantized per row."""
     if cpu.fits(x, x.shape[-1]) and weight.dtype == x.dtype and (library := backend()) is not None:
-        return Quantized(*cpu.rms_norm_quantize(library, x, weight, eps), x.dtype)
+        return Quantized(*cpu.rms_norm_quantize(library, x, weight, eps)[:2], x.dtype)
     return Quantized(*reference.quantize_tokens(reference.rms_norm(x, weight, eps)), x.dtype)
 
 
@@ -60,7 +60,7 @@ def rotary_write(
 
     Returns the rotated queries, [R, H, D].
     """
-    same = keys.dtype == qkv.dtype and (norms is None or norms[0].dtype == qkv.dtype)
+    same = norms is None or norms[0].dtype == qkv.dtype
     if same and cpu.fits_heads(qkv, keys) and (library := backend()) is not None:
         return cpu.rotary_write(library, qkv, rotation, keys, values, start, norms, eps)
     return reference.rotary_write(qkv, rotation, keys, values, start, norms, eps)
@@ -73,6 +73,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     the first S slots. Returns [R, H * D]. Query head h reads KV head h // (H / H_kv). On a CPU in bfloat16 a row's
     result depends neither on the other rows nor on slots that it does not see.
     """
-    if keys.dtype == q.dtype and cpu.fits_heads(q, keys) and (library := backend()) is not None:
+    if cpu.fits_heads(q, keys) and (library := backend()) is not None:
         return cpu.attend(library, q, keys, values, visible)
     return reference.attend(q, keys, values, visible)

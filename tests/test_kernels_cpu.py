@@ -400,34 +400,25 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
 
     tensors: list[Tensor] = []
     size, heads, kv_heads, head_dim, slots = 96, 3, 1, 96, 150 + rows
-    loaded.rms_norm(bfloat16(rows, size), bfloat16(size), bfloat16(rows, size), None, None, rows, size, 1e-5, 1)
+    x, weight, sums = bfloat16(rows, size), bfloat16(size), bfloat16(rows, size)
     quantized = other(rows, size, dtype=torch.int8), other(rows)
-    loaded.rms_norm(bfloat16(rows, size), bfloat16(size), None, *quantized, rows, size, 1e-5, 1)
+    loaded.rms_norm(x, None, weight, None, bfloat16(rows, size), None, None, rows, size, 1e-5, 1)
+    loaded.rms_norm(x, bfloat16(rows, size), weight, sums, None, *quantized, rows, size, 1e-5, 1)
     loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, 1)
     loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 1)
-    q, cache = (
-        bfloat16(rows, heads, head_dim),
-        (bfloat16(kv_heads, slots, head_dim), bfloat16(kv_heads, slots, head_dim)),
-    )
+    q, out = bfloat16(rows, heads, head_dim), bfloat16(rows, heads, head_dim)
+    cache = bfloat16(kv_heads, slots, head_dim), bfloat16(kv_heads, slots, head_dim)
+    qkv, rotation = bfloat16(rows, (heads + 2 * kv_heads) * head_dim), (other(rows, head_dim), other(rows, head_dim))
+    norms = bfloat16(head_dim), bfloat16(head_dim)
+    shape = rows, heads, kv_heads, head_dim
     tail = (slots - rows) * head_dim * 2
-    loaded.rotary_write(
-        bfloat16(rows, (heads + 2 * kv_heads) * head_dim),
-        other(rows, head_dim),
-        other(rows, head_dim),
-        bfloat16(head_dim),
-        bfloat16(head_dim),
-        q,
-        *(part + tail for part in cache),
-        rows,
-        heads,
-        kv_heads,
-        head_dim,
-        slots * head_dim,
-        1e-5,
-        1,
-    )
-    visible, out = other(rows, slots, dtype=torch.bool), bfloat16(rows, heads, head_dim)
-    loaded.attention(q, *cache, visible, out, rows, heads, kv_heads, head_dim, slots, slots * head_dim, 1)
+    ends = tuple(part + tail for part in cache)
+    start = guarded.copy(torch.tensor([slots - rows]))
+    loaded.rotary_write(qkv, *rotation, *norms, q, *ends, None, *shape, slots * head_dim, 1e-5, 1)
+    loaded.rotary_write(qkv, *rotation, *norms, q, *cache, start.data_ptr(), *shape, slots * head_dim, 1e-5, 1)
+    mask, block_mask = other(rows, slots, dtype=torch.bool), other(rows, rows, dtype=torch.bool)
+    loaded.attention(q, *cache, mask, out, None, *shape, slots, slots * head_dim, 1)
+    loaded.attention(q, *cache, block_mask, out, start.data_ptr(), *shape, rows, slots * head_dim, 1)
 
 
 @needs_kernels

@@ -6,5 +6,16 @@
 
 from kernels.cpu.library import Library, backend, use_level
 from kernels.cpu.packing import PackedWeight, pack_dense, pack_int4, pack_int8
+from kernels.cpu.tape import NotRecordableError, Tape
 
-__all__ = ["Library", "PackedWeight", "backend", "pack_dense", "pack_int4", "pack_int8", "use_level"]
+__all__ = [
+    "Library",
+    "NotRecordableError",
+    "PackedWeight",
+    "Tape",
+    "backend",
+    "pack_dense",
+    "pack_int4",
+    "pack_int8",
+    "use_level",
+]

@@ -12,6 +12,7 @@
 
 #include "buffer.h"
 #include "exponential.h"
+#include "exports.h"
 
 namespace {
 
@@ -31,9 +32,9 @@ struct Attention {
     const uint16_t* q;       // [rows][heads][head_dim]
     const uint16_t* keys;    // [kv_heads][..][head_dim], head_stride elements from head to head
     const uint16_t* values;  // likewise
-    const uint8_t* visible;  // [rows][slots]
+    const uint8_t* mask;     // [rows][slots - prefix], of the slots behind the prefix, all of which every row sees
     uint16_t* out;           // [rows][heads][head_dim]
-    int64_t rows, heads, kv_heads, head_dim, slots, head_stride;
+    int64_t rows, heads, kv_heads, head_dim, slots, prefix, head_stride;
     float scale;
 
     int64_t group() const { return heads / kv_heads; }
@@ -73,8 +74,18 @@ inline Floats add_pairs(Floats sum, Ints key_pairs, int32_t query_pair) {
 #endif
 }
 
+// Sixteen bytes, nonzero where a row of the mask sees a slot from `first` on; `padded` is there for those at an edge.
+inline const uint8_t* lane_mask(const Attention& job, const uint8_t* mask, int64_t first, uint8_t (&padded)[LANES]) {
+    if (first >= job.prefix && first + LANES <= job.slots) return mask + first - job.prefix;
+    for (int64_t lane = 0; lane < LANES; ++lane) {
+        const int64_t slot = first + lane;
+        padded[lane] = slot < job.prefix || (slot < job.slots && mask[slot - job.prefix]);
+    }
+    return padded;
+}
+
 template <int ROWS>
-void score_tile(const Attention& job, const int32_t* const* queries, const uint8_t* const* visible, int64_t first_key,
+void score_tile(const Attention& job, const int32_t* const* queries, const uint8_t* const* masks, int64_t first_key,
                 const int32_t* key_units, float* scores) {
     Floats sums[ROWS];
 #pragma GCC unroll 24
@@ -84,13 +95,13 @@ void score_tile(const Attention& job, const int32_t* const* queries, const uint8
 #pragma GCC unroll 24
         for (int row = 0; row < ROWS; ++row) sums[row] = add_pairs(sums[row], pairs, queries[row][unit]);
     }
-    const int64_t present = job.slots - first_key;
+    const bool all_visible = first_key + LANES <= job.prefix;
 #pragma GCC unroll 24
     for (int row = 0; row < ROWS; ++row) {
-        const uint8_t* mask = visible[row] + first_key;
-        uint8_t padded[LANES] = {};
-        if (present < LANES) mask = static_cast<uint8_t*>(std::memcpy(padded, mask, present));
-        store_float32(scores + row * CHUNK_KEYS, mask_invisible(multiply(sums[row], broadcast(job.scale)), mask));
+        Floats scaled = multiply(sums[row], broadcast(job.scale));
+        uint8_t padded[LANES];
+        if (!all_visible) scaled = mask_invisible(scaled, lane_mask(job, masks[row], first_key, padded));
+        store_float32(scores + row * CHUNK_KEYS, scaled);
     }
 }
 
@@ -200,26 +211,27 @@ inline void to_weights(float* scores, int64_t keys, float* largest, float* sum) 
     *sum = sum_floats(total);
 }
 
-inline bool any_visible(const uint8_t* const* visible, int64_t rows, int64_t first, int64_t keys) {
+inline bool any_visible(const Attention& job, const uint8_t* const* masks, int64_t rows, int64_t first, int64_t keys) {
+    if (first < job.prefix) return true;
     for (int64_t row = 0; row < rows; ++row)
-        if (std::memchr(visible[row] + first, 1, keys) != nullptr) return true;
+        if (std::memchr(masks[row] + first - job.prefix, 1, keys) != nullptr) return true;
     return false;
 }
 
 void attend_chunk(const Attention& job, const Partials& partials, const Task& task, Scratch& scratch) {
     const int32_t* queries[TILE_ROWS];
-    const uint8_t* visible[TILE_ROWS];
+    const uint8_t* masks[TILE_ROWS];
     float* results[TILE_ROWS];
     const int64_t head_rows = job.group() * job.rows;
     for (int64_t index = 0; index < task.count; ++index) {
         const int64_t packed = task.first + index, row = packed % job.rows;
         const int64_t head = task.kv_head * job.group() + packed / job.rows;
         queries[index] = reinterpret_cast<const int32_t*>(job.q + (row * job.heads + head) * job.head_dim);
-        visible[index] = job.visible + row * job.slots;
+        masks[index] = job.mask + row * (job.slots - job.prefix);
         results[index] = partials.of(task.kv_head * head_rows + packed, task.chunk, job.chunks());
     }
     const int64_t first = task.chunk * CHUNK_KEYS, keys = std::min(CHUNK_KEYS, job.slots - first);
-    if (!any_visible(visible, task.count, first, keys)) {
+    if (!any_visible(job, masks, task.count, first, keys)) {
         for (int64_t index = 0; index < task.count; ++index) results[index][1] = 0;
         return;
     }
@@ -234,7 +246,7 @@ void attend_chunk(const Attention& job, const Partials& partials, const Task& ta
         }
         for (int64_t unit = 0; unit < job.head_dim / 2; unit += LANES)
             transpose(tile, unit, scratch.key_units + unit * LANES);
-        score(job, queries, visible, first + key, scratch.key_units, scratch.scores + key);
+        score(job, queries, masks, first + key, scratch.key_units, scratch.scores + key);
     }
     for (int64_t index = 0; index < task.count; ++index)
         to_weights(scratch.scores + index * CHUNK_KEYS, keys, &results[index][0], &results[index][1]);
@@ -292,16 +304,16 @@ void attend_batch(const Attention& job, int32_t threads) {
 
 }  // namespace
 
-// q [rows][heads][head_dim]; keys and values [kv_heads][slots][head_dim] with head_stride elements from head to head;
-// visible [rows][slots]; out like q. head_dim: a multiple of 32, at most 512.
-extern "C" __attribute__((visibility("default"))) void quasar_attention(
-    const uint16_t* q, const uint16_t* keys, const uint16_t* values, const uint8_t* visible, uint16_t* out, int64_t rows,
-    int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t slots, int64_t head_stride, int32_t threads) {
+void quasar_attention(const uint16_t* q, const uint16_t* keys, const uint16_t* values, const uint8_t* mask, uint16_t* out,
+                      const int64_t* start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                      int64_t slots, int64_t head_stride, int32_t threads) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    const int64_t prefix = start == nullptr ? 0 : *start;
+    if (start != nullptr) slots = prefix + rows;
     for (int64_t row = 0; row < rows; row += BATCH_ROWS) {
         const int64_t offset = row * heads * head_dim;
-        attend_batch({q + offset, keys, values, visible + row * slots, out + offset, std::min(BATCH_ROWS, rows - row),
-                      heads, kv_heads, head_dim, slots, head_stride, scale},
+        attend_batch({q + offset, keys, values, mask + row * (slots - prefix), out + offset,
+                      std::min(BATCH_ROWS, rows - row), heads, kv_heads, head_dim, slots, prefix, head_stride, scale},
                      threads);
     }
 }

@@ -4,6 +4,7 @@
 
 #include "activations.h"
 #include "exponential.h"
+#include "exports.h"
 
 namespace {
 
@@ -83,21 +84,23 @@ inline void rotate_head(const uint8_t* x, const uint8_t* weight, float eps, Rota
 
 }  // namespace
 
-#define EXPORTED extern "C" __attribute__((visibility("default"))) void
-
-// x [rows][size], weight [size]
-EXPORTED quasar_rms_norm(const uint8_t* x, const uint8_t* weight, uint8_t* out, int8_t* quantized, float* scales,
-                         int64_t rows, int64_t size, float eps, int32_t threads) {
+void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* weight, uint8_t* total, uint8_t* out,
+                     int8_t* quantized, float* scales, int64_t rows, int64_t size, float eps, int32_t threads) {
     for_each_row({out, quantized, scales}, rows, size, threads, [=](int64_t row, uint8_t* target) {
-        const uint8_t* source = x + 2 * row * size;
+        const int64_t first = 2 * row * size;
+        const uint8_t* source = x + first;
+        if (residual != nullptr) {
+            for (int64_t k = 0; k < 2 * size; k += 2 * LANES)
+                store_bfloat16(total + first + k, add(load_bfloat16(source + k), load_bfloat16(residual + first + k)));
+            source = total + first;
+        }
         const float factor = inverse_magnitude(source, size, eps);
         for (int64_t k = 0; k < size; k += LANES) store_bfloat16(target + 2 * k, normalized(source, weight, k, factor));
     });
 }
 
-// gate_up [rows][2][size]: silu(gate) * up, the first factor rounded
-EXPORTED quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows,
-                         int64_t size, int32_t threads) {
+void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size,
+                     int32_t threads) {
     for_each_row({out, quantized, scales}, rows, size, threads, [=](int64_t row, uint8_t* target) {
         const uint8_t* source = gate_up + 4 * row * size;
         for (int64_t k = 0; k < size; k += LANES) {
@@ -110,23 +113,21 @@ EXPORTED quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized
     });
 }
 
-// qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q
-// [rows][heads][head_dim], rotated keys and values to keys and values [kv_heads][rows][head_dim], head_stride elements
-// from head to head. q_weight, k_weight: norms of the heads [head_dim], or null.
-EXPORTED quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines, const uint8_t* q_weight,
-                             const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, int64_t rows,
-                             int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,
-                             int32_t threads) {
-    const int64_t width = (heads + 2 * kv_heads) * head_dim;
+void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines, const uint8_t* q_weight,
+                         const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, const int64_t* start,
+                         int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,
+                         int32_t threads) {
+    const int64_t width = (heads + 2 * kv_heads) * head_dim, first = start == nullptr ? 0 : *start;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_ELEMENTS)
     for (int64_t row = 0; row < rows; ++row) {
         const uint8_t* source = qkv + 2 * row * width;
         const Rotation rotation = {cosines + row * head_dim, sines + row * head_dim};
+        const auto slot = [&](int64_t head) { return 2 * (head * head_stride + (first + row) * head_dim); };
         for (int64_t head = 0; head < heads; ++head, source += 2 * head_dim)
             rotate_head(source, q_weight, eps, rotation, head_dim, q + 2 * (row * heads + head) * head_dim);
         for (int64_t head = 0; head < kv_heads; ++head, source += 2 * head_dim)
-            rotate_head(source, k_weight, eps, rotation, head_dim, keys + 2 * (head * head_stride + row * head_dim));
+            rotate_head(source, k_weight, eps, rotation, head_dim, keys + slot(head));
         for (int64_t head = 0; head < kv_heads; ++head, source += 2 * head_dim)
-            __builtin_memcpy(values + 2 * (head * head_stride + row * head_dim), source, 2 * head_dim);
+            __builtin_memcpy(values + slot(head), source, 2 * head_dim);
     }
 }

@@ -1,6 +1,6 @@
 """Calls of the fused ops: everything of a decoder layer that is no product of matrices.
 
-All take bfloat16 tensors on the CPU; `fits` tells whether the library takes these.
+All take bfloat16 tensors on the CPU; `fits` and `fits_heads` tell whether the library takes these.
 """
 
 from __future__ import annotations
@@ -29,43 +29,26 @@ def fits(x: Tensor, size: int, multiple: int = LANES) -> bool:
 def fits_heads(x: Tensor, keys: Tensor) -> bool:
     """Whether x and a cache [H_kv, capacity, D] like its keys fit."""
     head_dim = keys.shape[2]
-    return fits(x, head_dim, HEAD_DIM_MULTIPLE) and head_dim <= MAX_HEAD_DIM and keys[0].is_contiguous()
+    fitting_cache = head_dim <= MAX_HEAD_DIM and keys.stride()[1:] == (head_dim, 1) and keys.dtype == x.dtype
+    return fitting_cache and fits(x, head_dim, HEAD_DIM_MULTIPLE)
 
 
-def rms_norm(library: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(
+    library: Library, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The normalized rows of ``x + residual``, and that sum."""
     x = x.contiguous()
-    out = torch.empty_like(x)
-    size = x.shape[-1]
-    library.rms_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        out.data_ptr(),
-        None,
-        None,
-        x.numel() // size,
-        size,
-        eps,
-        torch.get_num_threads(),
-    )
-    return out
+    out = torch.empty(x.shape, dtype=x.dtype)
+    return out, _rms_norm(library, x, weight, eps, residual, out.data_ptr(), None, None)
 
 
-def rms_norm_quantize(library: Library, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_quantize(
+    library: Library, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalized rows of ``x + residual`` [M, K], as int8 and their scales [M, 1], and that sum."""
     x = x.contiguous()
-    rows, size = x.shape
-    values, scales = torch.empty((rows, size), dtype=torch.int8), torch.empty((rows, 1), dtype=torch.float32)
-    library.rms_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        None,
-        values.data_ptr(),
-        scales.data_ptr(),
-        rows,
-        size,
-        eps,
-        torch.get_num_threads(),
-    )
-    return values, scales
+    values, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty((len(x), 1), dtype=torch.float32)
+    return values, scales, _rms_norm(library, x, weight, eps, residual, None, values.data_ptr(), scales.data_ptr())
 
 
 def silu_mul(library: Library, gate_up: Tensor) -> Tensor:
@@ -92,17 +75,23 @@ def rotary_write(
     rotation: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
-    start: int,
+    start: int | Tensor,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
 ) -> Tensor:
+    """start: the first slot, or int64 [1] that holds it when the kernel runs; then the caller sees to it that the rows
+    fit into the cache. Raises ValueError where they do not."""
     qkv = qkv.contiguous()
     cosines, sines = rotation
     rows = len(qkv)
     kv_heads, capacity, head_dim = keys.shape
-    if start + rows > capacity:
+    offset, start_pointer = 0, None
+    if isinstance(start, Tensor):
+        start_pointer = start.data_ptr()
+    elif start + rows > capacity:
         raise ValueError(f"rows {start} to {start + rows} do not fit into a cache of {capacity} slots")
-    offset = start * head_dim * keys.itemsize
+    else:
+        offset = start * head_dim * keys.itemsize
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q = torch.empty((rows, heads, head_dim), dtype=torch.bfloat16)
     q_weight, k_weight = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
@@ -115,6 +104,7 @@ def rotary_write(
         q.data_ptr(),
         keys.data_ptr() + offset,
         values.data_ptr() + offset,
+        start_pointer,
         rows,
         heads,
         kv_heads,
@@ -126,19 +116,24 @@ def rotary_write(
     return q
 
 
-def attend(library: Library, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    q, visible = q.contiguous(), visible.contiguous()
+def attend(
+    library: Library, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, start: Tensor | None = None
+) -> Tensor:
+    """mask: bool [R, S] over the first S slots; with ``start``, int64 [1], bool [R, R] over the slots from there on,
+    and every row sees those before. Raises ValueError for a mask of another shape."""
+    q, mask = q.contiguous(), mask.contiguous()
     rows, heads, head_dim = q.shape
-    kv_heads, slots = len(keys), visible.shape[1]
-    if slots > keys.shape[1] or len(visible) != rows:
-        raise ValueError(f"mask {list(visible.shape)} does not fit {rows} rows and {keys.shape[1]} slots")
+    kv_heads, slots = len(keys), mask.shape[1]
+    if len(mask) != rows or slots > (keys.shape[1] if start is None else rows):
+        raise ValueError(f"mask {list(mask.shape)} does not fit {rows} rows and {keys.shape[1]} slots")
     out = torch.empty((rows, heads * head_dim), dtype=torch.bfloat16)
     library.attention(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
-        visible.data_ptr(),
+        mask.data_ptr(),
         out.data_ptr(),
+        None if start is None else start.data_ptr(),
         rows,
         heads,
         kv_heads,
@@ -148,3 +143,36 @@ def attend(library: Library, q: Tensor, keys: Tensor, values: Tensor, visible: T
         torch.get_num_threads(),
     )
     return out
+
+
+def _rms_norm(
+    library: Library,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    out: int | None,
+    values: int | None,
+    scales: int | None,
+) -> Tensor:
+    """Normalize into ``out``, or ``values`` and ``scales``; returns the sum that was normalized."""
+    total, total_pointer, residual_pointer = x, None, None
+    if residual is not None:
+        residual = residual.contiguous()
+        total = torch.empty(x.shape, dtype=x.dtype)
+        total_pointer, residual_pointer = total.data_ptr(), residual.data_ptr()
+    size = x.shape[-1]
+    library.rms_norm(
+        x.data_ptr(),
+        residual_pointer,
+        weight.data_ptr(),
+        total_pointer,
+        out,
+        values,
+        scales,
+        x.numel() // size,
+        size,
+        eps,
+        torch.get_num_threads(),
+    )
+    return total

@@ -1,4 +1,4 @@
 #include "exports.h"
 #include "int8_product.h"
 
-EXPORT(quasar_linear_w8a8) { multiply<Int8Product>(*weight, {x, token_scales, out, bias, rows, flags, threads}); }
+PRODUCT(quasar_linear_w8a8) { multiply<Int8Product>(*weight, {x, token_scales, out, bias, rows, flags, threads}); }

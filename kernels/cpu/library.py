@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,25 +27,56 @@ HUGE_PAGE_BYTES = 2 << 20
 Product = Callable[[int, int, int | None, int, int | None, int, int, int], None]
 
 _POINTER, _SIZE, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-_PRODUCT = (*[_POINTER] * 5, _SIZE, _INT32, _INT32)
+
+
+class Signature(NamedTuple):
+    """Argument types of a function of the library, and which argument is the number of rows."""
+
+    arguments: tuple[type, ...]
+    rows: int
+
+
+_PRODUCT = Signature((*[_POINTER] * 5, _SIZE, _INT32, _INT32), rows=5)
+KERNELS = {
+    "linear_w8a8": _PRODUCT,
+    "linear_w4a8": _PRODUCT,
+    "linear_w4a16": _PRODUCT,
+    "linear_bf16": _PRODUCT,
+    "linear_f32": _PRODUCT,
+    "rms_norm": Signature((*[_POINTER] * 7, _SIZE, _SIZE, _FLOAT, _INT32), rows=7),
+    "silu_mul": Signature((*[_POINTER] * 4, _SIZE, _SIZE, _INT32), rows=4),
+    "rotary_write": Signature((*[_POINTER] * 9, *[_SIZE] * 5, _FLOAT, _INT32), rows=9),
+    "attention": Signature((*[_POINTER] * 6, *[_SIZE] * 6, _INT32), rows=6),
+}
+"""The functions of exports.h that work on rows."""
 
 
 class Library:
     """The functions of one level. Calls go through ctypes directly: a custom op adds several microseconds to each."""
 
+    linear_w8a8: Product
+    linear_w4a8: Product
+    linear_w4a16: Product
+    linear_bf16: Product
+    linear_f32: Product
+    rms_norm: Callable[..., None]
+    silu_mul: Callable[..., None]
+    rotary_write: Callable[..., None]
+    attention: Callable[..., None]
+
     def __init__(self, path: Path, level: Level) -> None:
         self.level = level
         self._library = ctypes.CDLL(str(path))
-        self.linear_w8a8: Product = self._function("linear_w8a8", *_PRODUCT)
-        self.linear_w4a8: Product = self._function("linear_w4a8", *_PRODUCT)
-        self.linear_w4a16: Product = self._function("linear_w4a16", *_PRODUCT)
-        self.linear_bf16: Product = self._function("linear_bf16", *_PRODUCT)
-        self.linear_f32: Product = self._function("linear_f32", *_PRODUCT)
-        self.rms_norm = self._function("rms_norm", *[_POINTER] * 5, _SIZE, _SIZE, _FLOAT, _INT32)
-        self.silu_mul = self._function("silu_mul", *[_POINTER] * 4, _SIZE, _SIZE, _INT32)
-        self.rotary_write = self._function("rotary_write", *[_POINTER] * 8, *[_SIZE] * 5, _FLOAT, _INT32)
-        self.attention = self._function("attention", *[_POINTER] * 5, *[_SIZE] * 6, _INT32)
-        self._advise_huge_pages = self._function("advise_huge_pages", _POINTER, _SIZE)
+        for name, signature in KERNELS.items():
+            setattr(self, name, self._function(f"quasar_{name}", *signature.arguments))
+        self.replay = self._function("quasar_replay", _POINTER, _SIZE, _SIZE)
+        self._advise_huge_pages = self._function("quasar_advise_huge_pages", _POINTER, _SIZE)
+
+    def replayed(self, name: str) -> int:
+        """Address of the function that makes a recorded call of a kernel."""
+        address = ctypes.cast(getattr(self._library, f"replay_{name}"), ctypes.c_void_p).value
+        assert address is not None
+        return address
 
     def advise_huge_pages(self, memory: Tensor) -> None:
         """Ask for huge pages below a large tensor that has not been written yet."""
@@ -53,7 +84,7 @@ class Library:
             self._advise_huge_pages(memory.data_ptr(), memory.nbytes)
 
     def _function(self, name: str, *arguments: type) -> Callable[..., None]:
-        function = getattr(self._library, f"quasar_{name}")
+        function = getattr(self._library, name)
         function.argtypes = arguments
         function.restype = None
         return function

@@ -44,19 +44,38 @@ def fused_pass(
     tokens, offsets: int64 [R], as in `Transformer.forward`; start: int64 [1], the first slot; block_mask: bool or
     integer [R, R]. Keys and values are written at slots ``start`` to ``start + R``, for which the cache must have room.
     """
-    rotation = model.rope(offsets + start)
-    residual: Tensor = model.embedding(tokens)
+    slots = cache.keys, cache.values, start
+    residual, update = fused_blocks(
+        model, model.embedding(tokens), model.rope(offsets + start), slots, block_mask, layers
+    )
+    rows, residual = _normalized(model.norm, residual, update, model.lm_head)
+    return _project(model.lm_head, rows, residual.dtype)
+
+
+def fused_blocks(
+    model: Transformer,
+    residual: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    slots: tuple[Sequence[Tensor], Sequence[Tensor], Tensor],
+    block_mask: Tensor,
+    layers: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the decoder's blocks make of the residual stream [R, hidden_size]: that stream and the last update to it,
+    which is not added yet (None without layers).
+
+    rotation: cosines and sines [R, D]; slots: keys and values of all layers, and int64 [1], the first slot to write
+    """
+    keys, values, start = slots
     update: Tensor | None = None
     for index in range(len(model.blocks)) if layers is None else layers:
         block = model.blocks[index]
         assert isinstance(block, Block)
         rows, residual = _normalized(block.attention_norm, residual, update, block.attention.qkv)
-        slot = (cache.keys[index], cache.values[index], start)
+        slot = (keys[index], values[index], start)
         update = _attention(block.attention, rows, residual.dtype, rotation, slot, block_mask)
         rows, residual = _normalized(block.mlp_norm, residual, update, block.mlp.gate_up)
         update = _feed_forward(block.mlp, rows, residual.dtype)
-    rows, residual = _normalized(model.norm, residual, update, model.lm_head)
-    return _project(model.lm_head, rows, residual.dtype)
+    return residual, update
 
 
 def _attention(

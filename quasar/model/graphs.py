@@ -47,8 +47,9 @@ class BlockPasses:
         block_mask: Tensor,
         start: int | None = None,
         layers: Sequence[int] | None = None,
+        outputs: Tensor | slice = slice(None),
     ) -> Tensor:
-        """Logits [R, V] of a block of at most ``BUCKETS[-1]`` rows; arguments as in `Transformer.forward`.
+        """Logits [len(outputs), V] of a block of at most ``BUCKETS[-1]`` rows; arguments as in `Transformer.forward`.
 
         tokens, offsets: int64 [R]; block_mask: bool [R, R]; all on the CPU. Makes room in the cache for the padded
         block, whose rows it writes from ``start`` (default: the cache's length) on.
@@ -70,10 +71,11 @@ class BlockPasses:
             self._try_to_capture(key, inputs)
         graph = self._graphs.get(key)
         if graph is None:
-            return self._run(inputs, key[1])[:rows]
+            return self._run(inputs, key[1])[:rows][outputs]
         graph.graph.replay()
         # The next replay writes over the graph's own logits.
-        return graph.logits[:rows].clone()
+        logits = graph.logits[:rows][outputs]
+        return logits.clone() if isinstance(outputs, slice) else logits
 
     def graph_of(self, rows: int) -> torch.cuda.CUDAGraph | None:
         """The graph that passes of ``rows`` rows through all layers replay, or None where there is none (yet)."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import DenseWeight, Int4Weight, Int8Weight, block_ops
+from kernels import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 
 class W8A8Linear(nn.Module):
@@ -31,7 +31,7 @@ class W8A8Linear(nn.Module):
 
     def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
         """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
-        return block_ops.linear_w8a8_quantized(tokens, token_scales, self.weight, self.bias, dtype)
+        return kernels.linear_w8a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 
 class W4Linear(nn.Module):
@@ -52,7 +52,7 @@ class W4Linear(nn.Module):
 
     def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
         """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
-        return block_ops.linear_w4a8_quantized(tokens, token_scales, self.weight, self.bias, dtype)
+        return kernels.linear_w4a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 
 class PackedLinear(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from quasar.draft import Draft
 from quasar.errors import QuasarError, RequestError
-from quasar.model.graphs import BUCKETS, BlockPasses, can_fuse
 from quasar.model.kv_cache import KVCache
+from quasar.model.passes import MAX_ROWS, passes_for
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
 from quasar.verifiers.base import Setup, VerifierCost
@@ -37,7 +37,7 @@ class TransformerVerifier:
         self.model = model
         self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
-        self._passes = BlockPasses(model, self.cache) if can_fuse(model) else None
+        self._passes = passes_for(model, self.cache)
         self._last: tuple[int, Draft] | None = None
 
     @property
@@ -62,7 +62,7 @@ class TransformerVerifier:
                 "precision; draft with the same layers in another precision"
             )
         self.cache = owner.cache
-        self._passes = BlockPasses(self.model, self.cache) if can_fuse(self.model) else None
+        self._passes = passes_for(self.model, self.cache)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -77,11 +77,11 @@ class TransformerVerifier:
     @torch.inference_mode()
     def verify(self, last: int, draft: Draft) -> Tensor:
         self._last = None
-        if self._passes is None or draft.rows > BUCKETS[-1]:
+        if self._passes is None or draft.rows > MAX_ROWS:
             return self._finite(self._forward(last, draft))
         self._last = last, draft
-        logits = self._passes(draft.row_tokens(last), draft.offsets(), draft.block_mask())
-        return logits if draft.scratch is None else logits[self._outputs(draft)]
+        rows = draft.row_tokens(last), draft.offsets(), draft.block_mask()
+        return self._passes(*rows, outputs=self._outputs(draft))
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
@@ -109,12 +109,13 @@ class TransformerVerifier:
             self.cache,
             offsets=draft.offsets().to(self.device),
             block_mask=draft.block_mask().to(self.device),
-            outputs=slice(None) if draft.scratch is None else self._outputs(draft),
+            outputs=self._outputs(draft),
         )
 
-    def _outputs(self, draft: Draft) -> Tensor:
-        """The rows of a draft with scratch rows whose logits are wanted."""
-        assert draft.scratch is not None
+    def _outputs(self, draft: Draft) -> Tensor | slice:
+        """The rows of a pass whose logits are wanted: all but most of the scratch rows."""
+        if draft.scratch is None:
+            return slice(None)
         size = 1 + len(draft)
         return torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device)
 

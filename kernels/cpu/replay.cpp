@@ -1,0 +1,53 @@
+// A recorded sequence of calls, made again in one: between kernels of microseconds an interpreter would take longer
+// than they do.
+#include <cstring>
+#include <utility>
+
+#include "exports.h"
+
+namespace {
+
+// The arguments of a call, one per 64-bit slot; rows_slot is the index of the one that varies from replay to replay.
+struct Call {
+    void (*invoke)(const uint64_t* slots);
+    uint64_t* slots;
+    int64_t rows_slot;
+};
+
+template <class T>
+T read(uint64_t slot) {
+    T value;
+    std::memcpy(&value, &slot, sizeof value);  // x86 keeps the low bytes first
+    return value;
+}
+
+template <class... T, size_t... INDEX>
+void invoke(void (*function)(T...), const uint64_t* slots, std::index_sequence<INDEX...>) {
+    function(read<T>(slots[INDEX])...);
+}
+
+template <class... T>
+void invoke(void (*function)(T...), const uint64_t* slots) {
+    invoke(function, slots, std::index_sequence_for<T...>());
+}
+
+}  // namespace
+
+#define REPLAYABLE(name) \
+    EXPORTED void replay_##name(const uint64_t* slots) { invoke(quasar_##name, slots); }
+REPLAYABLE(linear_w8a8)
+REPLAYABLE(linear_w4a8)
+REPLAYABLE(linear_w4a16)
+REPLAYABLE(linear_bf16)
+REPLAYABLE(linear_f32)
+REPLAYABLE(rms_norm)
+REPLAYABLE(silu_mul)
+REPLAYABLE(rotary_write)
+REPLAYABLE(attention)
+
+EXPORTED void quasar_replay(const Call* calls, int64_t count, int64_t rows) {
+    for (const Call* call = calls; call < calls + count; ++call) {
+        call->slots[call->rows_slot] = rows;
+        call->invoke(call->slots);
+    }
+}
