@@ -63,6 +63,13 @@ def caches(model: Transformer, capacity: int = 128) -> tuple[KVCache, KVCache]:
     return pair[0], pair[1]
 
 
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_every_verifier_is_recorded_from_the_start(verifier: str) -> None:
+    """Nothing is left to be packed at the first product."""
+    built = VERIFIERS[verifier](random_transformer(llama(), 0, torch.bfloat16))
+    assert isinstance(built._passes, RecordedPasses)
+
+
 def passes_of(model: Transformer, cache: KVCache) -> RecordedPasses:
     passes = RecordedPasses.of(model, cache)
     assert passes is not None

@@ -137,5 +137,5 @@ def _layer(
         weight = Int4Weight.prepare(pack_int4(values), scales, zeros, symmetric, dtype)
         return W4Linear(weight, None, activation_bits)
     if all(part.quantized_inputs for part in parts) and scales.shape[1] == 1:
-        return W8A8Linear(Int8Weight(values, scales.squeeze(1)), None)
+        return W8A8Linear(Int8Weight.prepare(values, scales.squeeze(1)), None)
     return GroupInt8Linear(values, scales)
