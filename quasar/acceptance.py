@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quasar.draft import ROOT, Draft
-from quasar.sampling import Sampling, draw
+from quasar.sampling import Sampling, draw, most_likely
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Greedy:
     """Follow the verifier's argmax: the output is the verifier's own greedy decoding, whatever the draft."""
 
     def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
-        targets: list[int] = logits.argmax(-1).tolist()
+        targets = most_likely(logits)
         path: list[int] = []
         node = ROOT
         while True:

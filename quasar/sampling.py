@@ -45,6 +45,15 @@ class Sampling:
         return probabilities
 
 
+def most_likely(logits: Tensor) -> list[int]:
+    """The token of the first maximum of every row. logits: [R, V].
+
+    As ``argmax``, which takes four times as long in bfloat16 on a CPU.
+    """
+    found: list[int] = logits.max(-1).indices.tolist()
+    return found
+
+
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:
     """One token id drawn from an unnormalized distribution [V]."""
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -14,7 +14,7 @@ from scipy import stats
 
 from quasar.acceptance import Greedy, RejectionSampling, Typical
 from quasar.draft import ROOT, Draft
-from quasar.sampling import Sampling, draw
+from quasar.sampling import Sampling, draw, most_likely
 
 SAMPLINGS = [
     Sampling(1.0),
@@ -192,6 +192,14 @@ def test_typical_is_lossy() -> None:
     rule, generator = Typical(Sampling(1.0), threshold=0.09, alpha=0.3), torch.Generator().manual_seed(0)
     logits = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()
     assert all(rule.accept(Draft.chain([1]), logits, generator).path == [0] for _ in range(50))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_most_likely_is_the_first_of_equals(dtype: torch.dtype) -> None:
+    """Many ties, over rows longer than any vector or block of a reduction."""
+    logits = torch.randint(0, 4, (9, 49_157), generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert most_likely(logits) == expected
 
 
 def test_sampling_distribution() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quasar.draft import Context, Draft
-from quasar.sampling import draw
+from quasar.sampling import draw, most_likely
 
 NextLogits = Callable[[int, int], Tensor]
 """Logits [V] after (token, its offset behind the cached context)."""
@@ -27,7 +27,7 @@ def draft_chain(next_logits: NextLogits, context: Context, length: int, confiden
     while len(tokens) < length:
         logits = next_logits(token, len(tokens))
         if context.sampling.greedy:
-            token = int(logits.argmax())
+            token = most_likely(logits.unsqueeze(0))[0]
             sure = confidence == 0.0 or float(logits.float().softmax(-1)[token]) >= confidence
         else:
             distributions.append(context.sampling.probabilities(logits))

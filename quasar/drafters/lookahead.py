@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor
 
 from quasar.draft import Context, Draft, Scratch, StepResult, merge_into_tree
+from quasar.sampling import most_likely
 from quasar.verifiers.base import Verifier
 
 
@@ -75,7 +76,7 @@ class LookaheadDrafter:
     def observe(self, step: StepResult) -> None:
         if step.scratch_logits is None:
             return
-        iterate: list[int] = step.scratch_logits.argmax(-1).tolist()
+        iterate = most_likely(step.scratch_logits)
         levels = self._levels
         if len(levels) < self.ngram - 1:
             # Warm-up: one more iterate, and the window moves on by one position. The first iterate's predictions

@@ -21,6 +21,7 @@ from torch import Tensor
 from quasar.acceptance import Accepted
 from quasar.draft import ROOT, Draft
 from quasar.results.records import Json, whole_records
+from quasar.sampling import most_likely
 from quasar.verifiers.transformer import TransformerVerifier
 
 # Rows of logits compared at a time: bounds memory at large vocabularies.
@@ -87,7 +88,7 @@ class ReferencePath:
         self._position = 0
 
     def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
-        targets: list[int] = logits.argmax(-1).tolist()
+        targets = most_likely(logits)
         path: list[int] = []
         node = ROOT
         # The last answer token is always the bonus: what would follow it is not known.
