@@ -9,7 +9,7 @@
 namespace {
 
 // Elements below which one thread is done before the others have started.
-constexpr int64_t PARALLEL_ELEMENTS = 16384;
+constexpr int64_t PARALLEL_ELEMENTS = 8192;
 
 // Where rows go: bfloat16 [rows][size], or int8 [rows][size] and a float32 scale per row.
 struct Target {

@@ -1,0 +1,59 @@
+"""The main table from the runs of sweep.sh: ``python experiments/main_table/table.py OUTPUT``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from quasar.results.collect import Collector, tabulate
+
+HERE = Path(__file__).parent
+COLUMNS = {
+    "weights MB": lambda run: f"{run['weight_bytes'] / 1e6:.0f}",
+    "step ms": lambda run: f"{run['step_ms']:.2f}",
+    "step over fp16": lambda run: f"{run['cheaper']:.2f}x",
+    "tokens/s": lambda run: f"{run['tokens_per_second']:.0f}",
+    "AR-same over AR-ref": lambda run: f"{run['speedup_vs_ar_ref'] / run['speedup_vs_ar_same']:.2f}x",
+    "vs AR-same": lambda run: f"{run['speedup_vs_ar_same']:.2f}x",
+    "vs AR-ref": lambda run: f"{run['speedup_vs_ar_ref']:.2f}x ({' – '.join(f'{x:.2f}' for x in run['speedup_ci95'])})",
+    "τ": lambda run: f"{run['mean_acceptance_length']:.2f}",
+    "τ_ref": lambda run: f"{run['mean_acceptance_length_ref']:.2f}",
+    "KL": lambda run: f"{run['kl_to_reference']:.4f}",
+    "top-1": lambda run: f"{run['top1_agreement']:.3f}",
+}
+
+
+def main(output: Path) -> None:
+    runs = tabulate(Collector(output).runs(), output)
+    runs = runs[runs["status"] == "done"].copy()
+    runs["label"] = [describe(run) for run in runs.to_dict("records")]
+    # Autoregressive decoding by the reference, in the same run: what a step is compared with across runs.
+    runs["ar_ref_ms"] = 1e3 / (runs["tokens_per_second"] / runs["speedup_vs_ar_ref"])
+    steps = runs["step_ms"] / runs["ar_ref_ms"]
+    runs["cheaper"] = float(steps[runs["verifier"] == "fp16"].iloc[0]) / steps
+    lines = [f"| verifier | {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * len(COLUMNS)}"]
+    lines += [
+        f"| {run['label']} | {' | '.join(form(run) for form in COLUMNS.values())} |" for run in runs.to_dict("records")
+    ]
+    fp16 = runs[runs["verifier"] == "fp16"].iloc[0]
+    lines += ["", f"{fp16['device']}; a step of AR-ref takes {fp16['ar_ref_ms']:.2f} ms."]
+    (HERE / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    runs.drop(columns=["folder"], errors="ignore").to_csv(HERE / "results.csv", index=False)
+
+
+def describe(run: dict[str, object]) -> str:
+    """The verifier and the options that tell it from its siblings."""
+    parts = [str(run["verifier"])]
+    if str(run.get("verifier.activation_bits")) == "8":
+        parts.append("int8 inputs")
+    if str(run.get("verifier.lm_head_bits")) == "8":
+        parts.append("8-bit head")
+    if not pd.isna(ratio := run.get("verifier.ratio")):
+        parts.append(f"{float(str(ratio)):.0%}")
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
