@@ -27,19 +27,10 @@ COLUMNS = {
 }
 
 RESULTS = [
-    *(
-        "prompts",
-        "tokens_generated",
-        "tokens_per_second",
-        "step_ms",
-        "verify_ms",
-        "draft_ms",
-        "overhead_ms",
-        "ar_ref_ms",
-    ),
-    *("speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95_low", "speedup_ci95_high", "mean_acceptance_length"),
-    *("mean_acceptance_length_ref", "acceptance_rate", "kl_to_reference", "top1_agreement", "weight_bytes"),
-    *("bytes_per_step", "achieved_bandwidth_fraction", "device"),
+    *("prompts", "tokens_generated", "tokens_per_second", "step_ms", "verify_ms", "draft_ms", "overhead_ms"),
+    *("ar_ref_ms", "speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95_low", "speedup_ci95_high"),
+    *("mean_acceptance_length", "mean_acceptance_length_ref", "acceptance_rate", "kl_to_reference", "top1_agreement"),
+    *("weight_bytes", "bytes_per_step", "achieved_bandwidth_fraction", "device"),
 ]
 
 
