@@ -55,6 +55,8 @@ class RejectionSampling:
         self.sampling = sampling
 
     def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+        if logits.is_cuda and draft.is_chain:
+            return self.accept_chain(draft, logits, generator)
         path: list[int] = []
         node = ROOT
         while True:
@@ -72,6 +74,27 @@ class RejectionSampling:
                 return Accepted(path, draw(target, generator))
             path.append(following)
             node = following
+
+    def accept_chain(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+        """`accept` for a chain without a look at any result before the last: on a GPU the host waits once.
+
+        Computes the distributions after all drafted tokens, where `accept` stops at the first that is rejected.
+        """
+        target, size = self.sampling.probabilities(logits), len(draft)
+        tokens = torch.tensor(draft.tokens, dtype=torch.int64).to(logits.device, non_blocking=True).unsqueeze(1)
+        if draft.probabilities is None:
+            proposal = torch.zeros_like(target[:size]).scatter_(1, tokens, 1.0)
+        else:
+            proposal = draft.probabilities
+        keep = (target[:size].gather(1, tokens) / proposal.gather(1, tokens)).squeeze(1)
+        kept = (torch.rand(size, generator=generator, device=logits.device) < keep).cumprod(0).sum().view(1)
+        # Behind the last token nothing was rejected, and the residual is the distribution itself.
+        rejected = torch.cat([proposal, torch.zeros_like(target[:1])])
+        final = target.index_select(0, kept)
+        residual = (final - rejected.index_select(0, kept)).clamp_(min=0.0)
+        bonus = torch.multinomial(residual.where(residual.sum() > 0, final)[0], 1, generator=generator)
+        count, token = torch.cat([kept, bonus]).tolist()
+        return Accepted(list(range(count)), token)
 
 
 class Typical:

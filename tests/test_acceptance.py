@@ -7,12 +7,13 @@ chance of ALPHA.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from scipy import stats
 
-from quasar.acceptance import Greedy, RejectionSampling, Typical
+from quasar.acceptance import Accepted, Greedy, RejectionSampling, Typical
 from quasar.draft import ROOT, Draft
 from quasar.sampling import Sampling, draw, most_likely
 
@@ -23,8 +24,9 @@ SAMPLINGS = [
     Sampling(1.0, top_p=0.8),
     Sampling(0.7, top_k=5, top_p=0.9),
 ]
+Accept = Callable[[RejectionSampling, Draft, torch.Tensor, torch.Generator], Accepted]
 VOCABULARY = 6
-DRAWS = 12_000
+DRAWS = 6_000
 ALPHA = 1e-4
 
 
@@ -70,13 +72,14 @@ def first_token(draft: Draft, path: list[int], bonus: int) -> int:
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("token", [0, 3])
-def test_one_hot_draft_keeps_the_distribution(sampling: Sampling, token: int) -> None:
+@pytest.mark.parametrize("accept", [RejectionSampling.accept, RejectionSampling.accept_chain])
+def test_one_hot_draft_keeps_the_distribution(accept: Accept, sampling: Sampling, token: int) -> None:
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(token)
     logits = random_logits(2, seed=7)
     draft = Draft.chain([token])
     first, second = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
     for _ in range(DRAWS):
-        accepted = rule.accept(draft, logits, generator)
+        accepted = accept(rule, draft, logits, generator)
         first[first_token(draft, accepted.path, accepted.bonus)] += 1
         if accepted.path:
             second[accepted.bonus] += 1
@@ -86,7 +89,8 @@ def test_one_hot_draft_keeps_the_distribution(sampling: Sampling, token: int) ->
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_drawn_draft_keeps_the_distribution(sampling: Sampling) -> None:
+@pytest.mark.parametrize("accept", [RejectionSampling.accept, RejectionSampling.accept_chain])
+def test_drawn_draft_keeps_the_distribution(accept: Accept, sampling: Sampling) -> None:
     """Two tokens drawn from a distribution of the draft's own: the joint distribution is the verifier's."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(1)
     root, following = random_logits(1, seed=2)[0], random_logits(VOCABULARY, seed=3)
@@ -97,7 +101,7 @@ def test_drawn_draft_keeps_the_distribution(sampling: Sampling) -> None:
         second = draw(proposals[1 + first], generator)
         draft = Draft.chain([first, second], torch.stack([proposals[0], proposals[1 + first]]))
         logits = torch.stack([root, following[first], root])
-        accepted = rule.accept(draft, logits, generator)
+        accepted = accept(rule, draft, logits, generator)
         emitted = [draft.tokens[node] for node in accepted.path] + [accepted.bonus]
         if len(emitted) == 1:
             # The sequence goes on with the verifier's own distribution after the replacement.
@@ -200,6 +204,15 @@ def test_most_likely_is_the_first_of_equals(dtype: torch.dtype) -> None:
     logits = torch.randint(0, 4, (9, 49_157), generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = [row.index(max(row)) for row in logits.tolist()]
     assert most_likely(logits) == expected
+
+
+def test_a_chain_on_a_gpu_is_accepted_like_any_other() -> None:
+    """The cases without chance, through the path that only a GPU takes."""
+    rule, generator = RejectionSampling(Sampling(1.0, top_k=1)), torch.Generator()
+    for tokens, targets, count in (([1, 2, 3], [1, 2, 3, 4], 3), ([1, 2, 3], [1, 5, 3, 4], 1), ([], [7], 0)):
+        draft, logits = Draft.chain(tokens), one_hot_logits(targets)
+        expected = Accepted(list(range(count)), targets[count])
+        assert rule.accept_chain(draft, logits, generator) == rule.accept(draft, logits, generator) == expected
 
 
 def test_sampling_distribution() -> None:
