@@ -93,7 +93,8 @@ def length_table(name: str, settings: str, run: Any) -> Iterator[str]:
     """A row per length, a column per family; the last row is `auto` over the best fixed length."""
     speeds: dict[str, dict[str, float]] = {}
     for length in (*FIXED, "auto"):
-        records = run(f"lengths/{slug(name)}-{length}", f"decode=greedy {settings} decode.draft_tokens={length}")
+        chosen = f"decode=greedy {settings} decode.draft_tokens={length} evaluate.baselines=false"
+        records = run(f"lengths/{slug(name)}-{length}", chosen)
         families = dict.fromkeys(record["family"] for record in records)
         speeds[str(length)] = {
             family: summarize([record for record in records if record["family"] == family])["tokens_per_second"]
