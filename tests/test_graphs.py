@@ -203,7 +203,7 @@ def test_failed_capture_falls_back_with_a_message(tiny: Transformer, monkeypatch
 def test_verifier_decodes_with_passes_as_without(tiny: Transformer) -> None:
     """The verifier's own wiring: logits, scratch outputs and the committed path."""
     plain, fused = (FP16Verifier(tiny, Setup()) for _ in range(2))
-    fused._passes = BlockPasses(tiny, fused.cache)
+    fused.passes = BlockPasses(tiny, fused.cache)
     prompt = torch.arange(9)
     for verifier in (plain, fused):
         verifier.prefill(prompt)
@@ -219,7 +219,7 @@ def test_verifier_decodes_with_passes_as_without(tiny: Transformer) -> None:
 
 def test_broken_weights_are_reported_when_the_path_is_kept(tiny: Transformer) -> None:
     verifier = FP16Verifier(tiny, Setup())
-    verifier._passes = BlockPasses(tiny, verifier.cache)
+    verifier.passes = BlockPasses(tiny, verifier.cache)
     verifier.prefill(torch.arange(5))
     tiny.get_submodule("blocks.1.mlp.down").weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
     verifier.verify(3, Draft())

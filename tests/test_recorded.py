@@ -67,7 +67,7 @@ def caches(model: Transformer, capacity: int = 128) -> tuple[KVCache, KVCache]:
 def test_every_verifier_is_recorded_from_the_start(verifier: str) -> None:
     """Nothing is left to be packed at the first product."""
     built = VERIFIERS[verifier](random_transformer(llama(), 0, torch.bfloat16))
-    assert isinstance(built._passes, RecordedPasses)
+    assert isinstance(built.passes, RecordedPasses)
 
 
 def passes_of(model: Transformer, cache: KVCache) -> RecordedPasses:
@@ -146,8 +146,8 @@ def test_models_with_other_operations_are_left_alone() -> None:
 def test_verifier_decodes_with_recorded_passes_as_without() -> None:
     """The verifier's own wiring: logits, scratch outputs and the committed path."""
     plain, recorded = (FP16Verifier(bfloat16_model(llama(), "fp16"), Setup()) for _ in range(2))
-    assert isinstance(recorded._passes, RecordedPasses)
-    plain._passes = None
+    assert isinstance(recorded.passes, RecordedPasses)
+    plain.passes = None
     for verifier in (plain, recorded):
         verifier.prefill(torch.arange(9))
     for draft, path in ((TREE, [0, 2]), (scratched(), [0]), (Draft(), []), (Draft.chain([1] * 80), [0, 1])):

@@ -65,6 +65,40 @@ def small(prompt_file: Path, folder: str = "out") -> list[str]:
     return [*data, "decode.max_new_tokens=24", f"hydra.run.dir={folder}"]
 
 
+def records(tmp_path: Path, folder: str = "out") -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / folder / "generations.jsonl").read_text().splitlines()]
+
+
+def test_stop_strings_end_answers_and_leave_fidelity_alone(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    plain = ["verifier=int8", "drafter=ngram", "verifier.dtype=float32"]
+    assert run(*small(prompt_file, "whole"), *plain).returncode == 0
+    whole = [record["turns"][0] for record in records(tmp_path, "whole")]
+    # A letter that some answer holds, whose place in the syntax of an override nothing else has.
+    stop = next(letter for turn in whole for letter in turn["text"][4:] if letter.isascii() and letter.isalpha())
+    assert run(*small(prompt_file), *plain, f"decode.stop=['{stop}']").returncode == 0
+    for record, before in zip(records(tmp_path), whole, strict=True):
+        turn = record["turns"][0]
+        if stop in before["text"]:
+            assert turn["finish_reason"] == "stop"
+            assert stop in turn["text"]
+            assert stop not in turn["text"][:-1]
+            assert before["text"].startswith(turn["text"])
+        else:
+            assert turn["token_ids"] == before["token_ids"]
+        assert len(record["fidelity"][0]["kl"]) == 24
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "whole")]
+    assert summaries[0]["kl_to_reference"] == summaries[1]["kl_to_reference"]
+
+
+def test_typical_acceptance_is_labelled_lossy(run: Run, prompt_file: Path) -> None:
+    done = run(*small(prompt_file), "verifier=int8", "drafter=ngram", "decode=sampling", "decode.acceptance=typical")
+    assert done.returncode == 0, done.stderr
+    assert "decode    typical acceptance: lossy" in done.stdout
+    assert "(typical acceptance: lossy)" in done.stdout
+    assert "The output is LOSSY" in done.stdout
+    assert "lossless" not in done.stdout
+
+
 def test_drafters_that_ask_for_resources(run: Run, prompt_file: Path, tmp_path: Path) -> None:
     """A chain of prompt lookup, a searched layer-skip in another precision, and a draft model, in one run."""
     members = (

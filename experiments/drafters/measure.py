@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quasar.results.metrics import summarize
+from quasar.results.metrics import speedup, summarize
 
 ROOT = Path(__file__).parents[2]
 DRAFTERS = {
@@ -71,7 +71,7 @@ def main() -> None:
             print(measured_row(name, run(f"{mode}/{slug(name)}", f"decode={mode} {settings}")), flush=True)
     for name, settings in LENGTHS.items():
         if arguments.only in name:
-            print(f"\n### Length of {name}: tokens/s per task family, greedy\n")
+            print(f"\n### Length of {name}: speed over AR of the same run, per task family, greedy\n")
             for line in length_table(name, settings, run):
                 print(line, flush=True)
 
@@ -93,19 +93,21 @@ def length_table(name: str, settings: str, run: Any) -> Iterator[str]:
     """A row per length, a column per family; the last row is `auto` over the best fixed length."""
     speeds: dict[str, dict[str, float]] = {}
     for length in (*FIXED, "auto"):
-        chosen = f"decode=greedy {settings} decode.draft_tokens={length} evaluate.baselines=false"
-        records = run(f"lengths/{slug(name)}-{length}", chosen)
-        families = dict.fromkeys(record["family"] for record in records)
-        speeds[str(length)] = {
-            family: summarize([record for record in records if record["family"] == family])["tokens_per_second"]
-            for family in families
-        }
+        records = run(f"lengths/{slug(name)}-{length}", f"decode=greedy {settings} decode.draft_tokens={length}")
+        speeds[str(length)] = {family: speedup(chosen, "ar_same")[0] or 0.0 for family, chosen in by_family(records)}
         if length == FIXED[0]:
-            yield row("length", *families)
-            yield row(*["---"] * (1 + len(families)))
-        yield row(str(length), *(f"{speed:.1f}" for speed in speeds[str(length)].values()))
+            yield row("length", *speeds[str(length)])
+            yield row(*["---"] * (1 + len(speeds[str(length)])))
+        yield row(str(length), *(f"{speed:.2f}x" for speed in speeds[str(length)].values()))
     best = {family: max(speeds[str(length)][family] for length in FIXED) for family in speeds["auto"]}
     yield row("auto / best fixed", *(f"{speeds['auto'][family] / best[family]:.2f}" for family in best))
+
+
+def by_family(records: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The records of every task family, and at last all of them."""
+    for family in dict.fromkeys(record["family"] for record in records):
+        yield family, [record for record in records if record["family"] == family]
+    yield "all", records
 
 
 def records_of(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from quasar.cli import model_source
 from quasar.draft import Draft
 from quasar.model.loading import load_transformer
+from quasar.model.recorded import RecordedPasses
 from quasar.model.sources import locate
 from quasar.results.environment import copy_bandwidth, device_name
 from quasar.verifiers.base import Setup
@@ -32,6 +33,7 @@ from quasar.verifiers.transformer import TransformerVerifier
 HERE = Path(__file__).parent
 CONTEXT = 512
 BLOCKS = (1, 2, 4, 6, 8, 16, 32)
+OVERHEAD_ROWS = 8
 REPETITIONS = 40
 Step = Callable[[], object]
 
@@ -42,9 +44,13 @@ def main() -> None:
     verifiers: dict[str, Callable[..., TransformerVerifier]] = {
         "fp16": FP16Verifier,
         "int8": lambda model, setup: Int8Verifier(model, setup, method="rtn"),
+        "int8, 8-bit head": lambda model, setup: Int8Verifier(model, setup, method="rtn", lm_head_bits=8),
         "int4": lambda model, setup: Int4Verifier(model, setup, method="rtn", clip=False),
         "int4, int8 inputs": lambda model, setup: Int4Verifier(
             model, setup, method="rtn", clip=False, activation_bits=8
+        ),
+        "int4, int8 inputs, 8-bit head": lambda model, setup: Int4Verifier(
+            model, setup, method="rtn", clip=False, activation_bits=8, lm_head_bits=8
         ),
     }
     setup = Setup(CONTEXT + 64)
@@ -63,6 +69,7 @@ def main() -> None:
         steps["transformers"] = their_step(theirs, cache, tokens)
         for name, milliseconds in medians(steps).items():
             results.setdefault(name, {})[rows] = milliseconds
+    overhead = {name: overhead_ms(verifier, prompt[:OVERHEAD_ROWS].tolist()) for name, verifier in built.items()}
     weight = torch.randn(4096, 4096, dtype=torch.bfloat16)
     x = torch.randn(8, 4096, dtype=torch.bfloat16)
     linear = medians({"linear": lambda: F.linear(x, weight)})["linear"]
@@ -73,6 +80,7 @@ def main() -> None:
         "copy_bandwidth_bytes_per_second": copy_bandwidth(torch.device("cpu")),
         "torch_bf16_linear_4096x4096_8_rows_ms": linear,
         "step_ms": results,
+        f"overhead_ms_{OVERHEAD_ROWS}_tokens": overhead,
         "weight_bytes": {name: verifier.cost.weight_bytes for name, verifier in built.items()},
     }
     (HERE / "steps.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -82,6 +90,8 @@ def main() -> None:
     for name, by_rows in results.items():
         table.add_row(name, *[f"{by_rows[rows]:.1f}" for rows in BLOCKS])
     console.print(table)
+    shares = [f"{name} {ms:.2f} ms" for name, ms in overhead.items() if ms is not None]
+    console.print(f"of {OVERHEAD_ROWS} tokens, outside of the kernels: {'; '.join(shares)}")
     console.print(f"torch's BF16 linear, 4096 x 4096, 8 rows: {linear:.2f} ms")
     (HERE / "steps.txt").write_text(console.export_text(), encoding="utf-8")
 
@@ -94,6 +104,16 @@ def our_step(verifier: TransformerVerifier, tokens: list[int]) -> Step:
         # The cache stays as it is: the next step writes over what this one left.
 
     return step
+
+
+def overhead_ms(verifier: TransformerVerifier, tokens: list[int]) -> float | None:
+    """What a step takes beyond its kernels; None where these are not recorded."""
+    passes = verifier.passes
+    if not isinstance(passes, RecordedPasses):
+        return None
+    steps: dict[str, Step] = {"step": our_step(verifier, tokens), "kernels": lambda: passes.run_kernels(len(tokens))}
+    found = medians(steps)
+    return found["step"] - found["kernels"]
 
 
 def their_step(model: torch.nn.Module, cache: object, tokens: list[int]) -> Step:

@@ -26,6 +26,7 @@ class TransformerVerifier:
     label: how tables name what the output is lossless with respect to
     is_reference: whether this is the unquantized, unpruned model
     facts: what building it settled beyond the configuration, for people
+    passes: blocks without the host's work between kernels; None where the model's own operations have to do
     """
 
     label = "model"
@@ -37,7 +38,7 @@ class TransformerVerifier:
         self.model = model
         self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
-        self._passes = passes_for(model, self.cache)
+        self.passes = passes_for(model, self.cache)
         self._last: tuple[int, Draft] | None = None
 
     @property
@@ -62,7 +63,7 @@ class TransformerVerifier:
                 "precision; draft with the same layers in another precision"
             )
         self.cache = owner.cache
-        self._passes = passes_for(self.model, self.cache)
+        self.passes = passes_for(self.model, self.cache)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -77,25 +78,25 @@ class TransformerVerifier:
     @torch.inference_mode()
     def verify(self, last: int, draft: Draft) -> Tensor:
         self._last = None
-        if self._passes is None or draft.rows > MAX_ROWS:
+        if self.passes is None or draft.rows > MAX_ROWS:
             return self._finite(self._forward(last, draft))
         self._last = last, draft
         rows = draft.row_tokens(last), draft.offsets(), draft.block_mask()
-        return self._passes(*rows, outputs=self._outputs(draft))
+        return self.passes(*rows, outputs=self._outputs(draft))
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
         # The path was read from the pass's results, so this waits for nothing.
-        if self._passes is not None and self._last is not None and not self._passes.last_was_finite:
+        if self.passes is not None and self._last is not None and not self.passes.last_was_finite:
             self._finite(self._forward(*self._last))
         self.cache.commit([0, *(node + 1 for node in path)])
 
     @torch.inference_mode()
     def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
-        if self._passes is not None:
+        if self.passes is not None:
             one = torch.ones(1, 1, dtype=torch.bool)
             start = self.cache.length + offset
-            return self._passes(torch.tensor([token]), torch.zeros(1, dtype=torch.int64), one, start, layers)[0]
+            return self.passes(torch.tensor([token]), torch.zeros(1, dtype=torch.int64), one, start, layers)[0]
         self.cache.reserve(offset + 1)
         tokens = torch.tensor([token], device=self.device)
         return self.model(tokens, self.cache, start=self.cache.length + offset, layers=layers)[0]

@@ -19,6 +19,7 @@ def main() -> int:
     from scripts.gpu_suite import (
         bars,
         bench,
+        compiled,
         correctness,
         decoding,
         environment,
@@ -46,6 +47,7 @@ def main() -> int:
     recorder.run("decoding", lambda: decoding.measure(plan))
     recorder.run("programmatic_passes", lambda: passes.measure_programmatic(plan))
     recorder.run("simulation", lambda: simulation.measure(plan, recorder.results.get("passes", [])))
+    recorder.run("compiled", lambda: compiled.measure(plan, recorder))
     recorder.run("bars", lambda: bars.measure(recorder.results))
     recorder.run("plots", lambda: plots.draw(recorder.results, arguments.output))
     return recorder.finish()

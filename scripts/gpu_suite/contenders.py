@@ -15,6 +15,7 @@ from kernels.triton import ops
 from kernels.triton.int4_packing import PackedInt4
 from scripts.gpu_suite.plan import Product
 
+TINYGEMM_K_TILES = 8
 INT_MM_ROWS = 32
 """`torch._int_mm` takes more than 16 rows only; shorter blocks are padded for it."""
 
@@ -41,6 +42,9 @@ def builders(product: Product, device: torch.device) -> Iterator[tuple[str, Buil
     yield "linear_w4a8", lambda: _w4a8(n, k, product.group_size, device)
     if device.type == "cuda":
         yield "torch_int_mm", lambda: _int_mm(n, k, device)
+        yield "torch_int4pack", lambda: _torch_int4pack(n, k, product.group_size, device)
+    if device.type == "cuda" and importlib.util.find_spec("torchao"):
+        yield "torchao_int4", lambda: _torchao(n, k, product.group_size, device)
     if device.type == "cuda" and importlib.util.find_spec("bitsandbytes"):
         yield "bitsandbytes_int8", lambda: _bitsandbytes_int8(n, k, device)
         yield "bitsandbytes_nf4", lambda: _bitsandbytes_nf4(n, k, device)
@@ -98,6 +102,27 @@ def _int_mm(n: int, k: int, device: torch.device) -> Contender:
         return torch._int_mm(tokens, values.T)
 
     return Contender("torch_int_mm", values.nbytes, run)
+
+
+def _torch_int4pack(n: int, k: int, group_size: int, device: torch.device) -> Contender:
+    """gpt-fast's 4-bit product, which PyTorch carries."""
+    values = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    packed = torch.ops.aten._convert_weight_to_int4pack(values, TINYGEMM_K_TILES)
+    scales_and_zeros = torch.full((k // group_size, n, 2), 0.01, dtype=torch.bfloat16, device=device)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm(x, packed, group_size, scales_and_zeros)
+
+    return Contender("torch_int4pack", values.nbytes + scales_and_zeros.nbytes, run)
+
+
+def _torchao(n: int, k: int, group_size: int, device: torch.device) -> Contender:
+    """Its 4-bit weights in the layout for tensor cores."""
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    layer = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
+    quantize_(layer, Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d"))
+    return Contender("torchao_int4", n * k // 2 + n * k // group_size * 4, layer)
 
 
 def _bitsandbytes_int8(n: int, k: int, device: torch.device) -> Contender:
