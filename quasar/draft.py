@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ class Draft:
 
     def offsets(self) -> Tensor:
         """Position of every row relative to the last emitted token, int64 [rows]."""
-        own = torch.tensor([0, *self.depths()], dtype=torch.int64)
+        own = _chain_offsets(1 + len(self)) if self.is_chain else torch.tensor([0, *self.depths()], dtype=torch.int64)
         return torch.cat([own, self.scratch.offsets]) if self.scratch else own
 
     def row_tokens(self, last: int) -> Tensor:
@@ -91,7 +92,7 @@ class Draft:
         """Which row of the block sees which, bool [rows, rows]: a draft token sees its ancestors and itself."""
         size = 1 + len(self.tokens)
         if self.is_chain:
-            tree = torch.ones(size, size, dtype=torch.bool).tril_()
+            tree = _chain_mask(size)
         else:
             tree = torch.eye(size, dtype=torch.bool)
             for index, parent in enumerate(self.parents):
@@ -135,6 +136,16 @@ class StepResult:
     path: list[int]
     logits: Tensor
     scratch_logits: Tensor | None
+
+
+@functools.cache
+def _chain_offsets(size: int) -> Tensor:
+    return torch.arange(size)
+
+
+@functools.cache
+def _chain_mask(size: int) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool).tril_()
 
 
 def merge_into_tree(paths: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:

@@ -72,12 +72,13 @@ def records(tmp_path: Path, folder: str = "out") -> list[dict]:
 def test_stop_strings_end_answers_and_leave_fidelity_alone(run: Run, prompt_file: Path, tmp_path: Path) -> None:
     plain = ["verifier=int8", "drafter=ngram", "verifier.dtype=float32"]
     assert run(*small(prompt_file, "whole"), *plain).returncode == 0
-    whole = [record["turns"][0] for record in records(tmp_path, "whole")]
-    # A letter that some answer holds, whose place in the syntax of an override nothing else has.
-    stop = next(letter for turn in whole for letter in turn["text"][4:] if letter.isascii() and letter.isalpha())
+    whole = records(tmp_path, "whole")
+    # A character that some answer holds and an override can: the tiny model writes any bytes.
+    text = "".join(record["turns"][0]["text"][4:] for record in whole)
+    stop = next(found for found in text if found.isprintable() and found not in "'\"\\$,:=[]{}()\ufffd ")
     assert run(*small(prompt_file), *plain, f"decode.stop=['{stop}']").returncode == 0
-    for record, before in zip(records(tmp_path), whole, strict=True):
-        turn = record["turns"][0]
+    for record, undisturbed in zip(records(tmp_path), whole, strict=True):
+        turn, before = record["turns"][0], undisturbed["turns"][0]
         if stop in before["text"]:
             assert turn["finish_reason"] == "stop"
             assert stop in turn["text"]
@@ -85,9 +86,7 @@ def test_stop_strings_end_answers_and_leave_fidelity_alone(run: Run, prompt_file
             assert before["text"].startswith(turn["text"])
         else:
             assert turn["token_ids"] == before["token_ids"]
-        assert len(record["fidelity"][0]["kl"]) == 24
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "whole")]
-    assert summaries[0]["kl_to_reference"] == summaries[1]["kl_to_reference"]
+        assert record["fidelity"] == undisturbed["fidelity"]
 
 
 def test_typical_acceptance_is_labelled_lossy(run: Run, prompt_file: Path) -> None:

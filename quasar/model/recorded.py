@@ -26,6 +26,7 @@ class RecordedPasses:
         head_dim = model.config.head_dim
         self._residual = torch.zeros(MAX_ROWS, model.config.hidden_size, dtype=model.dtype)
         self._rotation = torch.zeros(MAX_ROWS, head_dim), torch.zeros(MAX_ROWS, head_dim)
+        self._rotations = model.rope(torch.arange(cache.capacity))
         self._start = torch.zeros(1, dtype=torch.int64)
         self._mask = torch.zeros(MAX_ROWS, MAX_ROWS, dtype=torch.bool)
         self._tapes: dict[tuple[int, ...] | None, Tape] = {}
@@ -60,8 +61,11 @@ class RecordedPasses:
         start = self._cache.length if start is None else start
         self._cache.reserve(start - self._cache.length + rows)
         self._residual[:rows] = self._model.embedding(tokens)
-        for buffer, values in zip(self._rotation, self._model.rope(offsets + start), strict=True):
-            buffer[:rows] = values
+        positions = offsets + start
+        if self._cache.capacity > len(self._rotations[0]):
+            self._rotations = self._model.rope(torch.arange(self._cache.capacity))
+        for buffer, known in zip(self._rotation, self._rotations, strict=True):
+            torch.index_select(known, 0, positions, out=buffer[:rows])
         self._start[0] = start
         self._mask.view(-1)[: rows * rows].view(rows, rows).copy_(block_mask)
         logits = self.run_kernels(rows, layers, outputs)
