@@ -279,7 +279,13 @@ def test_interrupt_ends_with_130_and_keeps_the_records(prompt_file: Path, tmp_pa
         "evaluate.baselines=false",
     ]
     process = subprocess.Popen(
-        command(*overrides), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*overrides),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a shell inherits that interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     generations = tmp_path / "out/generations.jsonl"
     deadline = time.time() + 240
