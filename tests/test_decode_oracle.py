@@ -119,18 +119,14 @@ def drafts(draw: st.DrawFn) -> Draft:
     """A chain or a tree with distinct siblings."""
     tokens: list[int] = []
     parents: list[int] = []
-    for node in range(draw(st.integers(0, 7))):
-        parent = draw(st.sampled_from([ROOT, *range(node), *[node - 1] * 5]))
-        taken = {tokens[other] for other in range(node) if parents[other] == parent}
+    for _ in range(draw(st.integers(0, 7))):
+        parent = draw(st.sampled_from([ROOT, *range(len(tokens)), *[len(tokens) - 1] * 5]))
+        taken = {token for token, other in zip(tokens, parents, strict=True) if other == parent}
         free = [token for token in range(len(LETTERS)) if token not in taken]
         if free:
             tokens.append(draw(st.sampled_from(free)))
-            parents.append(min(parent, len(tokens) - 2))
-    return Draft(tokens, parents) if distinct(tokens, parents) else Draft.chain(tokens)
-
-
-def distinct(tokens: list[int], parents: list[int]) -> bool:
-    return len(set(zip(tokens, parents, strict=True))) == len(tokens)
+            parents.append(parent)
+    return Draft(tokens, parents)
 
 
 endings = st.builds(
