@@ -1,34 +1,20 @@
-"""Every product and backend over the matrices of real models: time, speedup over BF16, share of the copy bandwidth.
-
-    python -m kernels.bench --shapes 4096x4096 --rows 1,8 --output /tmp/bench
-
-All backends take turns, call by call, so that a change in the machine's speed meets all of them alike; each has so
-many copies of its weights that no cache holds them until their next turn.
-"""
+"""Products of matrices, ours and the peers', over the matrices of real models."""
 
 from __future__ import annotations
 
-import json
-import math
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import kernels
-from kernels import DenseWeight, Int4Weight, Int8Weight, cpu, reference
+from kernels import DenseWeight, Int4Weight, Int8Weight, reference
+from kernels.bench.timing import alternating_medians, copies_of
 
 # Outputs and inputs of the fused projections: QKV, output, gate and up, down, head.
 MODELS = {
@@ -40,14 +26,8 @@ MODELS = {
 DEFAULT_SHAPES = "4096x4096,smollm2-135m,qwen3-0.6b,6144x4096,24576x4096,4096x12288"
 GROUP_SIZE = 64
 BASELINE = "torch bf16"
-# Weights of all backends together that are read between two uses of the same copy: several last-level caches.
-ROTATED_BYTES = 160 << 20
-COPY_BYTES = 256 << 20
-WARM_UP_ROUNDS = 2
 
 Product = Callable[[Tensor], Tensor]
-app = typer.Typer(add_completion=False)
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -72,53 +52,6 @@ class Measurement:
     bandwidth_fraction: float
 
 
-@app.command()
-def main(
-    shapes: Annotated[str, typer.Option(help="NxK or a model's name, comma separated, or all")] = DEFAULT_SHAPES,
-    rows: Annotated[str, typer.Option(help="tokens of a block, comma separated")] = "1,2,4,8,16,32",
-    repetitions: Annotated[int, typer.Option(min=1, help="timed calls per backend, shape and block")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="default: what PyTorch takes")] = None,
-    output: Annotated[Path, typer.Option(help="folder of the results")] = Path("experiments/kernels"),
-) -> None:
-    """Measure the products on this machine's CPU and write table, JSON and plot."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
-    matrices, blocks = _matrices(shapes), [int(part) for part in rows.split(",")]
-    bandwidth = copy_bandwidth()
-    found: list[Measurement] = []
-    for outputs, inputs in track(matrices, "matrices", console=console, transient=True):
-        found += measure(backends(), outputs, inputs, blocks, repetitions, bandwidth)
-    library = cpu.backend()
-    report = {
-        "cpu": _cpu_name(),
-        "level": library.level.name if library else "torch",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "group_size": GROUP_SIZE,
-        "repetitions": repetitions,
-        "copy_bandwidth_bytes_per_second": bandwidth,
-        "measurements": [asdict(one) for one in found],
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "cpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    _plot(found, blocks, output / "cpu.png")
-    recorder = Console(record=True, width=120)
-    recorder.print(f"{report['cpu']}, {report['threads']} threads, level {report['level']}, torch {torch.__version__}")
-    recorder.print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s; W4 in groups of {GROUP_SIZE}; milliseconds per call,")
-    recorder.print("in brackets the speedup over torch's BF16 linear and the weights' share of the copy bandwidth")
-    for table in _tables(found, blocks):
-        recorder.print(table)
-    (output / "cpu.txt").write_text(recorder.export_text(), encoding="utf-8")
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second while copying a buffer larger than any cache; median of several copies."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source).copy_(source)
-    return 2 * COPY_BYTES / statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(9))
-
-
 def backends() -> list[Backend]:
     """The baseline, our products, and the peers that are installed."""
     group_bits = 4 + 16 / GROUP_SIZE
@@ -141,25 +74,15 @@ def measure(
     """Time all backends on one matrix [outputs, inputs], for every number of rows."""
     weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
     round_bytes = sum(outputs * inputs * backend.bits / 8 for backend in candidates)
-    copies = max(2, math.ceil(ROTATED_BYTES / round_bytes))
+    copies = copies_of(round_bytes)
     # Dense backends would share one tensor: each copy needs its own.
     products = [[backend.prepare(weight.clone()) for _ in range(copies)] for backend in candidates]
     for rows in blocks:
         x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-        times: list[list[float]] = [[] for _ in candidates]
-        for turn in range(WARM_UP_ROUNDS + repetitions):
-            for index, copied in enumerate(products):
-                times[index].append(_seconds(partial(copied[turn % copies], x)))
-        medians = [statistics.median(one[WARM_UP_ROUNDS:]) for one in times]
+        medians = alternating_medians([[partial(one, x) for one in copied] for copied in products], repetitions)
         for backend, median in zip(candidates, medians, strict=True):
             fraction = outputs * inputs * backend.bits / 8 / median / bandwidth
             yield Measurement(backend.name, outputs, inputs, rows, median * 1e3, medians[0] / median, fraction)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _dense(weight: Tensor) -> Product:
@@ -251,7 +174,8 @@ def _bitsandbytes() -> list[Backend]:
     return [Backend("bitsandbytes nf4", nf4, 4 + 32 / GROUP_SIZE), Backend("bitsandbytes int8", int8, 8)]
 
 
-def _matrices(shapes: str) -> list[tuple[int, int]]:
+def matrices_of(shapes: str) -> list[tuple[int, int]]:
+    """The matrices that ``--shapes`` names. Raises typer.BadParameter for a name that is none."""
     names = list(MODELS) if shapes == "all" else shapes.split(",")
     found: list[tuple[int, int]] = []
     for name in names:
@@ -267,57 +191,3 @@ def _matrices(shapes: str) -> list[tuple[int, int]]:
             raise typer.BadParameter(f"--shapes {name}: outputs must be a multiple of 32, inputs of {GROUP_SIZE}")
         found.append((outputs, inputs))
     return list(dict.fromkeys(found))
-
-
-def _tables(found: list[Measurement], blocks: list[int]) -> Iterator[Table]:
-    for outputs, inputs in dict.fromkeys((one.outputs, one.inputs) for one in found):
-        here = [one for one in found if (one.outputs, one.inputs) == (outputs, inputs)]
-        table = Table("", *[f"M = {rows}" for rows in blocks], title=f"{outputs} × {inputs}", title_justify="left")
-        for backend in dict.fromkeys(one.backend for one in here):
-            cells = [
-                f"{one.milliseconds:.3f} ({one.speedup:.1f}x, {one.bandwidth_fraction:.0%})"
-                for one in here
-                if one.backend == backend
-            ]
-            table.add_row(backend, *cells)
-        yield table
-
-
-def _plot(found: list[Measurement], blocks: list[int], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matrices = list(dict.fromkeys((one.outputs, one.inputs) for one in found))
-    columns = min(3, len(matrices))
-    figure, axes = plt.subplots(
-        math.ceil(len(matrices) / columns), columns, figsize=(5 * columns, 3.6 * math.ceil(len(matrices) / columns)),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for axis in axes.flat[len(matrices) :]:
-        axis.remove()
-    for axis, (outputs, inputs) in zip(axes.flat, matrices, strict=False):
-        here = [one for one in found if (one.outputs, one.inputs) == (outputs, inputs)]
-        for backend in dict.fromkeys(one.backend for one in here):
-            ours = backend in {"bf16", "w8a8", "w4a8", "w4a16"}
-            speedups = [one.speedup for one in here if one.backend == backend]
-            axis.plot(blocks, speedups, "-o" if ours else "--", label=backend, linewidth=2 if ours else 1)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(blocks, [str(rows) for rows in blocks])
-        axis.set(title=f"{outputs} × {inputs}", xlabel="rows M", ylabel=f"speedup over {BASELINE}")
-    axes.flat[0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-if __name__ == "__main__":
-    app()
