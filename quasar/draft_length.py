@@ -20,8 +20,8 @@ REPEATS = 5
 """Passes per number of rows; the fastest counts, which other work on the machine disturbs least."""
 
 LONGEST = 32
-DECAY = 0.98
-"""Weight of a step's acceptance after each later step: the last fifty steps count."""
+DECAY = 0.95
+"""Weight of a step's acceptance after each later one that is counted with it: the last twenty count."""
 PRIOR_WEIGHT = 3.0
 PRIOR_RATE = 0.7
 """What is believed of the first position before anything is known; each later position begins like the one before."""
@@ -94,13 +94,16 @@ class AdaptiveLength:
 
     with a_i the running share of drafts that are right up to position i, t the verifier's measured cost, r draft rows
     per position (1 for a chain), s the scratch rows, and d the drafter's time per position. L = 0 drafts nothing.
-    The expected gain is that rate over the rate of L = 0. What is learned carries over from prompt to prompt. As the
-    choice depends on measured times, two runs that sample may draw different texts; greedy output never depends on it.
+    The expected gain is that rate over the rate of L = 0. Text is bursty: in the middle of a copied passage drafts go
+    on being right. So acceptance is counted apart for drafts that follow one which was accepted whole, and for all
+    others. What is learned carries over from prompt to prompt. As the choice depends on measured times, two runs that
+    sample may draw different texts; greedy output never depends on it.
     """
 
     def __init__(self, drafter: Drafter, cost: PassCost) -> None:
         self.drafter, self.cost = drafter, cost
-        self.acceptance = RunningAcceptance()
+        self._after_hit, self._after_miss = RunningAcceptance(), RunningAcceptance()
+        self._acceptance = self._after_miss
         self._draft_ms, self._depths, self._drafted = 0.0, 0.0, 0.0
         self._scratch_rows = 0
         self._deepest = 3
@@ -109,6 +112,7 @@ class AdaptiveLength:
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         self._chosen, self._gains = [], []
+        self._acceptance = self._after_miss
         self.drafter.begin(prompt, verifier)
 
     def propose(self, context: Context, budget: int) -> Draft:
@@ -121,7 +125,10 @@ class AdaptiveLength:
         return draft
 
     def observe(self, step: StepResult) -> None:
-        self.acceptance.add(max(step.draft.depths(), default=0), len(step.path))
+        depth = max(step.draft.depths(), default=0)
+        self._acceptance.add(depth, len(step.path))
+        if depth > 0:
+            self._acceptance = self._after_hit if len(step.path) == depth else self._after_miss
         self.drafter.observe(step)
 
     def notes(self) -> dict[str, list[int | float | str]]:
@@ -132,7 +139,7 @@ class AdaptiveLength:
     def choose(self, budget: int) -> tuple[int, float]:
         """The best length and its expected gain; at most ``budget``, and one more than the drafter ever offered."""
         longest = min(budget, self._deepest + 1, LONGEST)
-        emitted = 1 + np.concatenate([[0.0], np.cumsum(self.acceptance.reach()[:longest])])
+        emitted = 1 + np.concatenate([[0.0], np.cumsum(self._acceptance.reach()[:longest])])
         times = np.array([self._step_ms(length) for length in range(longest + 1)])
         gains = emitted / times * times[0]
         best = int(gains.argmax())
