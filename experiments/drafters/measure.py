@@ -11,11 +11,10 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quasar.results.metrics import speedup, summarize
+from quasar.results.metrics import summarize
 
 ROOT = Path(__file__).parents[2]
 DRAFTERS = {
@@ -33,12 +32,6 @@ DRAFTERS = {
     "model: pruned 25 %": "drafter=model drafter.draft.ratio=0.25",
     "chain: ngram, layerskip": "drafter=chain",
 }
-LENGTHS = {
-    "ngram": "drafter=ngram drafter.num_tokens=12",
-    "layerskip": "drafter=layerskip drafter.num_tokens=8",
-    "model: INT4": "drafter=model verifier@drafter.draft=int4 drafter.num_tokens=8",
-}
-FIXED = (1, 2, 3, 5, 8, 12)
 
 
 def main() -> None:
@@ -69,11 +62,6 @@ def main() -> None:
         print(row(*["---"] * 6))
         for name, settings in drafters.items():
             print(measured_row(name, run(f"{mode}/{slug(name)}", f"decode={mode} {settings}")), flush=True)
-    for name, settings in LENGTHS.items():
-        if arguments.only in name:
-            print(f"\n### Length of {name}: speed over AR of the same run, per task family, greedy\n")
-            for line in length_table(name, settings, run):
-                print(line, flush=True)
 
 
 def measured_row(name: str, records: list[dict[str, Any]]) -> str:
@@ -87,27 +75,6 @@ def measured_row(name: str, records: list[dict[str, Any]]) -> str:
         f"{found['tokens_per_second']:.1f}",
         "-" if found["speedup_vs_ar_same"] is None else f"{found['speedup_vs_ar_same']:.2f}x",
     )
-
-
-def length_table(name: str, settings: str, run: Any) -> Iterator[str]:
-    """A row per length, a column per family; the last row is `auto` over the best fixed length."""
-    speeds: dict[str, dict[str, float]] = {}
-    for length in (*FIXED, "auto"):
-        records = run(f"lengths/{slug(name)}-{length}", f"decode=greedy {settings} decode.draft_tokens={length}")
-        speeds[str(length)] = {family: speedup(chosen, "ar_same")[0] or 0.0 for family, chosen in by_family(records)}
-        if length == FIXED[0]:
-            yield row("length", *speeds[str(length)])
-            yield row(*["---"] * (1 + len(speeds[str(length)])))
-        yield row(str(length), *(f"{speed:.2f}x" for speed in speeds[str(length)].values()))
-    best = {family: max(speeds[str(length)][family] for length in FIXED) for family in speeds["auto"]}
-    yield row("auto / best fixed", *(f"{speeds['auto'][family] / best[family]:.2f}" for family in best))
-
-
-def by_family(records: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The records of every task family, and at last all of them."""
-    for family in dict.fromkeys(record["family"] for record in records):
-        yield family, [record for record in records if record["family"] == family]
-    yield "all", records
 
 
 def records_of(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
