@@ -181,6 +181,11 @@ def test_achieved_ratio_is_near_the_wanted_one(importance: str, heads: bool, set
     assert all(shape.intermediate_size % 64 == 0 for shape in verifier.model.config.layers)
 
 
+@torch.no_grad()
+def test_prunes_where_the_caller_has_switched_gradients_off(setup: Setup) -> None:
+    assert PrunedVerifier(fresh(), setup, ratio=0.3, importance="taylor").achieved_ratio > 0.2
+
+
 def test_block_influence_and_angle_by_their_formulas(setup: Setup, calibration: Calibration) -> None:
     model = fresh()
     with torch.no_grad():

@@ -43,7 +43,6 @@ def main(
     """Measure products and fused ops on this machine's CPU; write cpu.txt, cpu.json and cpu.png."""
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
     matrices, blocks = matrices_of(shapes), [int(part) for part in rows.split(",")]
     chosen = [name for name in layers.split(",") if name]
     if unknown := set(chosen) - set(LAYERS):

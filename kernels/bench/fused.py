@@ -64,6 +64,7 @@ class Contest:
     moved_bytes: int
 
 
+@torch.inference_mode()
 def measure_fused(model: str, blocks: list[int], repetitions: int, bandwidth: float) -> Iterator[FusedMeasurement]:
     """Time all ops of one model's layer, for every number of rows."""
     layer = LAYERS[model]

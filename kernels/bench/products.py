@@ -68,6 +68,7 @@ def backends() -> list[Backend]:
     ]
 
 
+@torch.inference_mode()
 def measure(
     candidates: list[Backend], outputs: int, inputs: int, blocks: list[int], repetitions: int, bandwidth: float
 ) -> Iterator[Measurement]:

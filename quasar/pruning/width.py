@@ -80,7 +80,8 @@ class _Couplings:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         tokens = torch.arange(8, device=model.embedding.weight.device)
-        with warnings.catch_warnings():
+        # It traces through autograd, whatever the caller has switched off.
+        with torch.enable_grad(), warnings.catch_warnings():
             # It reports the norms' weights, which it then treats as what they are: vectors over the hidden size.
             warnings.simplefilter("ignore", UserWarning)
             self._graph = torch_pruning.DependencyGraph().build_dependency(
