@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -16,35 +18,60 @@ from quasar.timing import Stopwatch
 from quasar.verifiers.base import Verifier
 
 MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-REPEATS = 5
-"""Passes per number of rows; the fastest counts, which other work on the machine disturbs least."""
+REPEATS = 7
+"""Passes per number of rows, whose median counts."""
+LONG_CONTEXT = 1024
 
 LONGEST = 32
-DECAY = 0.95
-"""Weight of a step's acceptance after each later one that is counted with it: the last twenty count."""
-PRIOR_WEIGHT = 3.0
+DECAY = 0.9
+"""Weight of a step's acceptance after each later one that is counted with it: the last ten count."""
+PRIOR_WEIGHT = 4.0
 PRIOR_RATE = 0.7
 """What is believed of the first position before anything is known; each later position begins like the one before."""
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """Milliseconds of a verification pass by its number of rows, t(M)."""
+    """Milliseconds of a verification pass by its number of rows and the context behind which it runs, t(M).
+
+    rows: the measured numbers of rows, ascending
+    contexts: the measured contexts in tokens, ascending, at least one
+    milliseconds: for every context the durations by number of rows
+    """
 
     rows: Sequence[int]
-    milliseconds: Sequence[float]
+    contexts: Sequence[int]
+    milliseconds: Sequence[Sequence[float]]
 
-    def __call__(self, rows: float) -> float:
-        """t(M), linear between the measured numbers of rows and beyond them."""
-        if rows <= self.rows[-1] or len(self.rows) == 1:
-            return float(np.interp(rows, self.rows, self.milliseconds))
-        run = self.rows[-1] - self.rows[-2]
-        slope = max(0.0, (self.milliseconds[-1] - self.milliseconds[-2]) / run)
-        return self.milliseconds[-1] + slope * (rows - self.rows[-1])
+    def __call__(self, rows: np.ndarray, context: int) -> np.ndarray:
+        """t(M) of every number of rows, which need not be whole: linear between and beyond what was measured."""
+        times = self._behind(0, rows)
+        if len(self.contexts) == 1:
+            return times
+        # Attention reads the whole context, so that the cost of a row grows with it.
+        share = (context - self.contexts[0]) / (self.contexts[-1] - self.contexts[0])
+        return np.maximum(times + share * (self._behind(-1, rows) - times), min(self.milliseconds[0]))
+
+    def _behind(self, index: int, rows: np.ndarray) -> np.ndarray:
+        known = self.milliseconds[index]
+        slope = max(0.0, (known[-1] - known[-2]) / (self.rows[-1] - self.rows[-2]))
+        return np.interp(rows, self.rows, known) + slope * np.maximum(0.0, rows - self.rows[-1])
 
 
-def measure_pass_cost(verifier: Verifier, prompt: Sequence[int]) -> PassCost:
-    """Time passes of 1 to 32 rows behind a prompt; leaves the verifier's cache with the prompt alone."""
+def measure_pass_cost(verifier: Verifier, prompt: Sequence[int], capacity: int) -> PassCost:
+    """Time passes of 1 to 32 rows behind a prompt, and behind its repetition up to a long context.
+
+    Leaves the verifier's cache with the prompt alone.
+
+    capacity: tokens that the verifier has room for; where a long context does not fit, the prompt's own counts alone
+    """
+    long = min(LONG_CONTEXT, capacity - MEASURED_ROWS[-1])
+    contexts = [len(prompt), long] if long > 2 * len(prompt) else [len(prompt)]
+    measured = {length: _pass_milliseconds(verifier, list(islice(cycle(prompt), length))) for length in contexts[::-1]}
+    return PassCost(MEASURED_ROWS, contexts, [measured[length] for length in contexts])
+
+
+def _pass_milliseconds(verifier: Verifier, prompt: Sequence[int]) -> list[float]:
     verifier.prefill(torch.tensor(prompt, dtype=torch.int64))
     drafts = [Draft.chain([prompt[-1]] * (rows - 1)) for rows in MEASURED_ROWS]
     laps: list[list[float]] = [[] for _ in drafts]
@@ -56,7 +83,7 @@ def measure_pass_cost(verifier: Verifier, prompt: Sequence[int]) -> PassCost:
             clock.lap("verify")
             laps[index] += clock.milliseconds()["verify"]
     # The first round may still compile and allocate.
-    return PassCost(MEASURED_ROWS, [min(times[1:]) for times in laps])
+    return [statistics.median(times[1:]) for times in laps]
 
 
 class RunningAcceptance:
@@ -74,17 +101,17 @@ class RunningAcceptance:
         self._tried[:reached] += 1
         self._kept[: min(accepted, LONGEST)] += 1
 
-    def reach(self) -> np.ndarray:
-        """Probability that a draft is right up to each position, float64 [LONGEST], from position 1 on.
+    def reach(self, longest: int = LONGEST) -> list[float]:
+        """Probability that a draft is right up to each position, from 1 to ``longest``.
 
         Evidence fades where no drafts reach, so that lengths which once did not pay are tried again.
         """
-        rate = PRIOR_RATE
-        rates = np.empty(LONGEST)
-        for position in range(LONGEST):
-            tried, kept = self._tried[position], self._kept[position]
-            rates[position] = rate = (kept + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
-        return np.cumprod(rates)
+        rate, probability, reached = PRIOR_RATE, 1.0, []
+        for tried, kept in zip(self._tried[:longest].tolist(), self._kept[:longest].tolist(), strict=True):
+            rate = (kept + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+            probability *= rate
+            reached.append(probability)
+        return reached
 
 
 class AdaptiveLength:
@@ -116,7 +143,7 @@ class AdaptiveLength:
         self.drafter.begin(prompt, verifier)
 
     def propose(self, context: Context, budget: int) -> Draft:
-        length, gain = self.choose(budget)
+        length, gain = self.choose(budget, len(context.tokens) - 1)
         self._chosen.append(length)
         self._gains.append(round(gain, 4))
         started = time.perf_counter()
@@ -136,21 +163,25 @@ class AdaptiveLength:
         own = self.drafter.notes() if isinstance(self.drafter, NotingDrafter) else {}
         return {"chosen_length": self._chosen, "expected_gain": self._gains, **own}
 
-    def choose(self, budget: int) -> tuple[int, float]:
-        """The best length and its expected gain; at most ``budget``, and one more than the drafter ever offered."""
+    def choose(self, budget: int, context: int) -> tuple[int, float]:
+        """The best length behind ``context`` tokens and its expected gain.
+
+        At most ``budget``, and one more than the drafter ever offered.
+        """
         longest = min(budget, self._deepest + 1, LONGEST)
-        emitted = 1 + np.concatenate([[0.0], np.cumsum(self._acceptance.reach()[:longest])])
-        times = np.array([self._step_ms(length) for length in range(longest + 1)])
-        gains = emitted / times * times[0]
+        emitted = np.cumsum([1.0, *self._acceptance.reach(longest)])
+        gains = emitted / self._step_milliseconds(longest, context)
+        gains /= gains[0]
         best = int(gains.argmax())
         return best, float(gains[best])
 
-    def _step_ms(self, length: int) -> float:
-        if length == 0:
-            return self.cost(1)
-        rows_per_depth = self._drafted / self._depths if self._depths else 1.0
-        draft_ms = self._draft_ms / self._depths if self._depths else 0.0
-        return self.cost(1 + rows_per_depth * length + self._scratch_rows) + draft_ms * length
+    def _step_milliseconds(self, longest: int, context: int) -> np.ndarray:
+        """Of drafts 0 to ``longest`` tokens deep."""
+        lengths = np.arange(longest + 1)
+        depths = self._depths or 1.0
+        rows = 1 + (self._drafted / depths if self._depths else 1.0) * lengths + self._scratch_rows
+        rows[0] = 1
+        return self.cost(rows, context) + self._draft_ms / depths * lengths
 
     def _learn_cost(self, draft: Draft, milliseconds: float) -> None:
         depth = max(draft.depths(), default=0)

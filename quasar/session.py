@@ -84,7 +84,8 @@ class Session:
             if verifier is not None:
                 self._generate(tokens, self.drafter, verifier, "warm-up", max_new_tokens=8)
         if self.settings.decode.draft_tokens == "auto":
-            self.drafter = AdaptiveLength(self.drafter, measure_pass_cost(self.verifier, tokens))
+            cost = measure_pass_cost(self.verifier, tokens, self.verifier.cache.capacity)
+            self.drafter = AdaptiveLength(self.drafter, cost)
 
     def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Json]) -> list[Json]:
         """What ``answer`` makes of every turn's (token ids, key), whose ``token_ids`` are the reply the next turn sees.

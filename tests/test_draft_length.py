@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,9 @@ from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 
-FLAT = PassCost([1, 2, 32], [10.0, 10.0, 10.0])
-LINEAR = PassCost([1, 32], [10.0, 320.0])
+FLAT = PassCost([1, 2, 32], [10], [[10.0, 10.0, 10.0]])
+LINEAR = PassCost([1, 32], [10], [[10.0, 320.0]])
+SLOPING = PassCost([1, 32], [10], [[10.0, 10.0 + 31 * 1.5]])
 
 
 class Coin:
@@ -49,22 +51,35 @@ def simulate(auto: AdaptiveLength, rate: float, steps: int, seed: int = 0) -> li
     return [int(length) for length in auto.notes()["chosen_length"]]
 
 
-def best_fixed(cost: PassCost, rate: float) -> int:
-    def speed(length: int) -> float:
-        return sum(rate**position for position in range(length + 1)) / cost(1 + length)
-
-    return max(range(21), key=speed)
-
-
 def test_pass_cost_interpolates_and_extrapolates() -> None:
-    cost = PassCost([1, 2, 4], [10.0, 12.0, 20.0])
-    assert [cost(rows) for rows in (1, 1.5, 2, 3, 4, 6)] == [10.0, 11.0, 12.0, 16.0, 20.0, 28.0]
+    cost = PassCost([1, 2, 4], [100], [[10.0, 12.0, 20.0]])
+    rows = np.array([1, 1.5, 2, 3, 4, 6])
+    for context in (1, 100, 5000):
+        assert cost(rows, context).tolist() == [10.0, 11.0, 12.0, 16.0, 20.0, 28.0]
+
+
+def test_pass_cost_grows_with_the_context() -> None:
+    cost = PassCost([1, 2, 4], [100, 300], [[10.0, 12.0, 20.0], [14.0, 20.0, 40.0]])
+    rows = np.array([1, 2, 4, 6])
+    assert cost(rows, 100).tolist() == [10.0, 12.0, 20.0, 28.0]
+    assert cost(rows, 150).tolist() == [11.0, 14.0, 25.0, 36.0]
+    assert cost(rows, 500).tolist() == [18.0, 28.0, 60.0, 92.0]
+    # Never below a pass of one row behind the shortest context that was measured.
+    assert cost(rows, 0)[0] == 10.0
+
+
+def test_longer_contexts_make_drafts_shorter() -> None:
+    cost = PassCost([1, 32], [100, 1000], [[10.0, 10.0 + 31 * 0.5], [20.0, 20.0 + 31 * 8.0]])
+    auto = AdaptiveLength(Coin(20), cost)
+    simulate(auto, 0.8, 300)
+    assert auto.choose(20, 100)[0] > auto.choose(20, 1000)[0] > auto.choose(20, 10_000)[0]
 
 
 def test_running_acceptance_by_position() -> None:
     running = RunningAcceptance()
     assert running.reach()[0] == pytest.approx(0.7)
     assert running.reach()[2] == pytest.approx(0.7**3)
+    assert running.reach(5) == running.reach()[:5]
     for _ in range(2000):
         running.add(2, 2)
         running.add(4, 2)
@@ -84,38 +99,40 @@ def test_a_free_pass_takes_the_longest_draft_and_a_dear_one_none() -> None:
 @pytest.mark.parametrize("rate", [0.3, 0.6, 0.85])
 def test_chosen_lengths_are_near_the_best_fixed_one(rate: float) -> None:
     """Rows cost 15 % of a pass each: judged by the expected rate of what was chosen, within 5 % of the best length."""
-    cost = PassCost([1, 32], [10.0, 10.0 + 31 * 1.5])
-    lengths = simulate(AdaptiveLength(Coin(20), cost), rate, 600)[100:]
+    lengths = simulate(AdaptiveLength(Coin(20), SLOPING), rate, 600)[100:]
     emitted = sum(sum(rate**position for position in range(length + 1)) for length in lengths)
-    speed = emitted / sum(cost(1 + length) for length in lengths)
-    best = best_fixed(cost, rate)
-    assert speed > 0.95 * sum(rate**position for position in range(best + 1)) / cost(1 + best)
+    times = SLOPING(1 + np.arange(21), 0)
+    best = (np.cumsum(rate ** np.arange(21)) / times).max()
+    assert emitted / times[lengths].sum() > 0.95 * best
 
 
 def test_expected_gain_is_the_expected_rate_over_no_draft() -> None:
     auto = AdaptiveLength(Coin(4), FLAT)
-    length, gain = auto.choose(2)
+    length, gain = auto.choose(2, 1)
     assert (length, gain) == (2, pytest.approx(1 + 0.7 + 0.49))
-    assert auto.choose(0) == (0, 1.0)
+    assert auto.choose(0, 1) == (0, 1.0)
 
 
 def test_acceptance_that_improves_is_noticed() -> None:
-    auto = AdaptiveLength(Coin(8), PassCost([1, 32], [10.0, 10.0 + 31 * 5.0]))
+    auto = AdaptiveLength(Coin(8), PassCost([1, 32], [10], [[10.0, 10.0 + 31 * 5.0]]))
     assert simulate(auto, 0.05, 300)[-1] == 0
     assert max(simulate(auto, 0.95, 400)[-20:]) >= 4
 
 
 def test_measured_cost_of_the_tiny_model(tiny) -> None:
     verifier = FP16Verifier(tiny, Setup(64))
-    cost = measure_pass_cost(verifier, [1, 2, 3])
+    cost = measure_pass_cost(verifier, [1, 2, 3], capacity=64)
     assert verifier.cache.length == 3
-    assert len(cost.milliseconds) == len(cost.rows)
-    assert min(cost.milliseconds) > 0
+    assert list(cost.contexts) == [3, 32]
+    for times in cost.milliseconds:
+        assert len(times) == len(cost.rows)
+        assert min(times) > 0
+    assert list(measure_pass_cost(verifier, [1, 2, 3], capacity=38).contexts) == [3]
 
 
 def test_in_a_copied_passage_drafts_are_longer_than_outside() -> None:
     """Passages of twenty steps whose drafts are right, and as many whose drafts are wrong, in turn."""
-    auto = AdaptiveLength(Coin(12), PassCost([1, 32], [10.0, 10.0 + 31 * 1.5]))
+    auto = AdaptiveLength(Coin(12), SLOPING)
     auto.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for step in range(400):

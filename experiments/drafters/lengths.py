@@ -76,7 +76,7 @@ def measured(overrides: list[str], repetitions: int) -> tuple[list[Prompt], Rate
     encoded = [parts.tokenizer.encode_chat([{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
     for chosen in (NoneDrafter(), drafter):
         milliseconds_per_token(parts, chosen, None, encoded[0])
-    cost = measure_pass_cost(parts.verifier, encoded[0])
+    cost = measure_pass_cost(parts.verifier, encoded[0], parts.capacity)
 
     choose = random.Random(0)
     lengths = [AUTOREGRESSIVE, *FIXED, AUTO]
