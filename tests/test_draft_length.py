@@ -85,8 +85,8 @@ def test_running_acceptance_by_position() -> None:
         running.add(4, 2)
     reach = running.reach()
     # Always right up to position 2, never at position 3: the shrinkage leaves what three steps' evidence is worth.
-    assert reach[1] > 0.95
-    assert reach[2] < 0.25
+    assert reach[1] > 0.85
+    assert reach[2] < 0.3
     assert len(reach) == LONGEST
 
 
