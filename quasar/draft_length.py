@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -23,11 +23,15 @@ REPEATS = 7
 LONG_CONTEXT = 1024
 
 LONGEST = 32
-DECAY = 0.9
-"""Weight of a step's acceptance after each later one that is counted with it: the last ten count."""
+DECAY = 0.95
+"""Weight of a step's acceptance after each later one that is counted with it: the last twenty count."""
 PRIOR_WEIGHT = 4.0
-PRIOR_RATE = 0.7
-"""What is believed of the first position before anything is known; each later position begins like the one before."""
+PRIOR_RATE = 0.9
+"""What is believed of the first position before anything is known; each later position begins like the one before.
+
+Too much rather than too little: what is believed wrongly of drafts that are made is soon corrected, of drafts that are
+not made never.
+"""
 
 
 @dataclass(frozen=True)
@@ -114,26 +118,63 @@ class RunningAcceptance:
         return reached
 
 
+class StepCost:
+    """What a step costs by the depth of its draft: drafting as in the last steps, and a verification pass.
+
+    The pass takes what was measured, times how much slower the last steps were than that: machines change their speed.
+    """
+
+    def __init__(self, cost: PassCost) -> None:
+        self.cost = cost
+        self._draft_ms, self._depths, self._drafted = 0.0, 0.0, 0.0
+        self._scratch_rows = 0
+        self._passed_ms, self._expected_ms = 0.0, 0.0
+
+    def milliseconds(self, longest: int, context: int) -> np.ndarray:
+        """Of steps behind ``context`` tokens whose drafts are 0 to ``longest`` tokens deep."""
+        lengths = np.arange(longest + 1)
+        depths = self._depths or 1.0
+        rows = 1 + (self._drafted / depths if self._depths else 1.0) * lengths + self._scratch_rows
+        rows[0] = 1
+        slowdown = self._passed_ms / self._expected_ms if self._passed_ms else 1.0
+        return slowdown * self.cost(rows, context) + self._draft_ms / depths * lengths
+
+    def add(self, draft: Draft, context: int, draft_ms: float, pass_ms: float) -> None:
+        """A step behind ``context`` tokens: the time that its draft took, and everything after that."""
+        self._passed_ms = DECAY * self._passed_ms + pass_ms
+        self._expected_ms = DECAY * self._expected_ms + float(self.cost(np.array([draft.rows]), context)[0])
+        if draft.scratch is not None:
+            self._scratch_rows = len(draft.scratch.tokens)
+        if draft.tokens:
+            self._draft_ms = DECAY * self._draft_ms + draft_ms
+            self._depths = DECAY * self._depths + max(draft.depths())
+            self._drafted = DECAY * self._drafted + len(draft)
+
+
 class AdaptiveLength:
     """A drafter whose drafts are capped, step by step, at the length L that maximizes expected tokens per second:
 
-        (1 + a_1 + … + a_L) / (t(1 + r L + s) + d L)
+        (1 + a_1 + … + a_L) / (c t(1 + r L + s) + d L)
 
-    with a_i the running share of drafts that are right up to position i, t the verifier's measured cost, r draft rows
-    per position (1 for a chain), s the scratch rows, and d the drafter's time per position. L = 0 drafts nothing.
-    The expected gain is that rate over the rate of L = 0. Text is bursty: in the middle of a copied passage drafts go
-    on being right. So acceptance is counted apart for drafts that follow one which was accepted whole, and for all
-    others. What is learned carries over from prompt to prompt. As the choice depends on measured times, two runs that
-    sample may draw different texts; greedy output never depends on it.
+    with a_i the running share of drafts that are right up to position i, t the verifier's measured cost, c how much
+    slower the last steps were than measured, r draft rows per position (1 for a chain), s the scratch rows, and d the
+    drafter's time per position. L = 0 drafts nothing. The expected gain is that rate over the rate of L = 0.
+
+    Text is bursty: in the middle of a copied passage drafts go on being right. So acceptance is counted apart for
+    drafts that follow one which was accepted whole, and for all others. What is learned carries over from prompt to
+    prompt. As the choice depends on measured times, two runs that sample may draw different texts; greedy output never
+    depends on it.
+
+    clock: seconds that have passed since any fixed time
     """
 
-    def __init__(self, drafter: Drafter, cost: PassCost) -> None:
-        self.drafter, self.cost = drafter, cost
+    def __init__(self, drafter: Drafter, cost: PassCost, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.drafter = drafter
+        self._cost, self._clock = StepCost(cost), clock
         self._after_hit, self._after_miss = RunningAcceptance(), RunningAcceptance()
         self._acceptance = self._after_miss
-        self._draft_ms, self._depths, self._drafted = 0.0, 0.0, 0.0
-        self._scratch_rows = 0
         self._deepest = 3
+        self._started, self._drafted, self._context = 0.0, 0.0, 0
         self._chosen: list[int | float | str] = []
         self._gains: list[int | float | str] = []
 
@@ -143,16 +184,21 @@ class AdaptiveLength:
         self.drafter.begin(prompt, verifier)
 
     def propose(self, context: Context, budget: int) -> Draft:
-        length, gain = self.choose(budget, len(context.tokens) - 1)
+        self._context = len(context.tokens) - 1
+        length, gain = self.choose(budget, self._context)
         self._chosen.append(length)
         self._gains.append(round(gain, 4))
-        started = time.perf_counter()
+        self._started = self._clock()
         draft = self.drafter.propose(context, length)
-        self._learn_cost(draft, (time.perf_counter() - started) * 1e3)
+        self._drafted = self._clock()
         return draft
 
     def observe(self, step: StepResult) -> None:
+        self._cost.add(
+            step.draft, self._context, (self._drafted - self._started) * 1e3, (self._clock() - self._drafted) * 1e3
+        )
         depth = max(step.draft.depths(), default=0)
+        self._deepest = max(self._deepest, depth)
         self._acceptance.add(depth, len(step.path))
         if depth > 0:
             self._acceptance = self._after_hit if len(step.path) == depth else self._after_miss
@@ -170,26 +216,7 @@ class AdaptiveLength:
         """
         longest = min(budget, self._deepest + 1, LONGEST)
         emitted = np.cumsum([1.0, *self._acceptance.reach(longest)])
-        gains = emitted / self._step_milliseconds(longest, context)
+        gains = emitted / self._cost.milliseconds(longest, context)
         gains /= gains[0]
         best = int(gains.argmax())
         return best, float(gains[best])
-
-    def _step_milliseconds(self, longest: int, context: int) -> np.ndarray:
-        """Of drafts 0 to ``longest`` tokens deep."""
-        lengths = np.arange(longest + 1)
-        depths = self._depths or 1.0
-        rows = 1 + (self._drafted / depths if self._depths else 1.0) * lengths + self._scratch_rows
-        rows[0] = 1
-        return self.cost(rows, context) + self._draft_ms / depths * lengths
-
-    def _learn_cost(self, draft: Draft, milliseconds: float) -> None:
-        depth = max(draft.depths(), default=0)
-        if draft.scratch is not None:
-            self._scratch_rows = len(draft.scratch.tokens)
-        if depth == 0:
-            return
-        self._deepest = max(self._deepest, depth)
-        self._draft_ms = DECAY * self._draft_ms + milliseconds
-        self._depths = DECAY * self._depths + depth
-        self._drafted = DECAY * self._drafted + len(draft)

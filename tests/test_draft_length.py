@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from quasar.draft import Context, Draft, StepResult
-from quasar.draft_length import LONGEST, AdaptiveLength, PassCost, RunningAcceptance, measure_pass_cost
+from quasar.draft import Context, Draft, Scratch, StepResult
+from quasar.draft_length import (
+    LONGEST,
+    PRIOR_RATE,
+    AdaptiveLength,
+    PassCost,
+    RunningAcceptance,
+    StepCost,
+    measure_pass_cost,
+)
 from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
@@ -35,6 +43,11 @@ class Coin:
 
     def observe(self, step: StepResult) -> None:
         pass
+
+
+def timeless(drafter: Coin, cost: PassCost) -> AdaptiveLength:
+    """On a clock that stands still: drafts cost nothing, and passes what ``cost`` says."""
+    return AdaptiveLength(drafter, cost, clock=lambda: 0.0)
 
 
 def simulate(auto: AdaptiveLength, rate: float, steps: int, seed: int = 0) -> list[int]:
@@ -68,38 +81,56 @@ def test_pass_cost_grows_with_the_context() -> None:
     assert cost(rows, 0)[0] == 10.0
 
 
+def test_step_cost_follows_the_machine_and_the_drafter() -> None:
+    cost = StepCost(LINEAR)
+    assert cost.milliseconds(3, 0).tolist() == [10.0, 20.0, 30.0, 40.0]
+    # Passes take twice what was measured, and every drafted token 4 ms.
+    for _ in range(5):
+        cost.add(Draft.chain([1, 2]), 0, draft_ms=8.0, pass_ms=60.0)
+        cost.add(Draft(), 0, draft_ms=0.1, pass_ms=20.0)
+    assert cost.milliseconds(3, 0) == pytest.approx([20.0, 44.0, 68.0, 92.0])
+
+
+def test_step_cost_counts_the_rows_of_trees_and_of_scratch() -> None:
+    cost = StepCost(LINEAR)
+    scratch = Scratch(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool), torch.tensor([0]))
+    cost.add(Draft([1, 2, 3, 4], [-1, -1, 0, 1], scratch=scratch), 0, draft_ms=0.0, pass_ms=60.0)
+    # Two rows per depth and one of scratch; a pass without a draft needs neither.
+    assert cost.milliseconds(2, 0) == pytest.approx([10.0, 40.0, 60.0])
+
+
 def test_longer_contexts_make_drafts_shorter() -> None:
     cost = PassCost([1, 32], [100, 1000], [[10.0, 10.0 + 31 * 0.5], [20.0, 20.0 + 31 * 8.0]])
-    auto = AdaptiveLength(Coin(20), cost)
+    auto = timeless(Coin(20), cost)
     simulate(auto, 0.8, 300)
     assert auto.choose(20, 100)[0] > auto.choose(20, 1000)[0] > auto.choose(20, 10_000)[0]
 
 
 def test_running_acceptance_by_position() -> None:
     running = RunningAcceptance()
-    assert running.reach()[0] == pytest.approx(0.7)
-    assert running.reach()[2] == pytest.approx(0.7**3)
+    assert running.reach()[0] == pytest.approx(PRIOR_RATE)
+    assert running.reach()[2] == pytest.approx(PRIOR_RATE**3)
     assert running.reach(5) == running.reach()[:5]
     for _ in range(2000):
         running.add(2, 2)
         running.add(4, 2)
     reach = running.reach()
     # Always right up to position 2, never at position 3: the shrinkage leaves what three steps' evidence is worth.
-    assert reach[1] > 0.85
+    assert reach[1] > 0.95
     assert reach[2] < 0.3
     assert len(reach) == LONGEST
 
 
 def test_a_free_pass_takes_the_longest_draft_and_a_dear_one_none() -> None:
-    assert simulate(AdaptiveLength(Coin(12), FLAT), 0.9, 300)[-1] >= 12
-    lengths = simulate(AdaptiveLength(Coin(12), LINEAR), 0.9, 300)
+    assert simulate(timeless(Coin(12), FLAT), 0.9, 300)[-1] >= 12
+    lengths = simulate(timeless(Coin(12), LINEAR), 0.9, 300)
     assert sum(lengths[50:]) / len(lengths[50:]) < 0.2
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.6, 0.85])
 def test_chosen_lengths_are_near_the_best_fixed_one(rate: float) -> None:
     """Rows cost 15 % of a pass each: judged by the expected rate of what was chosen, within 5 % of the best length."""
-    lengths = simulate(AdaptiveLength(Coin(20), SLOPING), rate, 600)[100:]
+    lengths = simulate(timeless(Coin(20), SLOPING), rate, 600)[100:]
     emitted = sum(sum(rate**position for position in range(length + 1)) for length in lengths)
     times = SLOPING(1 + np.arange(21), 0)
     best = (np.cumsum(rate ** np.arange(21)) / times).max()
@@ -107,14 +138,14 @@ def test_chosen_lengths_are_near_the_best_fixed_one(rate: float) -> None:
 
 
 def test_expected_gain_is_the_expected_rate_over_no_draft() -> None:
-    auto = AdaptiveLength(Coin(4), FLAT)
+    auto = timeless(Coin(4), FLAT)
     length, gain = auto.choose(2, 1)
-    assert (length, gain) == (2, pytest.approx(1 + 0.7 + 0.49))
+    assert (length, gain) == (2, pytest.approx(1 + PRIOR_RATE + PRIOR_RATE**2))
     assert auto.choose(0, 1) == (0, 1.0)
 
 
 def test_acceptance_that_improves_is_noticed() -> None:
-    auto = AdaptiveLength(Coin(8), PassCost([1, 32], [10], [[10.0, 10.0 + 31 * 5.0]]))
+    auto = timeless(Coin(8), PassCost([1, 32], [10], [[10.0, 10.0 + 31 * 5.0]]))
     assert simulate(auto, 0.05, 300)[-1] == 0
     assert max(simulate(auto, 0.95, 400)[-20:]) >= 4
 
@@ -132,7 +163,7 @@ def test_measured_cost_of_the_tiny_model(tiny) -> None:
 
 def test_in_a_copied_passage_drafts_are_longer_than_outside() -> None:
     """Passages of twenty steps whose drafts are right, and as many whose drafts are wrong, in turn."""
-    auto = AdaptiveLength(Coin(12), SLOPING)
+    auto = timeless(Coin(12), SLOPING)
     auto.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for step in range(400):
