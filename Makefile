@@ -25,7 +25,7 @@ test-slurm: $(STAMP)
 	settings="$$(scripts/slurm_local.sh start)" && trap "scripts/slurm_local.sh stop" EXIT && eval "$$settings" && \
 	$(BIN)/python -m pytest -n 0 -m "slow or slurm" $(ARGS)
 
-# Products and whole steps on this machine's CPU; writes experiments/kernels/.
+# Products, fused ops and whole steps on this machine's CPU; writes experiments/kernels/.
 bench: $(STAMP)
 	$(BIN)/python -m kernels.bench $(ARGS)
 	$(BIN)/python experiments/kernels/steps.py
