@@ -5,13 +5,9 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import mmap
-import multiprocessing
 import os
 import shutil
-import stat
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +15,8 @@ from torch import Tensor
 
 import kernels
 from kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu, reference
-from kernels.cpu import build, custom_ops, library, packing
-from kernels.cpu.levels import LEVEL_VARIABLE, Level, available_levels
+from kernels.cpu import custom_ops, library, packing
+from kernels.cpu.levels import available_levels
 
 LEVELS = [level.name for level in available_levels()]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,16 +32,6 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     with torch.inference_mode():
         yield request.param
     cpu.use_level(None)
-
-
-@pytest.fixture
-def unloaded() -> Iterator[None]:
-    """The state before the first use of a kernel, and again after the test."""
-    library.backend.cache_clear()
-    library._loaded.cache_clear()
-    yield
-    library.backend.cache_clear()
-    library._loaded.cache_clear()
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -438,69 +424,3 @@ def test_guards_notice_one_byte() -> None:
     assert not dies(lambda: touch(99, at_end=True))
     assert dies(lambda: touch(100, at_end=True))
     assert dies(lambda: touch(-1, at_end=False))
-
-
-def test_levels_by_name(monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
-    for name in LEVELS:
-        cpu.use_level(name)
-        found = cpu.backend()
-        assert found is None or found.level.name == name
-    cpu.use_level("torch")
-    assert cpu.backend() is None
-    with pytest.raises(ValueError, match=r"avx9: no level of CPU kernels here; this processor has .*torch"):
-        cpu.use_level("avx9")
-    cpu.use_level(None)
-    monkeypatch.setenv(LEVEL_VARIABLE, "torch")
-    library.backend.cache_clear()
-    assert cpu.backend() is None
-    monkeypatch.setenv(LEVEL_VARIABLE, "sse")
-    library.backend.cache_clear()
-    with pytest.raises(ValueError, match="QUASAR_CPU_LEVEL=sse"):
-        cpu.backend()
-
-
-@pytest.mark.skipif(not LEVELS, reason="no AVX2")
-@pytest.mark.parametrize("broken", ["none", "failing"])
-def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    if broken == "failing":
-        monkeypatch.setenv("CXX", "/bin/false")
-    weight, x = int8_weight(64, 96), normal(3, 96, dtype=torch.bfloat16)
-    expected = reference.linear_w8a8(x, weight.values, weight.scales)
-    reason = "no C\\+\\+ compiler found" if broken == "none" else "/bin/false failed"
-    with pytest.warns(RuntimeWarning, match=f"CPU kernels are off, PyTorch's operations are used: {reason}"):
-        found = kernels.linear_w8a8(x, weight)
-    assert torch.equal(found, expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(kernels.linear_w8a8(x, weight), expected)
-
-
-def _first_use(level: Level, cache: str, results: multiprocessing.Queue[str]) -> None:
-    os.environ[build.CACHE_VARIABLE] = cache
-    path = build.library_path(level)
-    ctypes.CDLL(str(path))
-    results.put(str(path))
-
-
-@needs_kernels
-def test_processes_that_start_at_once_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler, log = tmp_path / "compiler", tmp_path / "log"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {shutil.which("g++")} "$@"\n')
-    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O2" else flag for flag in build.FLAGS))
-    context = multiprocessing.get_context("fork")
-    results: multiprocessing.Queue[str] = context.Queue()
-    level = available_levels()[-1]
-    processes = [context.Process(target=_first_use, args=(level, str(tmp_path / "c"), results)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    paths = {results.get(timeout=120) for _ in processes}
-    for process in processes:
-        process.join()
-    assert len(paths) == 1
-    assert sum("-shared" in line for line in log.read_text().splitlines()) == 1
-    assert {path.suffix for path in (tmp_path / "c" / "kernels").iterdir()} <= {".so", ".lock"}

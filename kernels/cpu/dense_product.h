@@ -12,7 +12,19 @@ enum class DenseKind {
 };
 
 template <DenseKind KIND>
-struct DenseProduct {
+struct DenseRegisters : VectorsOnly {};
+
+#ifdef HAS_TILES
+// Whatever the number of rows: the sums of a row must not depend on it, and tiles add in another order than vectors.
+template <>
+struct DenseRegisters<DenseKind::BFLOAT16_PAIRS> {
+    using Registers = JobTiles;
+    static constexpr bool uses_tiles(const Request&) { return true; }
+};
+#endif
+
+template <DenseKind KIND>
+struct DenseProduct : DenseRegisters<KIND> {
     static constexpr int64_t INPUTS_PER_UNIT = KIND == DenseKind::BFLOAT16_PAIRS ? 2 : 1;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = KIND == DenseKind::FLOAT32_WEIGHTS ? 1 : 2;
     static constexpr int64_t UNITS_PER_VECTOR = INPUTS_PER_WEIGHT_UNIT / INPUTS_PER_UNIT;
@@ -31,6 +43,12 @@ struct DenseProduct {
 
     template <int ROWS>
     static void multiply_tile(const Job& job, Tile tile, int64_t block, float* results) {
+#ifdef HAS_TILES
+        if constexpr (KIND == DenseKind::BFLOAT16_PAIRS) {
+            FOR_EACH_ROW store_float32(results + row * LANES, zero_floats());
+            return add_block_product<TileKind::BFLOAT16_PAIRS>(job, tile, block, results);
+        }
+#endif
         const int32_t* units = tile_units(job, tile);
         const uint8_t* values = job.block_values(block);
         Floats sums[ROWS];

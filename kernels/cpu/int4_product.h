@@ -17,7 +17,7 @@ inline Floats group_zeros(const Weight& weight, int64_t index) {
                                            : load_float32(weight.zeros + 4 * LANES * index);
 }
 
-struct Int4Int8Product {
+struct Int4Int8Product : VectorsOnly {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
 
@@ -90,7 +90,7 @@ struct Int4Int8Product {
 // Activations stay floating point; the 4-bit integers become q - 8 in registers, exactly, and each group's sum is
 // scaled. BFLOAT16 products take activations in pairs, the others widen to float32.
 template <bool BFLOAT16>
-struct Int4FloatProduct {
+struct Int4FloatProduct : VectorsOnly {
     static constexpr int64_t INPUTS_PER_UNIT = BFLOAT16 ? 2 : 1;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
     static constexpr int64_t UNITS_PER_VECTOR = INPUTS_PER_VECTOR / INPUTS_PER_UNIT;

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.build import BuildError, library_path
-from kernels.cpu.levels import Level, chosen_level
+from kernels.cpu.levels import Level, chosen_levels
 
 if TYPE_CHECKING:
     from kernels.cpu.packing import PackedWeight
@@ -100,7 +100,7 @@ def use_level(name: str | None) -> None:
     Raises ValueError if the name is no level, or one that this processor does not have.
     """
     global _forced_level
-    chosen_level(name)
+    chosen_levels(name)
     _forced_level = name
     backend.cache_clear()
 
@@ -111,17 +111,22 @@ def backend() -> Library | None:
 
     Warns once if the kernels cannot be compiled. Raises ValueError if `QUASAR_CPU_LEVEL` names an unknown level.
     """
-    level = chosen_level(_forced_level)
-    return None if level is None else _loaded(level)
+    return _loaded(chosen_levels(_forced_level))
 
 
 @functools.cache
-def _loaded(level: Level) -> Library | None:
-    try:
-        return Library(library_path(level), level)
-    except (BuildError, OSError) as error:
-        warnings.warn(f"CPU kernels are off, PyTorch's operations are used: {error}", RuntimeWarning, stacklevel=3)
-        return None
+def _loaded(levels: tuple[Level, ...]) -> Library | None:
+    reasons = []
+    for level in levels:
+        # A compiler may be too old for the best level and good enough for the next.
+        try:
+            return Library(library_path(level), level)
+        except (BuildError, OSError) as error:
+            reasons.append(error)
+    if reasons:
+        message = f"CPU kernels are off, PyTorch's operations are used: {reasons[-1]}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return None
 
 
 def multiply(

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "activations.h"
+#include "tiles.h"
 
 namespace {
 
@@ -58,6 +59,30 @@ void finish_tile(const Job& job, Tile tile, int64_t block, const float* results)
     }
 }
 
+// What a product that uses vectors alone says of tile registers.
+struct VectorsOnly {
+    static constexpr bool uses_tiles(const Request&) { return false; }
+    struct Registers {
+        explicit Registers(const Job&) {}
+    };
+};
+
+#ifdef HAS_TILES
+struct JobTiles : TileRegisters {
+    explicit JobTiles(const Job& job) : TileRegisters(job.request.rows, job.units) {}
+};
+
+// Adds to sums [rows][16] the product of a tile of activations, as they lie in their rows, and a block of weights.
+template <TileKind KIND>
+inline void add_block_product(const Job& job, Tile tile, int64_t block, void* sums) {
+    const int32_t* rows = job.activations.rows + tile.first_row * job.units;
+    if (tile.rows == low_tile_rows(job.request.rows))
+        add_tile_product<KIND, LOW_TILE>(rows, job.units, job.block_values(block), prefetch, sums);
+    else
+        add_tile_product<KIND, HIGH_TILE>(rows, job.units, job.block_values(block), prefetch, sums);
+}
+#endif
+
 // The units of a tile: interleaved, except that the units of a single row are its own already.
 inline const int32_t* tile_units(const Job& job, Tile tile) {
     return (tile.rows == 1 ? job.activations.rows : job.activations.units) + tile.first_row * job.units;
@@ -82,7 +107,9 @@ void multiply_block(const Job& job, int64_t block) {
     }
 }
 
+template <class Product>
 inline void interleave_tiles(const Job& job, int64_t first_unit) {
+    if (Product::uses_tiles(job.request)) return;
     for (int64_t index = 0; index < count_tiles(job.request.rows); ++index) {
         const Tile tile = tile_at(job.request.rows, index);
         if (tile.rows > 1) interleave(job.activations, tile, job.units, first_unit);
@@ -100,7 +127,7 @@ void multiply_chunk(const Job& job) {
     const bool shared = rows * job.weight.inputs >= SHARED_ACTIVATIONS;
     if (!shared) {
         for (int64_t row = 0; row < rows; ++row) Product::prepare_row(job, row);
-        for (int64_t first = 0; first < job.units; first += UNITS_PER_STEP) interleave_tiles(job, first);
+        for (int64_t first = 0; first < job.units; first += UNITS_PER_STEP) interleave_tiles<Product>(job, first);
     }
 #pragma omp parallel num_threads(job.request.threads) if (job.request.threads > 1)
     {
@@ -108,8 +135,9 @@ void multiply_chunk(const Job& job) {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < rows; ++row) Product::prepare_row(job, row);
 #pragma omp for schedule(static)
-            for (int64_t first = 0; first < job.units; first += UNITS_PER_STEP) interleave_tiles(job, first);
+            for (int64_t first = 0; first < job.units; first += UNITS_PER_STEP) interleave_tiles<Product>(job, first);
         }
+        const typename Product::Registers registers(job);
 #pragma omp for schedule(dynamic, share) nowait
         for (int64_t block = 0; block < blocks; ++block) multiply_block<Product>(job, block);
     }

@@ -20,6 +20,7 @@ using Ints = __m512i;
 using Bytes = __m512i;
 
 inline Ints load_ints(const void* source) { return _mm512_loadu_si512(source); }
+inline void store_ints(void* target, Ints values) { _mm512_storeu_si512(target, values); }
 inline Ints broadcast_int(int32_t value) { return _mm512_set1_epi32(value); }
 inline Floats to_floats(Ints values) { return _mm512_cvtepi32_ps(values); }
 
