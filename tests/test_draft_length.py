@@ -91,25 +91,28 @@ def test_step_cost_follows_the_machine_and_the_drafter() -> None:
     assert cost.milliseconds(3, 0) == pytest.approx([20.0, 44.0, 68.0, 92.0])
 
 
-def test_step_cost_is_not_misled_by_two_stalls_and_forgets_more() -> None:
-    def drafting(cost: StepCost) -> float:
+def test_step_cost_takes_the_lower_median_of_the_latest_drafts() -> None:
+    def drafting(*times: float) -> float:
+        """Believed milliseconds per position after drafts of two that took so long."""
+        cost = StepCost(LINEAR)
+        for ms in times:
+            cost.add(Draft.chain([1, 2]), 0, draft_ms=ms, pass_ms=30.0)
         return float(cost.milliseconds(1, 0)[1] - 20.0)
 
+    assert drafting(500.0) == 0.0
+    assert drafting(500.0, 8.0) == pytest.approx(4.0)
+    assert drafting(*[8.0] * 9, *[500.0] * 4) == pytest.approx(4.0)
+    assert drafting(*[8.0] * 9, *[500.0] * 5) == pytest.approx(250.0)
+
+
+def test_drafting_is_believed_free_after_long_without() -> None:
     cost = StepCost(LINEAR)
-    for ms in (500.0, 400.0):
-        cost.add(Draft.chain([1, 2]), 0, draft_ms=ms, pass_ms=30.0)
-    assert drafting(cost) == 0.0
-    for ms in (8.0, 6.0, 10.0):
-        cost.add(Draft.chain([1, 2]), 0, draft_ms=ms, pass_ms=30.0)
-    assert drafting(cost) == pytest.approx(5.0)
-    for _ in range(2):
-        cost.add(Draft.chain([1, 2]), 0, draft_ms=500.0, pass_ms=30.0)
-    assert drafting(cost) == pytest.approx(5.0)
-    cost.add(Draft.chain([1, 2]), 0, draft_ms=500.0, pass_ms=30.0)
-    assert drafting(cost) == pytest.approx(250.0)
-    for _ in range(600):
-        cost.add(Draft(), 0, draft_ms=0.1, pass_ms=10.0)
-    assert drafting(cost) == 0.0
+    for _ in range(9):
+        cost.add(Draft.chain([1]), 0, draft_ms=500.0, pass_ms=20.0)
+    for steps, expected in ((2499, 500.0), (1, 0.0)):
+        for _ in range(steps):
+            cost.add(Draft(), 0, draft_ms=0.1, pass_ms=10.0)
+        assert cost.milliseconds(1, 0)[1] - 20.0 == pytest.approx(expected)
 
 
 def test_step_cost_counts_the_rows_of_trees_and_of_scratch() -> None:
@@ -202,15 +205,16 @@ def test_an_expensive_drafter_that_never_pays_is_tried_rarely() -> None:
     auto = AdaptiveLength(Expensive(8, clock, 5.0), FLAT, clock)
     lengths = simulate(auto, 0.1, 1000)
     tries = sum(length > 0 for length in lengths[100:])
-    # The loss that is worked out beside REST_DECAY, 4 (0.9 - 0.5) 0.02 = 0.032 tokens per step, is 0.08 tries per step.
-    assert 20 <= tries <= 0.08 * 900
+    # 4 (0.9 - 0.5) / (0.5 - 0.1) of 0.02, 0.08 tries per step, by what is said of REST_DECAY; more after lucky ones.
+    assert 30 <= tries <= 0.13 * 900
 
 
 def test_an_expensive_drafter_that_becomes_good_is_noticed() -> None:
     clock = Clock()
     auto = AdaptiveLength(Expensive(8, clock, 5.0), FLAT, clock)
     simulate(auto, 0.1, 1000)
-    assert min(simulate(auto, 0.95, 200)[100:]) >= 1
+    lengths = simulate(auto, 0.95, 200)
+    assert min(lengths[50:]) >= 1
 
 
 def test_a_stall_does_not_end_drafting() -> None:
