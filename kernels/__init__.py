@@ -6,7 +6,7 @@ the tensors' device has.
 """
 
 from kernels.fused import attend, rms_norm, rms_norm_quantize, rotary_write, silu_mul, silu_mul_quantize
-from kernels.ops import linear_bf16, linear_w4a8, linear_w4a16, linear_w8a8
+from kernels.ops import linear_bf16, linear_w4a8, linear_w4a16, linear_w8a8, linear_w8a16
 from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "linear_w4a8",
     "linear_w4a16",
     "linear_w8a8",
+    "linear_w8a16",
     "rms_norm",
     "rms_norm_quantize",
     "rotary_write",

@@ -49,6 +49,26 @@ def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None =
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
+def linear_w8a16(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias``, int8 weights with per-channel scales, activations as they are. x: [M, K]; returns [M, N].
+
+    The compiled kernels take activations as integers of 15 bit per token, which is finer than bfloat16 is near a
+    token's largest value.
+    """
+    if gpu := _gpu_for("linear_w8a16", x):
+        return gpu.linear_w8a16(x, weight.values, weight.scales, bias)
+    library = backend()
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and packed.scales is not None:
+        if x.dtype not in ACTIVATION_DTYPES:
+            return linear_w8a16(x.float(), weight, _widened(bias)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_w8a16(x, packed.values, packed.scales, bias)
+        return multiply(library.linear_w8a16, packed, x, bias)
+    out = F.linear(x, weight.values.to(x.dtype)).float() * weight.scales
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights. x: [M, K]; returns [M, N]."""
     if gpu := _gpu_for("linear_w4a16", x, weight.group_size):

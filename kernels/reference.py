@@ -60,6 +60,12 @@ def linear_w8a8_quantized(
     return out if bias is None else out + bias.float()
 
 
+def linear_w8a16(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` with int8 weights and activations in the dtype of x; shapes as in `linear_w8a8`."""
+    out = (x.double() @ values.double().T * scales.double()).float()
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 def linear_w4a16(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights and activations in the dtype of x.
 

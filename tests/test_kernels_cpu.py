@@ -79,6 +79,36 @@ def test_w8a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, bias:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_w8a16_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None:
+    for outputs, inputs in SHAPES:
+        weight = int8_weight(outputs, inputs)
+        values, scales, offset = weight.values, weight.scales, normal(outputs, dtype=dtype)
+        for rows in ROWS:
+            x = normal(rows, inputs, seed=rows, dtype=dtype)
+            x[-1] = 0
+            error = relative_error(
+                kernels.linear_w8a16(x, weight, offset), reference.linear_w8a16(x, values, scales, offset)
+            )
+            # Activations of 15 bit round by 1 / 32512 of a token's largest value.
+            assert error < (1e-4 if dtype == torch.float32 else 1e-2 if level == "torch" else 5e-3)
+
+
+@needs_kernels
+def test_w8a16_takes_activations_of_fifteen_bit(level: str) -> None:
+    """Integers up to the largest are exact, where eight bit would leave multiples of 128."""
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    x = torch.arange(-16256, 16257, 127).float()[:256].repeat(3, 1)
+    x[1] *= -1
+    x[:, 0] = torch.tensor([16256.0, -16256.0, 16256.0])
+    weight = Int8Weight(torch.randint(-127, 128, (32, 256), dtype=torch.int8), torch.ones(32))
+    found = kernels.linear_w8a16(x, weight)
+    expected = x.double() @ weight.values.double().T
+    assert (found.double() - expected).abs().max() <= expected.abs().max() * 2**-23
+    assert (kernels.linear_w8a8(x, weight).double() - expected).abs().max() > expected.abs().max() * 2**-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "fraction"])
 def test_w4a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, zeros: str) -> None:
     for group_size, (outputs, inputs) in [(32, (96, 160)), (64, (64, 576)), (96, (32, 96)), (128, (64, 1536))]:
@@ -138,13 +168,14 @@ def test_dense_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", ["w8a8", "w4a8", "w4a16", "bf16"])
+@pytest.mark.parametrize("op", ["w8a8", "w8a16", "w4a8", "w4a16", "bf16"])
 def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, op: str) -> None:
     if level == "torch":
         pytest.skip("holds for the kernels")
     outputs, inputs = 160, 576
     weights: dict[str, tuple[Callable[..., Tensor], object]] = {
         "w8a8": (kernels.linear_w8a8, int8_weight(outputs, inputs)),
+        "w8a16": (kernels.linear_w8a16, int8_weight(outputs, inputs)),
         "w4a8": (kernels.linear_w4a8, int4_weight(outputs, inputs, 64, "integer")),
         "w4a16": (kernels.linear_w4a16, int4_weight(outputs, inputs, 64, "integer")),
         "bf16": (kernels.linear_bf16, DenseWeight.prepare(normal(outputs, inputs, dtype=torch.bfloat16))),
@@ -362,6 +393,7 @@ def run_guarded(at_end: bool) -> None:
                 product(loaded.linear_w8a8, packed(int8_weight(32, 160)), x, quantized)
                 for zeros in ("symmetric", "integer", "fraction"):
                     product(loaded.linear_w4a8, packed(int4_weight(32, 160, 32, zeros, dtype)), x, quantized)
+            product(loaded.linear_w8a16, packed(int8_weight(32, 160)), x)
             for zeros in ("symmetric", "integer", "fraction"):
                 product(loaded.linear_w4a16, packed(int4_weight(32, 160, 32, zeros, dtype)), x)
             product(loaded.linear_bf16, packed(DenseWeight(normal(32, 160).bfloat16())), x)

@@ -13,7 +13,7 @@ from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Block, Transformer
 from quasar.quantization.awq import awq_scales, clipped_grid
 from quasar.quantization.gptq import gptq_int4
-from quasar.quantization.layers import W8A8Linear
+from quasar.quantization.layers import W8A8Linear, W8A16Linear
 from quasar.quantization.rounding import Grid4, grid_int4, quantize_int8, restore_int4, round_int4
 from quasar.quantization.smoothing import LAYERS, best_smoothing, fold, foldable, smoothquant_scales, w8a8_error
 from quasar.quantization.statistics import Calibration, LinearStatistics, collect
@@ -344,7 +344,7 @@ def test_an_8_bit_head_keeps_the_tied_embedding(verifier: type) -> None:
     model.lm_head.weight = model.embedding.weight
     table = model.embedding.weight.clone()
     quantized = verifier(model, Setup(), method="rtn", lm_head_bits=8).model
-    assert isinstance(quantized.lm_head, W8A8Linear)
+    assert isinstance(quantized.lm_head, W8A16Linear)
     assert torch.equal(quantized.embedding.weight, table)
     x = torch.randn(2, 128)
     assert torch.allclose(quantized.lm_head(x), x @ table.T, atol=0.5)

@@ -18,12 +18,15 @@ struct Tile {
     int64_t rows;
 };
 
-// As few tiles as the registers allow, of nearly equal heights.
-inline int64_t count_tiles(int64_t rows) { return (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS; }
+// As few tiles as the registers allow, of nearly equal heights. The `terms` rows of one token stay together.
+inline int64_t count_tiles(int64_t rows, int64_t terms = 1) {
+    const int64_t most = MAX_TILE_ROWS / terms;
+    return (rows / terms + most - 1) / most;
+}
 
-inline Tile tile_at(int64_t rows, int64_t index) {
-    const int64_t tiles = count_tiles(rows), height = rows / tiles, taller = rows % tiles;
-    return {index * height + (index < taller ? index : taller), height + (index < taller)};
+inline Tile tile_at(int64_t rows, int64_t index, int64_t terms = 1) {
+    const int64_t tokens = rows / terms, tiles = count_tiles(rows, terms), height = tokens / tiles, taller = tokens % tiles;
+    return {terms * (index * height + (index < taller ? index : taller)), terms * (height + (index < taller))};
 }
 
 // The prepared activations of a chunk, in one buffer that the calling thread keeps between calls.

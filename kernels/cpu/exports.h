@@ -10,6 +10,7 @@
     EXPORTED void name(const Weight* weight, const uint8_t* x, const float* token_scales, uint8_t* out,           \
                        const uint8_t* bias, int64_t rows, int32_t flags, int32_t threads)
 PRODUCT(quasar_linear_w8a8);
+PRODUCT(quasar_linear_w8a16);
 PRODUCT(quasar_linear_w4a8);
 PRODUCT(quasar_linear_w4a16);
 PRODUCT(quasar_linear_bf16);

@@ -39,6 +39,7 @@ class Signature(NamedTuple):
 _PRODUCT = Signature((*[_POINTER] * 5, _SIZE, _INT32, _INT32), rows=5)
 KERNELS = {
     "linear_w8a8": _PRODUCT,
+    "linear_w8a16": _PRODUCT,
     "linear_w4a8": _PRODUCT,
     "linear_w4a16": _PRODUCT,
     "linear_bf16": _PRODUCT,
@@ -55,6 +56,7 @@ class Library:
     """The functions of one level. Calls go through ctypes directly: a custom op adds several microseconds to each."""
 
     linear_w8a8: Product
+    linear_w8a16: Product
     linear_w4a8: Product
     linear_w4a16: Product
     linear_bf16: Product

@@ -34,6 +34,21 @@ class W8A8Linear(nn.Module):
         return kernels.linear_w8a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 
+class W8A16Linear(nn.Module):
+    """A linear layer with int8 weights, whose activations stay as they are."""
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes + _bias_bytes(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear_w8a16(x, self.weight, self.bias)
+
+
 class W4Linear(nn.Module):
     """A linear layer with group-wise 4-bit weights; activations stay as they are, or become int8 per token."""
 
