@@ -2,7 +2,7 @@
 
 On a CPU with AVX2 or better the compiled kernels of `kernels.cpu` do the work, on CUDA those of `kernels.triton` where
 they have one for the shape; elsewhere PyTorch's own operations compute what `kernels.reference` defines. Activations
-of the int8 products are quantized per token inside, or passed as `Quantized` by an op that did so already.
+of the int8 products are quantized inside, or passed as `Quantized` by an op that did so already.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> T
 
 
 def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations. x: [M, K]; returns [M, N]."""
+    """``x W^T + bias`` with 4-bit weights and int8 activations, both scaled by group. x: [M, K]; returns [M, N]."""
     if gpu := _gpu_for("linear_w4a8", x, weight.group_size):
         if isinstance(x, Quantized):
             return gpu.linear_w4a8_quantized(x.values, x.scales, packed_for_gpu(weight), bias, x.dtype)

@@ -123,7 +123,7 @@ def test_w4a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, zeros
                 assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
             else:
                 assert torch.equal(found, expected)
-            quantized = Quantized(*reference.quantize_tokens(x), dtype)
+            quantized = Quantized(*reference.quantize_tokens(x, group_size), dtype)
             assert torch.equal(kernels.linear_w4a8(quantized, weight, offset), found)
 
 
@@ -208,6 +208,9 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         kernels.linear_w8a8(torch.zeros(3, 64), weight)
     with pytest.raises(ValueError, match=r"expected a bias \[64\]"):
         kernels.linear_w8a8(torch.zeros(3, 96), weight, torch.zeros(32))
+    by_group = Quantized(*reference.quantize_tokens(torch.zeros(3, 96), 32), torch.float32)
+    with pytest.raises(ValueError, match=r"scaled int8 \[M, 96\]"):
+        kernels.linear_w8a8(by_group, weight)
 
 
 def test_packing_keeps_every_value(level: str) -> None:
@@ -232,18 +235,20 @@ def test_norm_and_swiglu(level: str) -> None:
         x, weight = normal(rows, size, dtype=torch.bfloat16), normal(size, seed=1, dtype=torch.bfloat16)
         found = kernels.rms_norm(x, weight, 1e-5)
         assert relative_error(found, reference.rms_norm(x, weight, 1e-5)) < 4e-3
-        values, scales = reference.quantize_tokens(found)
-        quantized = kernels.rms_norm_quantize(x, weight, 1e-5)
-        assert torch.equal(quantized.values, values)
-        assert torch.equal(quantized.scales, scales)
+        for group_size in (None, 32):
+            values, scales = reference.quantize_tokens(found, group_size)
+            quantized = kernels.rms_norm_quantize(x, weight, 1e-5, group_size)
+            assert torch.equal(quantized.values, values)
+            assert torch.equal(quantized.scales, scales)
 
         gate_up = normal(rows, 2 * size, dtype=torch.bfloat16) * 8
         found = kernels.silu_mul(gate_up)
         assert relative_error(found, reference.silu_mul(gate_up)) < 4e-3
-        values, scales = reference.quantize_tokens(found)
-        quantized = kernels.silu_mul_quantize(gate_up)
-        assert torch.equal(quantized.values, values)
-        assert torch.equal(quantized.scales, scales)
+        for group_size in (None, 32):
+            values, scales = reference.quantize_tokens(found, group_size)
+            quantized = kernels.silu_mul_quantize(gate_up, group_size)
+            assert torch.equal(quantized.values, values)
+            assert torch.equal(quantized.scales, scales)
 
 
 def test_swiglu_far_from_zero(level: str) -> None:
@@ -379,7 +384,7 @@ def run_guarded(at_end: bool) -> None:
         flags = library.ACTIVATIONS_BFLOAT16 if x.dtype == torch.bfloat16 else 0
         token_scales = None
         if quantized:
-            values, scales_of_tokens = reference.quantize_tokens(x)
+            values, scales_of_tokens = reference.quantize_tokens(x, weight.group_size or None)
             x, token_scales = values, guarded.copy(scales_of_tokens)
             flags |= library.ACTIVATIONS_INT8
         pointer = None if token_scales is None else token_scales.data_ptr()
@@ -419,11 +424,11 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     tensors: list[Tensor] = []
     size, heads, kv_heads, head_dim, slots = 96, 3, 1, 96, 150 + rows
     x, weight, sums = bfloat16(rows, size), bfloat16(size), bfloat16(rows, size)
-    quantized = other(rows, size, dtype=torch.int8), other(rows)
-    loaded.rms_norm(x, None, weight, None, bfloat16(rows, size), None, None, rows, size, 1e-5, 1)
-    loaded.rms_norm(x, bfloat16(rows, size), weight, sums, None, *quantized, rows, size, 1e-5, 1)
-    loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, 1)
-    loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 1)
+    quantized = other(rows, size, dtype=torch.int8), other(rows, size // 32)
+    loaded.rms_norm(x, None, weight, None, bfloat16(rows, size), None, None, rows, size, size, 1e-5, 1)
+    loaded.rms_norm(x, bfloat16(rows, size), weight, sums, None, *quantized, rows, size, 32, 1e-5, 1)
+    loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, size, 1)
+    loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 32, 1)
     q, out = bfloat16(rows, heads, head_dim), bfloat16(rows, heads, head_dim)
     cache = bfloat16(kv_heads, slots, head_dim), bfloat16(kv_heads, slots, head_dim)
     qkv, rotation = bfloat16(rows, (heads + 2 * kv_heads) * head_dim), (other(rows, head_dim), other(rows, head_dim))

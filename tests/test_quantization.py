@@ -301,6 +301,31 @@ def test_quantize_tokens_rounds_each_row_on_its_own() -> None:
     assert reference.quantize_tokens(torch.zeros(1, 8))[0].abs().sum() == 0
 
 
+def test_quantize_tokens_by_group_rounds_each_group_on_its_own() -> None:
+    x = torch.randn(7, 64) * torch.tensor([1.0, 100.0]).repeat_interleave(32)
+    values, scales = reference.quantize_tokens(x, 32)
+    for group in range(2):
+        part = slice(32 * group, 32 * group + 32)
+        alone, scale = reference.quantize_tokens(x[:, part])
+        assert torch.equal(alone, values[:, part])
+        assert torch.equal(scale[:, 0], scales[:, group])
+    assert (values[:, :32].float() * scales[:, :1] - x[:, :32]).abs().max() < 0.02
+
+
+def test_outliers_of_one_group_spare_the_others() -> None:
+    """With one scale per token an outlier channel would round the other groups' activations to nothing."""
+    x = torch.randn(5, 256)
+    x[:, 3] = 3000.0
+    weight = Int4Weight(
+        torch.randint(0, 256, (32, 128), dtype=torch.uint8), torch.rand(32, 4) + 0.1, torch.full((32, 4), 8.0), True
+    )
+    scales = weight.scales.clone()
+    scales[:, 0] = 0.0  # look at the other groups alone
+    expected = reference.linear_w4a16(x, weight.packed, scales, weight.zeros)
+    error = (reference.linear_w4a8(x, weight.packed, scales, weight.zeros) - expected).abs().max()
+    assert error < 0.02 * expected.abs().max()
+
+
 def test_verifiers_quantize_the_blocks_alone(tiny: Transformer) -> None:
     dense = {name: parameter.clone() for name, parameter in tiny.named_parameters()}
     before = FP16Verifier(tiny, Setup()).cost.weight_bytes

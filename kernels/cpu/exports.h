@@ -16,17 +16,17 @@ PRODUCT(quasar_linear_w4a16);
 PRODUCT(quasar_linear_bf16);
 PRODUCT(quasar_linear_f32);
 
-// What lies between the products takes and gives bfloat16; results go to `out`, or quantized per row to `quantized`
-// [rows][size] and `scales` [rows].
+// What lies between the products takes and gives bfloat16; results go to `out`, or quantized to `quantized`
+// [rows][size] and `scales` [rows][size / group].
 
 // Normalizes the rows of x [rows][size]; where there is a residual, those of x + residual, which go to `total`.
 EXPORTED void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* weight, uint8_t* total,
-                              uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size, float eps,
-                              int32_t threads);
+                              uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size,
+                              int64_t group, float eps, int32_t threads);
 
 // gate_up [rows][2][size]: silu(gate) * up, the first factor rounded
 EXPORTED void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows,
-                              int64_t size, int32_t threads);
+                              int64_t size, int64_t group, int32_t threads);
 
 // qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q
 // [rows][heads][head_dim], rotated keys and values to slots `*start` on (0 without one) of keys and values

@@ -43,11 +43,13 @@ struct Int8Product : Int8Registers {
     static void prepare_row(const Job& job, int64_t row) {
         const int64_t inputs = job.weight.inputs;
         int8_t* values = reinterpret_cast<int8_t*>(job.activations.scratch + row * job.units);
-        int32_t& offset = job.activations.offsets[row];
-        job.activations.scales[row] =
-            job.request.quantized() ? sum_quantized_row(job.request, row, 1, inputs, &offset)
-                                    : quantize_row(job.request, row * inputs, 1, inputs, values, &offset);
-        offset *= -BYTE_OFFSET;
+        int32_t* offset = job.activations.offsets + row;
+        float* scale = job.activations.scales + row;
+        if (job.request.quantized())
+            sum_quantized_row(job.request, row, 1, inputs, offset, scale);
+        else
+            quantize_row(job.request, row * inputs, 1, inputs, values, offset, scale);
+        *offset *= -BYTE_OFFSET;
     }
 
     template <int ROWS>

@@ -44,8 +44,8 @@ KERNELS = {
     "linear_w4a16": _PRODUCT,
     "linear_bf16": _PRODUCT,
     "linear_f32": _PRODUCT,
-    "rms_norm": Signature((*[_POINTER] * 7, _SIZE, _SIZE, _FLOAT, _INT32), rows=7),
-    "silu_mul": Signature((*[_POINTER] * 4, _SIZE, _SIZE, _INT32), rows=4),
+    "rms_norm": Signature((*[_POINTER] * 7, *[_SIZE] * 3, _FLOAT, _INT32), rows=7),
+    "silu_mul": Signature((*[_POINTER] * 4, *[_SIZE] * 3, _INT32), rows=4),
     "rotary_write": Signature((*[_POINTER] * 9, *[_SIZE] * 5, _FLOAT, _INT32), rows=9),
     "attention": Signature((*[_POINTER] * 6, *[_SIZE] * 6, _INT32), rows=6),
 }
@@ -141,8 +141,8 @@ def multiply(
 ) -> Tensor:
     """``x W^T + bias`` with one of a library's products.
 
-    x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, 1] and the ``dtype`` of the
-    result; bias: bfloat16 or float32 [N]. Returns [M, N] in the dtype of x.
+    x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, G], G the weight's groups along
+    K (1 for int8 weights), and the ``dtype`` of the result; bias: bfloat16 or float32 [N]. Returns [M, N] in the dtype of x.
     Raises ValueError for other shapes, dtypes or devices: the library itself checks nothing.
     """
     if dtype is None:
@@ -154,7 +154,9 @@ def multiply(
         token_scales = token_scales.contiguous()
         scales_pointer = token_scales.data_ptr()
         flags |= ACTIVATIONS_INT8
-        valid = valid and x.dtype == torch.int8 and token_scales.dtype == torch.float32 and len(token_scales) == len(x)
+        groups = weight.inputs // (weight.group_size or weight.inputs)
+        valid = valid and x.dtype == torch.int8 and token_scales.dtype == torch.float32
+        valid = valid and token_scales.shape == (len(x), groups)
     if not valid:
         raise ValueError(
             f"expected bfloat16, float32 or scaled int8 [M, {weight.inputs}] on the CPU, got {x.dtype} "

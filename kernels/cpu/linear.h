@@ -164,7 +164,7 @@ void multiply(const Weight& weight, Request request) {
         multiply_chunk<Product>(Job{weight, request, activations, rows, units, weight_units, groups});
         remaining -= request.rows;
         request.x += request.rows * weight.inputs * element;
-        if (request.quantized()) request.token_scales += request.rows;
+        if (request.quantized()) request.token_scales += request.rows * groups;
         request.out += request.rows * weight.outputs * out_element;
     }
 }
