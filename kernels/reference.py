@@ -20,7 +20,10 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     [-127, 127]; a row of zeros gets scale 1.
     """
     x = x.float()
-    scales = x.abs().amax(dim=1, keepdim=True) / INT8_MAX
+    largest = x.abs().amax(dim=1, keepdim=True)
+    # By a number, CUDA would multiply with the rounded reciprocal: half the largest value of a row, a tie, would then
+    # round differently from device to device and from kernel to kernel.
+    scales = largest / torch.full_like(largest, INT8_MAX)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return torch.round(x / scales).to(torch.int8), scales
 
