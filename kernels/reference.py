@@ -21,7 +21,10 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
     """
     size = group_size or x.shape[1]
     groups = x.float().view(len(x), x.shape[1] // size, size)
-    scales = groups.abs().amax(dim=2, keepdim=True) / INT8_MAX
+    largest = groups.abs().amax(dim=2, keepdim=True)
+    # By a number, CUDA would multiply with the rounded reciprocal: half the largest value of a row, a tie, would then
+    # round differently from device to device and from kernel to kernel.
+    scales = largest / torch.full_like(largest, INT8_MAX)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return torch.round(groups / scales).to(torch.int8).view(x.shape), scales.squeeze(2)
 

@@ -3,6 +3,7 @@ compiled ahead of time for GPUs that this machine need not have."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -294,9 +295,18 @@ def test_tuning_remembers_the_fastest(tmp_path: Path, monkeypatch: pytest.Monkey
         return 1.0 if tiling == wanted else 2.0
 
     assert tuning.tune(shape, DEVICE, milliseconds) == wanted
+    same_device = torch.device(DEVICE.type, 0)
+    assert tuning.tiling_for(shape, same_device) == wanted
     tuning._table.cache_clear()  # as a new process would begin
     assert tuning.tiling_for(Shape("linear_w8a8", 3, 4096, 4096), DEVICE) == wanted
     assert tuning.tiling_for(Shape("linear_w8a8", 20, 4096, 4096), DEVICE).block_m == 32
+    other = Shape("linear_bf16", 1, 256, 256)
+    another_process = {other.key: {**dataclasses.asdict(tuning.default_tiling(other, 132)), "stages": 9}}
+    file = tuning.cache_file(DEVICE)
+    file.write_text(json.dumps(another_process | json.loads(file.read_text())))
+    tuning.tune(shape, DEVICE, milliseconds)
+    tuning._table.cache_clear()
+    assert tuning.tiling_for(other, DEVICE).stages == 9
     tuning._table.cache_clear()
     tuning.tiling_for.cache_clear()
 

@@ -141,8 +141,9 @@ def multiply(
 ) -> Tensor:
     """``x W^T + bias`` with one of a library's products.
 
-    x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, G], G the weight's groups along
-    K (1 for int8 weights), and the ``dtype`` of the result; bias: bfloat16 or float32 [N]. Returns [M, N] in the dtype of x.
+    x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, G] (one for int8 weights, else
+    one for each of the weight's groups) and the ``dtype`` of the result; bias: bfloat16 or float32 [N].
+    Returns [M, N] in the dtype of x.
     Raises ValueError for other shapes, dtypes or devices: the library itself checks nothing.
     """
     if dtype is None:

@@ -72,7 +72,7 @@ class Shape:
 @functools.lru_cache(maxsize=4096)
 def tiling_for(shape: Shape, device: torch.device) -> Tiling:
     """The tuned tiling where there is one, else the default."""
-    return _table(device).get(shape.key) or default_tiling(shape, multiprocessors(device))
+    return _table(cache_file(device)).get(shape.key) or default_tiling(shape, multiprocessors(device))
 
 
 def default_tiling(shape: Shape, processors: int) -> Tiling:
@@ -122,8 +122,9 @@ def tune(shape: Shape, device: torch.device, milliseconds: Callable[[Tiling], fl
             if "out of resource" not in str(error).lower():
                 raise
     best = min(timed, key=lambda pair: pair[0])[1]
-    _table(device)[shape.key] = best
-    _write(device)
+    file = cache_file(device)
+    _table(file)[shape.key] = best
+    _write(file)
     tiling_for.cache_clear()
     return best
 
@@ -136,9 +137,14 @@ def cache_file(device: torch.device) -> Path:
 
 
 @functools.cache
-def _table(device: torch.device) -> dict[str, Tiling]:
+def _table(file: Path) -> dict[str, Tiling]:
+    """By file, not by device: ``cuda`` and ``cuda:0`` are different devices to PyTorch."""
+    return _read(file)
+
+
+def _read(file: Path) -> dict[str, Tiling]:
     try:
-        return dict(_entries(json.loads(cache_file(device).read_text(encoding="utf-8"))))
+        return dict(_entries(json.loads(file.read_text(encoding="utf-8"))))
     except (OSError, ValueError):
         return {}
 
@@ -151,11 +157,12 @@ def _entries(raw: dict[str, dict[str, int]]) -> Iterator[tuple[str, Tiling]]:
             continue
 
 
-def _write(device: torch.device) -> None:
-    file = cache_file(device)
+def _write(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
-    content = {key: dataclasses.asdict(tiling) for key, tiling in sorted(_table(device).items())}
+    # Another process may have tuned other shapes meanwhile.
+    table = _read(file) | _table(file)
+    content = {key: dataclasses.asdict(tiling) for key, tiling in sorted(table.items())}
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
 
