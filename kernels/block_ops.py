@@ -7,6 +7,8 @@ quantized as `reference.quantize_tokens` does, in groups where a size is given.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,7 @@ def add_rms_norm_quantize(
     """The normalized rows as int8 and their scales, and the sum that was normalized."""
     if cpu.fits(x, group_size or x.shape[-1]) and (library := backend()) is not None:
         return cpu.rms_norm_quantize(library, x, weight, eps, residual, group_size)
-    return (gpu_backend(x) or reference).add_rms_norm_quantize(x, weight, eps, residual, group_size)
+    return _quantizing_backend(x, group_size).add_rms_norm_quantize(x, weight, eps, residual, group_size)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[T
     """``silu(gate) * up`` as int8 and its scales."""
     if cpu.fits(gate_up, group_size or gate_up.shape[1] // 2) and (library := backend()) is not None:
         return cpu.silu_mul_quantize(library, gate_up, group_size)
-    return (gpu_backend(gate_up) or reference).silu_mul_quantize(gate_up, group_size)
+    return _quantizing_backend(gate_up, group_size).silu_mul_quantize(gate_up, group_size)
 
 
 def rotary_write_at(
@@ -79,3 +81,8 @@ def linear_dense(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     if gpu is not None and gpu.supports("linear_bf16", x):
         return gpu.linear_bf16(x, values, bias)
     return F.linear(x, values, bias)
+
+
+def _quantizing_backend(x: Tensor, group_size: int | None) -> ModuleType:
+    gpu = gpu_backend(x)
+    return gpu if gpu is not None and gpu.quantizes(group_size) else reference

@@ -51,7 +51,10 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Shape:
-    """A product to be tuned. op: linear_w8a8, linear_w4a16, linear_w4a8 or linear_bf16; group_size: 0 where none."""
+    """A product to be tuned. op: linear_w8a8, linear_w8a16, linear_w4a16, linear_w4a8 or linear_bf16.
+
+    group_size: 0 where none
+    """
 
     op: str
     rows: int

@@ -141,6 +141,12 @@ def _calls(
         lambda: ops.linear_w8a8(x, values, scales, bias),
         lambda: (tokens.double() @ values.double().T) * (token_scales.double() * scales.double()) + added,
     )
+    yield (
+        "linear_w8a16",
+        None,
+        lambda: ops.linear_w8a16(x, values, scales, bias),
+        lambda: (x.double() @ values.double().T) * scales.double() + added,
+    )
     yield "linear_bf16", None, lambda: ops.linear_bf16(x, dense, bias), lambda: x.double() @ dense.double().T + added
     for group_size in weights.group_sizes:
         for symmetric in weights.symmetric:
@@ -163,8 +169,14 @@ def _calls(
                     "linear_w4a8",
                     group_size,
                     lambda w=weight: ops.linear_w4a8(x, w, bias),  # type: ignore[misc]
-                    lambda w=wide: (tokens.double() @ w.T) * token_scales.double() + added,  # type: ignore[misc]
+                    lambda w=wide, size=group_size: _restored(x, size) @ w.T + added,  # type: ignore[misc]
                 )
+
+
+def _restored(x: Tensor, group_size: int) -> Tensor:
+    """What quantization by group leaves of x, float64."""
+    values, scales = reference.quantize_tokens(x, group_size)
+    return (values.double().view(*scales.shape, group_size) * scales.double().unsqueeze(2)).view(x.shape)
 
 
 def _elementwise(plan: Plan, dtype: torch.dtype) -> Iterator[Json]:

@@ -17,7 +17,7 @@ from scripts.gpu_suite.record import Json
 from scripts.gpu_suite.timing import milliseconds_per_call
 from scripts.gpu_suite.workers import MOST_PROCESSES, in_processes
 
-OPS = ("linear_w8a8", "linear_w4a16", "linear_bf16", "linear_w4a8")
+OPS = ("linear_w8a8", "linear_w4a16", "linear_bf16", "linear_w4a8", "linear_w8a16")
 ROWS = (6, 32)
 """One number of rows per size of tile that the suite measures."""
 ROTATED_BYTES = 160 << 20
@@ -71,12 +71,14 @@ def _shapes(plan: Plan) -> list[Shape]:
         for rows in (ROWS[:1] if plan.tiny else ROWS)
         for op in ops
         for product in products
-        if not (product.layer == "lm_head" and "w4" in op)
+        if not (product.layer == "lm_head" and "w4" in op) and (product.layer == "lm_head" or op != "linear_w8a16")
     ]
 
 
 def _milliseconds(shape: Shape, tiling: Tiling, plan: Plan) -> float:
-    nbytes = shape.outputs * shape.inputs * {"linear_bf16": 2.0, "linear_w8a8": 1.0}.get(shape.op, 0.5)
+    nbytes = (
+        shape.outputs * shape.inputs * {"linear_bf16": 2.0, "linear_w8a8": 1.0, "linear_w8a16": 1.0}.get(shape.op, 0.5)
+    )
     copies = 1 if plan.tiny else max(2, int(-(-ROTATED_BYTES // nbytes)))
     calls = [_Call(shape, tiling, plan.device) for _ in range(copies)]
     return milliseconds_per_call(calls, plan.device, REPEATS)
@@ -89,10 +91,10 @@ class _Call:
         self.shape, self.tiling = shape, tiling
         n, k = shape.outputs, shape.inputs
         self.x = torch.randn(shape.rows, k, device=device).bfloat16()
-        self.tokens = reference.quantize_tokens(self.x)
+        self.tokens = reference.quantize_tokens(self.x, shape.group_size or None)
         if shape.group_size:
             self.int4 = random_int4(n, k, shape.group_size, device)
-        elif shape.op == "linear_w8a8":
+        elif shape.op in ("linear_w8a8", "linear_w8a16"):
             self.values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
             self.scales = torch.full((n,), 0.01, device=device)
         else:
@@ -106,6 +108,8 @@ class _Call:
         if self.shape.op == "linear_w8a8":
             tokens, scales = self.tokens
             return linear_w8a8.linear_w8a8(tokens, scales, self.values, self.scales, None, torch.bfloat16, self.tiling)
+        if self.shape.op == "linear_w8a16":
+            return linear_bf16.linear_w8a16(self.x, self.values, self.scales, None, self.tiling)
         return linear_bf16.linear_bf16(self.x, self.values, None, self.tiling)
 
 
