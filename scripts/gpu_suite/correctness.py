@@ -196,8 +196,11 @@ def _elementwise(plan: Plan, dtype: torch.dtype) -> Iterator[Json]:
         tokens, scales = ops.silu_mul_quantize(gate_up)
         error = _error(tokens.double() * scales, product) - 0.5 / 127
         yield _case(plan, "silu_mul_quantize", dtype, error, rows=count, width=width)
-        same = torch.equal(ops.quantize_tokens(x)[0], reference.quantize_tokens(x)[0])
-        yield _case(plan, "quantize_tokens", dtype, 0.0 if same else 1.0, rows=count, width=width)
+        for group_size in (None, 8):
+            pairs = zip(ops.quantize_tokens(x, group_size), reference.quantize_tokens(x, group_size), strict=True)
+            same = all(torch.equal(*pair) for pair in pairs)
+            facts = {"rows": count, "width": width, "group_size": group_size}
+            yield _case(plan, "quantize_tokens", dtype, 0.0 if same else 1.0, **facts)
 
 
 def _attention(plan: Plan, dtype: torch.dtype) -> Iterator[Json]:
