@@ -77,13 +77,13 @@ def tiling_for(shape: Shape, device: torch.device) -> Tiling:
 
 def default_tiling(shape: Shape, processors: int) -> Tiling:
     """A tiling that fills the GPU: enough programs for every multiprocessor, and reads of 64 bytes and more a row."""
-    wide = shape.outputs >= 64 * processors
     if shape.group_size:
         # Unpacking costs instructions, which nearly two programs per multiprocessor hide better than one.
-        programs, block_n = 7 * processors // 4, 128 if wide and shape.block_m < 64 else 64
+        # In wider blocks the scales change threads through shared memory in every iteration.
+        programs, block_n = 7 * processors // 4, 64
         block_k = _groups_per_iteration(shape) * shape.group_size
     else:
-        programs, block_n = 3 * processors // 4, 64 if wide else 32
+        programs, block_n = 3 * processors // 4, 64 if shape.outputs >= 64 * processors else 32
         longest = 256 if shape.op == "linear_w8a8" else 128
         block_k = next((size for size in (256, 128, 64) if size <= longest and shape.inputs % size == 0), 128)
     tiles = _blocks(shape.outputs, block_n) * _blocks(shape.rows, shape.block_m)
