@@ -46,6 +46,8 @@ class Case:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
+    dependent: bool = True
+    """Whether to compile it for programmatic dependent launch too."""
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
     architecture = int(sys.argv[1])
     facts: dict[str, Any] = {}
     for case in [*products(architecture), *attentions(), *elementwise()]:
-        for dependent in (False, True) if architecture >= 90 and "candidate" not in case.name else (False,):
+        for dependent in (False, True) if architecture >= 90 and case.dependent else (False,):
             compiled = compile_kernel(case, {**case.constants, "DEPENDENT": dependent}, architecture)
             name = case.name + (", dependent" if dependent else "")
             assert name not in facts, name
@@ -64,30 +66,32 @@ def main() -> None:
 
 
 def products(architecture: int) -> Iterator[Case]:
-    """The default tilings of large and small shapes at every size of tile; where tuning counts, all it may choose."""
+    """The default tilings of large and small shapes at every size of tile; where it is meant to tune, what it may
+    choose too."""
     for kind in ("w8a8", "w4a16 bf16", "w4a16 fp16", "w4a8", "bf16"):
         op = f"linear_{kind.split()[0]}"
-        for rows in (6, 32, 64):
-            for outputs, inputs in (DOWN, GATE_UP, SMALL):
-                shape = _shape(op, rows, outputs, inputs)
-                yield product(f"{kind} {rows} x {outputs} x {inputs}", kind, shape, default_tiling(shape, PROCESSORS))
+        cases = [(6, DOWN), (32, SMALL), (64, GATE_UP)]
         if architecture == 90:
-            for rows in (6, 32):
-                for outputs, inputs in (DOWN, GATE_UP):
-                    shape = _shape(op, rows, outputs, inputs)
-                    for tiling in candidates(shape, PROCESSORS)[1:]:
-                        name = f"{kind} {rows} x {outputs} x {inputs} candidate {tiling}"
-                        yield product(name, kind, shape, tiling)
-    for symmetric in (True, False):
-        shape = _shape("linear_w4a8", 6, *DOWN)
+            cases += [(6, GATE_UP), (6, SMALL), (32, GATE_UP)]
+        for rows, (outputs, inputs) in cases:
+            shape = _shape(op, rows, outputs, inputs)
+            name = f"{kind} {rows} x {outputs} x {inputs}"
+            yield product(name, kind, shape, default_tiling(shape, PROCESSORS), dependent=rows == 6)
+        # The tilings of float16 are those of bfloat16.
+        for rows, (outputs, inputs) in ((6, DOWN), (32, GATE_UP)) if architecture == 90 and "fp16" not in kind else ():
+            shape = _shape(op, rows, outputs, inputs)
+            for tiling in candidates(shape, PROCESSORS)[1:]:
+                name = f"{kind} {rows} x {outputs} x {inputs}, candidate {tiling}"
+                yield product(name, kind, shape, tiling, dependent=False)
+    for kind in ("w4a16 bf16", "w4a8"):
+        shape = _shape(f"linear_{kind.split()[0]}", 6, *DOWN)
         tiling = default_tiling(shape, PROCESSORS)
-        yield product(f"w4a8 zeros {not symmetric}", "w4a8", shape, tiling, {"HAS_ZEROS": not symmetric})
-        shape = _shape("linear_w4a16", 6, *DOWN)
-        tiling = default_tiling(shape, PROCESSORS)
-        yield product(f"w4a16 zeros {not symmetric}", "w4a16 bf16", shape, tiling, {"HAS_ZEROS": not symmetric})
+        yield product(f"{kind}, asymmetric", kind, shape, tiling, {"HAS_ZEROS": True}, dependent=False)
 
 
-def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[str, Any] | None = None) -> Case:
+def product(
+    name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[str, Any] | None = None, dependent: bool = True
+) -> Case:
     common = {"bias": "*bf16", "out": "*bf16", "counters": "*i32", "partials": "*fp32"}
     common |= {"rows": "i32", "outputs": "i32", "inputs": "i32"}
     w4 = {"values": "*u8", "scales": "*fp16", "zeros": "*i8", "x_scales": "*fp32", "unit": "fp32"}
@@ -97,16 +101,24 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
     even = {"BLOCK_K": tiling.block_k, "EVEN_K": shape.inputs % tiling.block_k == 0}
     if kind == "w8a8":
         constants = {**sizes, **even, "HAS_BIAS": True}
-        return Case(name, kind, linear_w8a8_kernel, common | w8, constants | (changes or {}), options)
+        return Case(name, kind, linear_w8a8_kernel, common | w8, constants, options, dependent)
     if kind == "bf16":
         types = {**common, "x": "*bf16", "values": "*bf16"}
-        return Case(name, kind, linear_bf16_kernel, types, {**sizes, **even, "HAS_BIAS": True, "WIDE": False}, options)
+        return Case(
+            name,
+            kind,
+            linear_bf16_kernel,
+            types,
+            {**sizes, **even, "HAS_BIAS": True, "WIDE": False},
+            options,
+            dependent,
+        )
     dtype = {"w4a16 bf16": "*bf16", "w4a16 fp16": "*fp16", "w4a8": "*i8"}[kind]
     groups = {"GROUP": shape.group_size, "GROUPS": tiling.block_k // shape.group_size}
     flags = {"INT8": kind == "w4a8", "HAS_ZEROS": False, "HAS_BIAS": True, "ASSEMBLY": True}
     constants = {**sizes, **groups, **flags, **(changes or {})}
     types = {**common, **w4, "x": dtype, "out": "*fp16" if kind == "w4a16 fp16" else "*bf16"}
-    return Case(name, kind, linear_w4_kernel, types, constants, options)
+    return Case(name, kind, linear_w4_kernel, types, constants, options, dependent)
 
 
 def attentions() -> Iterator[Case]:

@@ -91,7 +91,9 @@ def default_tiling(shape: Shape, processors: int) -> Tiling:
     split_k = 1
     while tiles * split_k < programs and iterations // (2 * split_k) >= FEWEST_ITERATIONS:
         split_k *= 2
-    return Tiling(shape.block_m, block_n, block_k, split_k)
+    # Four warps would have to spill registers there.
+    warps = 8 if shape.op == "linear_w4a8" and shape.block_m == 32 else 4
+    return Tiling(shape.block_m, block_n, block_k, split_k, warps)
 
 
 def candidates(shape: Shape, processors: int) -> list[Tiling]:
@@ -100,13 +102,17 @@ def candidates(shape: Shape, processors: int) -> list[Tiling]:
     changes = [
         {"split_k": max(1, base.split_k // 2)},
         {"split_k": base.split_k * 2},
-        {"block_n": base.block_n * 2},
-        {"block_n": base.block_n // 2},
+        {"block_n": base.block_n // 2, "warps": 4},  # with more, a thread would load less than 16 bytes
         {"stages": base.stages + 1},
-        {"block_n": base.block_n * 2, "warps": 8},
     ]
-    if not shape.group_size and shape.inputs % (2 * base.block_k) == 0:
-        changes.append({"block_k": 2 * base.block_k, "stages": 3})
+    if shape.group_size:
+        changes.append({"warps": 8})
+        if shape.block_m == 16:  # more rows would have to spill registers
+            changes.append({"block_n": base.block_n * 2})
+    else:
+        changes += [{"block_n": base.block_n * 2}, {"block_n": base.block_n * 2, "warps": 8}]
+        if shape.inputs % (2 * base.block_k) == 0:
+            changes.append({"block_k": 2 * base.block_k, "stages": 3})
     unique = dict.fromkeys([base, *(dataclasses.replace(base, **change) for change in changes)])
     return [tiling for tiling in unique if tiling.block_n >= 16 and 2 * tiling.block_n * tiling.block_m <= 32768]
 
