@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from quasar.acceptance import Accepted, Greedy, RejectionSampling, Typical
+from quasar.acceptance import Accepted, Greedy, RejectionSampling, Typical, decide
 from quasar.draft import ROOT, Draft
-from quasar.sampling import Sampling, draw, most_likely
+from quasar.sampling import Sampling, draw, draw_on_device, most_likely
 
 SAMPLINGS = [
     Sampling(1.0),
@@ -213,6 +215,48 @@ def test_a_chain_on_a_gpu_is_accepted_like_any_other() -> None:
         draft, logits = Draft.chain(tokens), one_hot_logits(targets)
         expected = Accepted(list(range(count)), targets[count])
         assert rule.accept_chain(draft, logits, generator) == rule.accept(draft, logits, generator) == expected
+
+
+def test_drawing_on_the_device_draws_the_same() -> None:
+    probabilities = torch.rand(300, generator=torch.Generator().manual_seed(3))
+    probabilities[::3] = 0.0
+    first, second = (torch.Generator().manual_seed(4) for _ in range(2))
+    drawn = [draw(probabilities, first) for _ in range(200)]
+    assert [draw_on_device(probabilities, second).item() for _ in range(200)] == drawn
+    assert len(set(drawn)) > 50
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waiting = ("multinomial", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+        assert func.overloadpacket.__name__ not in waiting, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_chain_on_a_gpu_is_accepted_with_one_wait() -> None:
+    """The one is ``tolist``, which no operation stands for."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    proposals = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    for sampling in (Sampling(1.0), Sampling(0.7, top_k=9, top_p=0.9)):
+        for draft in (Draft.chain([1, 2, 3]), Draft.chain([1, 2, 3], proposals)):
+            with NothingWaits():
+                RejectionSampling(sampling).accept_chain(draft, logits, torch.Generator())
+
+
+def test_what_a_pass_found_decides_a_greedy_step() -> None:
+    class Verifier:
+        def most_likely(self, rows: int) -> list[int] | None:
+            return [5, 6, 7][:rows] if rows > 1 else None
+
+    logits, generator = one_hot_logits([1, 2, 3]), torch.Generator()
+    draft = Draft.chain([5, 9])
+    assert decide(Greedy(), Verifier(), draft, logits, generator) == Accepted([0], 6)
+    assert decide(Greedy(), object(), draft, logits, generator) == Accepted([], 1)
+    assert decide(Greedy(), Verifier(), Draft(), logits[:1], generator) == Accepted([], 1)
+    sampled = RejectionSampling(Sampling(1.0, top_k=1))
+    assert decide(sampled, Verifier(), draft, logits, generator) == Accepted([], 1)
 
 
 def test_sampling_distribution() -> None:

@@ -122,7 +122,9 @@ def test_bars_take_the_worst_shape() -> None:
     found = {bar["name"].split(",")[0]: bar for bar in measured}
     ratio = found["linear_w8a8 over cuBLAS BF16"]
     assert (ratio["value"], ratio["place"], ratio["met"]) == (40 / 25, "down M=16", False)
-    assert found["linear_w8a8 share of copy bandwidth"]["value"] == 0.8
+    share = found["linear_w8a8 share of copy bandwidth"]
+    # Good as far as it was measured: two of twelve.
+    assert (share["value"], share["met"], share["missing"]) == (0.8, None, 10)
     assert found["linear_w4a16 over cuBLAS BF16"]["value"] is None
     assert found["BF16 pass share of copy bandwidth"]["met"] is True
     assert found["int8 pass over our BF16 pass"]["value"] == 2.0
