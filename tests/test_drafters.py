@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from quasar.decode import Generation
 from quasar.draft import ROOT, Context, Draft, StepResult, merge_into_tree
 from quasar.drafters.base import Resources
 from quasar.drafters.layer_search import search_skipped_layers
@@ -22,6 +23,7 @@ from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
 from quasar.sampling import Sampling
+from quasar.timing import DECODE_PHASES
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from tests.compose import resources_for
@@ -416,6 +418,21 @@ def test_measured_speed_counts_decoded_tokens(setup: Setup) -> None:
     assert drafter._speed(verifier, [[1, 2, 3], [4, 5]], [1]) > 0
     with pytest.raises(RequestError, match=r"drafter\.method=search needs calibration text"):
         LayerSkipDrafter(method="search").prepare(resources_for(verifier, Setup()))
+
+
+def test_measured_speed_leaves_out_the_first_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first decode with a set of layers, on the longest prompt, compiles and allocates."""
+    decoded: list[list[int]] = []
+
+    def decode(prompt: list[int], *others: object) -> Generation:
+        decoded.append(prompt)
+        milliseconds = 1000.0 if len(decoded) == 1 else 4.0
+        return Generation([], len(prompt), "", [], [], [], [8], [], {name: [milliseconds] for name in DECODE_PHASES})
+
+    monkeypatch.setattr("quasar.drafters.layerskip.decode", decode)
+    speed = LayerSkipDrafter()._speed(None, [[1], [2, 3]], [1])  # type: ignore[arg-type]
+    assert decoded == [[2, 3], [1], [2, 3]]
+    assert speed == pytest.approx(8 / 16 * 1e3)
 
 
 def test_drafters_refuse_lengths_that_draft_nothing() -> None:
