@@ -51,7 +51,8 @@ class RejectionSampling:
     The output follows the verifier's sampling distribution p exactly. A drafted token x from distribution q is
     kept with probability min(1, p(x) / q(x)); on rejection p becomes its residual max(0, p - q), normalized,
     against which the next sibling is tried. A deterministic draft has a one-hot q: x is kept with probability
-    p(x), and its residual is p without x.
+    p(x), and its residual is p without x. Siblings drawn without replacement (Sequoia, Chen et al. 2024) keep p too:
+    each one's q is the distribution it was drawn from, without the siblings before it.
     """
 
     def __init__(self, sampling: Sampling) -> None:
