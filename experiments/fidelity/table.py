@@ -41,7 +41,9 @@ def describe(run: dict[str, object]) -> str:
     kind, method = run["verifier"], option("method")
     head = ", 8-bit head" if str(option("lm_head_bits")) == "8" else ""
     if kind == "int8":
-        return f"int8 {method}" + (f", alpha {option('alpha')}" if method == "smoothquant" else "") + head
+        # Beside numbers, a text is quoted in the table of runs.
+        alpha = str(option("alpha")).strip('"')
+        return f"int8 {method}" + (f", alpha {alpha}" if method == "smoothquant" else "") + head
     if kind == "int4":
         form = "symmetric" if str(option("symmetric")).lower() == "true" else "asymmetric"
         unclipped = ", unclipped" if str(option("clip")).lower() == "false" else ""
