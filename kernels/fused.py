@@ -42,6 +42,14 @@ def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> Quantiz
     return Quantized(*reference.silu_mul_quantize(gate_up, group_size), gate_up.dtype)
 
 
+def first_maxima(x: Tensor) -> Tensor:
+    """Where the largest value of each row stands, the first of several. x: [M, S] without NaN; returns int64 [M]."""
+    if cpu.fits(x, x.shape[1]) and (library := backend()) is not None:
+        return cpu.first_maxima(library, x)
+    # As argmax, which takes four times as long in bfloat16 on a CPU.
+    return x.max(-1).indices
+
+
 def rotary_write(
     qkv: Tensor,
     rotation: tuple[Tensor, Tensor],

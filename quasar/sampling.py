@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import first_maxima
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,11 +48,8 @@ class Sampling:
 
 
 def most_likely(logits: Tensor) -> list[int]:
-    """The token of the first maximum of every row. logits: [R, V].
-
-    As ``argmax``, which takes four times as long in bfloat16 on a CPU.
-    """
-    found: list[int] = logits.max(-1).indices.tolist()
+    """The token of the first maximum of every row. logits: [R, V]."""
+    found: list[int] = first_maxima(logits).tolist()
     return found
 
 

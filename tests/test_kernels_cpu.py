@@ -258,6 +258,23 @@ def test_swiglu_far_from_zero(level: str) -> None:
     assert torch.allclose(found.float(), reference.silu_mul(gate_up.float()), rtol=8e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [16, 64, 80, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_maxima(level: str, size: int, dtype: torch.dtype) -> None:
+    x = normal(33, size, dtype=dtype)
+    assert len(set(x[0].tolist())) < size or size < 4096 or dtype == torch.float32  # bfloat16 has ties
+    x[1], x[2] = -3.0, -torch.inf
+    x[2, 7] = -1e30
+    x[3, size - 1], x[3, size - 2] = 99.0, 99.0
+    x[4], x[4, 3] = -0.0, 0.0
+    expected = [row.tolist().index(row.max().item()) for row in x]
+    assert expected[1:5] == [0, 7, size - 2, 0]
+    for rows in (1, 2, 33):
+        assert kernels.first_maxima(x[:rows]).tolist() == expected[:rows]
+    # Rows whose elements do not lie side by side.
+    assert kernels.first_maxima(x.T.contiguous().T).tolist() == expected
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("normalized", [False, True])
 def test_rotary_write(level: str, head_dim: int, normalized: bool) -> None:
@@ -429,6 +446,7 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     loaded.rms_norm(x, bfloat16(rows, size), weight, sums, None, *quantized, rows, size, 32, 1e-5, 1)
     loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, size, 1)
     loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 32, 1)
+    loaded.first_maxima(x, other(rows, dtype=torch.int64), rows, size, 1)
     q, out = bfloat16(rows, heads, head_dim), bfloat16(rows, heads, head_dim)
     cache = bfloat16(kv_heads, slots, head_dim), bfloat16(kv_heads, slots, head_dim)
     qkv, rotation = bfloat16(rows, (heads + 2 * kv_heads) * head_dim), (other(rows, head_dim), other(rows, head_dim))

@@ -28,6 +28,9 @@ EXPORTED void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const u
 EXPORTED void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows,
                               int64_t size, int64_t group, int32_t threads);
 
+// Where the largest value of each row of x [rows][size] stands, the first of several; of rows without NaN.
+EXPORTED void quasar_first_maxima(const uint8_t* x, int64_t* indices, int64_t rows, int64_t size, int32_t threads);
+
 // qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q
 // [rows][heads][head_dim], rotated keys and values to slots `*start` on (0 without one) of keys and values
 // [kv_heads][..][head_dim], head_stride elements from head to head. q_weight, k_weight: norms of the heads

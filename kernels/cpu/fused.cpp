@@ -117,6 +117,25 @@ void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, fl
     });
 }
 
+void quasar_first_maxima(const uint8_t* x, int64_t* indices, int64_t rows, int64_t size, int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint8_t* values = x + 2 * row * size;
+        Floats tops[4];
+        for (Floats& top : tops) top = load_bfloat16(values);
+        int64_t k = 0;
+        for (; k + 4 * LANES <= size; k += 4 * LANES)
+            for (int part = 0; part < 4; ++part)
+                tops[part] = larger(tops[part], load_bfloat16(values + 2 * (k + part * LANES)));
+        for (; k < size; k += LANES) tops[0] = larger(tops[0], load_bfloat16(values + 2 * k));
+        const Floats top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
+        const Floats largest = broadcast(largest_lane(top));
+        uint32_t found = 0;
+        for (k = 0; k < size && found == 0; k += LANES) found = equal_lanes(load_bfloat16(values + 2 * k), largest);
+        indices[row] = found == 0 ? 0 : k - LANES + __builtin_ctz(found);
+    }
+}
+
 void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines, const uint8_t* q_weight,
                          const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, const int64_t* start,
                          int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,

@@ -75,6 +75,14 @@ def silu_mul_quantize(library: Library, gate_up: Tensor, group_size: int | None 
     return values, scales
 
 
+def first_maxima(library: Library, x: Tensor) -> Tensor:
+    """int64 [M], for x [M, S]."""
+    x = x.contiguous()
+    indices = torch.empty(len(x), dtype=torch.int64)
+    library.first_maxima(x.data_ptr(), indices.data_ptr(), *x.shape, torch.get_num_threads())
+    return indices
+
+
 def rotary_write(
     library: Library,
     qkv: Tensor,

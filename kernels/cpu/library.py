@@ -71,6 +71,7 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         for name, signature in KERNELS.items():
             setattr(self, name, self._function(f"quasar_{name}", *signature.arguments))
+        self.first_maxima = self._function("quasar_first_maxima", _POINTER, _POINTER, _SIZE, _SIZE, _INT32)
         self.replay = self._function("quasar_replay", _POINTER, _SIZE, _SIZE)
         self._advise_huge_pages = self._function("quasar_advise_huge_pages", _POINTER, _SIZE)
 
