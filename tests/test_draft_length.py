@@ -91,6 +91,27 @@ def test_step_cost_follows_the_machine_and_the_drafter() -> None:
     assert cost.milliseconds(3, 0) == pytest.approx([20.0, 44.0, 68.0, 92.0])
 
 
+def test_step_cost_is_not_misled_by_two_stalls_and_forgets_more() -> None:
+    def drafting(cost: StepCost) -> float:
+        return float(cost.milliseconds(1, 0)[1] - 20.0)
+
+    cost = StepCost(LINEAR)
+    for ms in (500.0, 400.0):
+        cost.add(Draft.chain([1, 2]), 0, draft_ms=ms, pass_ms=30.0)
+    assert drafting(cost) == 0.0
+    for ms in (8.0, 6.0, 10.0):
+        cost.add(Draft.chain([1, 2]), 0, draft_ms=ms, pass_ms=30.0)
+    assert drafting(cost) == pytest.approx(5.0)
+    for _ in range(2):
+        cost.add(Draft.chain([1, 2]), 0, draft_ms=500.0, pass_ms=30.0)
+    assert drafting(cost) == pytest.approx(5.0)
+    cost.add(Draft.chain([1, 2]), 0, draft_ms=500.0, pass_ms=30.0)
+    assert drafting(cost) == pytest.approx(250.0)
+    for _ in range(600):
+        cost.add(Draft(), 0, draft_ms=0.1, pass_ms=10.0)
+    assert drafting(cost) == 0.0
+
+
 def test_step_cost_counts_the_rows_of_trees_and_of_scratch() -> None:
     cost = StepCost(LINEAR)
     scratch = Scratch(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool), torch.tensor([0]))
@@ -148,6 +169,54 @@ def test_acceptance_that_improves_is_noticed() -> None:
     auto = timeless(Coin(8), PassCost([1, 32], [10], [[10.0, 10.0 + 31 * 5.0]]))
     assert simulate(auto, 0.05, 300)[-1] == 0
     assert max(simulate(auto, 0.95, 400)[-20:]) >= 4
+
+
+class Clock:
+    """Stands still but for the drafts of an ``Expensive`` drafter."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class Expensive(Coin):
+    """Takes ``ms`` for every token, and ``first_ms`` more for its first draft."""
+
+    def __init__(self, depth: int, clock: Clock, ms: float, first_ms: float = 0.0) -> None:
+        super().__init__(depth)
+        self.clock, self.ms, self.late = clock, ms, first_ms
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        draft = super().propose(context, budget)
+        if draft.tokens:
+            self.clock.seconds += (self.ms * len(draft) + self.late) / 1e3
+            self.late = 0.0
+        return draft
+
+
+def test_an_expensive_drafter_that_never_pays_is_tried_rarely() -> None:
+    """Passes of 10 ms, 5 ms per drafted token: drafts pay from a rate of 0.5 on."""
+    clock = Clock()
+    auto = AdaptiveLength(Expensive(8, clock, 5.0), FLAT, clock)
+    lengths = simulate(auto, 0.1, 1000)
+    tries = sum(length > 0 for length in lengths[100:])
+    # The loss that is worked out beside REST_DECAY, 4 (0.9 - 0.5) 0.02 = 0.032 tokens per step, is 0.08 tries per step.
+    assert 20 <= tries <= 0.08 * 900
+
+
+def test_an_expensive_drafter_that_becomes_good_is_noticed() -> None:
+    clock = Clock()
+    auto = AdaptiveLength(Expensive(8, clock, 5.0), FLAT, clock)
+    simulate(auto, 0.1, 1000)
+    assert min(simulate(auto, 0.95, 200)[100:]) >= 1
+
+
+def test_a_stall_does_not_end_drafting() -> None:
+    clock = Clock()
+    auto = AdaptiveLength(Expensive(4, clock, 0.1, first_ms=200.0), FLAT, clock)
+    assert min(simulate(auto, 1.0, 20)[1:]) >= 3
 
 
 def test_measured_cost_of_the_tiny_model(tiny) -> None:
