@@ -5,8 +5,8 @@ in plain PyTorch and is the oracle of all tests; the functions exported here cho
 the tensors' device has.
 """
 
-from kernels.fused import attend, rms_norm, rms_norm_quantize, rotary_write, silu_mul, silu_mul_quantize
-from kernels.ops import linear_bf16, linear_w4a8, linear_w4a16, linear_w8a8
+from kernels.fused import attend, first_maxima, rms_norm, rms_norm_quantize, rotary_write, silu_mul, silu_mul_quantize
+from kernels.ops import linear_bf16, linear_w4a8, linear_w4a16, linear_w8a8, linear_w8a16
 from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 __all__ = [
@@ -15,10 +15,12 @@ __all__ = [
     "Int8Weight",
     "Quantized",
     "attend",
+    "first_maxima",
     "linear_bf16",
     "linear_w4a8",
     "linear_w4a16",
     "linear_w8a8",
+    "linear_w8a16",
     "rms_norm",
     "rms_norm_quantize",
     "rotary_write",

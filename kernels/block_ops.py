@@ -2,10 +2,12 @@
 
 Signatures and meaning are those of `kernels.reference`. The position in the cache is read when a kernel runs, so that
 a captured CUDA graph or a recorded `kernels.cpu.Tape` serves every context length. In the two that give int8, rows are
-quantized as `reference.quantize_tokens` does.
+quantized as `reference.quantize_tokens` does, in groups where a size is given.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +27,12 @@ def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 
 
 def add_rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalized rows as int8 and their scales, and the sum that was normalized."""
-    if cpu.fits(x, x.shape[-1]) and (library := backend()) is not None:
-        return cpu.rms_norm_quantize(library, x, weight, eps, residual)
-    return (gpu_backend(x) or reference).add_rms_norm_quantize(x, weight, eps, residual)
+    if cpu.fits(x, group_size or x.shape[-1]) and (library := backend()) is not None:
+        return cpu.rms_norm_quantize(library, x, weight, eps, residual, group_size)
+    return _quantizing_backend(x, group_size).add_rms_norm_quantize(x, weight, eps, residual, group_size)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -40,11 +42,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (gpu_backend(gate_up) or reference).silu_mul(gate_up)
 
 
-def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
     """``silu(gate) * up`` as int8 and its scales."""
-    if cpu.fits(gate_up, gate_up.shape[1] // 2) and (library := backend()) is not None:
-        return cpu.silu_mul_quantize(library, gate_up)
-    return (gpu_backend(gate_up) or reference).silu_mul_quantize(gate_up)
+    if cpu.fits(gate_up, group_size or gate_up.shape[1] // 2) and (library := backend()) is not None:
+        return cpu.silu_mul_quantize(library, gate_up, group_size)
+    return _quantizing_backend(gate_up, group_size).silu_mul_quantize(gate_up, group_size)
 
 
 def rotary_write_at(
@@ -79,3 +81,8 @@ def linear_dense(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     if gpu is not None and gpu.supports("linear_bf16", x):
         return gpu.linear_bf16(x, values, bias)
     return F.linear(x, values, bias)
+
+
+def _quantizing_backend(x: Tensor, group_size: int | None) -> ModuleType:
+    gpu = gpu_backend(x)
+    return gpu if gpu is not None and gpu.quantizes(group_size) else reference

@@ -21,11 +21,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return reference.rms_norm(x, weight, eps)
 
 
-def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
-    """`rms_norm` of [M, S], quantized per row."""
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, group_size: int | None = None) -> Quantized:
+    """`rms_norm` of [M, S], quantized per row or group."""
     if cpu.fits(x, x.shape[-1]) and weight.dtype == x.dtype and (library := backend()) is not None:
-        return Quantized(*cpu.rms_norm_quantize(library, x, weight, eps)[:2], x.dtype)
-    return Quantized(*reference.quantize_tokens(reference.rms_norm(x, weight, eps)), x.dtype)
+        return Quantized(*cpu.rms_norm_quantize(library, x, weight, eps, group_size=group_size)[:2], x.dtype)
+    return Quantized(*reference.quantize_tokens(reference.rms_norm(x, weight, eps), group_size), x.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -35,11 +35,19 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return reference.silu_mul(gate_up)
 
 
-def silu_mul_quantize(gate_up: Tensor) -> Quantized:
-    """`silu_mul` of [M, 2 S], quantized per row: [M, S]."""
+def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> Quantized:
+    """`silu_mul` of [M, 2 S], quantized per row or group: [M, S]."""
     if cpu.fits(gate_up, gate_up.shape[1] // 2) and (library := backend()) is not None:
-        return Quantized(*cpu.silu_mul_quantize(library, gate_up), gate_up.dtype)
-    return Quantized(*reference.quantize_tokens(reference.silu_mul(gate_up)), gate_up.dtype)
+        return Quantized(*cpu.silu_mul_quantize(library, gate_up, group_size), gate_up.dtype)
+    return Quantized(*reference.silu_mul_quantize(gate_up, group_size), gate_up.dtype)
+
+
+def first_maxima(x: Tensor) -> Tensor:
+    """Where the largest value of each row stands, the first of several. x: [M, S] without NaN; returns int64 [M]."""
+    if cpu.fits(x, x.shape[1]) and (library := backend()) is not None:
+        return cpu.first_maxima(library, x)
+    # As argmax, which takes four times as long in bfloat16 on a CPU.
+    return x.max(-1).indices
 
 
 def rotary_write(

@@ -2,7 +2,7 @@
 
 On a CPU with AVX2 or better the compiled kernels of `kernels.cpu` do the work, on CUDA those of `kernels.triton` where
 they have one for the shape; elsewhere PyTorch's own operations compute what `kernels.reference` defines. Activations
-of the int8 products are quantized per token inside, or passed as `Quantized` by an op that did so already.
+of the int8 products are quantized inside, or passed as `Quantized` by an op that did so already.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu import backend, custom_ops
-from kernels.cpu.library import ACTIVATION_DTYPES, multiply
+from kernels.cpu.library import ACTIVATION_DTYPES, Library, multiply
 from kernels.gpu import gpu_backend, packed_for_gpu
 from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
 
@@ -30,7 +30,7 @@ def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None =
         if isinstance(x, Quantized):
             return gpu.linear_w8a8_quantized(x.values, x.scales, weight.values, weight.scales, bias, x.dtype)
         return gpu.linear_w8a8(x, weight.values, weight.scales, bias)
-    library = backend()
+    library = _library_for(x)
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and packed.scales is not None:
         if isinstance(x, Quantized):
@@ -49,11 +49,31 @@ def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None =
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
+def linear_w8a16(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias``, int8 weights with per-channel scales, activations as they are. x: [M, K]; returns [M, N].
+
+    The compiled kernels take activations as integers of 15 bit per token, which is finer than bfloat16 is near a
+    token's largest value.
+    """
+    if gpu := _gpu_for("linear_w8a16", x):
+        return gpu.linear_w8a16(x, weight.values, weight.scales, bias)
+    library = _library_for(x)
+    packed = weight.packed_for_kernels() if library is not None else None
+    if library is not None and packed is not None and packed.scales is not None:
+        if x.dtype not in ACTIVATION_DTYPES:
+            return linear_w8a16(x.float(), weight, _widened(bias)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            return custom_ops.linear_w8a16(x, packed.values, packed.scales, bias)
+        return multiply(library.linear_w8a16, packed, x, bias)
+    out = F.linear(x, weight.values.to(x.dtype)).float() * weight.scales
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights. x: [M, K]; returns [M, N]."""
     if gpu := _gpu_for("linear_w4a16", x, weight.group_size):
         return gpu.linear_w4a16(x, packed_for_gpu(weight), bias)
-    library = backend()
+    library = _library_for(x)
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and packed.scales is not None:
         if x.dtype not in ACTIVATION_DTYPES:
@@ -68,12 +88,12 @@ def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> T
 
 
 def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations. x: [M, K]; returns [M, N]."""
+    """``x W^T + bias`` with 4-bit weights and int8 activations, both scaled by group. x: [M, K]; returns [M, N]."""
     if gpu := _gpu_for("linear_w4a8", x, weight.group_size):
         if isinstance(x, Quantized):
             return gpu.linear_w4a8_quantized(x.values, x.scales, packed_for_gpu(weight), bias, x.dtype)
         return gpu.linear_w4a8(x, packed_for_gpu(weight), bias)
-    library = backend()
+    library = _library_for(x)
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and packed.scales is not None:
         if isinstance(x, Quantized):
@@ -96,7 +116,7 @@ def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> T
     """
     if gpu := _gpu_for("linear_bf16", x):
         return gpu.linear_bf16(x, weight.values, bias)
-    library = backend()
+    library = _library_for(x)
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and x.dtype in ACTIVATION_DTYPES:
         if torch.compiler.is_compiling():
@@ -109,6 +129,12 @@ def _gpu_for(op: str, x: Tensor | Quantized, group_size: int = 0) -> ModuleType 
     rows = x.values if isinstance(x, Quantized) else x
     gpu = gpu_backend(rows)
     return gpu if gpu is not None and gpu.supports(op, rows, group_size) else None
+
+
+def _library_for(x: Tensor | Quantized) -> Library | None:
+    """The compiled CPU kernels; for rows on another device they need not even be compiled."""
+    rows = x.values if isinstance(x, Quantized) else x
+    return backend() if rows.device.type == "cpu" else None
 
 
 def _widened(bias: Tensor | None) -> Tensor | None:

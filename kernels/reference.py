@@ -13,16 +13,20 @@ INT8_MAX = 127
 EXACT_BLOCK = 128
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric dynamic quantization of each row to int8.
+def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric dynamic quantization of each row, or of each group of ``group_size`` elements of a row, to int8.
 
-    x: float [M, K]. Returns int8 [M, K] and the float32 scales [M, 1], ``x ≈ values * scales``. Values lie in
-    [-127, 127]; a row of zeros gets scale 1.
+    x: float [M, K]. Returns int8 [M, K] and the float32 scales [M, K / group_size] ([M, 1] without groups),
+    ``x ≈ values * scales``. Values lie in [-127, 127]; zeros alone get scale 1.
     """
-    x = x.float()
-    scales = x.abs().amax(dim=1, keepdim=True) / INT8_MAX
+    size = group_size or x.shape[1]
+    groups = x.float().view(len(x), x.shape[1] // size, size)
+    largest = groups.abs().amax(dim=2, keepdim=True)
+    # By a number, CUDA would multiply with the rounded reciprocal: half the largest value of a row, a tie, would then
+    # round differently from device to device and from kernel to kernel.
+    scales = largest / torch.full_like(largest, INT8_MAX)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return torch.round(x / scales).to(torch.int8), scales
+    return torch.round(groups / scales).to(torch.int8).view(x.shape), scales.squeeze(2)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -60,6 +64,12 @@ def linear_w8a8_quantized(
     return out if bias is None else out + bias.float()
 
 
+def linear_w8a16(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` with int8 weights and activations in the dtype of x; shapes as in `linear_w8a8`."""
+    out = (x.double() @ values.double().T * scales.double()).float()
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 def linear_w4a16(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` with group-wise 4-bit weights and activations in the dtype of x.
 
@@ -70,18 +80,21 @@ def linear_w4a16(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias:
 
 
 def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` with group-wise 4-bit weights and per-token int8 activations.
+    """``x W^T + bias`` with 4-bit weights and int8 activations, both scaled by group: of a token's activations too, as
+    weights of a group share a scale anyway.
 
     Within a group the sum of ``token * q`` is an exact integer; groups are then scaled and added in float32,
     in ascending order. Shapes as in `linear_w4a16`.
     """
-    return linear_w4a8_quantized(*quantize_tokens(x), packed, scales, zeros, bias).to(x.dtype)
+    tokens = quantize_tokens(x, x.shape[1] // scales.shape[1])
+    return linear_w4a8_quantized(*tokens, packed, scales, zeros, bias).to(x.dtype)
 
 
 def linear_w4a8_quantized(
     tokens: Tensor, token_scales: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """`linear_w4a8` of activations that are quantized already, int8 [M, K] and float32 [M, 1]; returns float32."""
+    """`linear_w4a8` of activations that are quantized already, int8 [M, K] and float32 [M, K / group_size]; returns
+    float32."""
     rows, groups = scales.shape
     token_groups = tokens.double().view(len(tokens), groups, -1)
     weight_groups = unpack_int4(packed).double().view(rows, groups, -1)
@@ -89,8 +102,7 @@ def linear_w4a8_quantized(
     for group in range(groups):
         dot = token_groups[:, group] @ weight_groups[:, group].T
         offset = token_groups[:, group].sum(1, keepdim=True) * zeros[:, group].double()
-        out += (dot - offset).float() * scales[:, group].float()
-    out = out * token_scales
+        out += (dot - offset).float() * (token_scales[:, group : group + 1] * scales[:, group].float())
     return out if bias is None else out + bias.float()
 
 
@@ -171,16 +183,16 @@ def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 
 
 def add_rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_rms_norm`, its rows quantized: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
+    """`add_rms_norm`, then `quantize_tokens`: int8 [M, K], float32 scales [M, G] and the sum that was normalized."""
     normalized, total = add_rms_norm(x, weight, eps, residual)
-    return *quantize_tokens(normalized), total
+    return *quantize_tokens(normalized, group_size), total
 
 
-def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """`silu_mul`, its rows quantized: int8 [M, I] and float32 scales [M, 1]."""
-    return quantize_tokens(silu_mul(gate_up))
+def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """`silu_mul`, then `quantize_tokens`: int8 [M, S] and float32 scales [M, G]."""
+    return quantize_tokens(silu_mul(gate_up), group_size)
 
 
 def rotary_write_at(

@@ -28,8 +28,8 @@ TORCH_INT4_OUTPUTS_MULTIPLE = 16
 
 
 class Quantized(NamedTuple):
-    """Activations that are quantized per token: values int8 [M, K], scales float32 [M, 1]; dtype: of the result of a
-    product with them."""
+    """Activations as `reference.quantize_tokens` gives them: values int8 [M, K], scales float32 [M, G], one group per
+    token or those of the weight; dtype: of the result of a product with them."""
 
     values: Tensor
     scales: Tensor

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from quasar.draft import ROOT, Draft
-from quasar.sampling import Sampling, draw, most_likely
+from quasar.sampling import Sampling, draw, draw_on_device, most_likely
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class Greedy:
     """Follow the verifier's argmax: the output is the verifier's own greedy decoding, whatever the draft."""
 
     def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
-        targets = most_likely(logits)
+        return self.follow(draft, most_likely(logits))
+
+    def follow(self, draft: Draft, targets: list[int]) -> Accepted:
+        """`accept`, given the verifier's choice after the last token and after every draft token."""
         path: list[int] = []
         node = ROOT
         while True:
@@ -48,7 +51,8 @@ class RejectionSampling:
     The output follows the verifier's sampling distribution p exactly. A drafted token x from distribution q is
     kept with probability min(1, p(x) / q(x)); on rejection p becomes its residual max(0, p - q), normalized,
     against which the next sibling is tried. A deterministic draft has a one-hot q: x is kept with probability
-    p(x), and its residual is p without x.
+    p(x), and its residual is p without x. Siblings drawn without replacement (Sequoia, Chen et al. 2024) keep p too:
+    each one's q is the distribution it was drawn from, without the siblings before it.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -92,7 +96,7 @@ class RejectionSampling:
         rejected = torch.cat([proposal, torch.zeros_like(target[:1])])
         final = target.index_select(0, kept)
         residual = (final - rejected.index_select(0, kept)).clamp_(min=0.0)
-        bonus = torch.multinomial(residual.where(residual.sum() > 0, final)[0], 1, generator=generator)
+        bonus = draw_on_device(residual.where(residual.sum() > 0, final)[0], generator)
         count, token = torch.cat([kept, bonus]).tolist()
         return Accepted(list(range(count)), token)
 
@@ -125,6 +129,26 @@ class Typical:
         """The probability above which a token is typical, per row of ``target`` [T + 1, V]."""
         entropy = -torch.special.xlogy(target, target).sum(-1)
         return (self.alpha * (-entropy).exp()).clamp(max=self.threshold)
+
+
+@runtime_checkable
+class RankingVerifier(Protocol):
+    """A verifier whose pass may find the most likely tokens itself."""
+
+    def most_likely(self, rows: int) -> list[int] | None:
+        """The most likely token after each of the first ``rows`` rows of the last pass, or None where it found none."""
+        ...
+
+
+def decide(
+    rule: AcceptanceRule, verifier: object, draft: Draft, logits: Tensor, generator: torch.Generator
+) -> Accepted:
+    """What the rule accepts of the verifier's pass, of which ``logits`` [T + 1, V] are part."""
+    if type(rule) is Greedy and isinstance(verifier, RankingVerifier):
+        targets = verifier.most_likely(len(draft) + 1)
+        if targets is not None:
+            return rule.follow(draft, targets)
+    return rule.accept(draft, logits, generator)
 
 
 def rule_for(sampling: Sampling) -> AcceptanceRule:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quasar.acceptance import AcceptanceRule
+from quasar.acceptance import AcceptanceRule, decide
 from quasar.draft import Context, Draft, StepResult
 from quasar.drafters.base import Drafter
 from quasar.limits import Limits
@@ -61,7 +61,7 @@ def decode(
         logits = verifier.verify(context.last, draft)
         clock.lap("verify")
         own = logits[: len(draft) + 1]
-        accepted = rule.accept(draft, own, generator)
+        accepted = decide(rule, verifier, draft, own, generator)
         verifier.keep(accepted.path)
         emitted = limits.cut(context, [draft.tokens[node] for node in accepted.path] + [accepted.bonus])
         step = StepResult(draft, emitted, accepted.path, own, logits[len(draft) + 1 :] if draft.scratch else None)

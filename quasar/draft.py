@@ -41,8 +41,9 @@ class Draft:
 
     tokens:  list of T token ids, every parent before its children
     parents: list of T indices into ``tokens``; ``ROOT`` for tokens that follow the last emitted token
-    probabilities: float32 [T, V] or None. Row t is the distribution from which token t was drawn; None
-        means that every token was chosen deterministically (a one-hot distribution)
+    probabilities: float32 [T, V] or None. Row t is the distribution from which token t was drawn, given the siblings
+        before it: of siblings drawn without replacement a later one's row lacks the earlier tokens and is normalized
+        again. None means that every token was chosen deterministically (a one-hot distribution)
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -138,12 +139,12 @@ class StepResult:
     scratch_logits: Tensor | None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _chain_offsets(size: int) -> Tensor:
     return torch.arange(size)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _chain_mask(size: int) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool).tril_()
 

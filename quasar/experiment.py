@@ -187,6 +187,8 @@ def _summary(session: Session, measured: Json, copy_bandwidth: float) -> Json:
         "peak_memory_bytes": peak_memory_bytes(verifier.device),
         "device": device_name(verifier.device),
         "simulated": session.simulated,
+        # Of the acceptance rule, whatever the verifier: a table of many runs has to tell them apart.
+        "lossy": settings.decode.acceptance == "typical",
     }
     if session.simulated:
         summary["distinct_4gram_ratio"] = None

@@ -15,17 +15,17 @@ class StopStrings:
     """Texts that end the output with the token that completes one of them.
 
     decode: token ids to text. A token holds at least one byte, so that only as many tokens as the longest text has
-        bytes need to be decoded at a time.
+        bytes need to be decoded at a time: ``reach``, with the lead.
     """
 
     def __init__(self, texts: Sequence[str], decode: Callable[[list[int]], str]) -> None:
         self.texts = tuple(texts)
         self._decode = decode
-        self._reach = max(len(text.encode()) for text in texts) + LEAD
+        self.reach = max(len(text.encode()) for text in texts) + LEAD
 
     def completed_by_last(self, tokens: list[int]) -> bool:
         """Whether one of the texts stands in the output ``tokens``; no shorter output may have held it."""
-        tail = self._decode(tokens[-self._reach :])
+        tail = self._decode(tokens[-self.reach :])
         return any(text in tail for text in self.texts)
 
 
@@ -55,7 +55,7 @@ class Limits:
     def cut(self, context: Context, emitted: list[int]) -> list[int]:
         """The part of a step's tokens up to the first one that ends the output, and within its room."""
         emitted = emitted[: self.room(context)]
-        output = context.tokens[context.prompt_length :] if self.stop_strings is not None else []
+        output = self._tail(context)
         for index, token in enumerate(emitted):
             output.append(token)
             if self._stops(output):
@@ -64,12 +64,16 @@ class Limits:
 
     def finished(self, context: Context) -> str | None:
         """Why the sequence is over ("stop", "length", "context"), or None."""
-        output = context.tokens[context.prompt_length :]
-        if self._stops(output):
+        if self._stops(self._tail(context)):
             return "stop"
         if self.room(context) > 0:
             return None
-        return "length" if len(output) >= self.max_new_tokens else "context"
+        return "length" if len(context.tokens) - context.prompt_length >= self.max_new_tokens else "context"
+
+    def _tail(self, context: Context) -> list[int]:
+        """The last tokens of the output, as many as decide whether it ends: no step copies all of it."""
+        reach = 1 if self.stop_strings is None else self.stop_strings.reach
+        return context.tokens[max(context.prompt_length, len(context.tokens) - reach) :]
 
     def _stops(self, output: list[int]) -> bool:
         if output[-1] in self.stop_tokens:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import first_maxima
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,12 +48,16 @@ class Sampling:
 
 
 def most_likely(logits: Tensor) -> list[int]:
-    """The token of the first maximum of every row. logits: [R, V].
-
-    As ``argmax``, which takes four times as long in bfloat16 on a CPU.
-    """
-    found: list[int] = logits.max(-1).indices.tolist()
+    """The token of the first maximum of every row. logits: [R, V]."""
+    found: list[int] = first_maxima(logits).tolist()
     return found
+
+
+def draw_on_device(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """As `draw`, with the same result, but int64 [1] on the device: ``multinomial`` itself makes the host wait for a
+    look at its argument. Of exponential clocks with these rates, the first to ring is distributed like them."""
+    clocks = torch.empty_like(probabilities).exponential_(1.0, generator=generator)
+    return (probabilities / clocks).argmax(-1, keepdim=True)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:

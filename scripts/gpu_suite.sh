@@ -3,4 +3,16 @@
 # safetensors and matplotlib only. Usage: scripts/gpu_suite.sh OUTPUT_FOLDER [--smollm2 FOLDER] [options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m scripts.gpu_suite "$@"
+
+# A kernel that reads where it must not breaks the device for its whole process (exit code 75), or kills it: another
+# process then goes on with the sections that are left.
+resume=()
+for _ in 1 2 3 4 5 6; do
+    code=0
+    "${PYTHON:-python3}" -m scripts.gpu_suite "$@" "${resume[@]}" || code=$?
+    case $code in
+        75 | 134 | 135 | 136 | 139) resume=(--resume) ;;
+        *) break ;;
+    esac
+done
+exit "$code"

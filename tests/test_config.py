@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import get_class
 
 from quasar.building import build
 from quasar.cli import model_source
@@ -35,6 +38,16 @@ def test_every_drafter_yaml_builds_and_drafts(name: str, setup: Setup) -> None:
     if isinstance(drafter, PreparedDrafter):
         drafter.prepare(resources_for(verifier, setup))
     drafter.begin(torch.tensor([1, 2, 3]), verifier)
+
+
+@pytest.mark.parametrize("name", names("drafter"))
+def test_every_drafter_yaml_and_docstring_has_every_knob(name: str) -> None:
+    node = composed_run(f"drafter={name}").drafter
+    drafter = get_class(node["_target_"])
+    knobs = set(inspect.signature(drafter).parameters)
+    assert set(node) - {"_target_", "name"} == knobs
+    words = set(re.findall(r"\w+", drafter.__doc__ or ""))
+    assert knobs <= words
 
 
 @pytest.mark.parametrize("name", sorted(set(names("verifier")) - {"packed"}))  # which needs a checkpoint of its own

@@ -218,6 +218,35 @@ def test_sampled_output_is_reproducible_and_survives_drafting() -> None:
         assert first.accepted == again.accepted
 
 
+def test_layerskip_drafts_on_what_verification_wrote_one_row_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was accepted, the kept layers read the keys and values of the whole model, and compute none of them."""
+    verifier, fresh = build("fp16"), build("fp16")
+    drafter = LayerSkipDrafter(num_tokens=3)
+    passes: list[tuple[int, list[int]]] = []
+    forward = verifier.model.forward
+
+    def watched(tokens: torch.Tensor, *others, layers: list[int] | None = None, **options) -> torch.Tensor:
+        passes.append((len(tokens), layers or []))
+        return forward(tokens, *others, layers=layers, **options)
+
+    monkeypatch.setattr(verifier.model, "forward", watched)
+    tokens = [1, 2, 3, 4]
+    verifier.prefill(torch.tensor(tokens[:-1]))
+    drafter.begin(torch.tensor(tokens[:-1]), verifier)
+    kept = drafter.kept_layers(verifier.num_layers)
+    for right in (0, 3, 1, 2, 3, 0):
+        passes.clear()
+        draft = drafter.propose(Context(tokens, 3, GREEDY, torch.Generator()), 8)
+        assert passes == [(1, kept)] * 3
+        fresh.prefill(torch.tensor(tokens[:-1]))
+        with torch.inference_mode():
+            logits = fresh.model(torch.tensor([tokens[-1], *draft.tokens[:-1]]), fresh.cache, layers=kept)
+        assert draft.tokens == logits.argmax(-1).tolist()
+        verifier.verify(tokens[-1], draft)
+        verifier.keep(range(right))
+        tokens += [*draft.tokens[:right], (tokens[-1] + 7) % 64]
+
+
 def test_layerskip_drafts_carry_the_distribution_they_were_drawn_from() -> None:
     verifier = build("fp16")
     drafter = LayerSkipDrafter(num_tokens=3)

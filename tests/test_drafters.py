@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from quasar.decode import Generation
 from quasar.draft import ROOT, Context, Draft, StepResult, merge_into_tree
 from quasar.drafters.base import Resources
 from quasar.drafters.layer_search import search_skipped_layers
@@ -22,6 +23,7 @@ from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
 from quasar.sampling import Sampling
+from quasar.timing import DECODE_PHASES
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from tests.compose import resources_for
@@ -70,9 +72,16 @@ def grown(drafter: NgramDrafter, tokens: list[int], budget: int) -> Draft:
     return drafter.propose(context(tokens), budget)
 
 
-@settings(max_examples=400, deadline=None)
+# Texts of few tokens, which repeat themselves; and texts of long runs of one token.
+SHORT_TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
+RUNS = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60)), min_size=1, max_size=4).map(
+    lambda runs: [token for token, length in runs for _ in range(length)]
+)
+
+
+@settings(max_examples=1000, deadline=None)
 @given(
-    st.lists(st.integers(0, 3), min_size=2, max_size=40),
+    SHORT_TEXTS | RUNS,
     st.tuples(st.integers(1, 4), st.integers(1, 4)),
     st.integers(1, 6),
     st.integers(0, 8),
@@ -87,6 +96,54 @@ def test_ngram_equals_a_linear_search(
     draft = grown(drafter, tokens, budget)
     expected = slow_prompt_lookup(tokens, n_max, n_min, min(length, budget), match, branches)
     assert (draft.tokens, draft.parents) == merge_into_tree([tuple(path) for path in expected])
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    SHORT_TEXTS,
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), max_size=3),
+    st.integers(1, 3),
+    st.tuples(st.integers(1, 8), st.integers(0, 8)),
+    st.sampled_from([None, 0.5, 1.0, 2.0]),
+    st.sampled_from(["recent", "frequent"]),
+    st.integers(1, 3),
+)
+def test_automaton_drafts_equal_a_linear_search(
+    tokens: list[int],
+    texts: list[list[int]],
+    n_min: int,
+    lengths: tuple[int, int],
+    factor: float | None,
+    match: str,
+    branches: int,
+) -> None:
+    """The longest match of any length in the sequence or in a remembered text, and what followed it there."""
+    drafter = NgramDrafter(
+        lengths[0], "suffix_automaton", match, n_min=n_min, branches=branches, length_factor=factor, scope="session"
+    )
+    for number, text in enumerate(texts):  # conversations of the session: a prompt of its own and the text as output
+        drafter.begin(torch.tensor([100 + number]), None)  # type: ignore[arg-type]
+        drafter.propose(context([100 + number, *text]), 5)
+    draft = grown(drafter, tokens, lengths[1])
+
+    size, ends = slow_longest_match(tokens, tokens)
+    followers = [endless(tokens[end:]) for end in ends]
+    remembered = max((slow_longest_match(text, tokens)[0] for text in texts), default=0)
+    if remembered > size:
+        size = remembered
+        found = [(text, slow_longest_match(text, tokens)) for text in texts]
+        followers = [text[end:] for text, (longest, ends) in found if longest == size for end in ends]
+    length = min(lengths)
+    if factor is not None:
+        length = min(length, max(1, int(factor * size)))
+    paths = [follower[:length] for follower in reversed(followers[-PLACES:]) if follower[:length]]
+    expected = slow_choice(paths, match, branches) if size >= n_min else []
+    assert (draft.tokens, draft.parents) == merge_into_tree([tuple(path) for path in expected])
+
+
+def endless(tokens: list[int]) -> list[int]:
+    """A continuation that reaches the end of the text goes on from its own beginning."""
+    return tokens * 8
 
 
 def test_ngram_in_a_constant_run_offers_a_full_draft() -> None:
@@ -113,7 +170,7 @@ def slow_longest_match(text: list[int], tokens: list[int]) -> tuple[int, list[in
     return 0, []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.lists(st.integers(0, 3), max_size=60))
 def test_suffix_automaton_equals_a_linear_search(tokens: list[int], memory: list[int]) -> None:
     own, other = SuffixAutomaton(), SuffixAutomaton()
@@ -129,6 +186,24 @@ def test_suffix_automaton_equals_a_linear_search(tokens: list[int], memory: list
         size, ends = slow_longest_match(memory, seen)
         found = other.match(*cursor)
         assert (found.length, found.places) == (size, ends[: -PLACES - 1 : -1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(RUNS)
+def test_suffix_automaton_in_runs_of_one_token(tokens: list[int]) -> None:
+    """There the places of short matches may be older ones; the match is the longest, and they are places of it."""
+    automaton = SuffixAutomaton()
+    for end, token in enumerate(tokens, start=1):
+        automaton.append(token)
+        if end % 8 and end < len(tokens):
+            continue
+        seen = tokens[:end]
+        size, ends = slow_longest_match(seen, seen)
+        found = automaton.own_match()
+        assert found.length == size
+        assert (not found.places) == (not ends)
+        assert set(found.places) <= set(ends)
+        assert found.places == sorted(found.places, reverse=True)
 
 
 def test_suffix_automaton_stays_small_and_fast_in_long_runs() -> None:
@@ -343,6 +418,21 @@ def test_measured_speed_counts_decoded_tokens(setup: Setup) -> None:
     assert drafter._speed(verifier, [[1, 2, 3], [4, 5]], [1]) > 0
     with pytest.raises(RequestError, match=r"drafter\.method=search needs calibration text"):
         LayerSkipDrafter(method="search").prepare(resources_for(verifier, Setup()))
+
+
+def test_measured_speed_leaves_out_the_first_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first decode with a set of layers, on the longest prompt, compiles and allocates."""
+    decoded: list[list[int]] = []
+
+    def decode(prompt: list[int], *others: object) -> Generation:
+        decoded.append(prompt)
+        milliseconds = 1000.0 if len(decoded) == 1 else 4.0
+        return Generation([], len(prompt), "", [], [], [], [8], [], {name: [milliseconds] for name in DECODE_PHASES})
+
+    monkeypatch.setattr("quasar.drafters.layerskip.decode", decode)
+    speed = LayerSkipDrafter()._speed(None, [[1], [2, 3]], [1])  # type: ignore[arg-type]
+    assert decoded == [[2, 3], [1], [2, 3]]
+    assert speed == pytest.approx(8 / 16 * 1e3)
 
 
 def test_drafters_refuse_lengths_that_draft_nothing() -> None:

@@ -217,6 +217,21 @@ def test_verifier_decodes_with_passes_as_without(tiny: Transformer) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+def test_passes_find_the_most_likely_tokens_themselves(tiny: Transformer) -> None:
+    verifier = FP16Verifier(tiny, Setup())
+    verifier.passes = BlockPasses(tiny, verifier.cache)
+    verifier.prefill(torch.arange(9))
+    for draft in (TREE, scratched(), Draft()):
+        size = 1 + len(draft)
+        logits = verifier.verify(3, draft)
+        assert verifier.most_likely(size) == logits[:size].argmax(-1).tolist()
+    verifier.draft_logits(4, 0, [0, 1])  # a pass through some layers leaves them alone
+    assert verifier.most_likely(1) == logits[:1].argmax(-1).tolist()
+    # A block that is too large for the passes, whose tokens they do not know.
+    verifier.verify(3, Draft.chain([1] * BUCKETS[-1]))
+    assert verifier.most_likely(1) is None
+
+
 def test_broken_weights_are_reported_when_the_path_is_kept(tiny: Transformer) -> None:
     verifier = FP16Verifier(tiny, Setup())
     verifier.passes = BlockPasses(tiny, verifier.cache)

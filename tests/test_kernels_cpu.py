@@ -79,6 +79,36 @@ def test_w8a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, bias:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_w8a16_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None:
+    for outputs, inputs in SHAPES:
+        weight = int8_weight(outputs, inputs)
+        values, scales, offset = weight.values, weight.scales, normal(outputs, dtype=dtype)
+        for rows in ROWS:
+            x = normal(rows, inputs, seed=rows, dtype=dtype)
+            x[-1] = 0
+            error = relative_error(
+                kernels.linear_w8a16(x, weight, offset), reference.linear_w8a16(x, values, scales, offset)
+            )
+            # Activations of 15 bit round by 1 / 32512 of a token's largest value.
+            assert error < (1e-4 if dtype == torch.float32 else 1e-2 if level == "torch" else 5e-3)
+
+
+@needs_kernels
+def test_w8a16_takes_activations_of_fifteen_bit(level: str) -> None:
+    """Integers up to the largest are exact, where eight bit would leave multiples of 128."""
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    x = torch.arange(-16256, 16257, 127).float()[:256].repeat(3, 1)
+    x[1] *= -1
+    x[:, 0] = torch.tensor([16256.0, -16256.0, 16256.0])
+    weight = Int8Weight(torch.randint(-127, 128, (32, 256), dtype=torch.int8), torch.ones(32))
+    found = kernels.linear_w8a16(x, weight)
+    expected = x.double() @ weight.values.double().T
+    assert (found.double() - expected).abs().max() <= expected.abs().max() * 2**-23
+    assert (kernels.linear_w8a8(x, weight).double() - expected).abs().max() > expected.abs().max() * 2**-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "fraction"])
 def test_w4a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, zeros: str) -> None:
     for group_size, (outputs, inputs) in [(32, (96, 160)), (64, (64, 576)), (96, (32, 96)), (128, (64, 1536))]:
@@ -93,7 +123,7 @@ def test_w4a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, zeros
                 assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
             else:
                 assert torch.equal(found, expected)
-            quantized = Quantized(*reference.quantize_tokens(x), dtype)
+            quantized = Quantized(*reference.quantize_tokens(x, group_size), dtype)
             assert torch.equal(kernels.linear_w4a8(quantized, weight, offset), found)
 
 
@@ -138,13 +168,14 @@ def test_dense_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", ["w8a8", "w4a8", "w4a16", "bf16"])
+@pytest.mark.parametrize("op", ["w8a8", "w8a16", "w4a8", "w4a16", "bf16"])
 def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, op: str) -> None:
     if level == "torch":
         pytest.skip("holds for the kernels")
     outputs, inputs = 160, 576
     weights: dict[str, tuple[Callable[..., Tensor], object]] = {
         "w8a8": (kernels.linear_w8a8, int8_weight(outputs, inputs)),
+        "w8a16": (kernels.linear_w8a16, int8_weight(outputs, inputs)),
         "w4a8": (kernels.linear_w4a8, int4_weight(outputs, inputs, 64, "integer")),
         "w4a16": (kernels.linear_w4a16, int4_weight(outputs, inputs, 64, "integer")),
         "bf16": (kernels.linear_bf16, DenseWeight.prepare(normal(outputs, inputs, dtype=torch.bfloat16))),
@@ -177,6 +208,9 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         kernels.linear_w8a8(torch.zeros(3, 64), weight)
     with pytest.raises(ValueError, match=r"expected a bias \[64\]"):
         kernels.linear_w8a8(torch.zeros(3, 96), weight, torch.zeros(32))
+    by_group = Quantized(*reference.quantize_tokens(torch.zeros(3, 96), 32), torch.float32)
+    with pytest.raises(ValueError, match=r"scaled int8 \[M, 96\]"):
+        kernels.linear_w8a8(by_group, weight)
 
 
 def test_packing_keeps_every_value(level: str) -> None:
@@ -201,18 +235,20 @@ def test_norm_and_swiglu(level: str) -> None:
         x, weight = normal(rows, size, dtype=torch.bfloat16), normal(size, seed=1, dtype=torch.bfloat16)
         found = kernels.rms_norm(x, weight, 1e-5)
         assert relative_error(found, reference.rms_norm(x, weight, 1e-5)) < 4e-3
-        values, scales = reference.quantize_tokens(found)
-        quantized = kernels.rms_norm_quantize(x, weight, 1e-5)
-        assert torch.equal(quantized.values, values)
-        assert torch.equal(quantized.scales, scales)
+        for group_size in (None, 32):
+            values, scales = reference.quantize_tokens(found, group_size)
+            quantized = kernels.rms_norm_quantize(x, weight, 1e-5, group_size)
+            assert torch.equal(quantized.values, values)
+            assert torch.equal(quantized.scales, scales)
 
         gate_up = normal(rows, 2 * size, dtype=torch.bfloat16) * 8
         found = kernels.silu_mul(gate_up)
         assert relative_error(found, reference.silu_mul(gate_up)) < 4e-3
-        values, scales = reference.quantize_tokens(found)
-        quantized = kernels.silu_mul_quantize(gate_up)
-        assert torch.equal(quantized.values, values)
-        assert torch.equal(quantized.scales, scales)
+        for group_size in (None, 32):
+            values, scales = reference.quantize_tokens(found, group_size)
+            quantized = kernels.silu_mul_quantize(gate_up, group_size)
+            assert torch.equal(quantized.values, values)
+            assert torch.equal(quantized.scales, scales)
 
 
 def test_swiglu_far_from_zero(level: str) -> None:
@@ -220,6 +256,23 @@ def test_swiglu_far_from_zero(level: str) -> None:
     gate_up = torch.cat([gate, torch.ones(32)]).bfloat16().unsqueeze(0)
     found = kernels.silu_mul(gate_up)
     assert torch.allclose(found.float(), reference.silu_mul(gate_up.float()), rtol=8e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [16, 64, 80, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_maxima(level: str, size: int, dtype: torch.dtype) -> None:
+    x = normal(33, size, dtype=dtype)
+    assert len(set(x[0].tolist())) < size or size < 4096 or dtype == torch.float32  # bfloat16 has ties
+    x[1], x[2] = -3.0, -torch.inf
+    x[2, 7] = -1e30
+    x[3, size - 1], x[3, size - 2] = 99.0, 99.0
+    x[4], x[4, 3] = -0.0, 0.0
+    expected = [row.tolist().index(row.max().item()) for row in x]
+    assert expected[1:5] == [0, 7, size - 2, 0]
+    for rows in (1, 2, 33):
+        assert kernels.first_maxima(x[:rows]).tolist() == expected[:rows]
+    # Rows whose elements do not lie side by side.
+    assert kernels.first_maxima(x.T.contiguous().T).tolist() == expected
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
@@ -348,7 +401,7 @@ def run_guarded(at_end: bool) -> None:
         flags = library.ACTIVATIONS_BFLOAT16 if x.dtype == torch.bfloat16 else 0
         token_scales = None
         if quantized:
-            values, scales_of_tokens = reference.quantize_tokens(x)
+            values, scales_of_tokens = reference.quantize_tokens(x, weight.group_size or None)
             x, token_scales = values, guarded.copy(scales_of_tokens)
             flags |= library.ACTIVATIONS_INT8
         pointer = None if token_scales is None else token_scales.data_ptr()
@@ -362,6 +415,7 @@ def run_guarded(at_end: bool) -> None:
                 product(loaded.linear_w8a8, packed(int8_weight(32, 160)), x, quantized)
                 for zeros in ("symmetric", "integer", "fraction"):
                     product(loaded.linear_w4a8, packed(int4_weight(32, 160, 32, zeros, dtype)), x, quantized)
+            product(loaded.linear_w8a16, packed(int8_weight(32, 160)), x)
             for zeros in ("symmetric", "integer", "fraction"):
                 product(loaded.linear_w4a16, packed(int4_weight(32, 160, 32, zeros, dtype)), x)
             product(loaded.linear_bf16, packed(DenseWeight(normal(32, 160).bfloat16())), x)
@@ -387,11 +441,12 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     tensors: list[Tensor] = []
     size, heads, kv_heads, head_dim, slots = 96, 3, 1, 96, 150 + rows
     x, weight, sums = bfloat16(rows, size), bfloat16(size), bfloat16(rows, size)
-    quantized = other(rows, size, dtype=torch.int8), other(rows)
-    loaded.rms_norm(x, None, weight, None, bfloat16(rows, size), None, None, rows, size, 1e-5, 1)
-    loaded.rms_norm(x, bfloat16(rows, size), weight, sums, None, *quantized, rows, size, 1e-5, 1)
-    loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, 1)
-    loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 1)
+    quantized = other(rows, size, dtype=torch.int8), other(rows, size // 32)
+    loaded.rms_norm(x, None, weight, None, bfloat16(rows, size), None, None, rows, size, size, 1e-5, 1)
+    loaded.rms_norm(x, bfloat16(rows, size), weight, sums, None, *quantized, rows, size, 32, 1e-5, 1)
+    loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, size, 1)
+    loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 32, 1)
+    loaded.first_maxima(x, other(rows, dtype=torch.int64), rows, size, 1)
     q, out = bfloat16(rows, heads, head_dim), bfloat16(rows, heads, head_dim)
     cache = bfloat16(kv_heads, slots, head_dim), bfloat16(kv_heads, slots, head_dim)
     qkv, rotation = bfloat16(rows, (heads + 2 * kv_heads) * head_dim), (other(rows, head_dim), other(rows, head_dim))

@@ -13,7 +13,7 @@ from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Block, Transformer
 from quasar.quantization.awq import awq_scales, clipped_grid
 from quasar.quantization.gptq import gptq_int4
-from quasar.quantization.layers import W8A8Linear
+from quasar.quantization.layers import W8A8Linear, W8A16Linear
 from quasar.quantization.rounding import Grid4, grid_int4, quantize_int8, restore_int4, round_int4
 from quasar.quantization.smoothing import LAYERS, best_smoothing, fold, foldable, smoothquant_scales, w8a8_error
 from quasar.quantization.statistics import Calibration, LinearStatistics, collect
@@ -301,6 +301,31 @@ def test_quantize_tokens_rounds_each_row_on_its_own() -> None:
     assert reference.quantize_tokens(torch.zeros(1, 8))[0].abs().sum() == 0
 
 
+def test_quantize_tokens_by_group_rounds_each_group_on_its_own() -> None:
+    x = torch.randn(7, 64) * torch.tensor([1.0, 100.0]).repeat_interleave(32)
+    values, scales = reference.quantize_tokens(x, 32)
+    for group in range(2):
+        part = slice(32 * group, 32 * group + 32)
+        alone, scale = reference.quantize_tokens(x[:, part])
+        assert torch.equal(alone, values[:, part])
+        assert torch.equal(scale[:, 0], scales[:, group])
+    assert (values[:, :32].float() * scales[:, :1] - x[:, :32]).abs().max() < 0.02
+
+
+def test_outliers_of_one_group_spare_the_others() -> None:
+    """With one scale per token an outlier channel would round the other groups' activations to nothing."""
+    x = torch.randn(5, 256)
+    x[:, 3] = 3000.0
+    weight = Int4Weight(
+        torch.randint(0, 256, (32, 128), dtype=torch.uint8), torch.rand(32, 4) + 0.1, torch.full((32, 4), 8.0), True
+    )
+    scales = weight.scales.clone()
+    scales[:, 0] = 0.0  # look at the other groups alone
+    expected = reference.linear_w4a16(x, weight.packed, scales, weight.zeros)
+    error = (reference.linear_w4a8(x, weight.packed, scales, weight.zeros) - expected).abs().max()
+    assert error < 0.02 * expected.abs().max()
+
+
 def test_verifiers_quantize_the_blocks_alone(tiny: Transformer) -> None:
     dense = {name: parameter.clone() for name, parameter in tiny.named_parameters()}
     before = FP16Verifier(tiny, Setup()).cost.weight_bytes
@@ -344,7 +369,7 @@ def test_an_8_bit_head_keeps_the_tied_embedding(verifier: type) -> None:
     model.lm_head.weight = model.embedding.weight
     table = model.embedding.weight.clone()
     quantized = verifier(model, Setup(), method="rtn", lm_head_bits=8).model
-    assert isinstance(quantized.lm_head, W8A8Linear)
+    assert isinstance(quantized.lm_head, W8A16Linear)
     assert torch.equal(quantized.embedding.weight, table)
     x = torch.randn(2, 128)
     assert torch.allclose(quantized.lm_head(x), x @ table.T, atol=0.5)

@@ -25,7 +25,7 @@ SUMMARY_KEYS = {
     *("exact_match_to_reference", "weight_bytes", "bytes_per_step", "achieved_bandwidth_fraction"),
     *("peak_memory_bytes", "device", "kl_noise_floor", "top1_noise_floor", "exact_match_length"),
     *("distinct_4gram_ratio", "distinct_4gram_ratio_reference", "task_accuracy", "drafter_notes"),
-    "simulated",
+    *("simulated", "lossy"),
 }
 
 
@@ -96,6 +96,7 @@ def test_typical_acceptance_is_labelled_lossy(run: Run, prompt_file: Path) -> No
     assert "(typical acceptance: lossy)" in done.stdout
     assert "The output is LOSSY" in done.stdout
     assert "lossless" not in done.stdout
+    assert json.loads(Path("out/summary.json").read_text())["lossy"] is True
 
 
 def test_drafters_that_ask_for_resources(run: Run, prompt_file: Path, tmp_path: Path) -> None:

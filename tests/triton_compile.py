@@ -1,5 +1,5 @@
-"""Compile the Triton kernels ahead of time and print what became of them as JSON; exit code 77 where that is
-impossible. Run as ``python -m tests.triton_compile``."""
+"""Compile every Triton kernel ahead of time for one compute capability and print what became of it as JSON; exit
+code 77 where that is impossible. Run as ``python -m tests.triton_compile 90``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,126 +18,148 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.triton.activation import silu_mul_kernel
-from kernels.triton.attention import block_attention_kernel, merge_kernel
+from kernels.triton.attention import MERGE_ELEMENTS, attention_launch, block_attention_kernel, merge_kernel
 from kernels.triton.linear_bf16 import linear_bf16_kernel
 from kernels.triton.linear_w4 import linear_w4_kernel
 from kernels.triton.linear_w8a8 import linear_w8a8_kernel
 from kernels.triton.norm import rms_norm_kernel
+from kernels.triton.quantize import quantize_tokens_kernel
 from kernels.triton.rotary import rotary_write_kernel
-from kernels.triton.tuning import Shape, default_tiling
+from kernels.triton.tuning import Shape, Tiling, candidates, default_tiling
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROWS, OUTPUTS, INPUTS, GROUP_SIZE = 6, 4096, 12288, 128  # the down projection of Qwen3-8B
-NOT_DIVISIBLE = ("rows", "start", "block_mask", "counters", "width", "heads", "kv_heads", "splits")
+PROCESSORS = 132  # of an H100
+DOWN, GATE_UP = (4096, 12288), (24576, 4096)  # of Qwen3-8B
+SMALL = (576, 1536)  # of SmolLM2-135M
+GROUP_SIZE = 128
+NOT_DIVISIBLE = ("rows", "start", "block_mask", "counters", "width", "heads", "kv_heads", "splits", "stripes")
 """Arguments that need not be multiples of 16, as the launcher would find them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with argument types, compile-time values and launch options. kind: the op and its dtype"""
+
+    name: str
+    kind: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    dependent: bool = True
+    """Whether to compile it for programmatic dependent launch too."""
 
 
 def main() -> None:
     if not (TOOLS / "cuobjdump").exists():
         print("Triton came without NVIDIA's tools")
         sys.exit(77)
-    facts = {}
-    for architecture in (80, 89, 90):
-        for name, (kernel, types, constants, options) in kernels().items():
-            if architecture == 90 or constants.keys() & {"BLOCK_M", "BLOCK_SLOTS"}:
-                constants["DEPENDENT"] = architecture == 90
-                compiled = compile_kernel(kernel, types, constants, architecture, options)
-                facts[f"{name} sm_{architecture}"] = {"architecture": architecture, **examine(compiled)}
+    architecture = int(sys.argv[1])
+    facts: dict[str, Any] = {}
+    for case in [*products(architecture), *attentions(), *elementwise()]:
+        for dependent in (False, True) if architecture >= 90 and case.dependent else (False,):
+            compiled = compile_kernel(case, {**case.constants, "DEPENDENT": dependent}, architecture)
+            name = case.name + (", dependent" if dependent else "")
+            assert name not in facts, name
+            facts[name] = {"kind": case.kind, "dependent": dependent, **examine(compiled)}
     print(json.dumps(facts))
 
 
-def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Kernel, argument types, compile-time values and launch options by name."""
-    product = {"bias": "*bf16", "out": "*bf16", "counters": "*i32"}
-    sizes = {"rows": "i32", "outputs": "i32", "inputs": "i32"}
-    w4 = {"values": "*u8", "scales": "*fp16", "zeros": "*i8", "x_scales": "*fp32", "partials": "*fp32", "unit": "fp32"}
+def products(architecture: int) -> Iterator[Case]:
+    """The default tilings of large and small shapes at every size of tile; where it is meant to tune, what it may
+    choose too."""
+    for kind in ("w8a8", "w8a16", "w4a16 bf16", "w4a16 fp16", "w4a8", "bf16"):
+        op = f"linear_{kind.split()[0]}"
+        cases = [(6, DOWN), (32, SMALL), (64, GATE_UP)]
+        if architecture == 90:
+            cases += [(6, GATE_UP), (6, SMALL), (32, GATE_UP)]
+        for rows, (outputs, inputs) in cases:
+            shape = _shape(op, rows, outputs, inputs)
+            name = f"{kind} {rows} x {outputs} x {inputs}"
+            yield product(name, kind, shape, default_tiling(shape, PROCESSORS), dependent=rows == 6)
+        # The tilings of float16 are those of bfloat16.
+        for rows, (outputs, inputs) in ((6, DOWN), (32, GATE_UP)) if architecture == 90 and "fp16" not in kind else ():
+            shape = _shape(op, rows, outputs, inputs)
+            for tiling in candidates(shape, PROCESSORS)[1:]:
+                name = f"{kind} {rows} x {outputs} x {inputs}, candidate {tiling}"
+                yield product(name, kind, shape, tiling, dependent=False)
+    for kind in ("w4a16 bf16", "w4a8"):
+        shape = _shape(f"linear_{kind.split()[0]}", 6, *DOWN)
+        tiling = default_tiling(shape, PROCESSORS)
+        yield product(f"{kind}, asymmetric", kind, shape, tiling, {"HAS_ZEROS": True}, dependent=False)
+
+
+def product(
+    name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[str, Any] | None = None, dependent: bool = True
+) -> Case:
+    common = {"bias": "*bf16", "out": "*bf16", "counters": "*i32", "partials": "*fp32"}
+    common |= {"rows": "i32", "outputs": "i32", "inputs": "i32"}
+    w4 = {"values": "*u8", "scales": "*fp16", "zeros": "*i8", "x_scales": "*fp32", "unit": "fp32"}
     w8 = {"tokens": "*i8", "token_scales": "*fp32", "values": "*i8", "scales": "*fp32", "partials": "*i32"}
-    group = {"GROUP": GROUP_SIZE, "HAS_ZEROS": False, "HAS_BIAS": True, "ASSEMBLY": True}
-    cache = {"keys": "*bf16", "values": "*bf16", "start": "*i64", "head_stride": "i32"}
-    attention = {"q": "*bf16", "block_mask": "*i1", "partial": "*fp32", "statistics": "*fp32", "scale": "fp32"}
-    counts = {"rows": "i32", "heads": "i32", "splits": "i32"}
-    rotary = {"qkv": "*bf16", "cos": "*fp32", "sin": "*fp32", "q_norm": "*bf16", "k_norm": "*bf16", "queries": "*bf16"}
-    norm = {"x": "*bf16", "residual": "*bf16", "total": "*bf16", "weight": "*bf16", "out": "*i8", "scales": "*fp32"}
-    heads = {"eps": "fp32", "heads": "i32", "kv_heads": "i32"}
-    return {
-        "w8a8": (
-            linear_w8a8_kernel,
-            {**product, **sizes, **w8},
-            {"HAS_BIAS": True, "EVEN_K": True, **blocks("linear_w8a8")},
-            launch("linear_w8a8"),
-        ),
-        "w4a16": (
-            linear_w4_kernel,
-            {**product, **sizes, **w4, "x": "*bf16"},
-            {**group, "INT8": False, **blocks("linear_w4a16")},
-            launch("linear_w4a16"),
-        ),
-        "w4a16 float16": (
-            linear_w4_kernel,
-            {**product, **sizes, **w4, "x": "*fp16", "out": "*fp16"},
-            {**group, "INT8": False, **blocks("linear_w4a16")},
-            launch("linear_w4a16"),
-        ),
-        "w4a8": (
-            linear_w4_kernel,
-            {**product, **sizes, **w4, "x": "*i8"},
-            {**group, "INT8": True, "HAS_ZEROS": True, **blocks("linear_w4a8")},
-            launch("linear_w4a8"),
-        ),
-        "bf16": (
-            linear_bf16_kernel,
-            {**product, **sizes, "x": "*bf16", "values": "*bf16", "partials": "*fp32"},
-            {"HAS_BIAS": True, "EVEN_K": True, "WIDE": False, **blocks("linear_bf16")},
-            launch("linear_bf16"),
-        ),
-        "attention": (
-            block_attention_kernel,
-            {**cache, **attention, **counts},
-            {"GROUP": 4, "HEAD_DIM": 128, "WIDE": False, "BLOCK_ROWS": 32, "BLOCK_SLOTS": 64, "BLOCK_DIM": 128},
-            {"num_warps": 4, "num_stages": 2},
-        ),
-        "merge": (
-            merge_kernel,
-            {"partial": "*fp32", "statistics": "*fp32", "out": "*bf16", "stripes": "i32", "width": "i32"},
-            {"SPLITS": 16, "HEAD_DIM": 128, "BLOCK": 512},
-            {"num_warps": 4},
-        ),
-        "rotary": (
-            rotary_write_kernel,
-            {**cache, **rotary, **heads},
-            {"HEAD_DIM": 128, "HALF": 64, "NORM": True},
-            {"num_warps": 1},
-        ),
-        "norm": (
-            rms_norm_kernel,
-            {**norm, "eps": "fp32", "width": "i32"},
-            {"ADD": True, "QUANTIZE": True, "BLOCK": 4096},
-            {"num_warps": 8},
-        ),
-        "silu": (
-            silu_mul_kernel,
-            {"gate_up": "*bf16", "out": "*i8", "scales": "*fp32", "width": "i32"},
-            {"QUANTIZE": True, "BLOCK": 16384},
-            {"num_warps": 16},
-        ),
-    }
-
-
-def blocks(op: str) -> dict[str, int]:
-    """Compile-time sizes of a product's default tiling on an H100."""
-    tiling = default_tiling(_shape(op), processors=132)
     sizes = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k, "PREFETCH": tiling.stages}
-    return sizes | ({"GROUPS": tiling.block_k // GROUP_SIZE} if "w4" in op else {"BLOCK_K": tiling.block_k})
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    even = {"BLOCK_K": tiling.block_k, "EVEN_K": shape.inputs % tiling.block_k == 0}
+    if kind == "w8a8":
+        constants = {**sizes, **even, "HAS_BIAS": True}
+        return Case(name, kind, linear_w8a8_kernel, common | w8, constants, options, dependent)
+    if kind in ("bf16", "w8a16"):
+        types = {**common, "x": "*bf16", "values": "*i8" if kind == "w8a16" else "*bf16", "scales": "*fp32"}
+        constants = {**sizes, **even, "SCALED": kind == "w8a16", "HAS_BIAS": True, "WIDE": False}
+        return Case(name, kind, linear_bf16_kernel, types, constants, options, dependent)
+    dtype = {"w4a16 bf16": "*bf16", "w4a16 fp16": "*fp16", "w4a8": "*i8"}[kind]
+    groups = {"GROUP": shape.group_size, "GROUPS": tiling.block_k // shape.group_size}
+    flags = {"INT8": kind == "w4a8", "HAS_ZEROS": False, "HAS_BIAS": True, "ASSEMBLY": True}
+    constants = {**sizes, **groups, **flags, **(changes or {})}
+    types = {**common, **w4, "x": dtype, "out": "*fp16" if kind == "w4a16 fp16" else "*bf16"}
+    return Case(name, kind, linear_w4_kernel, types, constants, options, dependent)
 
 
-def launch(op: str) -> dict[str, int]:
-    tiling = default_tiling(_shape(op), processors=132)
-    return {"num_warps": tiling.warps, "num_stages": tiling.stages}
+def attentions() -> Iterator[Case]:
+    """Head dimensions and groups of SmolLM2, Qwen3-0.6B and Qwen3-8B, at one to many rows."""
+    types = {"keys": "*bf16", "values": "*bf16", "start": "*i64", "head_stride": "i32", "q": "*bf16"}
+    types |= {"block_mask": "*i64", "partial": "*fp32", "statistics": "*fp32", "scale": "fp32"}
+    types |= {"rows": "i32", "heads": "i32", "splits": "i32"}
+    for group, head_dim in ((3, 64), (2, 128), (4, 128)):
+        for rows in (1, 8):
+            constants, options = attention_launch(rows, group, head_dim)
+            name = f"attention of {rows} rows, group {group}, head dimension {head_dim}"
+            yield Case(name, "attention", block_attention_kernel, types, {**constants, "WIDE": False}, options)
+    merge = {"partial": "*fp32", "statistics": "*fp32", "out": "*bf16", "stripes": "i32", "width": "i32"}
+    for splits, head_dim in ((32, 64), (16, 128)):
+        constants = {"SPLITS": splits, "PADDED": splits, "HEAD_DIM": head_dim, "BLOCK": MERGE_ELEMENTS}
+        yield Case(f"merge of {splits} splits", "merge", merge_kernel, merge, constants, {"num_warps": 4})
 
 
-def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, options: dict[str, int]
-) -> Any:
+def elementwise() -> Iterator[Case]:
+    rotary = {"keys": "*bf16", "values": "*bf16", "start": "*i64", "head_stride": "i32", "eps": "fp32"}
+    rotary |= {"qkv": "*bf16", "cos": "*fp32", "sin": "*fp32", "queries": "*bf16", "heads": "i32", "kv_heads": "i32"}
+    for norm in (True, False):
+        weight = "*bf16" if norm else "*fp32"  # the cosines stand in for a norm that is not there
+        types = {**rotary, "q_norm": weight, "k_norm": weight}
+        constants = {"HEAD_DIM": 128, "HALF": 64, "NORM": norm}
+        yield Case(f"rotary, norm {norm}", "rotary", rotary_write_kernel, types, constants, {"num_warps": 1})
+    for quantize in (True, False):
+        out, scales = ("*i8", "*fp32") if quantize else ("*bf16", "*bf16")
+        for add in (True, False):
+            types = dict.fromkeys(("x", "residual", "total", "weight"), "*bf16")
+            types |= {"out": out, "scales": scales, "eps": "fp32", "width": "i32"}
+            for group in (4096, GROUP_SIZE) if quantize else (4096,):
+                constants = {"ADD": add, "QUANTIZE": quantize, "BLOCK": 4096, "GROUP": group}
+                name = f"norm, add {add}, quantize {quantize} by {group}"
+                yield Case(name, "norm", rms_norm_kernel, types, constants, {"num_warps": 8})
+        types = {"gate_up": "*bf16", "out": out, "scales": scales, "width": "i32"}
+        block, warps = (16384, {"num_warps": 16}) if quantize else (1024, {"num_warps": 4})
+        for group in (block, GROUP_SIZE) if quantize else (block,):
+            constants = {"QUANTIZE": quantize, "BLOCK": block, "GROUP": group}
+            yield Case(f"silu, quantize {quantize} by {group}", "silu", silu_mul_kernel, types, constants, warps)
+    types = {"x": "*bf16", "out": "*i8", "scales": "*fp32", "width": "i32"}
+    for group in (16384, GROUP_SIZE):
+        constants = {"BLOCK": 16384, "GROUP": group}
+        yield Case(f"quantize by {group}", "quantize", quantize_tokens_kernel, types, constants, {"num_warps": 16})
+
+
+def compile_kernel(case: Case, constants: dict[str, Any], architecture: int) -> Any:
+    kernel, types = case.kernel, case.types
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     divisible = [
         index
@@ -144,7 +168,7 @@ def compile_kernel(
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
 
 
 def examine(compiled: Any) -> dict[str, Any]:
@@ -154,6 +178,7 @@ def examine(compiled: Any) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "tensor_core_instructions": sorted(set(re.findall(r"(?:wg)?mma\.\S*", ptx))),
         "wide_asynchronous_copies": len(re.findall(r"cp\.async\.cg\.shared\.global.*\b0x10\b", ptx)),
+        "narrow_asynchronous_copies": len(re.findall(r"cp\.async\.ca\.shared\.global", ptx)),
         "waits_for_the_kernel_before": "griddepcontrol.wait" in ptx,
         "accesses_before_waiting": bool(re.search(r"\b(ld|st|atom)\.global|cp\.async", _before_wait(ptx))),
         "prefetches_before_waiting": "prefetch.global.L2" in _before_wait(ptx),
@@ -189,8 +214,9 @@ def _shared_stores_in_loop(ptx: str) -> int:
     return count
 
 
-def _shape(op: str) -> Shape:
-    return Shape(op, ROWS, OUTPUTS, INPUTS, GROUP_SIZE if "w4" in op else 0)
+def _shape(op: str, rows: int, outputs: int, inputs: int) -> Shape:
+    group_size = GROUP_SIZE if inputs % GROUP_SIZE == 0 else GROUP_SIZE // 2
+    return Shape(op, rows, outputs, inputs, group_size if "w4" in op else 0)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ sweep() {
 sweep dense verifier=fp16 "$@"
 sweep int8 verifier=int8 verifier.method=rtn,smoothquant "$@"
 sweep int8-alpha verifier=int8 verifier.alpha=0.5,0.8 "$@"
+sweep int8-head verifier=int8 verifier.lm_head_bits=8 "$@"
 sweep int4 verifier=int4 verifier.method=rtn,awq,gptq verifier.symmetric=true,false "$@"
 sweep int4-unclipped verifier=int4 verifier.method=rtn verifier.clip=false "$@"
 sweep int4-groups verifier=int4 verifier.group_size=32,96 "$@"
-sweep int4-a8 verifier=int4 verifier.activation_bits=8 "$@"
+sweep int4-a8 verifier=int4 verifier.activation_bits=8 verifier.lm_head_bits=16,8 "$@"
 sweep width verifier=pruned verifier.importance=flap,wanda,taylor,magnitude verifier.ratio=0.05,0.1,0.25,0.5 "$@"
 sweep width-heads verifier=pruned verifier.heads=true verifier.ratio=0.1,0.25 "$@"
 sweep depth verifier=pruned verifier.method=depth verifier.selection=block_influence,angular,deepest \

@@ -39,13 +39,16 @@ def describe(run: dict[str, object]) -> str:
         return None if pd.isna(value) else value
 
     kind, method = run["verifier"], option("method")
+    head = ", 8-bit head" if str(option("lm_head_bits")) == "8" else ""
     if kind == "int8":
-        return f"int8 {method}" + (f", alpha {option('alpha')}" if method == "smoothquant" else "")
+        # Beside numbers, a text is quoted in the table of runs.
+        alpha = str(option("alpha")).strip('"')
+        return f"int8 {method}" + (f", alpha {alpha}" if method == "smoothquant" else "") + head
     if kind == "int4":
         form = "symmetric" if str(option("symmetric")).lower() == "true" else "asymmetric"
         unclipped = ", unclipped" if str(option("clip")).lower() == "false" else ""
         inputs = ", int8 inputs" if str(option("activation_bits")) == "8" else ""
-        return f"int4 {method}, groups of {option('group_size')}, {form}{unclipped}{inputs}"
+        return f"int4 {method}, groups of {option('group_size')}, {form}{unclipped}{inputs}{head}"
     if kind == "pruned":
         criterion = option("selection") if method == "depth" else option("importance")
         heads = " and KV groups" if method == "width" and str(option("heads")).lower() == "true" else ""

@@ -59,6 +59,7 @@ def backends() -> list[Backend]:
         Backend(BASELINE, lambda weight: lambda x: F.linear(x, weight), 16),
         Backend("bf16", _dense, 16),
         Backend("w8a8", _w8a8, 8),
+        Backend("w8a16", _w8a16, 8),
         Backend("w4a8", lambda weight: _w4(weight, kernels.linear_w4a8), group_bits),
         Backend("w4a16", lambda weight: _w4(weight, kernels.linear_w4a16), group_bits),
         Backend("torch int8pack", _torch_int8, 8),
@@ -94,6 +95,11 @@ def _dense(weight: Tensor) -> Product:
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = weight.float().abs().amax(1) / reference.INT8_MAX
     return torch.round(weight.float() / scales.unsqueeze(1)).to(torch.int8), scales
+
+
+def _w8a16(weight: Tensor) -> Product:
+    packed = Int8Weight.prepare(*_int8(weight))
+    return lambda x: kernels.linear_w8a16(x, packed)
 
 
 def _w8a8(weight: Tensor) -> Product:

@@ -18,12 +18,15 @@ struct Tile {
     int64_t rows;
 };
 
-// As few tiles as the registers allow, of nearly equal heights.
-inline int64_t count_tiles(int64_t rows) { return (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS; }
+// As few tiles as the registers allow, of nearly equal heights. The `terms` rows of one token stay together.
+inline int64_t count_tiles(int64_t rows, int64_t terms = 1) {
+    const int64_t most = MAX_TILE_ROWS / terms;
+    return (rows / terms + most - 1) / most;
+}
 
-inline Tile tile_at(int64_t rows, int64_t index) {
-    const int64_t tiles = count_tiles(rows), height = rows / tiles, taller = rows % tiles;
-    return {index * height + (index < taller ? index : taller), height + (index < taller)};
+inline Tile tile_at(int64_t rows, int64_t index, int64_t terms = 1) {
+    const int64_t tokens = rows / terms, tiles = count_tiles(rows, terms), height = tokens / tiles, taller = tokens % tiles;
+    return {terms * (index * height + (index < taller ? index : taller)), terms * (height + (index < taller))};
 }
 
 // The prepared activations of a chunk, in one buffer that the calling thread keeps between calls.
@@ -33,12 +36,12 @@ struct Activations {
     int32_t* units;       // [tile][units][rows of the tile]
     int32_t* offsets;     // where integer accumulators start: [rows][groups]
     float* sums;          // of each group, for zero points: [rows][groups]
-    float* scales;        // of each row
+    float* scales;        // [rows][groups]
 
     static Activations of(int64_t rows, int64_t units, int64_t groups) {
         thread_local Buffer buffer;
         Activations result;
-        result.scratch = static_cast<int32_t*>(buffer.reserve(4 * rows * (2 * units + 2 * groups + 1)));
+        result.scratch = static_cast<int32_t*>(buffer.reserve(4 * rows * (2 * units + 3 * groups)));
         result.rows = result.scratch;
         result.units = result.scratch + rows * units;
         result.offsets = result.units + rows * units;
@@ -52,37 +55,38 @@ inline Floats load_activations(const Request& request, int64_t element) {
     return request.bfloat16() ? load_bfloat16(request.x + 2 * element) : load_float32(request.x + 4 * element);
 }
 
-// Sums of the values of each group of a row that was quantized before; returns its scale.
-inline float sum_quantized_row(const Request& request, int64_t row, int64_t groups, int64_t group_size, int32_t* sums) {
+// Sums of the values of each group of a row that was quantized before, and a copy of its scales.
+inline void sum_quantized_row(const Request& request, int64_t row, int64_t groups, int64_t group_size, int32_t* sums,
+                              float* scales) {
     const uint8_t* values = request.x + row * groups * group_size;
     for (int64_t group = 0; group < groups; ++group) {
         Ints sum = broadcast_int(0);
         for (int64_t k = 0; k < group_size; k += LANES) sum = add_ints(sum, load_int8(values + group * group_size + k));
         sums[group] = sum_lanes(sum);
+        scales[group] = request.token_scales[row * groups + group];
     }
-    return request.token_scales[row];
 }
 
-// `reference.quantize_tokens` for one row: values and the returned scale are equal to its results, bit for bit.
-// sums: of the values of each group.
-inline float quantize_row(const Request& request, int64_t first, int64_t groups, int64_t group_size, int8_t* values,
-                          int32_t* sums) {
-    const int64_t inputs = groups * group_size;
-    Floats largest = zero_floats();
-    for (int64_t k = 0; k < inputs; k += LANES) largest = larger_magnitude(largest, load_activations(request, first + k));
-    const float magnitude = largest_lane(largest) / 127.0f;
-    const float scale = magnitude > 0 ? magnitude : 1.0f;
-    const Floats divisor = broadcast(scale);
+// `reference.quantize_tokens` for the groups of one row, from element `first` on: values and scales are equal to its
+// results, bit for bit. sums: of the values of each group.
+inline void quantize_row(const Request& request, int64_t first, int64_t groups, int64_t group_size, int8_t* values,
+                         int32_t* sums, float* scales) {
     for (int64_t group = 0; group < groups; ++group) {
+        const int64_t begin = group * group_size, end = begin + group_size;
+        Floats largest = zero_floats();
+        for (int64_t k = begin; k < end; k += LANES)
+            largest = larger_magnitude(largest, load_activations(request, first + k));
+        const float magnitude = largest_lane(largest) / 127.0f;
+        scales[group] = magnitude > 0 ? magnitude : 1.0f;
+        const Floats divisor = broadcast(scales[group]);
         Ints sum = broadcast_int(0);
-        for (int64_t k = group * group_size; k < (group + 1) * group_size; k += LANES) {
+        for (int64_t k = begin; k < end; k += LANES) {
             const Ints rounded = round_to_ints(divide(load_activations(request, first + k), divisor));
             store_int8(values + k, rounded);
             sum = add_ints(sum, rounded);
         }
         sums[group] = sum_lanes(sum);
     }
-    return scale;
 }
 
 constexpr int64_t UNITS_PER_STEP = 8;  // every row has a multiple of eight units

@@ -218,6 +218,14 @@ inline bool any_visible(const Attention& job, const uint8_t* const* masks, int64
     return false;
 }
 
+// Fetches LANES rows of a head, or as many elements as there are.
+inline void prefetch_rows(const Attention& job, const uint16_t* rows, int64_t elements) {
+    constexpr int64_t LINE = 32;
+    elements = std::min(elements, LANES * job.head_dim);
+    for (int64_t element = 0; element < elements; element += LINE)
+        _mm_prefetch(reinterpret_cast<const char*>(rows + element), _MM_HINT_T0);
+}
+
 void attend_chunk(const Attention& job, const Partials& partials, const Task& task, Scratch& scratch) {
     const int32_t* queries[TILE_ROWS];
     const uint8_t* masks[TILE_ROWS];
@@ -236,8 +244,12 @@ void attend_chunk(const Attention& job, const Partials& partials, const Task& ta
         return;
     }
     const uint16_t* key_rows = job.keys + task.kv_head * job.head_stride;
+    const uint16_t* value_rows = job.values + task.kv_head * job.head_stride + first * job.head_dim;
     const ScoreFunction score = score_function(task.count, std::make_integer_sequence<int, TILE_ROWS>());
     for (int64_t key = 0; key < keys; key += LANES) {
+        // Sixteen rows are read at once, which hardware does not foresee.
+        prefetch_rows(job, key_rows + (first + key + LANES) * job.head_dim, (keys - key - LANES) * job.head_dim);
+        prefetch_rows(job, value_rows + key * job.head_dim, (keys - key) * job.head_dim);
         const int32_t* tile[LANES];
         for (int64_t lane = 0; lane < LANES; ++lane) {
             // Lanes behind the last slot repeat it: they are masked, and nothing behind the cache is read.
@@ -251,7 +263,6 @@ void attend_chunk(const Attention& job, const Partials& partials, const Task& ta
     for (int64_t index = 0; index < task.count; ++index)
         to_weights(scratch.scores + index * CHUNK_KEYS, keys, &results[index][0], &results[index][1]);
 
-    const uint16_t* value_rows = job.values + task.kv_head * job.head_stride + first * job.head_dim;
     for (int64_t index = 0; index < task.count; ++index) results[index] += LANES;
     for (int64_t index = 0; index < task.count; index += VALUE_ROWS) {
         const int64_t rows = std::min<int64_t>(VALUE_ROWS, task.count - index);

@@ -33,6 +33,16 @@ def _(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     return _meta(x, values)
 
 
+@torch.library.custom_op("quasar::linear_w8a16", mutates_args=())
+def linear_w8a16(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return multiply(_library().linear_w8a16, PackedWeight(values, x.shape[1], scales), x, bias)
+
+
+@linear_w8a16.register_fake
+def _(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return _meta(x, values)
+
+
 @torch.library.custom_op("quasar::linear_bf16", mutates_args=())
 def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     product = _library().linear_f32 if values.shape[1] == x.shape[1] else _library().linear_bf16

@@ -17,7 +17,7 @@ struct DenseRegisters : VectorsOnly {};
 #ifdef HAS_TILES
 // Whatever the number of rows: the sums of a row must not depend on it, and tiles add in another order than vectors.
 template <>
-struct DenseRegisters<DenseKind::BFLOAT16_PAIRS> {
+struct DenseRegisters<DenseKind::BFLOAT16_PAIRS> : SingleTerm {
     using Registers = JobTiles;
     static constexpr bool uses_tiles(const Request&) { return true; }
 };

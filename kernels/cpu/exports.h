@@ -10,22 +10,26 @@
     EXPORTED void name(const Weight* weight, const uint8_t* x, const float* token_scales, uint8_t* out,           \
                        const uint8_t* bias, int64_t rows, int32_t flags, int32_t threads)
 PRODUCT(quasar_linear_w8a8);
+PRODUCT(quasar_linear_w8a16);
 PRODUCT(quasar_linear_w4a8);
 PRODUCT(quasar_linear_w4a16);
 PRODUCT(quasar_linear_bf16);
 PRODUCT(quasar_linear_f32);
 
-// What lies between the products takes and gives bfloat16; results go to `out`, or quantized per row to `quantized`
-// [rows][size] and `scales` [rows].
+// What lies between the products takes and gives bfloat16; results go to `out`, or quantized to `quantized`
+// [rows][size] and `scales` [rows][size / group].
 
 // Normalizes the rows of x [rows][size]; where there is a residual, those of x + residual, which go to `total`.
 EXPORTED void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* weight, uint8_t* total,
-                              uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size, float eps,
-                              int32_t threads);
+                              uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size,
+                              int64_t group, float eps, int32_t threads);
 
 // gate_up [rows][2][size]: silu(gate) * up, the first factor rounded
 EXPORTED void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows,
-                              int64_t size, int32_t threads);
+                              int64_t size, int64_t group, int32_t threads);
+
+// Where the largest value of each row of x [rows][size] stands, the first of several; of rows without NaN.
+EXPORTED void quasar_first_maxima(const uint8_t* x, int64_t* indices, int64_t rows, int64_t size, int32_t threads);
 
 // qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q
 // [rows][heads][head_dim], rotated keys and values to slots `*start` on (0 without one) of keys and values

@@ -11,11 +11,12 @@ namespace {
 // Elements below which one thread is done before the others have started.
 constexpr int64_t PARALLEL_ELEMENTS = 8192;
 
-// Where rows go: bfloat16 [rows][size], or int8 [rows][size] and a float32 scale per row.
+// Where rows go: bfloat16 [rows][size], or int8 [rows][size] and float32 scales [rows][size / group].
 struct Target {
     uint8_t* out;
     int8_t* quantized;
     float* scales;
+    int64_t group;
 };
 
 // Calls write(row, bfloat16 pointer) for every row, then quantizes it where that is wanted.
@@ -27,14 +28,16 @@ void for_each_row(const Target& target, int64_t rows, int64_t size, int32_t thre
             write(row, target.out + 2 * row * size);
             continue;
         }
+        const int64_t groups = size / target.group;
         thread_local Buffer buffer;
-        uint8_t* rounded = static_cast<uint8_t*>(buffer.reserve(2 * size));
+        int32_t* sums = static_cast<int32_t*>(buffer.reserve(4 * groups + 2 * size));
+        uint8_t* rounded = reinterpret_cast<uint8_t*>(sums + groups);
         write(row, rounded);
         Request request = {};
         request.x = rounded;
         request.flags = ACTIVATIONS_BFLOAT16;
-        int32_t sum;
-        target.scales[row] = quantize_row(request, 0, 1, size, target.quantized + row * size, &sum);
+        quantize_row(request, 0, groups, target.group, target.quantized + row * size, sums,
+                     target.scales + row * groups);
     }
 }
 
@@ -85,8 +88,9 @@ inline void rotate_head(const uint8_t* x, const uint8_t* weight, float eps, Rota
 }  // namespace
 
 void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* weight, uint8_t* total, uint8_t* out,
-                     int8_t* quantized, float* scales, int64_t rows, int64_t size, float eps, int32_t threads) {
-    for_each_row({out, quantized, scales}, rows, size, threads, [=](int64_t row, uint8_t* target) {
+                     int8_t* quantized, float* scales, int64_t rows, int64_t size, int64_t group, float eps,
+                     int32_t threads) {
+    for_each_row({out, quantized, scales, group}, rows, size, threads, [=](int64_t row, uint8_t* target) {
         const int64_t first = 2 * row * size;
         const uint8_t* source = x + first;
         if (residual != nullptr) {
@@ -100,8 +104,8 @@ void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* w
 }
 
 void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size,
-                     int32_t threads) {
-    for_each_row({out, quantized, scales}, rows, size, threads, [=](int64_t row, uint8_t* target) {
+                     int64_t group, int32_t threads) {
+    for_each_row({out, quantized, scales, group}, rows, size, threads, [=](int64_t row, uint8_t* target) {
         const uint8_t* source = gate_up + 4 * row * size;
         for (int64_t k = 0; k < size; k += LANES) {
             const Floats gate = load_bfloat16(source + 2 * k), up = load_bfloat16(source + 2 * (size + k));
@@ -111,6 +115,25 @@ void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, fl
             store_bfloat16(target + 2 * k, multiply(rounded(divide(gate, denominator)), up));
         }
     });
+}
+
+void quasar_first_maxima(const uint8_t* x, int64_t* indices, int64_t rows, int64_t size, int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint8_t* values = x + 2 * row * size;
+        Floats tops[4];
+        for (Floats& top : tops) top = load_bfloat16(values);
+        int64_t k = 0;
+        for (; k + 4 * LANES <= size; k += 4 * LANES)
+            for (int part = 0; part < 4; ++part)
+                tops[part] = larger(tops[part], load_bfloat16(values + 2 * (k + part * LANES)));
+        for (; k < size; k += LANES) tops[0] = larger(tops[0], load_bfloat16(values + 2 * k));
+        const Floats top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
+        const Floats largest = broadcast(largest_lane(top));
+        uint32_t found = 0;
+        for (k = 0; k < size && found == 0; k += LANES) found = equal_lanes(load_bfloat16(values + 2 * k), largest);
+        indices[row] = found == 0 ? 0 : k - LANES + __builtin_ctz(found);
+    }
 }
 
 void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines, const uint8_t* q_weight,

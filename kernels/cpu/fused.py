@@ -39,34 +39,48 @@ def rms_norm(
     """The normalized rows of ``x + residual``, and that sum."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    return out, _rms_norm(library, x, weight, eps, residual, out.data_ptr(), None, None)
+    return out, _rms_norm(library, x, weight, eps, residual, out.data_ptr())
 
 
 def rms_norm_quantize(
-    library: Library, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    library: Library,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalized rows of ``x + residual`` [M, K], as int8 and their scales [M, 1], and that sum."""
+    """The normalized rows of ``x + residual`` [M, K], as int8 and their scales [M, K / group_size], and that sum."""
     x = x.contiguous()
-    values, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty((len(x), 1), dtype=torch.float32)
-    return values, scales, _rms_norm(library, x, weight, eps, residual, None, values.data_ptr(), scales.data_ptr())
+    values, scales = _quantized(len(x), x.shape[1], group_size)
+    return values, scales, _rms_norm(library, x, weight, eps, residual, None, (values, scales))
 
 
 def silu_mul(library: Library, gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=torch.bfloat16)
-    library.silu_mul(gate_up.data_ptr(), out.data_ptr(), None, None, rows, size, torch.get_num_threads())
+    library.silu_mul(gate_up.data_ptr(), out.data_ptr(), None, None, rows, size, size, torch.get_num_threads())
     return out
 
 
-def silu_mul_quantize(library: Library, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul_quantize(library: Library, gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
     gate_up = gate_up.contiguous()
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    values, scales = torch.empty((rows, size), dtype=torch.int8), torch.empty((rows, 1), dtype=torch.float32)
+    values, scales = _quantized(rows, size, group_size)
+    group = size // scales.shape[1]
     library.silu_mul(
-        gate_up.data_ptr(), None, values.data_ptr(), scales.data_ptr(), rows, size, torch.get_num_threads()
+        gate_up.data_ptr(), None, values.data_ptr(), scales.data_ptr(), rows, size, group, torch.get_num_threads()
     )
     return values, scales
+
+
+def first_maxima(library: Library, x: Tensor) -> Tensor:
+    """int64 [M], for x [M, S]."""
+    x = x.contiguous()
+    indices = torch.empty(len(x), dtype=torch.int64)
+    library.first_maxima(x.data_ptr(), indices.data_ptr(), *x.shape, torch.get_num_threads())
+    return indices
 
 
 def rotary_write(
@@ -145,6 +159,12 @@ def attend(
     return out
 
 
+def _quantized(rows: int, size: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Room for int8 values [rows, size] and their scales."""
+    groups = size // (group_size or size)
+    return torch.empty((rows, size), dtype=torch.int8), torch.empty((rows, groups), dtype=torch.float32)
+
+
 def _rms_norm(
     library: Library,
     x: Tensor,
@@ -152,16 +172,17 @@ def _rms_norm(
     eps: float,
     residual: Tensor | None,
     out: int | None,
-    values: int | None,
-    scales: int | None,
+    quantized: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Normalize into ``out``, or ``values`` and ``scales``; returns the sum that was normalized."""
+    """Normalize into ``out``, or into ``quantized`` values and scales; returns the sum that was normalized."""
     total, total_pointer, residual_pointer = x, None, None
     if residual is not None:
         residual = residual.contiguous()
         total = torch.empty(x.shape, dtype=x.dtype)
         total_pointer, residual_pointer = total.data_ptr(), residual.data_ptr()
     size = x.shape[-1]
+    values, scales = (None, None) if quantized is None else (quantized[0].data_ptr(), quantized[1].data_ptr())
+    group = size if quantized is None else size // quantized[1].shape[1]
     library.rms_norm(
         x.data_ptr(),
         residual_pointer,
@@ -172,6 +193,7 @@ def _rms_norm(
         scales,
         x.numel() // size,
         size,
+        group,
         eps,
         torch.get_num_threads(),
     )

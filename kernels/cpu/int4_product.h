@@ -29,10 +29,11 @@ struct Int4Int8Product : VectorsOnly {
         int8_t* values = reinterpret_cast<int8_t*>(prepared.scratch + row * job.units);
         int32_t* offsets = prepared.offsets + row * job.groups;
         float* sums = prepared.sums + row * job.groups;
-        prepared.scales[row] =
-            job.request.quantized()
-                ? sum_quantized_row(job.request, row, job.groups, weight.group_size, offsets)
-                : quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets);
+        float* scales = prepared.scales + row * job.groups;
+        if (job.request.quantized())
+            sum_quantized_row(job.request, row, job.groups, weight.group_size, offsets, scales);
+        else
+            quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets, scales);
         for (int64_t group = 0; group < job.groups; ++group) {
             sums[group] = static_cast<float>(offsets[group]);
             offsets[group] *= weight.zero_kind == ZERO_EIGHT ? -8 : 0;
@@ -40,13 +41,14 @@ struct Int4Int8Product : VectorsOnly {
     }
 
     // Within a group the sum of token * (q - zero) is exact, or rounded once where zero points are no integers; the
-    // groups are then scaled and added in ascending order, product and sum each rounded, as the reference does.
+    // groups are then scaled and added in ascending order, products and sum each rounded, as the reference does.
     template <int ROWS>
     static void multiply_tile(const Job& job, Tile tile, int64_t block, float* results) {
         const Weight& weight = job.weight;
         const int32_t* units = tile_units(job, tile);
         const int32_t* offsets = job.activations.offsets + tile.first_row * job.groups;
         const float* group_sums = job.activations.sums + tile.first_row * job.groups;
+        const float* token_scales = job.activations.scales + tile.first_row * job.groups;
         const uint8_t* values = job.block_values(block);
         const int64_t vectors = weight.group_size / INPUTS_PER_VECTOR;
         Floats totals[ROWS];
@@ -66,24 +68,26 @@ struct Int4Int8Product : VectorsOnly {
             }
             const int64_t index = block * job.groups + group;
             const Floats scales = group_scales(weight, index);
+            const auto add_scaled = [&](int row, Floats dot) {
+                const Floats both = multiply(scales, broadcast(token_scales[row * job.groups]));
+                totals[row] = add(totals[row], multiply(dot, both));
+            };
             if (weight.zero_kind == ZERO_EIGHT) {
-                FOR_EACH_ROW
-                    totals[row] = add(totals[row], multiply(to_floats(sums[row]), scales));
+                FOR_EACH_ROW add_scaled(row, to_floats(sums[row]));
             } else {
                 const Floats zeros = group_zeros(weight, index);
-                FOR_EACH_ROW {
-                    const Floats dot = subtract_product(to_floats(sums[row]), broadcast(group_sums[row * job.groups]), zeros);
-                    totals[row] = add(totals[row], multiply(dot, scales));
-                }
+                FOR_EACH_ROW add_scaled(
+                    row, subtract_product(to_floats(sums[row]), broadcast(group_sums[row * job.groups]), zeros));
             }
             ++offsets;
             ++group_sums;
+            ++token_scales;
         }
         FOR_EACH_ROW store_float32(results + row * LANES, totals[row]);
     }
 
-    static Floats scale(const Job& job, int64_t row, int64_t, Floats totals) {
-        return multiply(totals, broadcast(job.activations.scales[row] * job.weight.scale_unit));
+    static Floats scale(const Job& job, int64_t, int64_t, Floats totals) {
+        return multiply(totals, broadcast(job.weight.scale_unit));
     }
 };
 

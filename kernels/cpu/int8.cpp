@@ -2,3 +2,7 @@
 #include "int8_product.h"
 
 PRODUCT(quasar_linear_w8a8) { multiply<Int8Product>(*weight, {x, token_scales, out, bias, rows, flags, threads}); }
+
+PRODUCT(quasar_linear_w8a16) {
+    multiply<Int8WideProduct>(*weight, {x, token_scales, out, bias, rows, flags, threads});
+}

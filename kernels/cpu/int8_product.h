@@ -1,4 +1,4 @@
-// int8 weights × int8 activations.
+// int8 weights × int8 activations, or × activations of nearly 16 bit.
 #pragma once
 
 #include "linear.h"
@@ -10,13 +10,29 @@ namespace {
 // product of tiles, which each have to wait for the sums of the last (52 cycles).
 constexpr int64_t LEAST_ROWS_FOR_TILES = 8;
 
-struct Int8Registers {
+struct Int8Registers : SingleTerm {
     using Registers = JobTiles;
     static bool uses_tiles(const Request& request) { return request.rows >= LEAST_ROWS_FOR_TILES; }
 };
 #else
 using Int8Registers = VectorsOnly;
 #endif
+
+// Adds the products of a tile's bytes to sums, one per row of activations.
+template <int ROWS>
+inline void add_byte_products(const Job& job, Tile tile, int64_t block, Ints (&sums)[ROWS]) {
+    const int32_t* units = tile_units(job, tile);
+    const uint8_t* values = job.block_values(block);
+    FOR_EACH_ROW sums[row] = broadcast_int(job.activations.offsets[tile.first_row + row]);
+#pragma GCC unroll 4
+    for (int64_t unit = 0; unit < job.units; ++unit) {
+        prefetch(values);
+        const Bytes weights = prepare_bytes(load_ints(values));
+        FOR_EACH_ROW sums[row] = dot_bytes(sums[row], weights, units[row]);
+        values += 64;
+        units += ROWS;
+    }
+}
 
 struct Int8Product : Int8Registers {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
@@ -27,11 +43,13 @@ struct Int8Product : Int8Registers {
     static void prepare_row(const Job& job, int64_t row) {
         const int64_t inputs = job.weight.inputs;
         int8_t* values = reinterpret_cast<int8_t*>(job.activations.scratch + row * job.units);
-        int32_t& offset = job.activations.offsets[row];
-        job.activations.scales[row] =
-            job.request.quantized() ? sum_quantized_row(job.request, row, 1, inputs, &offset)
-                                    : quantize_row(job.request, row * inputs, 1, inputs, values, &offset);
-        offset *= -BYTE_OFFSET;
+        int32_t* offset = job.activations.offsets + row;
+        float* scale = job.activations.scales + row;
+        if (job.request.quantized())
+            sum_quantized_row(job.request, row, 1, inputs, offset, scale);
+        else
+            quantize_row(job.request, row * inputs, 1, inputs, values, offset, scale);
+        *offset *= -BYTE_OFFSET;
     }
 
     template <int ROWS>
@@ -39,18 +57,8 @@ struct Int8Product : Int8Registers {
 #ifdef HAS_TILES
         if (uses_tiles(job.request)) return multiply_in_tiles<ROWS>(job, tile, block, results);
 #endif
-        const int32_t* units = tile_units(job, tile);
-        const uint8_t* values = job.block_values(block);
         Ints sums[ROWS];
-        FOR_EACH_ROW sums[row] = broadcast_int(job.activations.offsets[tile.first_row + row]);
-#pragma GCC unroll 4
-        for (int64_t unit = 0; unit < job.units; ++unit) {
-            prefetch(values);
-            const Bytes weights = prepare_bytes(load_ints(values));
-            FOR_EACH_ROW sums[row] = dot_bytes(sums[row], weights, units[row]);
-            values += 64;
-            units += ROWS;
-        }
+        add_byte_products<ROWS>(job, tile, block, sums);
         FOR_EACH_ROW store_float32(results + row * LANES, to_floats(sums[row]));
     }
 
@@ -69,6 +77,58 @@ struct Int8Product : Int8Registers {
         FOR_EACH_ROW store_float32(results + row * LANES, to_floats(load_ints(sums + row * LANES)));
     }
 #endif
+};
+
+// Activations become integers of 15 bit, 128 * high + low, and each term is a row of its own: exact integer dot
+// products where 16-bit ones would take weights that are widened first.
+struct Int8WideProduct : VectorsOnly {
+    static constexpr int64_t TERMS = 2;
+    static constexpr int64_t INPUTS_PER_UNIT = 4;
+    static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = 4;
+
+    static bool reads_activations(const Request&) { return false; }
+
+    static void prepare_row(const Job& job, int64_t token) {
+        const int64_t inputs = job.weight.inputs, first = token * inputs;
+        int8_t* high = reinterpret_cast<int8_t*>(job.activations.scratch + TERMS * token * job.units);
+        int8_t* low = high + inputs;
+        Floats largest = zero_floats();
+        for (int64_t k = 0; k < inputs; k += LANES)
+            largest = larger_magnitude(largest, load_activations(job.request, first + k));
+        const float magnitude = largest_lane(largest) / LARGEST, scale = magnitude > 0 ? magnitude : 1.0f;
+        Ints high_sum = broadcast_int(0), low_sum = broadcast_int(0);
+        for (int64_t k = 0; k < inputs; k += LANES) {
+            const Floats values = round_to_integers(divide(load_activations(job.request, first + k), broadcast(scale)));
+            const Floats multiples = round_to_integers(multiply(values, broadcast(1 / HIGH_UNIT)));
+            const Ints highs = round_to_ints(multiples);
+            const Ints lows = round_to_ints(subtract_product(values, multiples, broadcast(HIGH_UNIT)));
+            store_int8(high + k, highs);
+            store_int8(low + k, lows);
+            high_sum = add_ints(high_sum, highs);
+            low_sum = add_ints(low_sum, lows);
+        }
+        job.activations.offsets[TERMS * token] = -BYTE_OFFSET * sum_lanes(high_sum);
+        job.activations.offsets[TERMS * token + 1] = -BYTE_OFFSET * sum_lanes(low_sum);
+        job.activations.scales[token] = scale;
+    }
+
+    template <int ROWS>
+    static void multiply_tile(const Job& job, Tile tile, int64_t block, float* results) {
+        if constexpr (ROWS % TERMS == 0) {
+            Ints sums[ROWS];
+            add_byte_products<ROWS>(job, tile, block, sums);
+            for (int row = 0; row < ROWS; row += TERMS, results += LANES)
+                store_float32(results, multiply_add(to_floats(sums[row]), broadcast(HIGH_UNIT), to_floats(sums[row + 1])));
+        }
+    }
+
+    static Floats scale(const Job& job, int64_t token, int64_t block, Floats sums) {
+        return Int8Product::scale(job, token, block, sums);
+    }
+
+   private:
+    static constexpr float HIGH_UNIT = 128.0f;
+    static constexpr float LARGEST = 127 * HIGH_UNIT;  // its high term is the largest int8
 };
 
 }  // namespace

@@ -8,7 +8,7 @@ enum ZeroKind : int32_t { ZERO_EIGHT = 0, ZERO_NIBBLE = 1, ZERO_FLOAT32 = 2 };
 enum RequestFlags : int32_t {
     ACTIVATIONS_BFLOAT16 = 1,  // else float32; the output likewise
     BIAS_BFLOAT16 = 2,
-    ACTIVATIONS_INT8 = 4,  // quantized before, with token_scales [rows]; ACTIVATIONS_BFLOAT16 then tells the output's type
+    ACTIVATIONS_INT8 = 4,  // quantized before, with token_scales [rows][groups]; ACTIVATIONS_BFLOAT16 then tells the output's type
 };
 
 // A packed weight. Sixteen outputs form a block; within it the 32-bit units of the outputs are interleaved, so that

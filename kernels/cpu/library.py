@@ -39,12 +39,13 @@ class Signature(NamedTuple):
 _PRODUCT = Signature((*[_POINTER] * 5, _SIZE, _INT32, _INT32), rows=5)
 KERNELS = {
     "linear_w8a8": _PRODUCT,
+    "linear_w8a16": _PRODUCT,
     "linear_w4a8": _PRODUCT,
     "linear_w4a16": _PRODUCT,
     "linear_bf16": _PRODUCT,
     "linear_f32": _PRODUCT,
-    "rms_norm": Signature((*[_POINTER] * 7, _SIZE, _SIZE, _FLOAT, _INT32), rows=7),
-    "silu_mul": Signature((*[_POINTER] * 4, _SIZE, _SIZE, _INT32), rows=4),
+    "rms_norm": Signature((*[_POINTER] * 7, *[_SIZE] * 3, _FLOAT, _INT32), rows=7),
+    "silu_mul": Signature((*[_POINTER] * 4, *[_SIZE] * 3, _INT32), rows=4),
     "rotary_write": Signature((*[_POINTER] * 9, *[_SIZE] * 5, _FLOAT, _INT32), rows=9),
     "attention": Signature((*[_POINTER] * 6, *[_SIZE] * 6, _INT32), rows=6),
 }
@@ -55,6 +56,7 @@ class Library:
     """The functions of one level. Calls go through ctypes directly: a custom op adds several microseconds to each."""
 
     linear_w8a8: Product
+    linear_w8a16: Product
     linear_w4a8: Product
     linear_w4a16: Product
     linear_bf16: Product
@@ -69,6 +71,7 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         for name, signature in KERNELS.items():
             setattr(self, name, self._function(f"quasar_{name}", *signature.arguments))
+        self.first_maxima = self._function("quasar_first_maxima", _POINTER, _POINTER, _SIZE, _SIZE, _INT32)
         self.replay = self._function("quasar_replay", _POINTER, _SIZE, _SIZE)
         self._advise_huge_pages = self._function("quasar_advise_huge_pages", _POINTER, _SIZE)
 
@@ -139,8 +142,9 @@ def multiply(
 ) -> Tensor:
     """``x W^T + bias`` with one of a library's products.
 
-    x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, 1] and the ``dtype`` of the
-    result; bias: bfloat16 or float32 [N]. Returns [M, N] in the dtype of x.
+    x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, G] (one for int8 weights, else
+    one for each of the weight's groups) and the ``dtype`` of the result; bias: bfloat16 or float32 [N].
+    Returns [M, N] in the dtype of x.
     Raises ValueError for other shapes, dtypes or devices: the library itself checks nothing.
     """
     if dtype is None:
@@ -152,7 +156,9 @@ def multiply(
         token_scales = token_scales.contiguous()
         scales_pointer = token_scales.data_ptr()
         flags |= ACTIVATIONS_INT8
-        valid = valid and x.dtype == torch.int8 and token_scales.dtype == torch.float32 and len(token_scales) == len(x)
+        groups = weight.inputs // (weight.group_size or weight.inputs)
+        valid = valid and x.dtype == torch.int8 and token_scales.dtype == torch.float32
+        valid = valid and token_scales.shape == (len(x), groups)
     if not valid:
         raise ValueError(
             f"expected bfloat16, float32 or scaled int8 [M, {weight.inputs}] on the CPU, got {x.dtype} "

@@ -32,6 +32,7 @@ struct Job {
     Weight weight;
     Request request;  // of one chunk
     Activations activations;
+    int64_t rows;          // of prepared activations: `Product::TERMS` for every token
     int64_t units;         // of one row of activations
     int64_t weight_units;  // of one output
     int64_t groups;
@@ -43,12 +44,12 @@ inline Floats load_vector(const uint8_t* source, int64_t element, bool bfloat16)
     return bfloat16 ? load_bfloat16(source + 2 * element) : load_float32(source + 4 * element);
 }
 
-// Writes the results of a tile: [rows][16] sums become scaled values of the dtype of the activations.
+// Writes the results of a tile: [tokens][16] sums become scaled values of the dtype of the activations.
 template <class Product>
 void finish_tile(const Job& job, Tile tile, int64_t block, const float* results) {
     const Request& request = job.request;
-    const int64_t output = block * LANES;
-    for (int64_t row = tile.first_row; row < tile.first_row + tile.rows; ++row, results += LANES) {
+    const int64_t output = block * LANES, first = tile.first_row / Product::TERMS, count = tile.rows / Product::TERMS;
+    for (int64_t row = first; row < first + count; ++row, results += LANES) {
         Floats values = Product::scale(job, row, block, load_float32(results));
         if (request.bias != nullptr) values = add(values, load_vector(request.bias, output, request.bias_bfloat16()));
         const int64_t element = row * job.weight.outputs + output;
@@ -59,8 +60,13 @@ void finish_tile(const Job& job, Tile tile, int64_t block, const float* results)
     }
 }
 
+// Most products read every token as one row of activations.
+struct SingleTerm {
+    static constexpr int64_t TERMS = 1;
+};
+
 // What a product that uses vectors alone says of tile registers.
-struct VectorsOnly {
+struct VectorsOnly : SingleTerm {
     static constexpr bool uses_tiles(const Request&) { return false; }
     struct Registers {
         explicit Registers(const Job&) {}
@@ -88,7 +94,7 @@ inline const int32_t* tile_units(const Job& job, Tile tile) {
     return (tile.rows == 1 ? job.activations.rows : job.activations.units) + tile.first_row * job.units;
 }
 
-// Computes the sums of one tile and one block: results [rows][16].
+// Computes the sums of one tile and one block: results [tokens][16].
 using TileFunction = void (*)(const Job&, Tile, int64_t block, float* results);
 
 template <class Product, int... ROWS>
@@ -99,8 +105,8 @@ TileFunction tile_function(int64_t rows, std::integer_sequence<int, ROWS...>) {
 
 template <class Product>
 void multiply_block(const Job& job, int64_t block) {
-    for (int64_t index = 0; index < count_tiles(job.request.rows); ++index) {
-        const Tile tile = tile_at(job.request.rows, index);
+    for (int64_t index = 0; index < count_tiles(job.rows, Product::TERMS); ++index) {
+        const Tile tile = tile_at(job.rows, index, Product::TERMS);
         alignas(64) float results[MAX_TILE_ROWS * LANES];
         tile_function<Product>(tile.rows, std::make_integer_sequence<int, MAX_TILE_ROWS>())(job, tile, block, results);
         finish_tile<Product>(job, tile, block, results);
@@ -110,8 +116,8 @@ void multiply_block(const Job& job, int64_t block) {
 template <class Product>
 inline void interleave_tiles(const Job& job, int64_t first_unit) {
     if (Product::uses_tiles(job.request)) return;
-    for (int64_t index = 0; index < count_tiles(job.request.rows); ++index) {
-        const Tile tile = tile_at(job.request.rows, index);
+    for (int64_t index = 0; index < count_tiles(job.rows, Product::TERMS); ++index) {
+        const Tile tile = tile_at(job.rows, index, Product::TERMS);
         if (tile.rows > 1) interleave(job.activations, tile, job.units, first_unit);
     }
 }
@@ -152,12 +158,13 @@ void multiply(const Weight& weight, Request request) {
     int64_t remaining = request.rows;
     while (remaining > 0) {
         request.rows = remaining < CHUNK_ROWS ? remaining : CHUNK_ROWS;
-        Activations activations = Activations::of(request.rows, units, groups);
+        const int64_t rows = request.rows * Product::TERMS;
+        Activations activations = Activations::of(rows, units, groups);
         if (Product::reads_activations(request)) activations.rows = reinterpret_cast<const int32_t*>(request.x);
-        multiply_chunk<Product>(Job{weight, request, activations, units, weight_units, groups});
+        multiply_chunk<Product>(Job{weight, request, activations, rows, units, weight_units, groups});
         remaining -= request.rows;
         request.x += request.rows * weight.inputs * element;
-        if (request.quantized()) request.token_scales += request.rows;
+        if (request.quantized()) request.token_scales += request.rows * groups;
         request.out += request.rows * weight.outputs * out_element;
     }
 }

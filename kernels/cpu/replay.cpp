@@ -36,6 +36,7 @@ void invoke(void (*function)(T...), const uint64_t* slots) {
 #define REPLAYABLE(name) \
     EXPORTED void replay_##name(const uint64_t* slots) { invoke(quasar_##name, slots); }
 REPLAYABLE(linear_w8a8)
+REPLAYABLE(linear_w8a16)
 REPLAYABLE(linear_w4a8)
 REPLAYABLE(linear_w4a16)
 REPLAYABLE(linear_bf16)

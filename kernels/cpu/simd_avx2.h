@@ -82,6 +82,12 @@ inline __m256 mask_eight(__m256 values, const uint8_t* visible) {
 inline Floats mask_invisible(Floats values, const uint8_t* visible) {
     return {mask_eight(values.low, visible), mask_eight(values.high, visible + 8)};
 }
+// One bit per lane, set where both are equal.
+inline uint32_t equal_lanes(Floats a, Floats b) {
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ));
+    return static_cast<uint32_t>(low | high << 8);
+}
 // 2^n for integers n in [-126, 127]
 inline __m256 eight_powers_of_two(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));

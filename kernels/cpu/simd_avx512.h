@@ -48,6 +48,8 @@ inline Floats mask_invisible(Floats values, const uint8_t* visible) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(visible));
     return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(bytes, bytes), values);
 }
+// One bit per lane, set where both are equal.
+inline uint32_t equal_lanes(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 // 2^n for integers n in [-126, 127]
 inline Floats power_of_two(Floats n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));

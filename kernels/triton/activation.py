@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.launch import dependent, wait
-from kernels.triton.quantize import quantize_row
+from kernels.triton.quantize import quantized_room, store_quantized
 
 BLOCK_ELEMENTS = 1024
 
@@ -19,24 +19,41 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, BLOCK_ELEMENTS))
     launch = dependent(gate_up.device)
-    silu_mul_kernel[grid](gate_up, out, out, width, QUANTIZE=False, BLOCK=BLOCK_ELEMENTS, num_warps=4, **launch)
+    block = BLOCK_ELEMENTS
+    silu_mul_kernel[grid](gate_up, out, out, width, QUANTIZE=False, BLOCK=block, GROUP=block, num_warps=4, **launch)
     return out
 
 
-def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.silu_mul_quantize`: int8 [M, I] and float32 scales [M, 1]."""
+def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """As `reference.silu_mul_quantize`: int8 [M, I] and float32 scales [M, G]."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
-    out = torch.empty(rows, width, dtype=torch.int8, device=gate_up.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=gate_up.device)
+    out, scales = quantized_room(rows, width, group_size, gate_up.device)
     block = triton.next_power_of_2(width)
-    warps = min(16, max(1, block // 512))
-    launch = dependent(gate_up.device)
-    silu_mul_kernel[(rows, 1)](gate_up, out, scales, width, QUANTIZE=True, BLOCK=block, num_warps=warps, **launch)
+    silu_mul_kernel[(rows, 1)](
+        gate_up,
+        out,
+        scales,
+        width,
+        QUANTIZE=True,
+        BLOCK=block,
+        GROUP=group_size or block,
+        num_warps=min(16, max(1, block // 512)),
+        **dependent(gate_up.device),
+    )
     return out, scales
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, scales, width, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def silu_mul_kernel(
+    gate_up,
+    out,
+    scales,
+    width,
+    QUANTIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
     """Grid: (rows, blocks of the width). Rounds where the model does: after SiLU and after the product."""
     wait(DEPENDENT)
     dtype = gate_up.dtype.element_ty
@@ -47,10 +64,7 @@ def silu_mul_kernel(gate_up, out, scales, width, QUANTIZE: tl.constexpr, BLOCK: 
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     result = (silu * up).to(dtype)
-    place = row * width + column
     if QUANTIZE:
-        quantized, scale = quantize_row(result.to(tl.float32))
-        tl.store(out + place, quantized, mask=inside)
-        tl.store(scales + row, scale)
+        store_quantized(result.to(tl.float32), out, scales, row, width, BLOCK, GROUP)
     else:
-        tl.store(out + place, result, mask=inside)
+        tl.store(out + row * width + column, result, mask=inside)

@@ -1,4 +1,4 @@
-"""Unquantized weights: cuBLAS is made for large batches and loses bandwidth at one to a few rows."""
+"""16-bit activations × unquantized or int8 weights. cuBLAS is made for large batches and wastes bandwidth on few."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from kernels.triton.tuning import Tiling
 
 def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
     """``x W^T + bias``, sums in float32. x: float [M, K]; values: [N, K] in the same dtype; returns [M, N] in it."""
+    return _launch(x, values, None, bias, tiling)
+
+
+def linear_w8a16(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
+    """`linear_bf16` with int8 weights [N, K], which the dtype of x holds exactly, and float32 scales [N]."""
+    return _launch(x, values, scales, bias, tiling)
+
+
+def _launch(x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None, tiling: Tiling) -> Tensor:
     rows, inputs = x.shape
     outputs = len(values)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
@@ -23,13 +32,15 @@ def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None, tiling: Tiling) 
     linear_bf16_kernel[tiling.grid(rows, outputs)](
         x,
         values,
-        values if bias is None else bias,
+        x if scales is None else scales,
+        x if bias is None else bias,
         out,
         partials,
         counters,
         rows,
         outputs,
         inputs,
+        SCALED=scales is not None,
         HAS_BIAS=bias is not None,
         EVEN_K=inputs % tiling.block_k == 0,
         WIDE=interpreted(),
@@ -49,6 +60,7 @@ def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None, tiling: Tiling) 
 def linear_bf16_kernel(
     x,
     values,
+    scales,
     bias,
     out,
     partials,
@@ -56,6 +68,7 @@ def linear_bf16_kernel(
     rows,
     outputs,
     inputs,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDE: tl.constexpr,
@@ -92,6 +105,8 @@ def linear_bf16_kernel(
             within = start + depth[None, :] < inputs
             a = tl.load(x_tile + start, mask=inside & within, other=0, eviction_policy="evict_last")
             w = tl.load(value_tile + start, mask=within, other=0, eviction_policy="evict_first")
+        if SCALED and not WIDE:
+            w = w.to(x.dtype.element_ty)
         accumulator = multiply(a, tl.trans(w), accumulator, WIDE)
 
     finished = True
@@ -101,6 +116,8 @@ def linear_bf16_kernel(
     if finished:
         if SPLIT_K > 1:
             accumulator = collect(partials, counters, tile, BLOCK_M, BLOCK_N, SPLIT_K)
+        if SCALED:
+            accumulator *= tl.load(scales + source)[None, :]
         if HAS_BIAS:
             accumulator += tl.load(bias + source)[None, :].to(tl.float32)
         place = out + row[:, None].to(tl.int64) * outputs + column[None, :]

@@ -29,7 +29,7 @@ def linear_w4a8(
 ) -> Tensor:
     """``x W^T + bias`` of quantized activations: exact int32 sums in a group, groups added in float32.
 
-    tokens: int8 [M, K]; token_scales: float32 [M, 1]. Returns ``dtype`` [M, N].
+    tokens: int8 [M, K]; token_scales: float32 [M, K / group_size]. Returns ``dtype`` [M, N].
     """
     out = torch.empty(len(tokens), weight.outputs, dtype=dtype, device=tokens.device)
     return _launch(tokens, token_scales, weight, bias, out, weight.unit / W4A8_FACTOR, tiling)
@@ -127,6 +127,9 @@ def linear_w4_kernel(
     wait(DEPENDENT)
     # Scales are too few to be copied to shared memory ahead of time, as weights are: the next one waits in registers.
     scale = tl.load(scales + tl.minimum(begin, groups - 1) * outputs + source)
+    if INT8:
+        row_scales = x_scales + row * groups
+        row_scale = tl.load(row_scales + tl.minimum(begin, groups - 1), mask=row < rows, other=0.0)
     for first in range(begin, end, GROUPS):
         for step in tl.static_range(GROUPS):
             group = first + step
@@ -146,7 +149,12 @@ def linear_w4_kernel(
             if HAS_ZEROS:
                 zero = tl.load(zeros + group * outputs + source).to(tl.float32)
                 dot -= sum_of_group(x_low, x_high, INT8)[:, None] * zero[None, :]
-            accumulator += dot * scale.to(tl.float32)[None, :]
+            if INT8:
+                next_row_scale = tl.load(row_scales + tl.minimum(group + 1, groups - 1), mask=row < rows, other=0.0)
+                accumulator += dot * (row_scale[:, None] * scale.to(tl.float32)[None, :])
+                row_scale = next_row_scale
+            else:
+                accumulator += dot * scale.to(tl.float32)[None, :]
             scale = next_scale
 
     finished = True
@@ -157,8 +165,6 @@ def linear_w4_kernel(
         if SPLIT_K > 1:
             accumulator = collect(partials, counters, tile, BLOCK_M, BLOCK_N, SPLIT_K)
         result = accumulator * unit
-        if INT8:
-            result *= tl.load(x_scales + row, mask=row < rows, other=0.0)[:, None]
         if HAS_BIAS:
             result += tl.load(bias + source)[None, :].to(tl.float32)
         place = out + row[:, None].to(tl.int64) * outputs + column[None, :]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.launch import dependent, wait
-from kernels.triton.quantize import quantize_row
+from kernels.triton.quantize import quantized_room, store_quantized
 
 
 def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -19,17 +19,22 @@ def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 
 
 def add_rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.add_rms_norm_quantize`: int8 [M, K], float32 scales [M, 1] and the sum that was normalized."""
-    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    total = _launch(x, weight, eps, residual, out, scales)
+    """As `reference.add_rms_norm_quantize`: int8 [M, K], float32 scales [M, G] and the sum that was normalized."""
+    out, scales = quantized_room(len(x), x.shape[1], group_size, x.device)
+    total = _launch(x, weight, eps, residual, out, scales, group_size)
     return out, scales, total
 
 
 def _launch(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor, scales: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor,
+    scales: Tensor | None,
+    group_size: int | None = None,
 ) -> Tensor:
     rows, width = x.shape
     total = x if residual is None else torch.empty_like(x)
@@ -46,6 +51,7 @@ def _launch(
         ADD=residual is not None,
         QUANTIZE=scales is not None,
         BLOCK=block,
+        GROUP=group_size or block,
         num_warps=min(16, max(1, block // 512)),
         **dependent(x.device),
     )
@@ -65,6 +71,7 @@ def rms_norm_kernel(
     ADD: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows,). Rounds where the model does: after the addition, after the normalization and at the end."""
@@ -84,8 +91,6 @@ def rms_norm_kernel(
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     result = (normalized * factor).to(dtype)
     if QUANTIZE:
-        quantized, scale = quantize_row(result.to(tl.float32))
-        tl.store(out + place, quantized, mask=inside)
-        tl.store(scales + row, scale)
+        store_quantized(result.to(tl.float32), out, scales, row, width, BLOCK, GROUP)
     else:
         tl.store(out + place, result, mask=inside)

@@ -19,7 +19,7 @@ from kernels.triton.activation import silu_mul, silu_mul_quantize
 from kernels.triton.attention import block_attention
 from kernels.triton.int4_packing import W4A8_GROUP_SIZES, W4A16_GROUP_SIZES, PackedInt4, pack_int4
 from kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
-from kernels.triton.quantize import quantize_tokens
+from kernels.triton.quantize import quantize_tokens, quantizes
 from kernels.triton.rotary import rotary_write_at
 from kernels.triton.tuning import MAX_ROWS, Shape, Tiling, tiling_for
 
@@ -34,8 +34,10 @@ __all__ = [
     "linear_w4a16",
     "linear_w8a8",
     "linear_w8a8_quantized",
+    "linear_w8a16",
     "packed_int4",
     "quantize_tokens",
+    "quantizes",
     "rotary_write_at",
     "silu_mul",
     "silu_mul_quantize",
@@ -77,6 +79,12 @@ def linear_w8a8_quantized(
     return int8.linear_w8a8(tokens, token_scales, values, scales, bias, dtype, tiling)
 
 
+def linear_w8a16(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `reference.linear_w8a16`."""
+    tiling = tiling_for(Shape("linear_w8a16", len(x), *values.shape), x.device)
+    return dense.linear_w8a16(x.contiguous(), values, scales, bias, tiling)
+
+
 def linear_w4a16(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """As `reference.linear_w4a16`."""
     return int4.linear_w4a16(x.contiguous(), weight, bias, _int4_tiling("linear_w4a16", x, weight))
@@ -84,14 +92,14 @@ def linear_w4a16(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> T
 
 def linear_w4a8(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """As `reference.linear_w4a8`."""
-    tokens, token_scales = quantize_tokens(x.contiguous())
+    tokens, token_scales = quantize_tokens(x.contiguous(), weight.group_size)
     return linear_w4a8_quantized(tokens, token_scales, weight, bias, x.dtype)
 
 
 def linear_w4a8_quantized(
     tokens: Tensor, token_scales: Tensor, weight: PackedInt4, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`linear_w4a8` of activations that are quantized already: int8 [M, K] and float32 [M, 1]."""
+    """`linear_w4a8` of activations that are quantized already: int8 [M, K] and float32 [M, K / group_size]."""
     return int4.linear_w4a8(tokens, token_scales, weight, bias, dtype, _int4_tiling("linear_w4a8", tokens, weight))
 
 

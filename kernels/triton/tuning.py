@@ -51,7 +51,10 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Shape:
-    """A product to be tuned. op: linear_w8a8, linear_w4a16, linear_w4a8 or linear_bf16; group_size: 0 where none."""
+    """A product to be tuned. op: linear_w8a8, linear_w8a16, linear_w4a16, linear_w4a8 or linear_bf16.
+
+    group_size: 0 where none
+    """
 
     op: str
     rows: int
@@ -72,18 +75,18 @@ class Shape:
 @functools.lru_cache(maxsize=4096)
 def tiling_for(shape: Shape, device: torch.device) -> Tiling:
     """The tuned tiling where there is one, else the default."""
-    return _table(device).get(shape.key) or default_tiling(shape, multiprocessors(device))
+    return _table(cache_file(device)).get(shape.key) or default_tiling(shape, multiprocessors(device))
 
 
 def default_tiling(shape: Shape, processors: int) -> Tiling:
     """A tiling that fills the GPU: enough programs for every multiprocessor, and reads of 64 bytes and more a row."""
-    wide = shape.outputs >= 64 * processors
     if shape.group_size:
         # Unpacking costs instructions, which nearly two programs per multiprocessor hide better than one.
-        programs, block_n = 7 * processors // 4, 128 if wide and shape.block_m < 64 else 64
+        # In wider blocks the scales change threads through shared memory in every iteration.
+        programs, block_n = 7 * processors // 4, 64
         block_k = _groups_per_iteration(shape) * shape.group_size
     else:
-        programs, block_n = 3 * processors // 4, 64 if wide else 32
+        programs, block_n = 3 * processors // 4, 64 if shape.outputs >= 64 * processors else 32
         longest = 256 if shape.op == "linear_w8a8" else 128
         block_k = next((size for size in (256, 128, 64) if size <= longest and shape.inputs % size == 0), 128)
     tiles = _blocks(shape.outputs, block_n) * _blocks(shape.rows, shape.block_m)
@@ -91,7 +94,9 @@ def default_tiling(shape: Shape, processors: int) -> Tiling:
     split_k = 1
     while tiles * split_k < programs and iterations // (2 * split_k) >= FEWEST_ITERATIONS:
         split_k *= 2
-    return Tiling(shape.block_m, block_n, block_k, split_k)
+    # Four warps would have to spill registers there.
+    warps = 8 if shape.op in ("linear_w4a8", "linear_w8a16") and shape.block_m == 32 else 4
+    return Tiling(shape.block_m, block_n, block_k, split_k, warps)
 
 
 def candidates(shape: Shape, processors: int) -> list[Tiling]:
@@ -100,13 +105,17 @@ def candidates(shape: Shape, processors: int) -> list[Tiling]:
     changes = [
         {"split_k": max(1, base.split_k // 2)},
         {"split_k": base.split_k * 2},
-        {"block_n": base.block_n * 2},
-        {"block_n": base.block_n // 2},
+        {"block_n": base.block_n // 2, "warps": 4},  # with more, a thread would load less than 16 bytes
         {"stages": base.stages + 1},
-        {"block_n": base.block_n * 2, "warps": 8},
     ]
-    if not shape.group_size and shape.inputs % (2 * base.block_k) == 0:
-        changes.append({"block_k": 2 * base.block_k, "stages": 3})
+    if shape.group_size:
+        changes.append({"warps": 8})
+        if shape.block_m == 16:  # more rows would have to spill registers
+            changes.append({"block_n": base.block_n * 2})
+    else:
+        changes += [{"block_n": base.block_n * 2}, {"block_n": base.block_n * 2, "warps": 8}]
+        if shape.inputs % (2 * base.block_k) == 0:
+            changes.append({"block_k": 2 * base.block_k, "stages": 3})
     unique = dict.fromkeys([base, *(dataclasses.replace(base, **change) for change in changes)])
     return [tiling for tiling in unique if tiling.block_n >= 16 and 2 * tiling.block_n * tiling.block_m <= 32768]
 
@@ -122,8 +131,9 @@ def tune(shape: Shape, device: torch.device, milliseconds: Callable[[Tiling], fl
             if "out of resource" not in str(error).lower():
                 raise
     best = min(timed, key=lambda pair: pair[0])[1]
-    _table(device)[shape.key] = best
-    _write(device)
+    file = cache_file(device)
+    _table(file)[shape.key] = best
+    _write(file)
     tiling_for.cache_clear()
     return best
 
@@ -136,9 +146,14 @@ def cache_file(device: torch.device) -> Path:
 
 
 @functools.cache
-def _table(device: torch.device) -> dict[str, Tiling]:
+def _table(file: Path) -> dict[str, Tiling]:
+    """By file, not by device: ``cuda`` and ``cuda:0`` are different devices to PyTorch."""
+    return _read(file)
+
+
+def _read(file: Path) -> dict[str, Tiling]:
     try:
-        return dict(_entries(json.loads(cache_file(device).read_text(encoding="utf-8"))))
+        return dict(_entries(json.loads(file.read_text(encoding="utf-8"))))
     except (OSError, ValueError):
         return {}
 
@@ -151,11 +166,12 @@ def _entries(raw: dict[str, dict[str, int]]) -> Iterator[tuple[str, Tiling]]:
             continue
 
 
-def _write(device: torch.device) -> None:
-    file = cache_file(device)
+def _write(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
-    content = {key: dataclasses.asdict(tiling) for key, tiling in sorted(_table(device).items())}
+    # Another process may have tuned other shapes meanwhile.
+    table = _read(file) | _table(file)
+    content = {key: dataclasses.asdict(tiling) for key, tiling in sorted(table.items())}
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
 

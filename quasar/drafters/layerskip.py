@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, validate_call
 from torch import Tensor
 
 from quasar.acceptance import Greedy
-from quasar.decode import decode
+from quasar.decode import Generation, decode
 from quasar.draft import Context, Draft, StepResult
 from quasar.drafters.autoregressive import draft_chain
 from quasar.drafters.base import Resources
@@ -27,6 +27,9 @@ from quasar.timing import DECODE_PHASES
 from quasar.verifiers.base import LayeredVerifier, Verifier
 from quasar.verifiers.transformer import TransformerVerifier
 
+# Enough for blocks of every size.
+WARM_UP_TOKENS = 16
+
 
 class LayerSkipDrafter:
     """Draft & Verify (Zhang et al. 2024) with chosen layers left out, or LayerSkip's early exit (Elhoushi et al. 2024).
@@ -35,12 +38,14 @@ class LayerSkipDrafter:
     them, and add tentative ones of their own, which verification overwrites. Where decoding samples, the draft
     is sampled too and carries its distributions. Costs ``num_tokens`` passes over the kept layers and the head.
 
+    num_tokens:   tokens per draft, at most
     exit_layer:   draft with the first ``exit_layer`` layers
     skip_layers:  leave out exactly these layers
     skip_ratio:   otherwise leave out this share of the layers, spread evenly over the second to last but one
-    method:       search looks for the layers itself, whatever these three say: it measures tokens per second on
-                  ``search_prompts`` calibration prompts for ``search_sets`` sets, and caches the best one by model,
-                  verifier and device
+    method:       search looks for the layers itself, whatever these three say (the goal of SWIFT, Xia et al. 2025): it
+                  measures tokens per second over ``search_tokens`` tokens of each of ``search_prompts`` calibration
+                  prompts for ``search_sets`` sets, drawn by ``seed``, and caches the best one by model, verifier and
+                  device
     confidence:   a draft ends with the first token whose probability is lower
     draft_verifier: name of a verifier whose layers draft in the place of the run's own, in a cheaper precision, on the
                   same keys and values
@@ -147,6 +152,7 @@ class LayerSkipDrafter:
             **calibration.key,
             "draft_verifier": self.draft_verifier,
             "settings": [self.num_tokens, self.confidence, self.search_sets, self.search_prompts, self.search_tokens],
+            "warm_up": WARM_UP_TOKENS,
             "seed": self.seed,
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -167,10 +173,16 @@ class LayerSkipDrafter:
         drafter = LayerSkipDrafter(self.num_tokens, skip_layers=skipped, confidence=self.confidence)
         if self._lent is not None:
             drafter.draft_with(self._lent)
+
+        def generate(prompt: list[int], length: int) -> Generation:
+            limits = Limits(length, len(prompt) + length, frozenset())
+            return decode(prompt, drafter, verifier, Greedy(), Sampling(), limits, torch.Generator())
+
+        # Not counted: the first passes through these layers compile, record or capture them, and the cache may grow.
+        generate(max(prompts, key=len), WARM_UP_TOKENS)
         tokens, milliseconds = 0, 0.0
         for prompt in prompts:
-            limits = Limits(self.search_tokens, len(prompt) + self.search_tokens, frozenset())
-            generation = decode(prompt, drafter, verifier, Greedy(), Sampling(), limits, torch.Generator())
+            generation = generate(prompt, self.search_tokens)
             tokens += sum(generation.emitted)
             milliseconds += sum(sum(generation.milliseconds[phase]) for phase in DECODE_PHASES)
         return tokens / milliseconds * 1e3

@@ -27,9 +27,11 @@ class LookaheadDrafter:
     emitted token, merged into a tree. As in the authors' code the window moves one position per step, however
     many tokens were accepted.
 
+    window, ngram, guesses: W, N and G
     pool_capacity: n-grams kept per first token, the most recently seen ones; by default G
     pool_from_prompt: the n-grams of prompt and output enter the pool too
-    window_from_prompt: the first iterate is tokens of the prompt at random; else the prompt's last token, repeated
+    window_from_prompt: the first iterate is tokens of the prompt at random, drawn by ``seed``; else the prompt's last
+        token, repeated
 
     Costs (N - 1) W - 1 scratch rows and up to G (N - 1) draft rows per pass, and no pass of its own.
     """

@@ -21,6 +21,7 @@ class ModelDrafter:
 
     draft: a verifier's node: the run's own model in another precision or pruned, or with ``packed`` another checkpoint
         of the same vocabulary
+    num_tokens: tokens per draft, at most
     confidence: a draft ends with the first token whose probability is lower
 
     The draft model reads the prompt in the prefill. Its cache keeps the keys and values of the draft tokens that were

@@ -23,6 +23,7 @@ class NgramDrafter:
     """Prompt lookup decoding (Saxena 2023): a suffix of the context that occurred before, in prompt or output, offers
     the tokens that followed it there.
 
+    num_tokens: tokens per draft, at most
     method:  lookup: the longest suffix of n_max down to n_min tokens. One dictionary lookup per n and step, n_max
              insertions per new token. suffix_automaton: the longest suffix of any length from n_min on (SAM-Decoding,
              Hu et al. 2024; SuffixDecoding, Oliaro et al. 2024), amortized constant time per new token. No model pass.

@@ -17,15 +17,21 @@ from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Attention, Block, FeedForward, RMSNorm, Transformer
 
 Rows = Tensor | tuple[Tensor, Tensor]
-"""Activations [R, K]: floats, or int8 with float32 scales [R, 1]."""
+"""Activations [R, K]: floats, or int8 with float32 scales [R, G]."""
 
 
 @runtime_checkable
 class QuantizingLinear(Protocol):
-    """A linear layer that may take activations which are quantized already."""
+    """A linear layer that may take activations which are quantized already.
+
+    activation_group_size: elements of a token that share a scale; None: all
+    """
 
     @property
     def int8_activations(self) -> bool: ...
+
+    @property
+    def activation_group_size(self) -> int | None: ...
 
     def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor: ...
 
@@ -97,20 +103,19 @@ def _attention(
 
 def _feed_forward(mlp: FeedForward, rows: Rows, dtype: torch.dtype) -> Tensor:
     gate_up = _project(mlp.gate_up, rows, dtype)
-    product: Rows = block_ops.silu_mul_quantize(gate_up) if _takes_int8(mlp.down) else block_ops.silu_mul(gate_up)
-    return _project(mlp.down, product, dtype)
+    down = mlp.down
+    if isinstance(down, QuantizingLinear) and down.int8_activations:
+        return _project(down, block_ops.silu_mul_quantize(gate_up, down.activation_group_size), dtype)
+    return _project(down, block_ops.silu_mul(gate_up), dtype)
 
 
 def _normalized(norm: RMSNorm, residual: Tensor, update: Tensor | None, consumer: nn.Module) -> tuple[Rows, Tensor]:
     """Add the update to the residual stream and normalize it, in the form that the next layer takes."""
-    if _takes_int8(consumer):
-        tokens, scales, total = block_ops.add_rms_norm_quantize(residual, norm.weight, norm.eps, update)
+    if isinstance(consumer, QuantizingLinear) and consumer.int8_activations:
+        group_size = consumer.activation_group_size
+        tokens, scales, total = block_ops.add_rms_norm_quantize(residual, norm.weight, norm.eps, update, group_size)
         return (tokens, scales), total
     return block_ops.add_rms_norm(residual, norm.weight, norm.eps, update)
-
-
-def _takes_int8(linear: nn.Module) -> bool:
-    return isinstance(linear, QuantizingLinear) and linear.int8_activations
 
 
 def _project(linear: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:

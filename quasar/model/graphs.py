@@ -38,7 +38,9 @@ class BlockPasses:
         self._inputs: dict[int, PassInputs] = {}
         self._graphs: dict[tuple[int, tuple[int, ...] | None], CapturedPass] = {}
         self._addresses = self._cache_addresses()
-        self._checksum = torch.zeros((), dtype=torch.float32, pin_memory=model.device.type == "cuda")
+        pinned = model.device.type == "cuda"
+        self._checksum = torch.zeros((), dtype=torch.float32, pin_memory=pinned)
+        self._most_likely = torch.zeros(BUCKETS[-1], dtype=torch.int64, pin_memory=pinned)
 
     def __call__(
         self,
@@ -82,6 +84,13 @@ class BlockPasses:
         captured = self._graphs.get((bucket_for(rows), None))
         return None if captured is None else captured.graph
 
+    def most_likely(self, rows: int) -> list[int]:
+        """See `Passes`: found by the graph itself, which leaves them in the host's memory."""
+        if self._model.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        found: list[int] = self._most_likely[:rows].tolist()
+        return found
+
     @property
     def last_was_finite(self) -> bool:
         """Whether no logit of the last pass is NaN or infinite; valid once a result of the pass was read."""
@@ -93,6 +102,8 @@ class BlockPasses:
         )
         # NaN and infinity survive a sum, which finite logits cannot overflow; the host looks at it when it likes.
         self._checksum.copy_(logits.sum(dtype=torch.float32), non_blocking=True)
+        if layers is None:
+            self._most_likely[: inputs.bucket].copy_(logits.max(-1).indices, non_blocking=True)
         return logits
 
     def _try_to_capture(self, key: tuple[int, tuple[int, ...] | None], inputs: PassInputs) -> None:
@@ -126,12 +137,15 @@ class PassInputs:
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self.start, self.tokens, self.offsets, self.block_mask = self._views(self._device)
         self._host_views = self._views(self._host)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def fill(self, tokens: Tensor, start: int, offsets: Tensor, block_mask: Tensor) -> None:
         """Take over a block, padded to the bucket.
 
-        The host's buffer may be written again once the pass's results were read, as every step does.
+        Waits for the last block's copy, which has ended long ago where somebody read the results of its pass.
         """
+        if self._copied is not None:
+            self._copied.synchronize()
         rows = len(tokens)
         host_start, host_tokens, host_offsets, host_mask = self._host_views
         host_start[0] = start
@@ -140,6 +154,8 @@ class PassInputs:
         host_mask.zero_().fill_diagonal_(1)
         host_mask[:rows, :rows] = block_mask
         self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
     def _views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bucket = self.bucket

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from quasar.model.config import ModelConfig
 
@@ -19,18 +18,26 @@ class KVCache:
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.capacity = capacity
         self.length = 0
-        shapes = [(layer.num_kv_heads, capacity, config.head_dim) for layer in config.layers]
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        # Layers of the same shape share a tensor [2, layers, num_kv_heads, capacity, head_dim], so that moving rows of
+        # all of them is one operation, not two per layer.
+        heads = [layer.num_kv_heads for layer in config.layers]
+        self._layers = {
+            count: [layer for layer, own in enumerate(heads) if own == count] for count in dict.fromkeys(heads)
+        }
+        self._stores = [
+            torch.zeros(2, len(layers), count, capacity, config.head_dim, dtype=dtype, device=device)
+            for count, layers in self._layers.items()
+        ]
+        self._take_views()
 
     def commit(self, rows: Sequence[int]) -> None:
         """Keep the tentative rows ``rows`` (ascending, counted from ``length``) and drop all others."""
         start, count = self.length, len(rows)
         if list(rows) != list(range(count)):
-            source = torch.tensor(rows, device=self.keys[0].device) + start
-            for stored in (*self.keys, *self.values):
+            source = torch.tensor(rows).to(self.keys[0].device, non_blocking=True) + start
+            for store in self._stores:
                 # Indexing copies before the assignment, so overlapping slots are safe.
-                stored[:, start : start + count] = stored[:, source]
+                store[..., start : start + count, :] = store[..., source, :]
         self.length = start + count
 
     def reserve(self, rows: int) -> None:
@@ -38,14 +45,19 @@ class KVCache:
         if self.length + rows <= self.capacity:
             return
         self.capacity = max(2 * self.capacity, self.length + rows)
-        self.keys = [self._grown(stored) for stored in self.keys]
-        self.values = [self._grown(stored) for stored in self.values]
+        for index, store in enumerate(self._stores):
+            grown = store.new_zeros(*store.shape[:3], self.capacity, store.shape[4])
+            # Tentative rows move too: a drafter may be in the middle of a draft.
+            grown[..., : store.shape[3], :] = store
+            self._stores[index] = grown
+        self._take_views()
 
-    def _grown(self, stored: Tensor) -> Tensor:
-        grown = stored.new_zeros(stored.shape[0], self.capacity, stored.shape[2])
-        # Tentative rows move too: a drafter may be in the middle of a draft.
-        grown[:, : stored.shape[1]] = stored
-        return grown
+    def _take_views(self) -> None:
+        layers = sum(map(len, self._layers.values()))
+        self.keys, self.values = [self._stores[0]] * layers, [self._stores[0]] * layers
+        for store, own in zip(self._stores, self._layers.values(), strict=True):
+            for place, layer in enumerate(own):
+                self.keys[layer], self.values[layer] = store[0, place], store[1, place]
 
     def clear(self) -> None:
         self.length = 0

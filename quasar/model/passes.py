@@ -34,6 +34,11 @@ class Passes(Protocol):
         """
         ...
 
+    def most_likely(self, rows: int) -> list[int] | None:
+        """The first maximum of the logits of each of the first ``rows`` rows of the last pass through all layers;
+        None where the passes do not look for it."""
+        ...
+
     @property
     def last_was_finite(self) -> bool:
         """Whether no logit of the last pass is NaN or infinite; valid once a result of the pass was read."""

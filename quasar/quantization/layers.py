@@ -29,18 +29,38 @@ class W8A8Linear(nn.Module):
         """Whether `forward` quantizes its input, which then may as well be quantized where it is made."""
         return True
 
+    @property
+    def activation_group_size(self) -> int | None:
+        return None
+
     def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
         """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
         return kernels.linear_w8a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 
+class W8A16Linear(nn.Module):
+    """A linear layer with int8 weights, whose activations stay as they are."""
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes + _bias_bytes(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear_w8a16(x, self.weight, self.bias)
+
+
 class W4Linear(nn.Module):
-    """A linear layer with group-wise 4-bit weights; activations stay as they are, or become int8 per token."""
+    """A linear layer with 4-bit weights in groups; activations stay as they are, or become int8 in the same groups."""
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
         self.int8_activations = activation_bits == 8
+        self.activation_group_size = weight.group_size
         self._product = kernels.linear_w4a8 if activation_bits == 8 else kernels.linear_w4a16
 
     @property
@@ -51,7 +71,7 @@ class W4Linear(nn.Module):
         return self._product(x, self.weight, self.bias)
 
     def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
+        """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, G]; returns ``dtype``."""
         return kernels.linear_w4a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 

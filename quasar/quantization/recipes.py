@@ -14,7 +14,7 @@ from quasar.errors import QuasarError, RequestError
 from quasar.model.transformer import Block, Transformer
 from quasar.quantization.awq import awq_scales, clipped_grid
 from quasar.quantization.gptq import gptq_int4
-from quasar.quantization.layers import W4Linear, W8A8Linear
+from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.rounding import Grid4, grid_int4, quantize_int8, round_int4
 from quasar.quantization.smoothing import LAYERS, best_smoothing, fold, foldable, smoothquant_scales
 from quasar.quantization.statistics import Calibration, Progress
@@ -111,9 +111,13 @@ def gptq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calib
 
 
 def quantize_head(model: Transformer) -> None:
-    """W8A8 for lm_head, in place; a tied embedding keeps its own 16-bit table for lookups."""
+    """int8 weights for lm_head, in place; a tied embedding keeps its own 16-bit table for lookups.
+
+    Its inputs stay in 16 bit: rounded to int8 they would cost most of the fidelity, and save nothing where the pass
+    waits for its weights.
+    """
     with torch.no_grad():
-        model.set_submodule("lm_head", W8A8Linear(quantize_int8(model.lm_head.weight), None))
+        model.set_submodule("lm_head", W8A16Linear(quantize_int8(model.lm_head.weight), None))
 
 
 def _blocks(model: Transformer, progress: Progress) -> Iterator[tuple[int, Block]]:

@@ -1,4 +1,4 @@
-"""W4 verification: group-wise 4-bit weights, activations in 16 bit or in 8 bit per token."""
+"""W4 verification: group-wise 4-bit weights, activations in 16 bit, or in 8 bit by the same groups."""
 
 from __future__ import annotations
 

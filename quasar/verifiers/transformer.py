@@ -84,6 +84,11 @@ class TransformerVerifier:
         rows = draft.row_tokens(last), draft.offsets(), draft.block_mask()
         return self.passes(*rows, outputs=self._outputs(draft))
 
+    def most_likely(self, rows: int) -> list[int] | None:
+        """The most likely token after each of the first ``rows`` rows of the last `verify`, where its pass found them
+        itself: the wait for them is the step's only one."""
+        return None if self.passes is None or self._last is None else self.passes.most_likely(rows)
+
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
         # The path was read from the pass's results, so this waits for nothing.
@@ -118,7 +123,7 @@ class TransformerVerifier:
         if draft.scratch is None:
             return slice(None)
         size = 1 + len(draft)
-        return torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device)
+        return torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device, non_blocking=True)
 
     def _finite(self, forward: Callable[[], Tensor]) -> Tensor:
         """The logits of a pass. Raises QuasarError where one is NaN or infinite, naming the layer where that began."""

@@ -5,10 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+
+TUNING_SHARE = 0.25
+"""Of the time that is left when tuning begins."""
+GRACE_SECONDS = 8.0
+"""After its time is up, for a section to end and the closing ones to run."""
+DEVICE_IS_BROKEN = 75
+"""Exit code of a process after which another one should resume."""
 
 
 def main() -> int:
+    """Exit code 0: all is well; 1: a section failed or a kernel was wrong; 2: no device; 75: start again to resume."""
     arguments = _arguments()
     if arguments.device == "cpu":
         # Read when Triton is imported.
@@ -36,21 +46,35 @@ def main() -> int:
         print("PyTorch sees no CUDA device; --device cpu --tiny only exercises the suite itself", file=sys.stderr)
         return 2
     plan = Plan(torch.device(arguments.device), arguments.tiny, arguments.smollm2, arguments.trace)
-    recorder = Recorder(arguments.output, arguments.seconds)
-    recorder.run("environment", lambda: environment.measure(plan))
-    recorder.run("correctness", lambda: correctness.measure(plan))
-    if arguments.tune:
-        recorder.run("tuning", lambda: tune.measure(plan, recorder.seconds_left() * 0.25))
-    recorder.run("products", lambda: bench.measure(plan, recorder))
-    recorder.run("passes", lambda: passes.measure(plan, recorder))
-    recorder.run("overhead", lambda: overhead.measure(plan))
-    recorder.run("decoding", lambda: decoding.measure(plan))
-    recorder.run("programmatic_passes", lambda: passes.measure_programmatic(plan))
-    recorder.run("simulation", lambda: simulation.measure(plan, recorder.results.get("passes", [])))
-    recorder.run("compiled", lambda: compiled.measure(plan, recorder))
-    recorder.run("bars", lambda: bars.measure(recorder.results))
-    recorder.run("plots", lambda: plots.draw(recorder.results, arguments.output))
+    recorder = Recorder(arguments.output, arguments.seconds, arguments.resume)
+    sections: dict[str, Callable[[], object]] = {
+        "environment": lambda: environment.measure(plan),
+        "correctness": lambda: correctness.measure(plan, recorder),
+        "tuning": lambda: tune.measure(plan, recorder.seconds_left() * TUNING_SHARE),
+        "products": lambda: bench.measure(plan, recorder),
+        "passes": lambda: passes.measure(plan, recorder),
+        "overhead": lambda: overhead.measure(plan, recorder),
+        "decoding": lambda: decoding.measure(plan, recorder),
+        "programmatic_passes": lambda: passes.measure_programmatic(plan, recorder),
+        "compiled": lambda: compiled.measure(plan, recorder),
+        "simulation": lambda: simulation.measure(plan, recorder.results.get("passes", [])),
+        "bars": lambda: bars.measure(recorder.results),
+        "plots": lambda: plots.draw(recorder.results, arguments.output),
+    }
+    _exit_when_hanging(max(recorder.seconds_left(), 0) + GRACE_SECONDS)
+    for name, section in sections.items():
+        if name != "tuning" or arguments.tune:
+            recorder.run(name, section)
+        if plan.device.type == "cuda" and not environment.answers():
+            return DEVICE_IS_BROKEN
     return recorder.finish()
+
+
+def _exit_when_hanging(seconds: float) -> None:
+    """A wait for a device that does not answer cannot be interrupted, only ended with the process."""
+    watchdog = threading.Timer(seconds, lambda: os._exit(DEVICE_IS_BROKEN))
+    watchdog.daemon = True
+    watchdog.start()
 
 
 def _arguments() -> argparse.Namespace:
@@ -60,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, help="generations.jsonl of a run, to turn step times into tokens/s")
     parser.add_argument("--seconds", type=float, default=460, help="time after which sections are cut short")
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="search tilings first")
+    parser.add_argument("--resume", action="store_true", help="go on after the last section in OUTPUT's results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, for a dry run of the suite itself")
     return parser.parse_args()

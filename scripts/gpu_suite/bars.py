@@ -35,18 +35,16 @@ def _product_bars(rows: list[Json], bandwidth: float | None) -> Iterator[Json]:
             for count in SKINNY_ROWS
             if (op, layer, count) in times and ("cublas_bf16", layer, count) in times
         }
-        worst = min(ratios, key=lambda key: ratios[key], default=None)
         name = f"{op} over cuBLAS BF16, least of four shapes and M = 1 to 16"
-        yield _bar(name, None if worst is None else ratios[worst], target, worst, ratios)
+        yield _least(name, ratios, target, len(LAYERS) * len(SKINNY_ROWS))
         shares = {
             f"{layer} M={count}": times[op, layer, count]["bytes_per_second"] / bandwidth
             for layer in LARGE_LAYERS
             for count in SKINNY_ROWS
             if bandwidth and (op, layer, count) in times
         }
-        worst = min(shares, key=lambda key: shares[key], default=None)
         name = f"{op} share of copy bandwidth, least of the two large shapes and M = 1 to 16"
-        yield _bar(name, None if worst is None else shares[worst], 0.75, worst, shares)
+        yield _least(name, shares, 0.75, len(LARGE_LAYERS) * len(SKINNY_ROWS))
 
 
 def _pass_bars(rows: list[Json], bandwidth: float | None) -> Iterator[Json]:
@@ -72,6 +70,15 @@ def _overhead_bars(results: Json) -> Iterator[Json]:
     for row in results.get("overhead", []):
         share = row["overhead_share"] if row["model"] == MODEL else None
         yield _bar(f"overhead of a step with {row['weights']} weights", share, 0.03, most=True)
+
+
+def _least(name: str, values: dict[str, float], target: float, wanted: int) -> Json:
+    """A bar for the least of several values; not met as long as one of those ``wanted`` was not measured."""
+    worst = min(values, key=lambda key: values[key], default=None)
+    bar = _bar(name, None if worst is None else values[worst], target, worst, values)
+    if bar["met"] and len(values) < wanted:
+        bar |= {"met": None, "missing": wanted - len(values)}
+    return bar
 
 
 def _bar(

@@ -30,14 +30,14 @@ def measure(plan: Plan, recorder: Recorder) -> list[Json]:
             continue
         milliseconds, checksum = _measure(model, count, plan)
         rows.append(facts | {"milliseconds": milliseconds, "checksum": checksum})
+        recorder.keep("compiled", rows)
     return rows
 
 
 @torch.inference_mode()
 def _measure(model: Transformer, rows: int, plan: Plan) -> tuple[float, float]:
     """Time of a pass, and the sum of its logits' magnitudes: that of the captured pass but for rounding."""
-    torch.manual_seed(0)
-    cache = filled_cache(model, plan.main_context + rows)
+    cache = filled_cache(model, plan)
     cache.length = plan.main_context
     chain = Draft.chain(list(range(1, rows)))
     tokens, offsets, mask = (

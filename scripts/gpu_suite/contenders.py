@@ -38,6 +38,7 @@ def builders(product: Product, device: torch.device) -> Iterator[tuple[str, Buil
     yield "cublas_bf16", lambda: _dense("cublas_bf16", n, k, device, F.linear)
     yield "linear_bf16", lambda: _dense("linear_bf16", n, k, device, ops.linear_bf16)
     yield "linear_w8a8", lambda: _w8a8(n, k, device)
+    yield "linear_w8a16", lambda: _w8a16(n, k, device)
     yield "linear_w4a16", lambda: _w4a16(n, k, product.group_size, device)
     yield "linear_w4a8", lambda: _w4a8(n, k, product.group_size, device)
     if device.type == "cuda":
@@ -79,6 +80,11 @@ def _w8a8(n: int, k: int, device: torch.device) -> Contender:
     return Contender("linear_w8a8", values.nbytes + scales.nbytes, run)
 
 
+def _w8a16(n: int, k: int, device: torch.device) -> Contender:
+    values, scales = _int8_weight(n, k, device)
+    return Contender("linear_w8a16", values.nbytes + scales.nbytes, lambda x: ops.linear_w8a16(x, values, scales))
+
+
 def _w4a16(n: int, k: int, group_size: int, device: torch.device) -> Contender:
     weight = random_int4(n, k, group_size, device)
     return Contender("linear_w4a16", weight.nbytes, lambda x: ops.linear_w4a16(x, weight))
@@ -86,9 +92,11 @@ def _w4a16(n: int, k: int, group_size: int, device: torch.device) -> Contender:
 
 def _w4a8(n: int, k: int, group_size: int, device: torch.device) -> Contender:
     weight = random_int4(n, k, group_size, device)
-    return Contender(
-        "linear_w4a8", weight.nbytes, lambda x: ops.linear_w4a8_quantized(*_quantized(x), weight, None, x.dtype)
-    )
+
+    def run(x: Tensor) -> Tensor:
+        return ops.linear_w4a8_quantized(*_quantized(x, group_size), weight, None, x.dtype)
+
+    return Contender("linear_w4a8", weight.nbytes, run)
 
 
 def _int_mm(n: int, k: int, device: torch.device) -> Contender:
@@ -139,12 +147,12 @@ def _bitsandbytes_nf4(n: int, k: int, device: torch.device) -> Contender:
     return Contender("bitsandbytes_nf4", n * k // 2 + n * k // 16, lambda x: layer(x))
 
 
-_last_quantized: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+_last_quantized: tuple[Tensor, int | None, tuple[Tensor, Tensor]] | None = None
 
 
-def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The quantized rows, computed once per tensor and outside of what is timed."""
+def _quantized(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """The quantized rows, computed once per tensor and group size, outside of what is timed."""
     global _last_quantized
-    if _last_quantized is None or _last_quantized[0] is not x:
-        _last_quantized = x, reference.quantize_tokens(x)
-    return _last_quantized[1]
+    if _last_quantized is None or _last_quantized[0] is not x or _last_quantized[1] != group_size:
+        _last_quantized = x, group_size, reference.quantize_tokens(x, group_size)
+    return _last_quantized[2]

@@ -21,7 +21,7 @@ from quasar.timing import DECODE_PHASES
 from quasar.verifiers.base import Setup, Verifier
 from quasar.verifiers.fp16 import FP16Verifier
 from scripts.gpu_suite.plan import SMALL_GROUP_SIZE, Plan
-from scripts.gpu_suite.record import Json
+from scripts.gpu_suite.record import Json, Recorder
 
 NEW_TOKENS = 128
 NUM_TOKENS = 5
@@ -53,8 +53,8 @@ class PromptLookup:
         pass
 
 
-def measure(plan: Plan) -> Json:
-    """Empty where no checkpoint was given."""
+def measure(plan: Plan, recorder: Recorder) -> Json:
+    """Nothing where no checkpoint was given."""
     if plan.smollm2 is None:
         return {"skipped": "no --smollm2 FOLDER"}
     rows: list[Json] = []
@@ -63,6 +63,7 @@ def measure(plan: Plan) -> Json:
             rows += _own(plan, plan.smollm2, weights)
         except Exception as error:
             rows.append({"weights": weights, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+        recorder.keep("decoding", {"rows": rows})
     try:
         rows += _transformers(plan, plan.smollm2)
     except Exception as error:

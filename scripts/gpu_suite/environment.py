@@ -52,6 +52,15 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * COPY_BYTES / (min(replay_milliseconds(lambda: target.copy_(source))) / 1e3)
 
 
+def answers() -> bool:
+    """Whether the CUDA context of this process still works: an illegal access breaks it for good."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -9,7 +9,7 @@ from kernels import Int8Weight
 from quasar.model.config import ModelConfig
 from quasar.model.rope import Rope
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import W8A8Linear
+from quasar.quantization.layers import W8A8Linear, W8A16Linear
 from scripts.gpu_suite.contenders import random_int4
 from scripts.gpu_suite.packed_linear import PackedW4Linear
 from scripts.gpu_suite.plan import GROUP_SIZE, SMALL_GROUP_SIZE
@@ -26,7 +26,7 @@ def random_model(config: ModelConfig, weights: str, device: torch.device, dtype:
     for name, module in list(model.named_modules()):
         in_blocks = name.startswith("blocks.")
         if isinstance(module, nn.Linear) and (in_blocks or name == "lm_head"):
-            kind = weights.split()[0] if in_blocks else ("int8" if weights.endswith("head8") else "bf16")
+            kind = weights.split()[0] if in_blocks else ("head8" if weights.endswith("head8") else "bf16")
             model.set_submodule(name, _linear(module, kind, device, dtype))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
@@ -40,10 +40,11 @@ def random_model(config: ModelConfig, weights: str, device: torch.device, dtype:
 def _linear(linear: nn.Linear, kind: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     outputs, inputs = linear.weight.shape
     bias = None if linear.bias is None else torch.zeros(outputs, dtype=dtype, device=device)
-    if kind == "int8":
+    if kind in ("int8", "head8"):
         values = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
         scales = torch.full((outputs,), inputs**-0.5 / 73, device=device)
-        return W8A8Linear(Int8Weight(values, scales), bias)
+        layer = W8A16Linear if kind == "head8" else W8A8Linear
+        return layer(Int8Weight(values, scales), bias)
     if kind == "int4":
         group_size = GROUP_SIZE if inputs % GROUP_SIZE == 0 else SMALL_GROUP_SIZE
         return PackedW4Linear(random_int4(outputs, inputs, group_size, device), bias)

@@ -19,6 +19,9 @@ from scripts.gpu_suite.record import Json, Recorder
 from scripts.gpu_suite.timing import milliseconds_per_call, replay_milliseconds
 from scripts.gpu_suite.workers import in_processes
 
+PROGRAMMATIC_ROWS = (1, 6, 16)
+"""Every kernel is compiled once more for these passes."""
+
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
     """A row per weight format, number of rows and context."""
@@ -38,31 +41,37 @@ def measure(plan: Plan, recorder: Recorder) -> list[Json]:
     return rows
 
 
-def measure_programmatic(plan: Plan) -> list[Json]:
-    """The same with programmatic dependent launch, in a process of its own per weight format.
+def measure_programmatic(plan: Plan, recorder: Recorder) -> list[Json]:
+    """Some of them with programmatic dependent launch, in a process of its own per weight format.
 
     A row's checksum of the logits differs from the ordinary one's only if a kernel does not wait where it must.
     """
     if plan.device.type == "cpu":
         return []
     jobs = [(plan, weights) for weights in FORMATS]
-    return [row for rows in in_processes(_programmatic, jobs, _failed, plan.device, most=1) for row in rows]
+    found: list[Json] = []
+    for rows in in_processes(_programmatic, jobs, _failed, plan.device, most=1, seconds=recorder.seconds_left()):
+        found += rows
+        recorder.keep("programmatic_passes", found)
+    return found
 
 
 def _programmatic(job: tuple[Plan, str]) -> list[Json]:
     plan, weights = job
     set_programmatic_launch(True)
     name, config = plan.passes_model
-    return _measure(plan, name, weights, random_model(config, weights, plan.device, torch.bfloat16), programmatic=True)
+    model = random_model(config, weights, plan.device, torch.bfloat16)
+    return _measure(plan, name, weights, model, programmatic=True)
 
 
 def _failed(job: tuple[Plan, str], error: Exception) -> list[Json]:
     return [{"weights": job[1], "programmatic_launch": True, "error": f"{type(error).__name__}: {str(error)[:500]}"}]
 
 
-def filled_cache(model: Transformer, capacity: int) -> KVCache:
-    """A cache with random keys and values in every slot."""
-    cache = KVCache(model.config, capacity, model.dtype, model.device)
+def filled_cache(model: Transformer, plan: Plan) -> KVCache:
+    """A cache with random keys and values in every slot, the same ones in every section."""
+    torch.manual_seed(0)
+    cache = KVCache(model.config, max(plan.contexts) + bucket_for(max(plan.rows)), model.dtype, model.device)
     for stored in (*cache.keys, *cache.values):
         stored.normal_()
     return cache
@@ -70,14 +79,13 @@ def filled_cache(model: Transformer, capacity: int) -> KVCache:
 
 @torch.inference_mode()
 def _measure(plan: Plan, name: str, weights: str, model: Transformer, programmatic: bool = False) -> list[Json]:
-    torch.manual_seed(0)
-    cache = filled_cache(model, max(plan.contexts) + bucket_for(max(plan.rows)))
+    cache = filled_cache(model, plan)
     passes = BlockPasses(model, cache)
     rows = []
-    for count in plan.rows:
+    for count in PROGRAMMATIC_ROWS if programmatic else plan.rows:
         chain = Draft.chain(list(range(1, count)))
         arguments = chain.row_tokens(0), chain.offsets(), chain.block_mask()
-        for context in plan.contexts:
+        for context in (plan.main_context,) if programmatic else plan.contexts:
             cache.length = context
             logits = passes(*arguments)
             graph = passes.graph_of(count)

@@ -3,40 +3,65 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 Json = dict[str, Any]
 
+CLOSING_SECTIONS = ("simulation", "bars", "plots")
+"""They take no time to speak of and no device, and say what the others found."""
+DIED = "the process died in this section"
+
+
+class TimeUp(BaseException):
+    """Raised in a section at the end of the suite's time; no Exception, as sections record those and go on."""
+
 
 class Recorder:
-    """Runs sections and writes ``results.json``; nothing that a section raises reaches the next one."""
+    """Runs sections and writes ``results.json``; nothing that a section raises reaches the next one.
 
-    def __init__(self, folder: Path, seconds: float) -> None:
+    resume: go on with the file of a process that died or whose device no longer answered, after its last section
+    """
+
+    def __init__(self, folder: Path, seconds: float, resume: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.results: Json = {"sections": {}}
-        self._begin, self.seconds = time.perf_counter(), seconds
+        self.folder, self.seconds = folder, seconds
+        self.results: Json = {"sections": {}, "begin": time.time()}
+        if resume:
+            self.results = json.loads(self._file.read_text(encoding="utf-8"))
 
     def seconds_left(self) -> float:
         """Until the suite must end; negative after it."""
-        return self.seconds - (time.perf_counter() - self._begin)
+        begin: float = self.results["begin"]
+        return self.seconds - (time.time() - begin)
 
     def run(self, name: str, section: Callable[[], Any]) -> None:
-        """Carry out a section and record its result, or its traceback, and how long it took."""
+        """Carry out a section and record its result, or its traceback, and how long it took.
+
+        A section that an earlier process began is not begun again.
+        """
+        if name in self.results["sections"]:
+            return
         begin = time.perf_counter()
-        entry: Json = {"error": None}
+        entry: Json = {"error": DIED}
         self.results["sections"][name] = entry
+        self.write()
         try:
-            if self.seconds_left() <= 0 and name not in ("bars", "plots"):
-                entry["error"] = "not started: the time was up"
-            else:
+            if self.seconds_left() <= 0 and name not in CLOSING_SECTIONS:
+                raise TimeUp
+            with _alarm(None if name in CLOSING_SECTIONS else self.seconds_left()):
                 result = section()
-                if result is not None:
-                    self.results[name] = result
+            entry["error"] = None
+            if result is not None:
+                self.results[name] = result
+        except TimeUp:
+            entry["error"] = f"the time was up after {time.perf_counter() - begin:.0f} s of this section"
         except Exception:
             entry["error"] = traceback.format_exc()
         entry["seconds"] = round(time.perf_counter() - begin, 2)
@@ -50,10 +75,9 @@ class Recorder:
         self.write()
 
     def write(self) -> None:
-        file = self.folder / "results.json"
-        temporary = file.with_suffix(".tmp")
+        temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        temporary.replace(self._file)
 
     def finish(self) -> int:
         """The exit code: 0 where every section ended well and every kernel was correct."""
@@ -61,5 +85,29 @@ class Recorder:
         wrong = [case for case in self.results.get("correctness", {}).get("cases", []) if not case["correct"]]
         for case in wrong[:20]:
             print(f"WRONG {case}")
-        print(f"wrote {self.folder / 'results.json'}; {len(failed)} sections failed, {len(wrong)} cases wrong")
+        print(f"wrote {self._file}; {len(failed)} sections failed, {len(wrong)} cases wrong")
         return 1 if failed or wrong else 0
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "results.json"
+
+
+@contextmanager
+def _alarm(seconds: float | None) -> Iterator[None]:
+    """Raises `TimeUp` inside after that time."""
+    if seconds is None:
+        yield
+        return
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
