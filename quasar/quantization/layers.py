@@ -10,8 +10,8 @@ import kernels
 from kernels import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 
-class W8A8Linear(nn.Module):
-    """A linear layer with int8 weights and dynamic per-token int8 activations."""
+class _Int8Linear(nn.Module):
+    """An int8 weight and its bias."""
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
         super().__init__()
@@ -20,6 +20,10 @@ class W8A8Linear(nn.Module):
     @property
     def weight_bytes(self) -> int:
         return self.weight.nbytes + _bias_bytes(self.bias)
+
+
+class W8A8Linear(_Int8Linear):
+    """A linear layer with int8 weights and dynamic per-token int8 activations."""
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear_w8a8(x, self.weight, self.bias)
@@ -38,16 +42,8 @@ class W8A8Linear(nn.Module):
         return kernels.linear_w8a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 
-class W8A16Linear(nn.Module):
+class W8A16Linear(_Int8Linear):
     """A linear layer with int8 weights, whose activations stay as they are."""
-
-    def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, bias
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bias_bytes(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear_w8a16(x, self.weight, self.bias)
