@@ -27,7 +27,7 @@ test-slurm: $(STAMP)
 
 # Products, fused ops and whole steps on this machine's CPU; writes experiments/kernels/.
 bench: $(STAMP)
-	$(BIN)/python -m kernels.bench $(ARGS)
+	$(BIN)/python -m quasar_kernels.bench $(ARGS)
 	$(BIN)/python experiments/kernels/steps.py
 
 lint: $(STAMP)

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from quasar.config import CONF, ModelSource, register
+from quasar.config.schema import CONF, ModelSource, register
 from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError
 

@@ -10,9 +10,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from quasar.config import CONF, register
+from quasar.config.schema import CONF, register
 from quasar.errors import QuasarError, report
-from quasar.sweep.ending import SweepEnded
+from quasar.experiment.sweep.ending import SweepEnded
 
 DONE, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
 
@@ -42,18 +42,18 @@ def main() -> int:
 
 def _run(config: DictConfig) -> int:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        from quasar.sweep.job import run_job
+        from quasar.experiment.sweep.job import run_job
 
         return run_job(config)
     # Heavy imports wait until a job runs, so that --help answers at once.
-    from quasar import experiment
     from quasar.console import Reporter
+    from quasar.experiment import run
     from quasar.results.live import logged
 
     folder, reporter = Path(HydraConfig.get().runtime.output_dir), Reporter()
     try:
         with logged(config.logger, folder, reporter):
-            experiment.run(config, folder, sys.argv, reporter)
+            run.run(config, folder, sys.argv, reporter)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

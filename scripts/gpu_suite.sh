@@ -3,6 +3,7 @@
 # safetensors and matplotlib only. Usage: scripts/gpu_suite.sh OUTPUT_FOLDER [--smollm2 FOLDER] [options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 # A kernel that reads where it must not breaks the device for its whole process (exit code 75), or kills it: another
 # process then goes on with the sections that are left.

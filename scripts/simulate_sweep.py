@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from quasar.config import CONF, register
+from quasar.config.schema import CONF, register
 
 VERIFIERS = ("fp16", "int8", "int4", "pruned")
 DRAFTERS = ("ngram", "lookahead", "layerskip")

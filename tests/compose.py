@@ -5,8 +5,8 @@ from __future__ import annotations
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from quasar.building import build, node_named
-from quasar.config import CONF, RunConfig, check, register
+from quasar.config.build import build, node_named
+from quasar.config.schema import CONF, RunConfig, check, register
 from quasar.drafters.base import Resources
 from quasar.model.loading import random_transformer
 from quasar.verifiers.base import Setup

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from quasar.cli import model_source
-from quasar.config import ModelSource
+from quasar.config.schema import ModelSource
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.transformer import Transformer

@@ -15,9 +15,9 @@ import torch
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quasar.acceptance import Accepted, Greedy, RejectionSampling, Typical, decide
-from quasar.draft import ROOT, Draft
-from quasar.sampling import Sampling, draw, draw_on_device, most_likely
+from quasar.decoding.acceptance import Accepted, Greedy, RejectionSampling, Typical, decide
+from quasar.decoding.draft import ROOT, Draft
+from quasar.decoding.sampling import Sampling, draw, draw_on_device, most_likely
 
 SAMPLINGS = [
     Sampling(temperature, top_k, top_p)

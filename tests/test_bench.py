@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
+from quasar_kernels.bench.__main__ import app
+from quasar_kernels.bench.fused import LAYERS, Layer, _attention
+from quasar_kernels.bench.products import BASELINE, backends
+from quasar_kernels.bench.timing import alternating_medians
 from typer.testing import CliRunner
-
-from kernels.bench.__main__ import app
-from kernels.bench.fused import LAYERS, Layer, _attention
-from kernels.bench.products import BASELINE, backends
-from kernels.bench.timing import alternating_medians
 
 
 def test_report_covers_every_op_and_its_ratios_are_those_of_its_times(tmp_path) -> None:

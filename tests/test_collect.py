@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from quasar.cli import app
-from quasar.config import CONF
+from quasar.config.schema import CONF
 from quasar.results.collect import Collector, tabulate
 from quasar.results.overview import LISTED, STATUS_ROWS, remarks, status_rows, unfinished_rows
 from quasar.results.records import RunFolder

@@ -11,15 +11,15 @@ import pytest
 import torch
 from hydra.utils import get_class
 
-from quasar.building import build
 from quasar.cli import model_source
-from quasar.config import CONF, RunConfig, config_hash
+from quasar.config.build import build
+from quasar.config.schema import CONF, RunConfig, config_hash
 from quasar.drafters.base import Drafter, PreparedDrafter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.prompts import load_prompts, prompt_set_hash
+from quasar.experiment.build import choose_device, choose_dtype
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import locate
-from quasar.preparation import choose_device, choose_dtype
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed, composed_run, resources_for

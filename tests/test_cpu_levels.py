@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import quasar_kernels
 import torch
-
-import kernels
-from kernels import Int8Weight, cpu, reference
-from kernels.cpu import build, levels, library
-from kernels.cpu.levels import LEVEL_VARIABLE, Level, available_levels
+from quasar_kernels import Int8Weight, cpu, reference
+from quasar_kernels.cpu import build, levels, library
+from quasar_kernels.cpu.levels import LEVEL_VARIABLE, Level, available_levels
 
 LEVELS = [level.name for level in available_levels()]
 
@@ -127,11 +126,11 @@ def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.Mon
     expected = reference.linear_w8a8(x, weight.values, weight.scales)
     reason = "no C\\+\\+ compiler found" if broken == "none" else "/bin/false failed"
     with pytest.warns(RuntimeWarning, match=f"CPU kernels are off, PyTorch's operations are used: {reason}"):
-        found = kernels.linear_w8a8(x, weight)
+        found = quasar_kernels.linear_w8a8(x, weight)
     assert torch.equal(found, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(kernels.linear_w8a8(x, weight), expected)
+        assert torch.equal(quasar_kernels.linear_w8a8(x, weight), expected)
 
 
 def _first_use(level: Level, cache: str, results: multiprocessing.Queue[str]) -> None:

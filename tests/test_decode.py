@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar.acceptance import Accepted, Greedy, rule_for
-from quasar.decode import Generation, decode
-from quasar.draft import ROOT, Context, Draft, StepResult
-from quasar.draft_length import AdaptiveLength, PassCost
+from quasar.decoding.acceptance import Accepted, Greedy, rule_for
+from quasar.decoding.draft import ROOT, Context, Draft, StepResult
+from quasar.decoding.loop import Generation, decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
+from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
 from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.layerskip import LayerSkipDrafter
@@ -22,9 +24,7 @@ from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
 from quasar.errors import RequestError
-from quasar.limits import Limits
 from quasar.model.loading import random_transformer, tiny_config
-from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup, Verifier, VerifierCost
 from quasar.verifiers.fp16 import FP16Verifier
 from quasar.verifiers.int4 import Int4Verifier

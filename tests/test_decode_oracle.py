@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar.acceptance import Greedy
-from quasar.decode import Generation, decode
-from quasar.draft import ROOT, Context, Draft, StepResult
-from quasar.limits import Limits, StopStrings
-from quasar.sampling import Sampling
+from quasar.decoding.acceptance import Greedy
+from quasar.decoding.draft import ROOT, Context, Draft, StepResult
+from quasar.decoding.loop import Generation, decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits, StopStrings
 from quasar.verifiers.base import Verifier, VerifierCost
 
 LETTERS = "abc."

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import quasar_kernels
 import torch
+from quasar_kernels import DenseWeight, Int8Weight, ops, reference
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import kernels
-from kernels import DenseWeight, Int8Weight, ops, reference
 
 
 class NoDivisionByNumber(TorchDispatchMode):
@@ -43,5 +42,5 @@ def test_the_cpu_kernels_are_not_compiled_for_tensors_elsewhere(monkeypatch: pyt
     x = torch.empty(96, 64, dtype=torch.bfloat16, device="meta")
     int8 = Int8Weight(torch.empty(32, 64, dtype=torch.int8, device="meta"), torch.empty(32, device="meta"))
     dense = DenseWeight(torch.empty(32, 64, dtype=torch.bfloat16, device="meta"))
-    assert kernels.linear_w8a8(x, int8).shape == (96, 32)
-    assert kernels.linear_bf16(x, dense).shape == (96, 32)
+    assert quasar_kernels.linear_w8a8(x, int8).shape == (96, 32)
+    assert quasar_kernels.linear_bf16(x, dense).shape == (96, 32)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from quasar.draft import Context, Draft, Scratch, StepResult
-from quasar.draft_length import (
+from quasar.decoding.draft import Context, Draft, Scratch, StepResult
+from quasar.decoding.sampling import Sampling
+from quasar.drafters._adaptive_length import (
     LONGEST,
     PRIOR_RATE,
     AdaptiveLength,
@@ -18,7 +19,6 @@ from quasar.draft_length import (
     StepCost,
     measure_pass_cost,
 )
-from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 

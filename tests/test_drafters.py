@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from quasar.decode import Generation
-from quasar.draft import ROOT, Context, Draft, StepResult, merge_into_tree
+from quasar.decoding.draft import ROOT, Context, Draft, StepResult, merge_into_tree
+from quasar.decoding.loop import Generation
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopwatch import DECODE_PHASES
+from quasar.drafters._layer_search import search_skipped_layers
+from quasar.drafters._suffix_automaton import PLACES, SuffixAutomaton
 from quasar.drafters.base import Resources
-from quasar.drafters.layer_search import search_skipped_layers
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter, window_layout
 from quasar.drafters.ngram import LOOKUP_PLACES, NgramDrafter
-from quasar.drafters.suffix_automaton import PLACES, SuffixAutomaton
 from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
-from quasar.sampling import Sampling
-from quasar.timing import DECODE_PHASES
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from tests.compose import resources_for

@@ -30,7 +30,7 @@ fresh = multiprocessing.get_context("forkserver")
 @pytest.fixture(scope="module", autouse=True)
 def preloaded() -> None:
     """One process imports everything; those that are killed are forked from it."""
-    fresh.set_forkserver_preload(["quasar.experiment", "quasar.sweep.job", "tests.test_faults"])
+    fresh.set_forkserver_preload(["quasar.experiment.run", "quasar.experiment.sweep.job", "tests.test_faults"])
     first = fresh.Process(target=int)
     first.start()
     first.join()

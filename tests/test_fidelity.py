@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quasar.acceptance import Greedy
-from quasar.config import CalibrationConfig
-from quasar.decode import decode
-from quasar.draft import ROOT, Draft
+from quasar.config.schema import CalibrationConfig
+from quasar.decoding.acceptance import Greedy
+from quasar.decoding.draft import ROOT, Draft
+from quasar.decoding.loop import decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
 from quasar.drafters.ngram import NgramDrafter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.calibration import calibration_prompts, refuse_overlap
@@ -27,10 +29,8 @@ from quasar.evaluation.fidelity import (
     trajectory_of,
 )
 from quasar.evaluation.prompts import Prompt
-from quasar.limits import Limits
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
-from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup, VerifierCost
 from quasar.verifiers.fp16 import FP16Verifier
 from quasar.verifiers.pruned import PrunedVerifier

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from quasar_kernels import Int4Weight
+from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
-from kernels import Int4Weight
-from kernels.reference import pack_int4
-from quasar.draft import Draft, Scratch
+from quasar.decoding.draft import Draft, Scratch
 from quasar.errors import QuasarError
-from quasar.model import graphs
 from quasar.model.config import LayerShape, ModelConfig
-from quasar.model.graphs import BUCKETS, BlockPasses, PassInputs, bucket_for
+from quasar.model.execution import cuda_graph
+from quasar.model.execution.cuda_graph import BUCKETS, BlockPasses, PassInputs, bucket_for
 from quasar.model.kv_cache import KVCache
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
@@ -153,9 +153,9 @@ def fake_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def capture(run: Any) -> Any:
         fake = FakeGraph(run)
-        return graphs.CapturedPass(fake, fake.logits)  # type: ignore[arg-type]
+        return cuda_graph.CapturedPass(fake, fake.logits)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "capture", capture)
 
 
 @pytest.mark.usefixtures("fake_capture")
@@ -185,7 +185,7 @@ def test_failed_capture_falls_back_with_a_message(tiny: Transformer, monkeypatch
     def fail(run: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
-    monkeypatch.setattr(graphs, "capture", fail)
+    monkeypatch.setattr(cuda_graph, "capture", fail)
     own, cache = caches(tiny)
     passes = BlockPasses(tiny, cache, capture=True)
     inputs = TREE.row_tokens(3), TREE.offsets(), TREE.block_mask()

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels against `kernels.reference`, on every level of processor features that this machine has."""
+"""The compiled CPU kernels against `reference`, on every level of processor features that this machine has."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
+import quasar_kernels
 import torch
+from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu, reference
+from quasar_kernels.cpu import custom_ops, library, packing
+from quasar_kernels.cpu.levels import available_levels
 from torch import Tensor
-
-import kernels
-from kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu, reference
-from kernels.cpu import custom_ops, library, packing
-from kernels.cpu.levels import available_levels
 
 LEVELS = [level.name for level in available_levels()]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -73,9 +72,9 @@ def test_w8a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, bias:
         for rows in ROWS:
             x = normal(rows, inputs, seed=rows, dtype=dtype)
             expected = reference.linear_w8a8(x, values, scales, offset)
-            assert torch.equal(kernels.linear_w8a8(x, weight, offset), expected)
+            assert torch.equal(quasar_kernels.linear_w8a8(x, weight, offset), expected)
             quantized = Quantized(*reference.quantize_tokens(x), dtype)
-            assert torch.equal(kernels.linear_w8a8(quantized, weight, offset), expected)
+            assert torch.equal(quasar_kernels.linear_w8a8(quantized, weight, offset), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,7 +86,7 @@ def test_w8a16_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None
             x = normal(rows, inputs, seed=rows, dtype=dtype)
             x[-1] = 0
             error = relative_error(
-                kernels.linear_w8a16(x, weight, offset), reference.linear_w8a16(x, values, scales, offset)
+                quasar_kernels.linear_w8a16(x, weight, offset), reference.linear_w8a16(x, values, scales, offset)
             )
             # Activations of 15 bit round by 1 / 32512 of a token's largest value.
             assert error < (1e-4 if dtype == torch.float32 else 1e-2 if level == "torch" else 5e-3)
@@ -102,10 +101,10 @@ def test_w8a16_takes_activations_of_fifteen_bit(level: str) -> None:
     x[1] *= -1
     x[:, 0] = torch.tensor([16256.0, -16256.0, 16256.0])
     weight = Int8Weight(torch.randint(-127, 128, (32, 256), dtype=torch.int8), torch.ones(32))
-    found = kernels.linear_w8a16(x, weight)
+    found = quasar_kernels.linear_w8a16(x, weight)
     expected = x.double() @ weight.values.double().T
     assert (found.double() - expected).abs().max() <= expected.abs().max() * 2**-23
-    assert (kernels.linear_w8a8(x, weight).double() - expected).abs().max() > expected.abs().max() * 2**-12
+    assert (quasar_kernels.linear_w8a8(x, weight).double() - expected).abs().max() > expected.abs().max() * 2**-12
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,13 +117,13 @@ def test_w4a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, zeros
         for rows in (1, 3, 8, 17, 64):
             x = normal(rows, inputs, seed=rows, dtype=dtype)
             expected = reference.linear_w4a8(x, *canonical, offset)
-            found = kernels.linear_w4a8(x, weight, offset)
+            found = quasar_kernels.linear_w4a8(x, weight, offset)
             if zeros == "fraction":  # group sums that are no integers are rounded in float32, not in float64
                 assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
             else:
                 assert torch.equal(found, expected)
             quantized = Quantized(*reference.quantize_tokens(x, group_size), dtype)
-            assert torch.equal(kernels.linear_w4a8(quantized, weight, offset), found)
+            assert torch.equal(quasar_kernels.linear_w4a8(quantized, weight, offset), found)
 
 
 @pytest.mark.parametrize("inputs", [32, 8192])
@@ -133,14 +132,14 @@ def test_integer_sums_are_exact_at_their_extremes(level: str, inputs: int) -> No
     rows = torch.tensor([[127.0], [-127.0]]).repeat(1, inputs)
     values = torch.full((32, inputs), 127, dtype=torch.int8)
     values[1::2] = -127
-    found = kernels.linear_w8a8(rows, Int8Weight(values, torch.ones(32)))
+    found = quasar_kernels.linear_w8a8(rows, Int8Weight(values, torch.ones(32)))
     assert torch.equal(found.double(), rows.double() @ values.double().T)
     packed = torch.full((32, inputs // 2), 0xFF, dtype=torch.uint8)
     packed[1::2] = 0
     groups = 32, inputs // 32
     weight = Int4Weight(packed, torch.ones(groups), torch.full(groups, 8.0), True, torch.float32)
     expected = rows.double() @ (reference.unpack_int4(packed).double() - 8).T
-    assert torch.equal(kernels.linear_w4a8(rows, weight).double(), expected)
+    assert torch.equal(quasar_kernels.linear_w4a8(rows, weight).double(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,7 +151,7 @@ def test_w4a16_is_close_to_the_reference(level: str, dtype: torch.dtype, zeros: 
         for rows in (1, 3, 8, 17, 64):
             x = normal(rows, inputs, seed=rows, dtype=dtype)
             expected = reference.linear_w4a16(x, *canonical, offset)
-            error = relative_error(kernels.linear_w4a16(x, weight, offset), expected)
+            error = relative_error(quasar_kernels.linear_w4a16(x, weight, offset), expected)
             assert error < (1e-5 if dtype == torch.float32 else 1.5e-2)
 
 
@@ -163,7 +162,9 @@ def test_dense_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None
         weight = DenseWeight.prepare(values)
         for rows in (1, 2, 7, 16, 17, 64, 70):
             x = normal(rows, inputs, seed=rows, dtype=dtype)
-            error = relative_error(kernels.linear_bf16(x, weight, offset), reference.linear_bf16(x, values, offset))
+            error = relative_error(
+                quasar_kernels.linear_bf16(x, weight, offset), reference.linear_bf16(x, values, offset)
+            )
             assert error < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
@@ -174,11 +175,11 @@ def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, op: str) -
         pytest.skip("holds for the kernels")
     outputs, inputs = 160, 576
     weights: dict[str, tuple[Callable[..., Tensor], object]] = {
-        "w8a8": (kernels.linear_w8a8, int8_weight(outputs, inputs)),
-        "w8a16": (kernels.linear_w8a16, int8_weight(outputs, inputs)),
-        "w4a8": (kernels.linear_w4a8, int4_weight(outputs, inputs, 64, "integer")),
-        "w4a16": (kernels.linear_w4a16, int4_weight(outputs, inputs, 64, "integer")),
-        "bf16": (kernels.linear_bf16, DenseWeight.prepare(normal(outputs, inputs, dtype=torch.bfloat16))),
+        "w8a8": (quasar_kernels.linear_w8a8, int8_weight(outputs, inputs)),
+        "w8a16": (quasar_kernels.linear_w8a16, int8_weight(outputs, inputs)),
+        "w4a8": (quasar_kernels.linear_w4a8, int4_weight(outputs, inputs, 64, "integer")),
+        "w4a16": (quasar_kernels.linear_w4a16, int4_weight(outputs, inputs, 64, "integer")),
+        "bf16": (quasar_kernels.linear_bf16, DenseWeight.prepare(normal(outputs, inputs, dtype=torch.bfloat16))),
     }
     product, weight = weights[op]
     x = normal(100, inputs, dtype=torch.bfloat16)
@@ -196,21 +197,21 @@ def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, op: str) -
 def test_float16_and_strided_activations(level: str) -> None:
     weight, x = int8_weight(64, 96), normal(96, 5).T
     expected = reference.linear_w8a8(x, weight.values, weight.scales)
-    assert torch.equal(kernels.linear_w8a8(x, weight), expected)
-    assert relative_error(kernels.linear_w8a8(x.half(), weight), expected) < 2e-2
-    assert kernels.linear_w8a8(x.half(), weight).dtype == torch.float16
+    assert torch.equal(quasar_kernels.linear_w8a8(x, weight), expected)
+    assert relative_error(quasar_kernels.linear_w8a8(x.half(), weight), expected) < 2e-2
+    assert quasar_kernels.linear_w8a8(x.half(), weight).dtype == torch.float16
 
 
 @needs_kernels
 def test_arguments_that_do_not_fit_are_refused() -> None:
     weight = int8_weight(64, 96)
     with pytest.raises(ValueError, match=r"\[M, 96\] on the CPU, got torch.float32 \[3, 64\]"):
-        kernels.linear_w8a8(torch.zeros(3, 64), weight)
+        quasar_kernels.linear_w8a8(torch.zeros(3, 64), weight)
     with pytest.raises(ValueError, match=r"expected a bias \[64\]"):
-        kernels.linear_w8a8(torch.zeros(3, 96), weight, torch.zeros(32))
+        quasar_kernels.linear_w8a8(torch.zeros(3, 96), weight, torch.zeros(32))
     by_group = Quantized(*reference.quantize_tokens(torch.zeros(3, 96), 32), torch.float32)
     with pytest.raises(ValueError, match=r"scaled int8 \[M, 96\]"):
-        kernels.linear_w8a8(by_group, weight)
+        quasar_kernels.linear_w8a8(by_group, weight)
 
 
 def test_packing_keeps_every_value(level: str) -> None:
@@ -233,20 +234,20 @@ def test_packing_keeps_every_value(level: str) -> None:
 def test_norm_and_swiglu(level: str) -> None:
     for rows, size in [(1, 32), (3, 576), (17, 1536), (64, 2048)]:
         x, weight = normal(rows, size, dtype=torch.bfloat16), normal(size, seed=1, dtype=torch.bfloat16)
-        found = kernels.rms_norm(x, weight, 1e-5)
+        found = quasar_kernels.rms_norm(x, weight, 1e-5)
         assert relative_error(found, reference.rms_norm(x, weight, 1e-5)) < 4e-3
         for group_size in (None, 32):
             values, scales = reference.quantize_tokens(found, group_size)
-            quantized = kernels.rms_norm_quantize(x, weight, 1e-5, group_size)
+            quantized = quasar_kernels.rms_norm_quantize(x, weight, 1e-5, group_size)
             assert torch.equal(quantized.values, values)
             assert torch.equal(quantized.scales, scales)
 
         gate_up = normal(rows, 2 * size, dtype=torch.bfloat16) * 8
-        found = kernels.silu_mul(gate_up)
+        found = quasar_kernels.silu_mul(gate_up)
         assert relative_error(found, reference.silu_mul(gate_up)) < 4e-3
         for group_size in (None, 32):
             values, scales = reference.quantize_tokens(found, group_size)
-            quantized = kernels.silu_mul_quantize(gate_up, group_size)
+            quantized = quasar_kernels.silu_mul_quantize(gate_up, group_size)
             assert torch.equal(quantized.values, values)
             assert torch.equal(quantized.scales, scales)
 
@@ -254,7 +255,7 @@ def test_norm_and_swiglu(level: str) -> None:
 def test_swiglu_far_from_zero(level: str) -> None:
     gate = torch.tensor([-1e30, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 1e30] * 4)
     gate_up = torch.cat([gate, torch.ones(32)]).bfloat16().unsqueeze(0)
-    found = kernels.silu_mul(gate_up)
+    found = quasar_kernels.silu_mul(gate_up)
     assert torch.allclose(found.float(), reference.silu_mul(gate_up.float()), rtol=8e-3, atol=1e-7)
 
 
@@ -270,9 +271,9 @@ def test_first_maxima(level: str, size: int, dtype: torch.dtype) -> None:
     expected = [row.tolist().index(row.max().item()) for row in x]
     assert expected[1:5] == [0, 7, size - 2, 0]
     for rows in (1, 2, 33):
-        assert kernels.first_maxima(x[:rows]).tolist() == expected[:rows]
+        assert quasar_kernels.first_maxima(x[:rows]).tolist() == expected[:rows]
     # Rows whose elements do not lie side by side.
-    assert kernels.first_maxima(x.T.contiguous().T).tolist() == expected
+    assert quasar_kernels.first_maxima(x.T.contiguous().T).tolist() == expected
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
@@ -288,7 +289,7 @@ def test_rotary_write(level: str, head_dim: int, normalized: bool) -> None:
         rotation = angles.cos(), angles.sin()
         keys, values = (normal(kv_heads, capacity, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (3, 4))
         expected_keys, expected_values = keys.clone(), values.clone()
-        q = kernels.rotary_write(qkv, rotation, keys, values, start, norms, 1e-6)
+        q = quasar_kernels.rotary_write(qkv, rotation, keys, values, start, norms, 1e-6)
         expected = reference.rotary_write(qkv, rotation, expected_keys, expected_values, start, norms, 1e-6)
         assert relative_error(q, expected) < 4e-3
         assert relative_error(keys, expected_keys) < 4e-3
@@ -304,7 +305,7 @@ def test_attention_over_a_cache(level: str, head_dim: int) -> None:
         keys, values = (normal(kv_heads, slots + 5, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
         visible = torch.rand(rows, slots, generator=torch.Generator().manual_seed(3)) < 0.6
         visible[torch.arange(rows), torch.arange(rows) % slots] = True
-        found = kernels.attend(q, keys, values, visible)
+        found = quasar_kernels.attend(q, keys, values, visible)
         expected = reference.attend(q.float(), keys.float(), values.float(), visible)
         assert relative_error(found, expected) < 1e-2
 
@@ -317,26 +318,26 @@ def test_attention_of_a_row_depends_on_what_it_sees_alone(level: str) -> None:
     q = normal(rows, heads, head_dim, dtype=torch.bfloat16)
     keys, values = (normal(kv_heads, 400, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
     visible = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
-    block = kernels.attend(q, keys, values, visible)
+    block = quasar_kernels.attend(q, keys, values, visible)
     for row in range(rows):
         end = start + row + 1
-        alone = kernels.attend(q[row : row + 1], keys, values, visible[row : row + 1, :end])
+        alone = quasar_kernels.attend(q[row : row + 1], keys, values, visible[row : row + 1, :end])
         assert torch.equal(alone[0], block[row])
     for size in (2, 3, 8, 32, 33):
-        assert torch.equal(kernels.attend(q[:size], keys, values, visible[:size, : start + size]), block[:size])
+        assert torch.equal(quasar_kernels.attend(q[:size], keys, values, visible[:size, : start + size]), block[:size])
     # What lies in hidden slots has no influence, not even through its magnitude.
     keys[:, start + 1 :], values[:, start + 1 :] = 1e4, -1e4
-    assert torch.equal(kernels.attend(q[:1], keys, values, visible[:1]), block[:1])
+    assert torch.equal(quasar_kernels.attend(q[:1], keys, values, visible[:1]), block[:1])
     torch.set_num_threads(2)
     try:
-        assert torch.equal(kernels.attend(q[:1], keys, values, visible[:1]), block[:1])
+        assert torch.equal(quasar_kernels.attend(q[:1], keys, values, visible[:1]), block[:1])
     finally:
         torch.set_num_threads(1)
 
 
 def test_gradients_take_the_way_of_pytorch() -> None:
     x = normal(3, 64, dtype=torch.bfloat16).requires_grad_()
-    kernels.rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-5).sum().backward()
+    quasar_kernels.rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-5).sum().backward()
     assert x.grad is not None
 
 
@@ -347,7 +348,7 @@ def test_operators_of_compiled_graphs() -> None:
     assert packed is not None
     x = normal(3, 96, dtype=torch.bfloat16)
     arguments = (x, packed.values, packed.scales, packed.zeros, packed.scale_unit, None)
-    assert torch.equal(custom_ops.linear_w4a8(*arguments), kernels.linear_w4a8(x, weight))
+    assert torch.equal(custom_ops.linear_w4a8(*arguments), quasar_kernels.linear_w4a8(x, weight))
     torch.library.opcheck(custom_ops.linear_w4a8, arguments, test_utils=["test_schema", "test_faketensor"])
 
 

@@ -21,15 +21,15 @@ pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Imported after the check that Triton is there; tests/conftest.py has chosen the interpreter where there is no GPU.
-from kernels import reference
-from kernels.triton import linear_bf16, linear_w4, linear_w8a8, tuning
-from kernels.triton.activation import silu_mul, silu_mul_quantize
-from kernels.triton.attention import block_attention
-from kernels.triton.int4_packing import pack_int4
-from kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
-from kernels.triton.quantize import quantize_tokens
-from kernels.triton.rotary import rotary_write_at
-from kernels.triton.tuning import Shape, Tiling
+from quasar_kernels import reference
+from quasar_kernels.triton import linear_bf16, linear_w4, linear_w8a8, tuning
+from quasar_kernels.triton.activation import silu_mul, silu_mul_quantize
+from quasar_kernels.triton.attention import block_attention
+from quasar_kernels.triton.int4_packing import pack_int4
+from quasar_kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
+from quasar_kernels.triton.quantize import quantize_tokens
+from quasar_kernels.triton.rotary import rotary_write_at
+from quasar_kernels.triton.tuning import Shape, Tiling
 
 # The interpreter truncates where the GPU rounds to the nearest bfloat16, once or twice in an op.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2**-6}

@@ -8,18 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quasar.acceptance import Greedy
-from quasar.decode import Generation, decode
-from quasar.draft import Context
+from quasar.decoding.acceptance import Greedy
+from quasar.decoding.draft import Context
+from quasar.decoding.loop import Generation, decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
 from quasar.drafters.lookahead import LookaheadDrafter
 from quasar.evaluation.prompts import load_prompts
-from quasar.limits import Limits
 from quasar.model.kv_cache import KVCache
 from quasar.model.loading import load_transformer, random_transformer, tiny_config
 from quasar.model.sources import Checkpoint
 from quasar.model.tokenizer import load_tokenizer
 from quasar.model.transformer import Transformer
-from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from tests.compose import composed_run

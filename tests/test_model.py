@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from quasar.draft import ROOT, Draft, Scratch
+from quasar.decoding.draft import ROOT, Draft, Scratch
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
 from quasar.model.kv_cache import KVCache

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import quasar_kernels
 import torch
+from quasar_kernels import Int4Weight, reference
 from torch import Tensor, nn
 
-import kernels
-from kernels import Int4Weight, reference
 from quasar.errors import QuasarError, RequestError
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Block, Transformer
@@ -270,7 +270,7 @@ def test_linear_w8a8_equals_its_reference(rows: int, dtype: torch.dtype, bias: b
     weight = quantize_int8(torch.randn(64, 96, generator=generator))
     offset = torch.randn(64, generator=generator).to(dtype) if bias else None
     expected = reference.linear_w8a8(x, weight.values, weight.scales, offset)
-    assert torch.equal(kernels.linear_w8a8(x, weight, offset), expected)
+    assert torch.equal(quasar_kernels.linear_w8a8(x, weight, offset), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 33, 70])
@@ -286,7 +286,7 @@ def test_linear_w4a16_equals_its_reference(rows: int, dtype: torch.dtype, symmet
     weight = Int4Weight.prepare(packed, grid.scales, grid.zeros, symmetric, dtype)
     expected = reference.linear_w4a16(x, weight.packed, weight.scales, weight.zeros)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    error = (kernels.linear_w4a16(x, weight) - expected).abs().max() / expected.abs().max()
+    error = (quasar_kernels.linear_w4a16(x, weight) - expected).abs().max() / expected.abs().max()
     assert error < tolerance
 
 

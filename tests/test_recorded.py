@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from quasar_kernels import cpu
+from quasar_kernels.cpu import NotRecordableError, Tape
+from quasar_kernels.cpu.fused import rms_norm
 from torch import Tensor, nn
 
-from kernels import cpu
-from kernels.cpu import NotRecordableError, Tape
-from kernels.cpu.fused import rms_norm
-from quasar.draft import Draft
+from quasar.decoding.draft import Draft
 from quasar.model.config import LayerShape, ModelConfig
+from quasar.model.execution.cpu_tape import MAX_ROWS, RecordedPasses
 from quasar.model.kv_cache import KVCache
 from quasar.model.loading import random_transformer, tiny_config
-from quasar.model.recorded import MAX_ROWS, RecordedPasses
 from quasar.model.transformer import Transformer
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from quasar.acceptance import Greedy
-from quasar.decode import decode
-from quasar.draft import Context, Draft
+from quasar.decoding.acceptance import Greedy
+from quasar.decoding.draft import Context, Draft
+from quasar.decoding.loop import decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
 from quasar.drafters.replay import ReplayDrafter
 from quasar.errors import RequestError
 from quasar.evaluation.trace import read_trace
-from quasar.limits import Limits
 from quasar.main import main
 from quasar.model.transformer import Transformer
-from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 

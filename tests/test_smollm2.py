@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quasar.acceptance import rule_for
-from quasar.building import build
-from quasar.decode import Generation, decode
+from quasar.config.build import build
+from quasar.decoding.acceptance import rule_for
+from quasar.decoding.loop import Generation, decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.prompts import Prompt, load_prompts
-from quasar.limits import Limits
 from quasar.model.loading import load_transformer
 from quasar.model.sources import Checkpoint
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
-from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed_run

@@ -17,10 +17,10 @@ from filelock import FileLock
 from hydra.experimental.callback import Callback
 from typer.testing import CliRunner
 
-from quasar import experiment
 from quasar.cli import app
 from quasar.errors import RequestError
 from quasar.evaluation.fidelity import Trajectory, trajectory_of
+from quasar.experiment import run as run_module
 from quasar.main import main
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.records import LOCK
@@ -181,7 +181,7 @@ def test_added_jobs_get_folders_of_their_own(sweep: Sweep, tmp_path: Path) -> No
 
 def test_other_code_runs_again(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep("hydra.sweep.dir=s").returncode == 0
-    for module in ("quasar.sweep.plan", "quasar.results.records"):
+    for module in ("quasar.experiment.sweep.plan", "quasar.results.records"):
         monkeypatch.setattr(f"{module}.code_version", lambda: "0123456789ab")
     kept = sweep("hydra.sweep.dir=s", "sweep.any_code=true", "sweep.dry_run=true")
     assert "1 jobs: 1 done already" in kept.stdout
@@ -198,13 +198,13 @@ def test_jobs_read_the_configuration_of_their_submission(
     own = tmp_path / "own/decode/brief.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("defaults: [greedy]\ntemperature: 0.25\n")
-    run = experiment.run
+    run = run_module.run
 
     def edited(*arguments: object) -> object:
         own.write_text("defaults: [greedy]\ntemperature: 0.75\n")
         return run(*arguments)
 
-    monkeypatch.setattr(experiment, "run", edited)
+    monkeypatch.setattr(run_module, "run", edited)
     done = sweep("--config-dir", str(tmp_path / "own"), "hydra.sweep.dir=s", "decode=brief", "seed=0,1")
     assert done.returncode == 0, done.stderr
     assert own.read_text().endswith("0.75\n")
@@ -275,7 +275,7 @@ def test_exactness_shares_the_autoregressive_output(
         measured.append(arguments)
         return local_baseline(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("quasar.session.local_baseline", counted)
+    monkeypatch.setattr("quasar.experiment.conversation.local_baseline", counted)
     done = sweep("hydra.sweep.dir=s", "verifier=int8", "drafter=none,ngram,lookahead", "evaluate.exactness=true")
     assert done.returncode == 0, done.stderr
     turns = [turn for number in range(3) for record in records(tmp_path / f"s/{number}") for turn in record["turns"]]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from wandb.proto import wandb_internal_pb2
 
 from quasar.cli import app
-from quasar.config import CONF
+from quasar.config.schema import CONF
 from quasar.main import main
 from quasar.results import live
 from quasar.results.runs import read_config

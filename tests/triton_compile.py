@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from quasar_kernels.triton.activation import silu_mul_kernel
+from quasar_kernels.triton.attention import MERGE_ELEMENTS, attention_launch, block_attention_kernel, merge_kernel
+from quasar_kernels.triton.linear_bf16 import linear_bf16_kernel
+from quasar_kernels.triton.linear_w4 import linear_w4_kernel
+from quasar_kernels.triton.linear_w8a8 import linear_w8a8_kernel
+from quasar_kernels.triton.norm import rms_norm_kernel
+from quasar_kernels.triton.quantize import quantize_tokens_kernel
+from quasar_kernels.triton.rotary import rotary_write_kernel
+from quasar_kernels.triton.tuning import Shape, Tiling, candidates, default_tiling
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from kernels.triton.activation import silu_mul_kernel
-from kernels.triton.attention import MERGE_ELEMENTS, attention_launch, block_attention_kernel, merge_kernel
-from kernels.triton.linear_bf16 import linear_bf16_kernel
-from kernels.triton.linear_w4 import linear_w4_kernel
-from kernels.triton.linear_w8a8 import linear_w8a8_kernel
-from kernels.triton.norm import rms_norm_kernel
-from kernels.triton.quantize import quantize_tokens_kernel
-from kernels.triton.rotary import rotary_write_kernel
-from kernels.triton.tuning import Shape, Tiling, candidates, default_tiling
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROCESSORS = 132  # of an H100

@@ -19,19 +19,19 @@ import torch
 from hydra import compose, initialize_config_dir
 from rich.progress import track
 
-from quasar.acceptance import Greedy
-from quasar.building import build
-from quasar.config import CONF, check, register
+from quasar.config.build import build
+from quasar.config.schema import CONF, check, register
 from quasar.console import Reporter
-from quasar.decode import decode
-from quasar.draft_length import AdaptiveLength, measure_pass_cost
+from quasar.decoding.acceptance import Greedy
+from quasar.decoding.loop import decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
+from quasar.decoding.stopwatch import DECODE_PHASES
+from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.prompts import Prompt, load_prompts
-from quasar.limits import Limits
-from quasar.preparation import Prepared, choose_device, prepare
-from quasar.sampling import Sampling
-from quasar.timing import DECODE_PHASES
+from quasar.experiment.build import Prepared, choose_device, prepare
 
 DRAFTERS = {
     "ngram": "drafter=ngram drafter.num_tokens=12",

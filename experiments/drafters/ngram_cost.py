@@ -14,11 +14,11 @@ import torch
 
 from quasar.cli import model_source
 from quasar.console import Reporter
-from quasar.draft import Context, Draft
+from quasar.decoding.draft import Context, Draft
+from quasar.decoding.sampling import Sampling
 from quasar.drafters.ngram import NgramDrafter
+from quasar.experiment.build import choose_device, choose_dtype, load_model
 from quasar.model.sources import locate
-from quasar.preparation import choose_device, choose_dtype, load_model
-from quasar.sampling import Sampling
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 

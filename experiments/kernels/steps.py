@@ -19,9 +19,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from quasar.cli import model_source
-from quasar.draft import Draft
+from quasar.decoding.draft import Draft
+from quasar.model.execution.cpu_tape import RecordedPasses
 from quasar.model.loading import load_transformer
-from quasar.model.recorded import RecordedPasses
 from quasar.model.sources import locate
 from quasar.results.environment import copy_bandwidth, device_name
 from quasar.verifiers.base import Setup

@@ -1,1 +1,1 @@
-"""Where Hydra looks for plugins: the sweeper and the launchers of quasar.sweep."""
+"""Where Hydra looks for plugins: the sweeper and the launchers of quasar.experiment.sweep."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmitit
 from quasar.console import Reporter
 from quasar.errors import QuasarError
 
-ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 1.0
 QUEUE_SECONDS = 5.0
 # How often in a row the queue must not know a job that has left no result: results may be late on a shared disk.
@@ -35,7 +35,7 @@ class _SubmititLauncher(BaseSubmititLauncher):
         Raises QuasarError where the jobs cannot be submitted.
         """
         # Jobs import this very code, from wherever they start.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         parameters = [
             (list(overrides), "hydra.sweep.dir", initial_job_idx + index, str(index), Singleton.get_state())
             for index, overrides in enumerate(job_overrides)

@@ -16,15 +16,15 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from quasar.config import check, config_hash
+from quasar.config.schema import check, config_hash
 from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError, report
+from quasar.experiment.sweep.ending import SweepEnded
+from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, summary_line
+from quasar.experiment.sweep.report import print_outcome, print_plan
+from quasar.experiment.sweep.snapshot import freeze
 from quasar.results.records import write_status
 from quasar.results.runs import is_locked, read_run
-from quasar.sweep.ending import SweepEnded
-from quasar.sweep.plan import Job, Request, begin, newest_sweep, plan, summary_line
-from quasar.sweep.report import print_outcome, print_plan
-from quasar.sweep.snapshot import freeze
 
 ONE_AT_A_TIME = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -37,7 +37,7 @@ ONE_AT_A_TIME = (
 class ResumableSweeper(BasicSweeper):
     """Hydra's grid of overrides, with jobs that are known by their configuration's hash.
 
-    Jobs that are done are left out, others continue where they were (`quasar.sweep.plan`); all jobs read the
+    Jobs that are done are left out, others continue where they were (`quasar.experiment.sweep.plan`); all jobs read the
     configuration as it was at submission; a job that fails or is killed stops no other. Ends with `SweepEnded` where
     not every job is done.
     """

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from quasar.acceptance import AcceptanceRule
-from quasar.draft import Context, Draft, StepResult
+from quasar.decoding.acceptance import AcceptanceRule
+from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.verifiers.base import Verifier
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field, validate_call
 from torch import Tensor
 
-from quasar.building import build, node_named
-from quasar.draft import Context, Draft, StepResult
+from quasar.config.build import build, node_named
+from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.drafters.base import Drafter, PreparedDrafter, Resources
 from quasar.errors import RequestError
 from quasar.verifiers.base import Verifier

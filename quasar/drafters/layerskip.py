@@ -12,18 +12,18 @@ from filelock import FileLock
 from pydantic import Field, NonNegativeInt, PositiveInt, validate_call
 from torch import Tensor
 
-from quasar.acceptance import Greedy
-from quasar.decode import Generation, decode
-from quasar.draft import Context, Draft, StepResult
-from quasar.drafters.autoregressive import draft_chain
+from quasar.decoding.acceptance import Greedy
+from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.loop import Generation, decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
+from quasar.decoding.stopwatch import DECODE_PHASES
+from quasar.drafters._autoregressive import draft_chain
+from quasar.drafters._layer_search import SearchResult, search_skipped_layers, spread
 from quasar.drafters.base import Resources
-from quasar.drafters.layer_search import SearchResult, search_skipped_layers, spread
 from quasar.errors import RequestError
-from quasar.limits import Limits
 from quasar.model.sources import cache_folder
 from quasar.results.records import write_atomically
-from quasar.sampling import Sampling
-from quasar.timing import DECODE_PHASES
 from quasar.verifiers.base import LayeredVerifier, Verifier
 from quasar.verifiers.transformer import TransformerVerifier
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor
 
-from quasar.draft import Context, Draft, Scratch, StepResult, merge_into_tree
-from quasar.sampling import most_likely
+from quasar.decoding.draft import Context, Draft, Scratch, StepResult, merge_into_tree
+from quasar.decoding.sampling import most_likely
 from quasar.verifiers.base import Verifier
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor
 
-from quasar.draft import Context, Draft, StepResult
-from quasar.drafters.autoregressive import draft_chain
+from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.drafters._autoregressive import draft_chain
 from quasar.drafters.base import Resources
 from quasar.errors import RequestError
 from quasar.verifiers.base import Verifier

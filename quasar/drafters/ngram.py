@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor
 
-from quasar.draft import Context, Draft, StepResult, merge_into_tree
+from quasar.decoding.draft import Context, Draft, StepResult, merge_into_tree
+from quasar.drafters._suffix_automaton import SEPARATOR, AutomatonIndex, Match
 from quasar.drafters.base import Resources
-from quasar.drafters.suffix_automaton import SEPARATOR, AutomatonIndex, Match
 from quasar.errors import RequestError
 from quasar.verifiers.base import Verifier
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from quasar.draft import Context, Draft, StepResult
+from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.verifiers.base import Verifier
 
 

@@ -8,8 +8,8 @@ import torch
 from pydantic import validate_call
 from torch import Tensor
 
-from quasar.acceptance import AcceptanceRule, Accepted
-from quasar.draft import Context, Draft, StepResult
+from quasar.decoding.acceptance import AcceptanceRule, Accepted
+from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.errors import RequestError
 from quasar.evaluation.trace import TracedTurn, read_trace
 from quasar.verifiers.base import Verifier

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from quasar.config import CalibrationConfig, DataConfig
+from quasar.config.schema import CalibrationConfig, DataConfig
 from quasar.errors import RequestError
 from quasar.evaluation.prompts import BUILTIN, Prompt, load_prompts, read_prompts
 from quasar.model.sources import Checkpoint, cache_folder

@@ -18,10 +18,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from quasar.acceptance import Accepted
-from quasar.draft import ROOT, Draft
+from quasar.decoding.acceptance import Accepted
+from quasar.decoding.draft import ROOT, Draft
+from quasar.decoding.sampling import most_likely
 from quasar.results.records import Json, whole_records
-from quasar.sampling import most_likely
 from quasar.verifiers.transformer import TransformerVerifier
 
 # Rows of logits compared at a time: bounds memory at large vocabularies.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from quasar.config import DataConfig
+from quasar.config.schema import DataConfig
 from quasar.errors import RequestError
 
 BUILTIN = Path(__file__).parent / "prompts"

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
+from quasar_kernels import block_ops
 from torch import Tensor, nn
 
-from kernels import block_ops
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Attention, Block, FeedForward, RMSNorm, Transformer
 

@@ -20,7 +20,7 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
-from quasar.config import Grid, ModelSource, PackageSource
+from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError
 
 Status = Callable[[str, int, int], None]

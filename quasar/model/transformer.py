@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import quasar_kernels
 import torch
 from torch import Tensor, nn
 
-import kernels
 from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.kv_cache import KVCache
 from quasar.model.rope import Rope
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return quasar_kernels.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -46,8 +46,8 @@ class Attention(nn.Module):
         else:
             cache, layer, start = slot
             keys, values = cache.keys[layer], cache.values[layer]
-        q = kernels.rotary_write(qkv, rotation, keys, values, start, *self._norms())
-        return self.output(kernels.attend(q, keys, values, visible))
+        q = quasar_kernels.rotary_write(qkv, rotation, keys, values, start, *self._norms())
+        return self.output(quasar_kernels.attend(q, keys, values, visible))
 
     def _norms(self) -> tuple[tuple[Tensor, Tensor] | None, float]:
         if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
@@ -64,7 +64,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(shape.intermediate_size, config.hidden_size, bias=config.down_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.silu_mul(self.gate_up(x)))
+        return self.down(quasar_kernels.silu_mul(self.gate_up(x)))
 
 
 class Block(nn.Module):

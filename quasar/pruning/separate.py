@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from quasar_kernels.reference import attend, rotate
 from torch import Tensor, nn
 
-from kernels.reference import attend, rotate
 from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.transformer import Attention, Block, FeedForward, Transformer
 

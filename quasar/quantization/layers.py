@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import quasar_kernels
 import torch
 import torch.nn.functional as F
+from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized
 from torch import Tensor, nn
-
-import kernels
-from kernels import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 
 class _Int8Linear(nn.Module):
@@ -26,7 +25,7 @@ class W8A8Linear(_Int8Linear):
     """A linear layer with int8 weights and dynamic per-token int8 activations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear_w8a8(x, self.weight, self.bias)
+        return quasar_kernels.linear_w8a8(x, self.weight, self.bias)
 
     @property
     def int8_activations(self) -> bool:
@@ -39,14 +38,14 @@ class W8A8Linear(_Int8Linear):
 
     def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
         """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
-        return kernels.linear_w8a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
+        return quasar_kernels.linear_w8a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 
 class W8A16Linear(_Int8Linear):
     """A linear layer with int8 weights, whose activations stay as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear_w8a16(x, self.weight, self.bias)
+        return quasar_kernels.linear_w8a16(x, self.weight, self.bias)
 
 
 class W4Linear(nn.Module):
@@ -57,7 +56,7 @@ class W4Linear(nn.Module):
         self.weight, self.bias = weight, bias
         self.int8_activations = activation_bits == 8
         self.activation_group_size = weight.group_size
-        self._product = kernels.linear_w4a8 if activation_bits == 8 else kernels.linear_w4a16
+        self._product = quasar_kernels.linear_w4a8 if activation_bits == 8 else quasar_kernels.linear_w4a16
 
     @property
     def weight_bytes(self) -> int:
@@ -68,7 +67,7 @@ class W4Linear(nn.Module):
 
     def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
         """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, G]; returns ``dtype``."""
-        return kernels.linear_w4a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
+        return quasar_kernels.linear_w4a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -83,7 +82,7 @@ class PackedLinear(nn.Module):
         return self.weight.nbytes + _bias_bytes(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear_bf16(x, self.weight, self.bias)
+        return quasar_kernels.linear_bf16(x, self.weight, self.bias)
 
 
 def pack_linears(model: nn.Module) -> None:

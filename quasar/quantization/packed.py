@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+from quasar_kernels import Int4Weight, Int8Weight
+from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
-from kernels import Int4Weight, Int8Weight
-from kernels.reference import pack_int4
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
 from quasar.model.loading import Progress, source_names

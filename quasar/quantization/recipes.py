@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from quasar_kernels import Int4Weight
+from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
-from kernels import Int4Weight
-from kernels.reference import pack_int4
 from quasar.errors import QuasarError, RequestError
 from quasar.model.transformer import Block, Transformer
 from quasar.quantization.awq import awq_scales, clipped_grid

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from quasar_kernels import Int8Weight
 from torch import Tensor
-
-from kernels import Int8Weight
 
 INT4_LEVELS = 15
 # Shares of a group's range that the clipping search tries: a smaller range rounds finer and clips the ends.

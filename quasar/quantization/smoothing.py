@@ -8,9 +8,9 @@ weights that meet large activations.
 from __future__ import annotations
 
 import torch
+from quasar_kernels.reference import quantize_tokens
 from torch import Tensor, nn
 
-from kernels.reference import quantize_tokens
 from quasar.model.transformer import Block, RMSNorm
 from quasar.quantization.rounding import quantize_int8
 from quasar.quantization.statistics import LinearStatistics

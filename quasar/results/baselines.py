@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from quasar.config import RunConfig
+from quasar.config.schema import RunConfig
 from quasar.errors import RequestError
 from quasar.results.code_version import code_version
 from quasar.results.records import Json, whole_records

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from functools import cache
 from pathlib import Path
 
-_ROOT = Path(__file__).parents[2]
-_PACKAGES = ("quasar", "kernels")
+_PACKAGES = ("quasar", "quasar_kernels")
 _SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh", ".jsonl")
 
 
@@ -19,7 +19,12 @@ def code_version() -> str:
     """
     digest = hashlib.sha256()
     for package in _PACKAGES:
-        for file in sorted((_ROOT / package).rglob("*")):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        folder = Path(spec.origin).parent
+        for file in sorted(folder.rglob("*")):
             if file.suffix in _SUFFIXES and file.is_file():
-                digest.update(str(file.relative_to(_ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
+                name = f"{package}/{file.relative_to(folder)}"
+                digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from quasar.config import NOT_HASHED
+from quasar.config.schema import NOT_HASHED
 from quasar.errors import RequestError
 from quasar.results.records import Json
 from quasar.results.runs import StoredRun, flatten, read_run, run_folders

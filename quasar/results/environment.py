@@ -71,6 +71,9 @@ def _git() -> Json:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    # The packages of an installed wheel may lie inside somebody else's repository.
+    if git("ls-files", "--error-unmatch", __file__) is None:
+        return {"git_commit": None, "git_dirty": None}
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
 

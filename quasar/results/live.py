@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quasar.config import LoggerConfig
+from quasar.config.schema import LoggerConfig
 from quasar.console import Reporter
 from quasar.results.records import read_json
 from quasar.results.wandb_log import FOLDER, OUTCOME, choose_mode, stamp, sync_command
-
-_ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -44,7 +42,7 @@ def _start(settings: LoggerConfig, folder: Path, before: int, reporter: Reporter
     target = {name: getattr(settings, name) for name in ("mode", "project", "entity")}
     target["tags"] = list(settings.tags)
     command = [sys.executable, "-m", "quasar.results.wandb_log", str(folder.absolute())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     try:
         (folder / FOLDER / OUTCOME).unlink(missing_ok=True)
         return subprocess.Popen(

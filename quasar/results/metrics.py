@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from quasar.decoding.stopwatch import DECODE_PHASES, PHASES
 from quasar.evaluation.fidelity import distinct_ngram_ratio
 from quasar.results.records import Json
-from quasar.timing import DECODE_PHASES, PHASES
 
 BOOTSTRAP_RESAMPLES = 2000
 STEP_COUNTS = ("drafted", "depth", "accepted", "emitted", "context")

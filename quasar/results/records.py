@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from quasar.config import config_hash
+from quasar.config.schema import config_hash
 from quasar.errors import QuasarError, RequestError
 from quasar.results.code_version import code_version
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quasar.config import RunConfig
+from quasar.config.schema import RunConfig
 from quasar.console import Reporter
 from quasar.results.metrics import summarize
 from quasar.results.records import Json

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from quasar.draft import Draft
+from quasar.decoding.draft import Draft
 from quasar.errors import RequestError
 from quasar.quantization.statistics import Calibration
 

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from quasar.draft import Draft
+from quasar.decoding.draft import Draft
 from quasar.errors import QuasarError, RequestError
+from quasar.model.execution.passes import MAX_ROWS, passes_for
 from quasar.model.kv_cache import KVCache
-from quasar.model.passes import MAX_ROWS, passes_for
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
 from quasar.verifiers.base import Setup, VerifierCost

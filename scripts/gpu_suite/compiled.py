@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quasar.draft import Draft
+from quasar.decoding.draft import Draft
 from quasar.model.transformer import Transformer
 from scripts.gpu_suite.models import random_model
 from scripts.gpu_suite.passes import filled_cache

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from quasar_kernels import reference
+from quasar_kernels.triton import ops
+from quasar_kernels.triton.int4_packing import PackedInt4
 from torch import Tensor
 
-from kernels import reference
-from kernels.triton import ops
-from kernels.triton.int4_packing import PackedInt4
 from scripts.gpu_suite.plan import Product
 
 TINYGEMM_K_TILES = 8

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quasar_kernels import reference
+from quasar_kernels.triton import ops
+from quasar_kernels.triton.int4_packing import W4A8_GROUP_SIZES, pack_int4
 from torch import Tensor
 
-from kernels import reference
-from kernels.triton import ops
-from kernels.triton.int4_packing import W4A8_GROUP_SIZES, pack_int4
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json, Recorder
 from scripts.gpu_suite.workers import in_processes

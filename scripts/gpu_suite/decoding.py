@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from quasar.acceptance import Greedy
-from quasar.decode import Generation, decode
-from quasar.draft import Context, Draft, StepResult
+from quasar.decoding.acceptance import Greedy
+from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.loop import Generation, decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
+from quasar.decoding.stopwatch import DECODE_PHASES
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
-from quasar.limits import Limits
 from quasar.model.loading import load_transformer
 from quasar.model.transformer import Transformer
 from quasar.quantization.recipes import Int4Format, quantize_w4, quantize_w8a8
-from quasar.sampling import Sampling
-from quasar.timing import DECODE_PHASES
 from quasar.verifiers.base import Setup, Verifier
 from quasar.verifiers.fp16 import FP16Verifier
 from scripts.gpu_suite.plan import SMALL_GROUP_SIZE, Plan

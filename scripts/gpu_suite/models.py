@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from quasar_kernels import Int8Weight
 from torch import nn
 
-from kernels import Int8Weight
 from quasar.model.config import ModelConfig
 from quasar.model.rope import Rope
 from quasar.model.transformer import Transformer

@@ -7,13 +7,13 @@ import time
 
 import torch
 
-from quasar.acceptance import Greedy
-from quasar.decode import decode
-from quasar.draft import Context, Draft, StepResult
-from quasar.limits import Limits
-from quasar.model.graphs import BlockPasses
-from quasar.sampling import Sampling
-from quasar.timing import DECODE_PHASES
+from quasar.decoding.acceptance import Greedy
+from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.loop import decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
+from quasar.decoding.stopwatch import DECODE_PHASES
+from quasar.model.execution.cuda_graph import BlockPasses
 from quasar.verifiers.base import Setup, Verifier
 from quasar.verifiers.fp16 import FP16Verifier
 from scripts.gpu_suite.models import random_model

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from quasar_kernels.triton import ops
+from quasar_kernels.triton.int4_packing import PackedInt4
 from torch import Tensor, nn
-
-from kernels.triton import ops
-from kernels.triton.int4_packing import PackedInt4
 
 
 class PackedW4Linear(nn.Module):
-    """16-bit activations; weights as `kernels.triton.int4_packing` lays them out."""
+    """16-bit activations; weights as `quasar_kernels.triton.int4_packing` lays them out."""
 
     def __init__(self, weight: PackedInt4, bias: Tensor | None) -> None:
         super().__init__()

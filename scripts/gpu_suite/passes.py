@@ -6,10 +6,10 @@ import gc
 import statistics
 
 import torch
+from quasar_kernels.triton.launch import set_programmatic_launch
 
-from kernels.triton.launch import set_programmatic_launch
-from quasar.draft import Draft
-from quasar.model.graphs import BlockPasses, bucket_for
+from quasar.decoding.draft import Draft
+from quasar.model.execution.cuda_graph import BlockPasses, bucket_for
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
 from quasar.verifiers.transformer import weight_bytes

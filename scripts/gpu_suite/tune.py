@@ -6,11 +6,11 @@ import dataclasses
 import time
 
 import torch
+from quasar_kernels import reference
+from quasar_kernels.triton import linear_bf16, linear_w4, linear_w8a8, tuning
+from quasar_kernels.triton.tuning import Shape, Tiling
 from torch import Tensor
 
-from kernels import reference
-from kernels.triton import linear_bf16, linear_w4, linear_w8a8, tuning
-from kernels.triton.tuning import Shape, Tiling
 from scripts.gpu_suite.contenders import random_int4
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json

@@ -1,1 +1,0 @@
-"""Benchmark of all ops: ``python -m kernels.bench``."""

@@ -1,0 +1,1 @@
+"""Benchmark of all ops: ``python -m quasar_kernels.bench``."""

@@ -1,0 +1,21 @@
+"""C++ kernels for x86 processors, compiled on first use.
+
+`backend` gives the compiled library, or None where the machine has no compiler or no AVX2; the packed weights of
+`quasar_kernels.cpu.packing` are the operands of its products.
+"""
+
+from quasar_kernels.cpu.library import Library, backend, use_level
+from quasar_kernels.cpu.packing import PackedWeight, pack_dense, pack_int4, pack_int8
+from quasar_kernels.cpu.tape import NotRecordableError, Tape
+
+__all__ = [
+    "Library",
+    "NotRecordableError",
+    "PackedWeight",
+    "Tape",
+    "backend",
+    "pack_dense",
+    "pack_int4",
+    "pack_int8",
+    "use_level",
+]

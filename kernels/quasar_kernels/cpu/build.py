@@ -1,0 +1,120 @@
+"""Compiling the kernels once per source, compiler and level of processor features."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from filelock import FileLock
+
+from quasar_kernels.cpu.levels import Level
+
+SOURCES = Path(__file__).parent
+CACHE_VARIABLE = "QUASAR_CACHE"
+# Contraction would turn the separately rounded products and sums that the reference defines into fused ones.
+# GCC warns of its own headers' deliberately undefined registers.
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-w")
+COMPILE_TIMEOUT_SECONDS = 300
+
+
+class BuildError(Exception):
+    """The kernels cannot be compiled here; the message says why in one line."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: below `$QUASAR_CACHE`, else below the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if not chosen:
+        # Machines that only run the GPU kernels may lack it.
+        import platformdirs
+
+        chosen = platformdirs.user_cache_dir("quasar")
+    return Path(chosen) / "kernels"
+
+
+def library_path(level: Level) -> Path:
+    """The shared library of a level, compiled now unless an earlier process has done so.
+
+    Several processes may call this at once: one compiles, the others wait, and a library appears under its name
+    only when it is complete. Without a compiler a library that another one built from the same sources will do.
+    Raises BuildError.
+    """
+    folder = cache_folder()
+    sources = _digest(*(source.read_bytes() for source in _source_files("*")), " ".join(_flags(level)).encode())
+    try:
+        compiler, version = _compiler()
+    except BuildError:
+        for library in sorted(folder.glob(f"{level.name}-{sources}-*.so")):
+            return library
+        raise
+    library = folder / f"{level.name}-{sources}-{_digest(version)}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.with_suffix(".lock")):
+            if not library.exists():
+                _compile(compiler, level, library)
+    except OSError as error:
+        raise BuildError(f"cannot write {folder}: {error}") from error
+    return library
+
+
+def _compile(compiler: list[str], level: Level, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        units = _source_files("*.cpp")
+        objects = [Path(scratch) / f"{unit.stem}.o" for unit in units]
+        commands = [
+            [*compiler, *_flags(level), "-c", str(unit), "-o", str(target)]
+            for unit, target in zip(units, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        complete = Path(scratch) / library.name
+        _run([*compiler, *_flags(level), "-shared", *map(str, objects), "-o", str(complete)])
+        complete.replace(library)
+
+
+def _run(command: list[str]) -> bytes:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=COMPILE_TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(str(error)) from error
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise BuildError(f"{command[0]} failed: {reason}")
+    return done.stdout
+
+
+def _compiler() -> tuple[list[str], bytes]:
+    """The command of the C++ compiler and the text of its version."""
+    if named := os.environ.get("CXX"):
+        command = shlex.split(named)
+    else:
+        found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+        if found is None:
+            raise BuildError("no C++ compiler found; install g++ or clang++, or name one in CXX")
+        command = [found]
+    return command, _run([*command, "--version"])
+
+
+def _flags(level: Level) -> tuple[str, ...]:
+    return (*FLAGS, *level.flags)
+
+
+def _source_files(pattern: str) -> list[Path]:
+    return sorted(path for path in SOURCES.glob(pattern) if path.suffix in {".cpp", ".h"})
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""Calls of the library, recorded once and then made again all together.
+
+Between kernels of a few microseconds the interpreter would take longer than they do. Recording runs Python code in
+which every operation is a call of the library, without making the calls; replaying makes them, on whatever the same
+memory holds by then. What a CUDA graph is to a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quasar_kernels.cpu.library import KERNELS, Library, Signature
+
+
+class NotRecordableError(Exception):
+    """The code calls an operation that is none of the library's; the message names it."""
+
+
+class Tape:
+    """The calls that ``run`` makes, for up to ``max_rows`` rows.
+
+    run: works on tensors of ``max_rows`` rows that stay where they are, and returns others, `results`. Code and
+        tensors may hold nothing but the number of rows that should vary from replay to replay.
+    memory: what holds the results and all that lies between
+
+    Raises NotRecordableError where ``run`` does anything but call the library.
+    """
+
+    def __init__(self, library: Library, max_rows: int, run: Callable[[], tuple[Tensor, ...]]) -> None:
+        self._library, self._max_rows = library, max_rows
+        recorder = _Recorder(library, max_rows)
+        with recorder.intercepting():
+            self.results = run()
+        self.memory = tuple(recorder.blocks)
+        self._slots = [slots for slots, _, _ in recorder.calls]
+        self._calls = (_Call * len(recorder.calls))(
+            *[_Call(function, ctypes.addressof(slots), rows) for slots, function, rows in recorder.calls]
+        )
+
+    def replay(self, rows: int) -> None:
+        """Make the calls for the first ``rows`` rows. Raises ValueError for more than were recorded."""
+        if not 0 < rows <= self._max_rows:
+            raise ValueError(f"{rows} rows: recorded for 1 to {self._max_rows}")
+        self._library.replay(ctypes.addressof(self._calls), len(self._calls), rows)
+
+
+class _Call(ctypes.Structure):
+    """`Call` of replay.cpp."""
+
+    _fields_ = (("invoke", ctypes.c_void_p), ("slots", ctypes.c_void_p), ("rows_slot", ctypes.c_int64))
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes calls of the library, serves `torch.empty` from memory of its own, and lets nothing else pass.
+
+    Memory is taken again when the tensor in it is gone: the order of calls, which stays, makes that as safe in every
+    replay as it was in the recorded run. No view of such a tensor can outlive it, because taking one is an operation.
+    """
+
+    def __init__(self, library: Library, max_rows: int) -> None:
+        super().__init__()
+        self._library, self._max_rows = library, max_rows
+        self.calls: list[tuple[ctypes.Array[ctypes.c_uint64], int, int]] = []
+        self.blocks: list[Tensor] = []
+        self._free: list[Tensor] = []
+
+    @contextmanager
+    def intercepting(self) -> Iterator[None]:
+        """Calls of the library are noted instead of made."""
+        functions = {name: getattr(self._library, name) for name in KERNELS}
+        try:
+            for name, signature in KERNELS.items():
+                setattr(self._library, name, self._noting(name, signature))
+            with self:
+                yield
+        finally:
+            for name, function in functions.items():
+                setattr(self._library, name, function)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        if func is not torch.ops.aten.empty.memory_format:
+            raise NotRecordableError(str(func))
+        return self._empty(args[0], (kwargs or {}).get("dtype") or torch.get_default_dtype())
+
+    def _noting(self, name: str, signature: Signature) -> Callable[..., None]:
+        function = self._library.replayed(name)
+
+        def note(*arguments: int | float | None) -> None:
+            if arguments[signature.rows] != self._max_rows:
+                raise NotRecordableError(f"{name} of {arguments[signature.rows]} rows instead of {self._max_rows}")
+            words = [_word(value, kind) for value, kind in zip(arguments, signature.arguments, strict=True)]
+            self.calls.append(((ctypes.c_uint64 * len(words))(*words), function, signature.rows))
+
+        return note
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        fitting = [index for index, block in enumerate(self._free) if block.nbytes >= size]
+        if fitting:
+            block = self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
+        else:
+            block = torch.empty(size, dtype=torch.uint8)
+            self.blocks.append(block)
+        tensor = block[:size].view(dtype).view(shape)
+        weakref.finalize(tensor, self._free.append, block)
+        return tensor
+
+
+def _word(value: int | float | None, kind: type) -> int:
+    """An argument as the 64 bits from which replay.cpp reads it."""
+    if kind is ctypes.c_float:
+        assert value is not None
+        return int(struct.unpack("<I", struct.pack("<f", value))[0])
+    return int(value or 0) & 0xFFFF_FFFF_FFFF_FFFF

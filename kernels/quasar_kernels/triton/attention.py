@@ -1,0 +1,210 @@
+"""Attention of a verification block: the context is split between programs, whose results are merged.
+
+Flash-decoding (Dao et al. 2023) for a block of rows: a program takes one KV head and a share of the slots, with
+the query heads of the KV head and the rows of the block packed into one tile, so that each key is read once. The
+shares are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quasar_kernels.triton.device import interpreted, multiprocessors
+from quasar_kernels.triton.dot import multiply
+from quasar_kernels.triton.launch import dependent, wait
+
+BLOCK_SLOTS = 64
+MAX_PACKED_ROWS = 32
+MAX_SPLITS = 32
+MERGE_ELEMENTS = 128
+
+
+def block_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor, splits: int | None = None
+) -> Tensor:
+    """As `reference.block_attention`; ``start`` and the mask are read on the device. Returns [R, H * D].
+
+    splits: programs that share the context, by default from the device and the number of heads alone, so that a
+    captured CUDA graph fits every context length.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads = len(keys)
+    group = heads // kv_heads
+    if splits is None:
+        splits = min(MAX_SPLITS, max(1, multiprocessors(q.device) // kv_heads))
+    constants, options = attention_launch(rows, group, head_dim)
+    partial = torch.empty(splits, rows * heads, head_dim, dtype=torch.float32, device=q.device)
+    statistics = torch.empty(2, splits, rows * heads, dtype=torch.float32, device=q.device)
+    block_attention_kernel[(kv_heads, splits, triton.cdiv(group * rows, constants["BLOCK_ROWS"]))](
+        q,
+        keys,
+        values,
+        start,
+        block_mask,
+        partial,
+        statistics,
+        head_dim**-0.5 * math.log2(math.e),
+        rows,
+        heads,
+        splits,
+        keys.stride(0),
+        WIDE=interpreted(),
+        **constants,
+        **options,
+        **dependent(q.device),
+    )
+    out = torch.empty(rows, heads * head_dim, dtype=q.dtype, device=q.device)
+    merge_kernel[(rows, triton.cdiv(heads * head_dim, MERGE_ELEMENTS))](
+        partial,
+        statistics,
+        out,
+        rows * heads,
+        heads * head_dim,
+        SPLITS=splits,
+        PADDED=triton.next_power_of_2(splits),
+        HEAD_DIM=head_dim,
+        BLOCK=MERGE_ELEMENTS,
+        num_warps=4,
+        **dependent(q.device),
+    )
+    return out
+
+
+def attention_launch(rows: int, group: int, head_dim: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time values and launch options for a block of ``rows`` with ``group`` query heads to a KV head."""
+    constants = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_ROWS": min(MAX_PACKED_ROWS, max(16, triton.next_power_of_2(group * rows))),
+        "BLOCK_SLOTS": BLOCK_SLOTS,
+        "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
+    }
+    return constants, {"num_warps": 4, "num_stages": 3}
+
+
+@triton.jit(do_not_specialize=["rows"])
+def block_attention_kernel(
+    q,
+    keys,
+    values,
+    start,
+    block_mask,
+    partial,
+    statistics,
+    scale,
+    rows,
+    heads,
+    splits,
+    head_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Grid: (KV heads, splits, blocks of packed rows). Packed row p is head p % GROUP of row p // GROUP.
+
+    partial: unnormalized float32 [splits, R * H, D]; statistics: float32 [2, splits, R * H], the largest logit in
+    units of log 2 and the sum of exponentials relative to it.
+    """
+    wait(DEPENDENT)
+    kv_head, split = tl.program_id(0), tl.program_id(1)
+    packed = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+    inside = row < rows
+    depth = tl.arange(0, BLOCK_DIM)
+    context = tl.load(start).to(tl.int32)
+    end = context + rows
+    share = tl.cdiv(tl.cdiv(end, splits), BLOCK_SLOTS) * BLOCK_SLOTS
+    begin, stop = split * share, tl.minimum(split * share + share, end)
+    # Slots before this one are seen by every row, and nothing is looked up in the mask for them.
+    middle = tl.minimum(tl.maximum(context // BLOCK_SLOTS * BLOCK_SLOTS, begin), stop)
+    query_place = (row * heads + head)[:, None] * HEAD_DIM + depth[None, :]
+    query = tl.load(q + query_place, mask=inside[:, None] & (depth[None, :] < HEAD_DIM), other=0.0)
+    base = kv_head.to(tl.int64) * head_stride
+    largest = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    accumulator = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
+    for first in range(begin, middle, BLOCK_SLOTS):
+        slot = first + tl.arange(0, BLOCK_SLOTS)
+        place = base + slot[:, None] * HEAD_DIM + depth[None, :]
+        if HEAD_DIM == BLOCK_DIM:
+            key, value = tl.load(keys + place), tl.load(values + place)
+        else:
+            key = tl.load(keys + place, mask=depth[None, :] < HEAD_DIM, other=0.0)
+            value = tl.load(values + place, mask=depth[None, :] < HEAD_DIM, other=0.0)
+        logits = tl.zeros([BLOCK_ROWS, BLOCK_SLOTS], dtype=tl.float32)
+        logits = multiply(query, tl.trans(key), logits, WIDE) * scale
+        largest, total, accumulator = add_slots(logits, value, largest, total, accumulator, WIDE)
+    for first in tl.range(middle, stop, BLOCK_SLOTS, num_stages=1):
+        slot = first + tl.arange(0, BLOCK_SLOTS)
+        place = base + slot[:, None] * HEAD_DIM + depth[None, :]
+        present = (slot[:, None] < end) & (depth[None, :] < HEAD_DIM)
+        key = tl.load(keys + place, mask=present, other=0.0)
+        value = tl.load(values + place, mask=present, other=0.0)
+        logits = tl.zeros([BLOCK_ROWS, BLOCK_SLOTS], dtype=tl.float32)
+        logits = multiply(query, tl.trans(key), logits, WIDE) * scale
+        own = slot[None, :] - context
+        in_block = inside[:, None] & (own >= 0) & (own < rows)
+        seen = tl.load(block_mask + row[:, None] * rows + own, mask=in_block, other=0) != 0
+        logits = tl.where((own < 0) | seen, logits, float("-inf"))
+        largest, total, accumulator = add_slots(logits, value, largest, total, accumulator, WIDE)
+    index = split * (rows * heads) + row * heads + head
+    out_place = index.to(tl.int64)[:, None] * HEAD_DIM + depth[None, :]
+    tl.store(partial + out_place, accumulator, mask=inside[:, None] & (depth[None, :] < HEAD_DIM))
+    tl.store(statistics + index, largest, mask=inside)
+    tl.store(statistics + splits * rows * heads + index, total, mask=inside)
+
+
+@triton.jit
+def add_slots(logits, value, largest, total, accumulator, WIDE: tl.constexpr):
+    """Running softmax with the logits of some more slots [rows, slots] and their values [slots, D]."""
+    highest = tl.maximum(largest, tl.max(logits, axis=1))
+    # A row that has seen nothing yet must not subtract infinity from itself.
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(logits - anchor[:, None])
+    correction = tl.exp2(largest - anchor)
+    total = total * correction + tl.sum(weights, axis=1)
+    accumulator = multiply(weights.to(value.dtype), value, accumulator * correction[:, None], WIDE)
+    return highest, total, accumulator
+
+
+@triton.jit(do_not_specialize=["stripes"])
+def merge_kernel(
+    partial,
+    statistics,
+    out,
+    stripes,
+    width,
+    SPLITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Grid: (rows, blocks of the width). Adds the splits' shares, each weighted by its part of the softmax.
+
+    PADDED: the splits, rounded up to a power of two; all are loaded at once.
+    """
+    wait(DEPENDENT)
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, PADDED)[:, None]
+    inside = (column < width)[None, :] & (split < SPLITS)
+    index = split * stripes + (row * (width // HEAD_DIM) + column // HEAD_DIM)[None, :]
+    logit = tl.load(statistics + index, mask=inside, other=float("-inf"))
+    total = tl.load(statistics + SPLITS * stripes + index, mask=inside, other=0.0)
+    place = index.to(tl.int64) * HEAD_DIM + (column % HEAD_DIM)[None, :]
+    share = tl.load(partial + place, mask=inside, other=0.0)
+    highest = tl.max(logit, axis=0)
+    weight = tl.exp2(logit - tl.where(column < width, highest, 0.0)[None, :])
+    # Columns beyond the width are not stored, but must not divide by 0 either.
+    result = tl.sum(weight * share, axis=0) / tl.where(column < width, tl.sum(weight * total, axis=0), 1.0)
+    tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=column < width)

@@ -1,0 +1,78 @@
+"""The form in which the 4-bit kernels read a weight.
+
+A group of g inputs takes g / 2 bytes: byte j holds input j in its low and input j + g / 2 in its high half, so that
+a program multiplies two contiguous runs of activations and interleaves nothing. Halves hold ``q - 8`` in two's
+complement. The bytes of a group of 16 outputs are contiguous, which makes a program's read of one group a few long
+runs of 16-byte loads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quasar_kernels import reference
+
+OUTPUTS_PER_TILE = 16
+MIDDLE = 8
+W4A16_GROUP_SIZES = (32, 64, 128, 256)
+# An int8 tensor-core instruction takes 32 inputs, and a group is multiplied in two halves.
+W4A8_GROUP_SIZES = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class PackedInt4:
+    """A 4-bit weight ``(q - zero) * scale`` for the GPU.
+
+    values: uint8 [N / 16 rounded up, K / g, 16, g / 2]
+    scales: float16 [K / g, N], to be multiplied by ``unit``
+    zeros:  ``zero - 8``, int8 or (where fractional) float16 [K / g, N]; None if all are 0 (a symmetric grid)
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    unit: float
+    outputs: int
+    inputs: int
+
+    @property
+    def group_size(self) -> int:
+        return self.inputs // len(self.scales)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.values.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+
+def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> PackedInt4:
+    """Repack a weight in canonical form: uint8 [N, K / 2] as in `reference.pack_int4`, scales and zeros [N, K / g].
+
+    Scales are rounded to float16 times a power of two chosen for the matrix.
+    """
+    outputs, groups = scales.shape
+    values = reference.unpack_int4(packed).view(outputs, groups, -1) ^ MIDDLE
+    low, high = values.chunk(2, dim=2)
+    tiled = F.pad(low | (high << 4), (0, 0, 0, 0, 0, -outputs % OUTPUTS_PER_TILE))
+    tiled = tiled.view(-1, OUTPUTS_PER_TILE, groups, low.shape[2]).transpose(1, 2).contiguous()
+    unit = float16_scale_unit(scales)
+    offsets: Tensor | None = (zeros - MIDDLE).float().T.contiguous()
+    assert offsets is not None
+    if not offsets.any():
+        offsets = None
+    elif torch.equal(offsets, offsets.round()):
+        offsets = offsets.to(torch.int8)
+    else:
+        offsets = offsets.half()
+    return PackedInt4(tiled, (scales / unit).half().T.contiguous(), offsets, unit, outputs, packed.shape[1] * 2)
+
+
+def float16_scale_unit(scales: Tensor) -> float:
+    """The power of two that brings the largest scale to [2^14, 2^15): the smallest normal float16 is 2^-29 of it."""
+    largest = scales.abs().amax().item()
+    return 2.0 ** (math.frexp(largest)[1] - 15) if largest > 0 else 1.0

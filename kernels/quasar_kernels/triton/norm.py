@@ -1,0 +1,96 @@
+"""Residual add, RMS normalization and quantization of the result in one pass over a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quasar_kernels.triton.launch import dependent, wait
+from quasar_kernels.triton.quantize import quantized_room, store_quantized
+
+
+def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `reference.add_rms_norm`: the normalized rows and the sum, both [M, K] in the dtype of x."""
+    out = torch.empty_like(x)
+    total = _launch(x, weight, eps, residual, out, None)
+    return out, total
+
+
+def add_rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.add_rms_norm_quantize`: int8 [M, K], float32 scales [M, G] and the sum that was normalized."""
+    out, scales = quantized_room(len(x), x.shape[1], group_size, x.device)
+    total = _launch(x, weight, eps, residual, out, scales, group_size)
+    return out, scales, total
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor,
+    scales: Tensor | None,
+    group_size: int | None = None,
+) -> Tensor:
+    rows, width = x.shape
+    total = x if residual is None else torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    rms_norm_kernel[(rows,)](
+        x,
+        x if residual is None else residual,
+        total,
+        weight,
+        out,
+        weight if scales is None else scales,
+        eps,
+        width,
+        ADD=residual is not None,
+        QUANTIZE=scales is not None,
+        BLOCK=block,
+        GROUP=group_size or block,
+        num_warps=min(16, max(1, block // 512)),
+        **dependent(x.device),
+    )
+    return total
+
+
+@triton.jit
+def rms_norm_kernel(
+    x,
+    residual,
+    total,
+    weight,
+    out,
+    scales,
+    eps,
+    width,
+    ADD: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Grid: (rows,). Rounds where the model does: after the addition, after the normalization and at the end."""
+    wait(DEPENDENT)
+    dtype = x.dtype.element_ty
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place = row * width + column
+    value = tl.load(x + place, mask=inside, other=0.0)
+    if ADD:
+        value = (value.to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(total + place, value, mask=inside)
+    wide = value.to(tl.float32)
+    mean = tl.sum(wide * wide, axis=0) / width
+    normalized = (wide * (1.0 / tl.sqrt_rn(mean + eps))).to(dtype).to(tl.float32)
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    result = (normalized * factor).to(dtype)
+    if QUANTIZE:
+        store_quantized(result.to(tl.float32), out, scales, row, width, BLOCK, GROUP)
+    else:
+        tl.store(out + place, result, mask=inside)

@@ -1,0 +1,79 @@
+"""Dynamic quantization of activations: one scale per token, or per group of a token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quasar_kernels.triton.launch import dependent, wait
+
+
+def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """As `reference.quantize_tokens`: int8 [M, K] and float32 scales [M, K / group_size]. x: float [M, K], contiguous
+    rows."""
+    rows, width = x.shape
+    out, scales = quantized_room(rows, width, group_size, x.device)
+    block = triton.next_power_of_2(width)
+    quantize_tokens_kernel[(rows,)](
+        x,
+        out,
+        scales,
+        width,
+        BLOCK=block,
+        GROUP=group_size or block,
+        num_warps=min(16, max(1, block // 512)),
+        **dependent(x.device),
+    )
+    return out, scales
+
+
+def quantizes(group_size: int | None) -> bool:
+    """Whether there are kernels for groups of this size: powers of two, or whole rows."""
+    return group_size is None or group_size & (group_size - 1) == 0
+
+
+def quantized_room(rows: int, width: int, group_size: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where quantized rows and their scales go."""
+    values = torch.empty(rows, width, dtype=torch.int8, device=device)
+    return values, torch.empty(rows, width // (group_size or width), dtype=torch.float32, device=device)
+
+
+@triton.jit
+def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr):
+    """Grid: (rows,)."""
+    wait(DEPENDENT)
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+    store_quantized(value, out, scales, row, width, BLOCK, GROUP)
+
+
+@triton.jit
+def store_quantized(value, out, scales, row, width, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Quantize and store a float32 row [BLOCK], of which ``width`` elements count, in groups; GROUP is BLOCK for one
+    scale per row. The same integers as the reference, ties to even."""
+    column = tl.arange(0, BLOCK)
+    if GROUP == BLOCK:
+        rounded, scale = quantize(value, tl.max(tl.abs(value), axis=0))
+        tl.store(scales + row, scale)
+    else:
+        group = tl.arange(0, BLOCK // GROUP)
+        groups = tl.reshape(value, [BLOCK // GROUP, GROUP])
+        largest = tl.max(tl.abs(groups), axis=1)
+        rounded, scale = quantize(groups, largest[:, None])
+        tl.store(
+            scales + row * (width // GROUP) + group, tl.reshape(scale, [BLOCK // GROUP]), mask=group * GROUP < width
+        )
+        rounded = tl.reshape(rounded, [BLOCK])
+    tl.store(out + row * width + column, rounded, mask=column < width)
+
+
+@triton.jit
+def quantize(value, largest):
+    """int8 of float32 values, and the scale that ``largest`` magnitudes give."""
+    scale = tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
+    # Above 2^23 a float32 has no fraction left: adding and subtracting 1.5 * 2^23 rounds to an integer.
+    rounded = (tl.div_rn(value, scale) + 12582912.0) - 12582912.0
+    return rounded.to(tl.int8), scale

@@ -1,0 +1,108 @@
+"""Between the QKV projection and attention: head normalization, rotary embedding, writing keys and values."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quasar_kernels.triton.launch import dependent, wait
+
+
+def rotary_write_at(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """As `reference.rotary_write_at`; ``start`` is read on the device. Returns the queries [R, H, D]."""
+    rows, head_dim = len(qkv), cos.shape[1]
+    kv_heads = len(keys)
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    queries = torch.empty(rows, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    rotary_write_kernel[(rows, heads + 2 * kv_heads)](
+        qkv,
+        cos,
+        sin,
+        cos if q_norm is None else q_norm,
+        cos if k_norm is None else k_norm,
+        queries,
+        keys,
+        values,
+        start,
+        eps,
+        heads,
+        kv_heads,
+        keys.stride(0),
+        HEAD_DIM=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2),
+        NORM=q_norm is not None,
+        num_warps=1,
+        **dependent(qkv.device),
+    )
+    return queries
+
+
+@triton.jit
+def rotary_write_kernel(
+    qkv,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    queries,
+    keys,
+    values,
+    start,
+    eps,
+    heads,
+    kv_heads,
+    head_stride,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Grid: (rows, query, key and value heads). A program holds the two halves of a head, which rotation mixes."""
+    wait(DEPENDENT)
+    dtype = qkv.dtype.element_ty
+    row, head = tl.program_id(0), tl.program_id(1)
+    low = tl.arange(0, HALF)
+    high = low + HEAD_DIM // 2
+    inside = low < HEAD_DIM // 2
+    source = qkv + (row * (heads + 2 * kv_heads) + head) * HEAD_DIM
+    first = tl.load(source + low, mask=inside, other=0.0)
+    second = tl.load(source + high, mask=inside, other=0.0)
+    slot = (tl.load(start) + row) * HEAD_DIM
+    if head >= heads + kv_heads:
+        place = values + (head - heads - kv_heads).to(tl.int64) * head_stride + slot
+        tl.store(place + low, first, mask=inside)
+        tl.store(place + high, second, mask=inside)
+    else:
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        if NORM:
+            weight = q_norm
+            if head >= heads:
+                weight = k_norm
+            mean = (tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / HEAD_DIM
+            factor = 1.0 / tl.sqrt_rn(mean + eps)
+            a = (a * factor).to(dtype).to(tl.float32) * tl.load(weight + low, mask=inside, other=0.0).to(tl.float32)
+            b = (b * factor).to(dtype).to(tl.float32) * tl.load(weight + high, mask=inside, other=0.0).to(tl.float32)
+            a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+        cos_low = tl.load(cos + row * HEAD_DIM + low, mask=inside, other=0.0)
+        cos_high = tl.load(cos + row * HEAD_DIM + high, mask=inside, other=0.0)
+        sin_low = tl.load(sin + row * HEAD_DIM + low, mask=inside, other=0.0)
+        sin_high = tl.load(sin + row * HEAD_DIM + high, mask=inside, other=0.0)
+        rotated_low = (a * cos_low - b * sin_low).to(dtype)
+        rotated_high = (b * cos_high + a * sin_high).to(dtype)
+        place = queries + (row * heads + head) * HEAD_DIM
+        if head >= heads:
+            place = keys + (head - heads).to(tl.int64) * head_stride + slot
+        tl.store(place + low, rotated_low, mask=inside)
+        tl.store(place + high, rotated_high, mask=inside)

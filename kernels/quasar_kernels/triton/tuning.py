@@ -1,0 +1,187 @@
+"""How a product is cut into programs: a fixed default per shape class, or what was fastest when it was tried.
+
+Choices found by `tune` are kept in ``$QUASAR_CACHE/triton/<GPU>.json`` (default ``~/.cache/quasar``), one per op,
+N, K, group size and number of rows in steps of a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quasar_kernels.triton.device import multiprocessors
+
+MAX_ROWS = 64
+"""Rows up to which these kernels are meant; larger blocks are compute-bound and belong to cuBLAS."""
+FEWEST_ITERATIONS = 4
+"""A split of K with fewer iterations than this would spend its time filling and draining the pipeline."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """block_k counts elements of K per iteration; split_k programs share the K of a tile."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    warps: int = 4
+    stages: int = 4
+
+    def grid(self, rows: int, outputs: int) -> tuple[int, int, int]:
+        """Blocks of N, splits of K, blocks of M."""
+        return _blocks(outputs, self.block_n), self.split_k, _blocks(rows, self.block_m)
+
+    def workspace(self, rows: int, outputs: int) -> tuple[int, int]:
+        """Tiles and partial sums that split-K needs room for; none without it."""
+        if self.split_k == 1:
+            return 0, 0
+        columns, _, row_blocks = self.grid(rows, outputs)
+        tiles = columns * row_blocks
+        return tiles, tiles * self.split_k * self.block_m * self.block_n
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product to be tuned. op: linear_w8a8, linear_w8a16, linear_w4a16, linear_w4a8 or linear_bf16.
+
+    group_size: 0 where none
+    """
+
+    op: str
+    rows: int
+    outputs: int
+    inputs: int
+    group_size: int = 0
+
+    @property
+    def block_m(self) -> int:
+        return 16 if self.rows <= 16 else 32 if self.rows <= 32 else 64
+
+    @property
+    def key(self) -> str:
+        group = f" g{self.group_size}" if self.group_size else ""
+        return f"{self.op} n{self.outputs} k{self.inputs}{group} m{self.block_m}"
+
+
+@functools.lru_cache(maxsize=4096)
+def tiling_for(shape: Shape, device: torch.device) -> Tiling:
+    """The tuned tiling where there is one, else the default."""
+    return _table(cache_file(device)).get(shape.key) or default_tiling(shape, multiprocessors(device))
+
+
+def default_tiling(shape: Shape, processors: int) -> Tiling:
+    """A tiling that fills the GPU: enough programs for every multiprocessor, and reads of 64 bytes and more a row."""
+    if shape.group_size:
+        # Unpacking costs instructions, which nearly two programs per multiprocessor hide better than one.
+        # In wider blocks the scales change threads through shared memory in every iteration.
+        programs, block_n = 7 * processors // 4, 64
+        block_k = _groups_per_iteration(shape) * shape.group_size
+    else:
+        programs, block_n = 3 * processors // 4, 64 if shape.outputs >= 64 * processors else 32
+        longest = 256 if shape.op == "linear_w8a8" else 128
+        block_k = next((size for size in (256, 128, 64) if size <= longest and shape.inputs % size == 0), 128)
+    tiles = _blocks(shape.outputs, block_n) * _blocks(shape.rows, shape.block_m)
+    iterations = _blocks(shape.inputs, block_k)
+    split_k = 1
+    while tiles * split_k < programs and iterations // (2 * split_k) >= FEWEST_ITERATIONS:
+        split_k *= 2
+    # Four warps would have to spill registers there.
+    warps = 8 if shape.op in ("linear_w4a8", "linear_w8a16") and shape.block_m == 32 else 4
+    return Tiling(shape.block_m, block_n, block_k, split_k, warps)
+
+
+def candidates(shape: Shape, processors: int) -> list[Tiling]:
+    """The default and its neighbours, the default first."""
+    base = default_tiling(shape, processors)
+    changes = [
+        {"split_k": max(1, base.split_k // 2)},
+        {"split_k": base.split_k * 2},
+        {"block_n": base.block_n // 2, "warps": 4},  # with more, a thread would load less than 16 bytes
+        {"stages": base.stages + 1},
+    ]
+    if shape.group_size:
+        changes.append({"warps": 8})
+        if shape.block_m == 16:  # more rows would have to spill registers
+            changes.append({"block_n": base.block_n * 2})
+    else:
+        changes += [{"block_n": base.block_n * 2}, {"block_n": base.block_n * 2, "warps": 8}]
+        if shape.inputs % (2 * base.block_k) == 0:
+            changes.append({"block_k": 2 * base.block_k, "stages": 3})
+    unique = dict.fromkeys([base, *(dataclasses.replace(base, **change) for change in changes)])
+    return [tiling for tiling in unique if tiling.block_n >= 16 and 2 * tiling.block_n * tiling.block_m <= 32768]
+
+
+def tune(shape: Shape, device: torch.device, milliseconds: Callable[[Tiling], float]) -> Tiling:
+    """Time every candidate and remember the fastest. ``milliseconds`` runs a tiling and may raise where it does
+    not fit the device."""
+    timed: list[tuple[float, Tiling]] = []
+    for tiling in candidates(shape, multiprocessors(device)):
+        try:
+            timed.append((milliseconds(tiling), tiling))
+        except Exception as error:  # Triton's errors of a tiling that does not fit have no common type
+            if "out of resource" not in str(error).lower():
+                raise
+    best = min(timed, key=lambda pair: pair[0])[1]
+    file = cache_file(device)
+    _table(file)[shape.key] = best
+    _write(file)
+    tiling_for.cache_clear()
+    return best
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where the choices of a GPU model are kept."""
+    folder = Path(os.environ.get("QUASAR_CACHE") or Path.home() / ".cache" / "quasar")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return folder / "triton" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
+
+
+@functools.cache
+def _table(file: Path) -> dict[str, Tiling]:
+    """By file, not by device: ``cuda`` and ``cuda:0`` are different devices to PyTorch."""
+    return _read(file)
+
+
+def _read(file: Path) -> dict[str, Tiling]:
+    try:
+        return dict(_entries(json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError):
+        return {}
+
+
+def _entries(raw: dict[str, dict[str, int]]) -> Iterator[tuple[str, Tiling]]:
+    for key, fields in raw.items():
+        try:
+            yield key, Tiling(**fields)
+        except TypeError:  # written by another version
+            continue
+
+
+def _write(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}")
+    # Another process may have tuned other shapes meanwhile.
+    table = _read(file) | _table(file)
+    content = {key: dataclasses.asdict(tiling) for key, tiling in sorted(table.items())}
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def _groups_per_iteration(shape: Shape) -> int:
+    """As many groups as make 64 bytes of a row, of those counts that divide the groups of a row."""
+    wanted = max(1, 128 // shape.group_size)
+    groups = shape.inputs // shape.group_size
+    return next(count for count in (4, 2, 1) if count <= wanted and groups % count == 0)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)

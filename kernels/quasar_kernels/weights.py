@@ -1,0 +1,227 @@
+"""Weight matrices as the ops take them.
+
+A weight is given in its canonical form (what `quasar_kernels.reference` takes) and keeps one copy of its values: once a
+backend has packed it, the canonical form is computed from the packed one when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quasar_kernels import cpu, reference
+from quasar_kernels.cpu import PackedWeight
+from quasar_kernels.cpu.packing import (
+    float16_scale_unit,
+    packable,
+    unpack_dense,
+    unpack_dense_rows,
+    unpack_int4,
+    unpack_int8,
+)
+
+# What PyTorch's own packed 4-bit product takes.
+TORCH_INT4_GROUP_SIZES = (32, 64, 128, 256)
+TORCH_INT4_OUTPUTS_MULTIPLE = 16
+
+
+class Quantized(NamedTuple):
+    """Activations as `reference.quantize_tokens` gives them: values int8 [M, K], scales float32 [M, G], one group per
+    token or those of the weight; dtype: of the result of a product with them."""
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
+class Int8Weight:
+    """An int8 weight with one scale per output channel: values int8 [N, K], scales float32 [N]."""
+
+    def __init__(self, values: Tensor, scales: Tensor) -> None:
+        self.outputs, self.inputs = values.shape
+        self.scales = scales
+        self._values: Tensor | None = values
+        self._packed: PackedWeight | None = None
+
+    @staticmethod
+    def prepare(values: Tensor, scales: Tensor) -> Int8Weight:
+        """As the constructor, but packed now instead of at the first product."""
+        weight = Int8Weight(values, scales)
+        weight.packed_for_kernels()
+        return weight
+
+    @property
+    def values(self) -> Tensor:
+        """int8 [N, K]."""
+        if self._values is not None:
+            return self._values
+        assert self._packed is not None
+        return unpack_int8(self._packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.outputs * self.inputs + self.scales.nbytes
+
+    def packed_for_kernels(self) -> PackedWeight | None:
+        """The form for the CPU kernels, or None where they do not apply."""
+        if self._packed is None and self._values is not None and _has_kernels(self._values, self.outputs, self.inputs):
+            self._packed = cpu.pack_int8(self._values, self.scales)
+            self._values = None
+        return self._packed
+
+    def __reduce__(self) -> tuple[type[Int8Weight], tuple[Tensor, Tensor]]:
+        return Int8Weight, (self.values, self.scales)
+
+
+class Int4Weight:
+    """A 4-bit weight ``(q - zero) * scale`` in groups along K.
+
+    packed: uint8 [N, K / 2] as in `reference.pack_int4`; scales, zeros: [N, K / group_size]. For activations of
+    float32, the exactness mode, scales stay float32; for 16-bit activations they are rounded to float16 times a
+    power of two per matrix, and ``scales`` gives the rounded ones, so that every backend computes the same.
+    """
+
+    def __init__(
+        self, packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.outputs, self.inputs = len(packed), packed.shape[1] * 2
+        self.group_size = self.inputs // scales.shape[1]
+        self.symmetric, self.dtype = symmetric, dtype
+        self._scale_unit = None if dtype == torch.float32 else float16_scale_unit(scales)
+        rounded = scales if self._scale_unit is None else (scales / self._scale_unit).half().float() * self._scale_unit
+        self._canonical: tuple[Tensor, Tensor, Tensor] | None = (packed, rounded, zeros)
+        self._packed: PackedWeight | None = None
+        self._torch_packed: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def prepare(packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype) -> Int4Weight:
+        """Pack a weight for products with activations of ``dtype`` now instead of at the first product."""
+        weight = Int4Weight(packed, scales, zeros, symmetric, dtype)
+        weight.packed_for_kernels()
+        return weight
+
+    @property
+    def packed(self) -> Tensor:
+        """uint8 [N, K / 2] as in `reference.pack_int4`."""
+        return self.canonical()[0]
+
+    @property
+    def scales(self) -> Tensor:
+        """float32 [N, K / group_size]."""
+        return self.canonical()[1]
+
+    @property
+    def zeros(self) -> Tensor:
+        """float32 [N, K / group_size]."""
+        return self.canonical()[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads: 4-bit integers and zero points, scales of 16 bit (32 in float32 mode)."""
+        if self._packed is not None:
+            return self._packed.nbytes
+        groups = self.outputs * self.inputs // self.group_size
+        scale_bytes = 4 if self._scale_unit is None else 2
+        return self.outputs * self.inputs // 2 + groups * scale_bytes + (0 if self.symmetric else groups // 2)
+
+    def canonical(self) -> tuple[Tensor, Tensor, Tensor]:
+        """packed, scales and zeros as `quasar_kernels.reference` takes them."""
+        if self._canonical is not None:
+            return self._canonical
+        assert self._packed is not None
+        return unpack_int4(self._packed)
+
+    def dequantize(self) -> Tensor:
+        """float32 [N, K]."""
+        return reference.dequantize_int4(*self.canonical())
+
+    def packed_for_kernels(self) -> PackedWeight | None:
+        """The form for the CPU kernels, or None where they do not apply."""
+        if self._packed is None and self._canonical is not None:
+            packed, scales, zeros = self._canonical
+            if _has_kernels(packed, self.outputs, self.inputs, self.group_size):
+                self._packed = cpu.pack_int4(packed, scales, zeros, self._scale_unit)
+                self._canonical = None
+        return self._packed
+
+    def packed_for_torch(self) -> tuple[Tensor, Tensor] | None:
+        """The form for PyTorch's bfloat16 4-bit product on a CPU, or None where that does not apply."""
+        if self._torch_packed is not None:
+            return self._torch_packed
+        packed, scales, zeros = self.canonical()
+        if (
+            packed.device.type != "cpu"
+            or self.group_size not in TORCH_INT4_GROUP_SIZES
+            or self.outputs % TORCH_INT4_OUTPUTS_MULTIPLE
+        ):
+            return None
+        values = reference.unpack_int4(packed).to(torch.int32)
+        # PyTorch computes (q - 8) * scale + zero.
+        scales_and_offsets = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1).contiguous()
+        prepared = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+        self._torch_packed = prepared, scales_and_offsets.to(torch.bfloat16)
+        return self._torch_packed
+
+    def __reduce__(self) -> tuple[type[Int4Weight], tuple[Tensor, Tensor, Tensor, bool, torch.dtype]]:
+        return Int4Weight, (*self.canonical(), self.symmetric, self.dtype)
+
+
+class DenseWeight:
+    """An unquantized weight: values bfloat16 or float32 [N, K]."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.outputs, self.inputs = values.shape
+        self.dtype = values.dtype
+        self._values: Tensor | None = values
+        self._packed: PackedWeight | None = None
+
+    @staticmethod
+    def has_kernels(values: Tensor) -> bool:
+        """Whether a matrix of this shape and device can be packed."""
+        return _has_kernels(values, *values.shape)
+
+    @staticmethod
+    def prepare(values: Tensor) -> DenseWeight:
+        """As the constructor, but packed now instead of at the first product."""
+        weight = DenseWeight(values)
+        weight.packed_for_kernels()
+        return weight
+
+    @property
+    def values(self) -> Tensor:
+        """[N, K]."""
+        if self._values is not None:
+            return self._values
+        assert self._packed is not None
+        return unpack_dense(self._packed, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.outputs * self.inputs * self.dtype.itemsize
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """[len(indices), K]: the look-up of an embedding that shares its weight with the output layer."""
+        if self._values is not None:
+            return self._values[indices]
+        assert self._packed is not None
+        return unpack_dense_rows(self._packed, indices, self.dtype)
+
+    def packed_for_kernels(self) -> PackedWeight | None:
+        """The form for the CPU kernels, or None where they do not apply."""
+        if self._packed is None and self._values is not None and self.dtype in (torch.bfloat16, torch.float32):
+            if not _has_kernels(self._values, self.outputs, self.inputs):
+                return None
+            self._packed = cpu.pack_dense(self._values.detach())
+            self._values = None
+        return self._packed
+
+    def __reduce__(self) -> tuple[type[DenseWeight], tuple[Tensor]]:
+        return DenseWeight, (self.values,)
+
+
+def _has_kernels(values: Tensor, outputs: int, inputs: int, group_size: int = 32) -> bool:
+    return values.device.type == "cpu" and packable(outputs, inputs, group_size) and cpu.backend() is not None

@@ -1,0 +1,82 @@
+"""The decode loop: draft, verify, accept, until the sequence ends. Knows no concrete drafter or verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quasar.decoding.acceptance import AcceptanceRule, decide
+from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits
+from quasar.decoding.stopwatch import Stopwatch
+from quasar.drafters.base import Drafter
+from quasar.verifiers.base import Verifier
+
+
+@dataclass
+class Generation:
+    """What decoding one prompt left behind. Step s proposed ``drafted[s]`` tokens up to ``depth[s]`` deep, of which
+    ``accepted[s]`` were kept; it emitted ``emitted[s]`` tokens and read a context of ``context[s]`` cached tokens.
+
+    tokens: the new tokens, the first of which belongs to the prefill and to no step
+    milliseconds: duration of every lap by phase: prefill, draft, verify, overhead
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    finish_reason: str
+    drafted: list[int]
+    depth: list[int]
+    accepted: list[int]
+    emitted: list[int]
+    context: list[int]
+    milliseconds: dict[str, list[float]]
+
+
+def decode(
+    prompt: Sequence[int],
+    drafter: Drafter,
+    verifier: Verifier,
+    rule: AcceptanceRule,
+    sampling: Sampling,
+    limits: Limits,
+    generator: torch.Generator,
+    on_step: Callable[[StepResult], None] | None = None,
+) -> Generation:
+    """Generate from a prompt of token ids; the output depends on drafter and draft length in speed only."""
+    record = Generation([], len(prompt), "", [], [], [], [], [], {})
+    clock = Stopwatch(verifier.device)
+    tokens = torch.tensor(prompt, dtype=torch.int64)
+    first = rule.accept(Draft(), verifier.prefill(tokens).unsqueeze(0), generator).bonus
+    context = Context([*prompt, first], len(prompt), sampling, generator)
+    drafter.begin(tokens, verifier)
+    clock.lap("prefill")
+
+    while (finish_reason := limits.finished(context)) is None:
+        draft = drafter.propose(context, limits.budget(context))
+        clock.lap("draft")
+        logits = verifier.verify(context.last, draft)
+        clock.lap("verify")
+        own = logits[: len(draft) + 1]
+        accepted = decide(rule, verifier, draft, own, generator)
+        verifier.keep(accepted.path)
+        emitted = limits.cut(context, [draft.tokens[node] for node in accepted.path] + [accepted.bonus])
+        step = StepResult(draft, emitted, accepted.path, own, logits[len(draft) + 1 :] if draft.scratch else None)
+        record.context.append(len(context.tokens) - 1)
+        context.tokens += emitted
+        record.drafted.append(len(draft))
+        record.depth.append(max(draft.depths(), default=0))
+        record.accepted.append(len(accepted.path))
+        record.emitted.append(len(emitted))
+        clock.lap("overhead")
+        drafter.observe(step)
+        clock.lap("observe")
+        if on_step is not None:
+            on_step(step)
+
+    record.tokens, record.finish_reason = context.tokens[len(prompt) :], finish_reason
+    record.milliseconds = clock.milliseconds()
+    return record

@@ -1,0 +1,147 @@
+"""What a run needs before its first prompt: model, verifier and drafter, as the configuration names them."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from quasar.config.build import build, node_named
+from quasar.config.schema import RunConfig
+from quasar.console import Reporter
+from quasar.drafters.base import Drafter, PreparedDrafter, Resources
+from quasar.errors import RequestError
+from quasar.evaluation.calibration import prepare_calibration
+from quasar.evaluation.prompts import Prompt
+from quasar.model.loading import load_transformer, random_transformer, tiny_config
+from quasar.model.sources import Checkpoint, locate
+from quasar.model.tokenizer import Tokenizer, load_tokenizer
+from quasar.model.transformer import Transformer
+from quasar.results.environment import device_name
+from quasar.verifiers.base import Setup
+from quasar.verifiers.fp16 import FP16Verifier
+from quasar.verifiers.transformer import TransformerVerifier
+
+# The KV cache starts with room for the longest prompt, its answer, and a block of this many rows.
+BLOCK_ROOM = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is loaded and built; capacity is what the KV caches start with, in tokens."""
+
+    settings: RunConfig
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    drafter: Drafter
+    verifier: TransformerVerifier
+    capacity: int
+
+    def build_reference(self, reporter: Reporter) -> FP16Verifier:
+        """The unquantized, unpruned model in the run's dtype and on its device."""
+        model = load_model(self.checkpoint, self.verifier.model.dtype, self.verifier.device, reporter)
+        return FP16Verifier(model, Setup(self.capacity))
+
+
+def prepare(
+    settings: RunConfig, prompts: list[Prompt], drafter: Drafter, device: torch.device, reporter: Reporter
+) -> Prepared:
+    """Find the model, transform it into the verifier, and give the drafter what it asks for.
+
+    Raises RequestError for anything in the request that does not fit the model; nothing has been written then.
+    """
+    with reporter.stages() as stage:
+        checkpoint = locate(settings.model, stage)
+    tokenizer = load_tokenizer(checkpoint)
+    dtype = choose_dtype(settings.verifier["dtype"], device)
+    model = load_model(checkpoint, dtype, device, reporter)
+    longest = _longest(prompts, tokenizer, model.config.context_length)
+    capacity = min(longest + settings.decode.max_new_tokens, model.config.context_length) + BLOCK_ROOM
+    calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
+    with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
+        setup = Setup(capacity, advance, calibration)
+        verifier: TransformerVerifier = build("verifier", settings.verifier, model, setup)
+    del model
+    if isinstance(drafter, PreparedDrafter):
+        with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
+            another = partial(_build_another, checkpoint, dtype, device, replace(setup, progress=advance), reporter)
+            identity = _identity(settings, checkpoint, verifier)
+            drafter.prepare(Resources(verifier, tokenizer.encode, another, calibration, identity, advance))
+    # A drafter that cannot draft for this verifier says so now, before anything is written.
+    drafter.begin(torch.zeros(1, dtype=torch.int64), verifier)
+    gc.collect()
+    return Prepared(settings, checkpoint, tokenizer, drafter, verifier, capacity)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where it is available. Raises RequestError where cuda is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device=cuda: PyTorch sees no CUDA device; use device=cpu, or install a CUDA build of torch")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is BF16 on CPUs and on GPUs that compute in it, else FP16."""
+    if name == "auto":
+        bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bfloat16 else torch.float16
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, reporter: Reporter) -> Transformer:
+    """The unquantized, unpruned model of a checkpoint."""
+    if checkpoint.folder is None:
+        return random_transformer(tiny_config(), checkpoint.seed, dtype, device)
+    with reporter.progress("loading weights") as advance:
+        return load_transformer(checkpoint.folder, dtype, device, advance)
+
+
+def _build_another(
+    checkpoint: Checkpoint,
+    run_dtype: torch.dtype,
+    device: torch.device,
+    setup: Setup,
+    reporter: Reporter,
+    choice: str | dict[str, Any],
+) -> TransformerVerifier:
+    """One more verifier of the run's model, by name or by node; ``dtype`` auto is the run's."""
+    node = node_named("verifier", choice) if isinstance(choice, str) else choice
+    name = node.get("dtype", "auto")
+    dtype = run_dtype if name == "auto" else choose_dtype(name, device)
+    built = build("verifier", node, load_model(checkpoint, dtype, device, reporter), setup)
+    assert isinstance(built, TransformerVerifier)
+    return built
+
+
+def _identity(settings: RunConfig, checkpoint: Checkpoint, verifier: TransformerVerifier) -> dict[str, str]:
+    """What tells this run's model, verifier and machine apart from others whose measurements are cached."""
+    return {
+        "model": checkpoint.identity,
+        "verifier": json.dumps(settings.verifier, sort_keys=True),
+        "dtype": str(verifier.model.dtype),
+        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+
+
+def _longest(prompts: Iterable[Prompt], tokenizer: Tokenizer, context_length: int) -> int:
+    """Tokens of the longest prompt, over all of its turns. Raises RequestError where one does not fit the model."""
+    longest = 0
+    for prompt in prompts:
+        length = len(tokenizer.encode_chat([{"role": "user", "content": "\n".join(prompt.turns)}]))
+        if length >= context_length:
+            raise RequestError(
+                f"{prompt.place}: question {prompt.key} has {length} tokens, but the model's context window is "
+                f"{context_length}; shorten it or leave it out"
+            )
+        longest = max(longest, length)
+    return longest

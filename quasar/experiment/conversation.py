@@ -1,0 +1,208 @@
+"""Decoding one prompt: all its turns, the baselines and the fidelity measured beside them, and the record of all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from quasar.config.schema import RunConfig
+from quasar.decoding.acceptance import AcceptanceRule, Typical, rule_for
+from quasar.decoding.draft import StepResult
+from quasar.decoding.loop import Generation, decode
+from quasar.decoding.sampling import Sampling
+from quasar.decoding.stopping import Limits, StopStrings
+from quasar.decoding.stopwatch import DECODE_PHASES, PHASES
+from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
+from quasar.drafters.base import Drafter, NotingDrafter, SimulatingDrafter
+from quasar.drafters.none import NoneDrafter
+from quasar.evaluation.accuracy import graded
+from quasar.evaluation.exactness import compare
+from quasar.evaluation.fidelity import ReferencePath, TrajectoryCache, measure
+from quasar.evaluation.prompts import Prompt
+from quasar.model.tokenizer import Message, Tokenizer
+from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
+from quasar.results.metrics import STEP_COUNTS
+from quasar.results.records import Json
+from quasar.verifiers.transformer import TransformerVerifier
+
+OnStep = Callable[[StepResult], None]
+
+
+@dataclass
+class Session:
+    """Everything that decoding a prompt needs.
+
+    reference: the unquantized, unpruned model, of AR-ref and of fidelity; None where ``verifier`` is that itself, or
+        neither is wanted
+    trajectories: the reference's own answers, along which fidelity is measured; None: it is not
+    simulated: whether the drafter decides what is accepted; then nothing is said of the text
+    shared_same, shared_reference: a sweep's baselines of ``verifier`` and ``reference``; None: decode them here
+    """
+
+    settings: RunConfig
+    drafter: Drafter
+    verifier: TransformerVerifier
+    tokenizer: Tokenizer
+    reference: TransformerVerifier | None = None
+    trajectories: TrajectoryCache | None = None
+    shared_same: SharedBaselines | None = None
+    shared_reference: SharedBaselines | None = None
+
+    def __post_init__(self) -> None:
+        chosen = self.settings.decode
+        self.sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
+        self.simulated = isinstance(self.drafter, SimulatingDrafter)
+        self.rule: AcceptanceRule = rule_for(self.sampling)
+        if chosen.acceptance == "typical":
+            self.rule = Typical(self.sampling, chosen.typical_threshold, chosen.typical_alpha)
+        context_length = self.verifier.model.config.context_length
+        cap = chosen.draft_tokens if isinstance(chosen.draft_tokens, int) else None
+        strings = StopStrings(chosen.stop, self.tokenizer.decode) if chosen.stop else None
+        self.limits = Limits(chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, cap, strings)
+
+    def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> Json:
+        """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""
+        record: Json = {"question_id": prompt.key, "family": prompt.family}
+        record["turns"] = self._converse(prompt, lambda tokens, key: self._decode_turn(tokens, key, on_step))
+        if self.settings.evaluate.accuracy and not self.simulated:
+            record["correct"] = graded(prompt, record["turns"][0]["text"])
+        record["fidelity"] = (
+            [] if self.trajectories is None or self.simulated else self._converse(prompt, self._fidelity_of_turn)
+        )
+        return record
+
+    def warm_up(self) -> None:
+        """A short decode that is not recorded: first calls allocate, compile and fill caches.
+
+        Where the draft length is to be chosen step by step, it then measures the verifier's cost.
+        """
+        tokens = self.tokenizer.encode_chat([{"role": "user", "content": "Say hello, hello, hello."}])
+        for verifier in (self.verifier, self.reference):
+            if verifier is not None:
+                self._generate(tokens, self.drafter, verifier, "warm-up", max_new_tokens=8)
+        if self.settings.decode.draft_tokens == "auto":
+            cost = measure_pass_cost(self.verifier, tokens, self.verifier.cache.capacity)
+            self.drafter = AdaptiveLength(self.drafter, cost)
+
+    def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Json]) -> list[Json]:
+        """What ``answer`` makes of every turn's (token ids, key), whose ``token_ids`` are the reply the next turn sees.
+
+        A conversation that outgrows the context window ends with the turn before.
+        """
+        messages: list[Message] = []
+        turns: list[Json] = []
+        for number, text in enumerate(prompt.turns):
+            messages.append({"role": "user", "content": text})
+            tokens = self.tokenizer.encode_chat(messages)
+            if len(tokens) >= self.limits.context_length:
+                break
+            turns.append(answer(tokens, f"{prompt.key}/{number}"))
+            messages.append({"role": "assistant", "content": self.tokenizer.decode(turns[-1]["token_ids"])})
+        return turns
+
+    def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Json:
+        generation = self._generate(tokens, self.drafter, self.verifier, key, on_step)
+        notes = self.drafter.notes() if isinstance(self.drafter, NotingDrafter) else {}
+        baselines, exactness = self._baselines(tokens, generation, key)
+        return {
+            "prompt_tokens": len(tokens),
+            "token_ids": generation.tokens,
+            "text": self.tokenizer.decode(generation.tokens),
+            "finish_reason": generation.finish_reason,
+            "steps": {**{name: getattr(generation, name) for name in STEP_COUNTS}, **notes},
+            "milliseconds": {
+                phase: [round(lap, 4) for lap in generation.milliseconds.get(phase, [])] for phase in PHASES
+            },
+            "baselines": baselines,
+            "exactness": exactness,
+        }
+
+    def _baselines(self, tokens: list[int], generation: Generation, key: str) -> tuple[Json, Json]:
+        """Autoregressive decoding of the same turn: AR-same, and AR-ref where baselines are asked for."""
+        evaluate = self.settings.evaluate
+        if not (evaluate.baselines or evaluate.exactness):
+            return {}, {}
+        same = self._autoregressive(self.verifier, self.shared_same, tokens, key)
+        exactness: Json = {}
+        if self.sampling.greedy and not self.simulated:
+            exactness = compare(tokens, generation.tokens, same.tokens, self.verifier)
+        if not evaluate.baselines:
+            return {}, exactness
+        reference = same
+        if self.reference is not None:
+            reference = self._autoregressive(self.reference, self.shared_reference, tokens, key)
+        if self.sampling.greedy and not self.simulated:
+            exactness["match_reference"] = generation.tokens == reference.tokens
+        return {"ar_same": _timing(same), "ar_ref": _timing(reference)}, exactness
+
+    def _fidelity_of_turn(self, tokens: list[int], key: str) -> Json:
+        """The verifier along the reference's answer: its divergence at every token, and the steps of τ_ref."""
+        assert self.trajectories is not None
+        reference = self.reference or self.verifier
+        length = self.settings.decode.max_new_tokens
+        trajectory = self.trajectories.get(reference, tokens, length, self.tokenizer.stop_tokens)
+        found = measure(reference, self.verifier, trajectory)
+        answer = trajectory.answer
+        path = self._generate(
+            tokens, self.drafter, self.verifier, key, max_new_tokens=len(answer), rule=ReferencePath(answer)
+        )
+        return {
+            "token_ids": answer,
+            "emitted": path.emitted,
+            "kl": _rounded(found.kl),
+            "top1": found.top1,
+            "noise_kl": _rounded(trajectory.noise_kl),
+            "noise_top1": trajectory.noise_top1,
+        }
+
+    def _autoregressive(
+        self, verifier: TransformerVerifier, shared: SharedBaselines | None, tokens: list[int], key: str
+    ) -> Baseline:
+        def decoded() -> Baseline:
+            generation = self._generate(tokens, NoneDrafter(), verifier, key)
+            laps = generation.milliseconds
+            decode_ms = sum(sum(laps.get(phase, [])) for phase in DECODE_PHASES)
+            return local_baseline(generation.tokens, sum(generation.emitted), decode_ms)
+
+        return decoded() if shared is None else shared.measured(key, tokens, decoded)
+
+    def _generate(
+        self,
+        tokens: list[int],
+        drafter: Drafter,
+        verifier: TransformerVerifier,
+        key: str,
+        on_step: OnStep | None = None,
+        max_new_tokens: int | None = None,
+        rule: AcceptanceRule | None = None,
+    ) -> Generation:
+        limits = self.limits
+        if max_new_tokens is not None:
+            # A given number of tokens is wanted whatever they say.
+            limits = replace(limits, max_new_tokens=max_new_tokens, stop_strings=None)
+        # A path that is given is a greedy one, whatever the run samples.
+        sampling = self.sampling if rule is None else Sampling()
+        # A generator per prompt and turn, so that a resumed run draws what an undisturbed one would have drawn.
+        generator = torch.Generator(verifier.device).manual_seed(_seed(self.settings.seed, key))
+        if rule is None:
+            rule = drafter.rule if isinstance(drafter, SimulatingDrafter) else self.rule
+        return decode(tokens, drafter, verifier, rule, sampling, limits, generator, on_step)
+
+
+def _timing(baseline: Baseline) -> Json:
+    return {
+        "decoded_tokens": baseline.decoded_tokens,
+        "decode_ms": baseline.decode_ms,
+        "machine": baseline.machine,
+    }
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
+
+
+def _seed(seed: int, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")

@@ -1,0 +1,66 @@
+"""One job of a multirun: a run whose failure stays in its own folder."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from quasar.config.schema import config_hash
+from quasar.console import Reporter
+from quasar.errors import QuasarError, report
+from quasar.results.live import logged
+from quasar.results.records import write_status
+from quasar.results.runs import is_locked, read_run
+
+DONE, FAILED = 0, 1
+BASELINES = "baselines"
+"""Folder below a sweep's for what its jobs share."""
+
+
+def run_job(config: DictConfig) -> int:
+    """Carry out the job that Hydra has composed; its exit code. status.json holds the traceback of what went wrong.
+
+    A job that another submission has finished in the meantime is left as it is.
+    """
+
+    from quasar.experiment import run
+
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    stored = read_run(folder)
+    key = config_hash(config)
+    if stored.status == "done" and stored.config_hash == key:
+        return DONE
+    command = ["run.py", *(override for override in hydra.overrides.task)]
+    reporter = Reporter()
+    reporter.line(f"\njob {folder.name}: {' '.join(_chosen(hydra.overrides.task))}")
+    shared = Path(hydra.sweep.dir) / BASELINES if config.sweep.share_baselines else None
+    try:
+        with logged(config.logger, folder, reporter):
+            run.run(config, folder, command, reporter, shared)
+    except QuasarError as error:
+        _record(folder, key)
+        return report(error)
+    except Exception:
+        _record(folder, key)
+        traceback.print_exc()
+        return FAILED
+    return DONE
+
+
+def _record(folder: Path, key: str) -> None:
+    """Leave the traceback, unless the folder belongs to a process that is at work in it."""
+    if is_locked(folder):
+        return
+    try:
+        write_status(folder, "failed", traceback.format_exc(), key)
+    except OSError as error:
+        print(f"{folder}/status.json: {error}", file=sys.stderr)
+
+
+def _chosen(overrides: list[str]) -> list[str]:
+    return [override for override in overrides if override != "resume=true"]

@@ -1,0 +1,40 @@
+"""What a multirun tells before and after its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from quasar.console import Reporter
+from quasar.experiment.sweep.plan import Job, summary_line
+from quasar.results.overview import unfinished_rows
+from quasar.results.runs import StoredRun
+
+OVERRIDES_WIDTH = 110
+
+
+def print_plan(jobs: Sequence[Job], root: Path, reporter: Reporter) -> None:
+    """Every job, what becomes of it, the prompts it has finished, and what sets it apart from the others."""
+    common = set.intersection(*(set(job.request.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    rows = []
+    for job in jobs:
+        finished = job.stored.prompts if job.stored is not None and not job.replaces else 0
+        own = " ".join(override for override in job.request.overrides if override not in common)
+        rows.append([job.folder, job.action, str(finished), own[:OVERRIDES_WIDTH]])
+    columns = ["job", "action", "prompts done", "overrides"]
+    reporter.console.print(reporter.build_table(str(root), columns, rows, text=(0, 1, 3)))
+    reporter.line(summary_line(jobs))
+
+
+def print_outcome(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> None:
+    """The jobs that are not done, if any, and how to go on."""
+    unfinished = [run for run in runs if run.status in ("failed", "partial")]
+    done = sum(run.status == "done" for run in runs)
+    reporter.line()
+    reporter.line(f"sweep {root}: {done} of {len(runs)} jobs done")
+    if unfinished:
+        columns, rows = unfinished_rows(unfinished, root)
+        title = f"{len(unfinished)} jobs failed (tracebacks in their status.json)"
+        reporter.console.print(reporter.build_table(title, columns, rows, text=(0, 1, 3)))
+        reporter.line("the same command with resume=true runs them again")
+    reporter.line(f"quasar collect {root}")
