@@ -12,14 +12,14 @@ from quasar.verifiers.base import Verifier
 
 
 class _Sabotaged(NoneDrafter):
-    """Ends a run at its second prompt; before it come the check that a drafter fits, the warm-up and one prompt."""
+    """Ends a run at its second prompt; before it come the warm-up and one prompt."""
 
     def __init__(self) -> None:
         self._prompts: set[tuple[int, ...]] = set()
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         self._prompts.add(tuple(prompt.tolist()))
-        if len(self._prompts) > 3:
+        if len(self._prompts) > 2:
             self.end()
 
     def end(self) -> None:

@@ -14,7 +14,7 @@ from hydra.utils import get_class
 from quasar.cli import model_source
 from quasar.config.build import build
 from quasar.config.schema import CONF, RunConfig, config_hash
-from quasar.drafters.base import Drafter, PreparedDrafter
+from quasar.drafters.base import Drafter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.prompts import load_prompts, prompt_set_hash
 from quasar.experiment.build import choose_device, choose_dtype
@@ -35,8 +35,7 @@ def test_every_drafter_yaml_builds_and_drafts(name: str, setup: Setup) -> None:
     assert settings.drafter["name"] == name
     drafter: Drafter = build("drafter", settings.drafter)
     verifier: TransformerVerifier = build("verifier", composed_run("verifier=fp16").verifier, tiny(), Setup())
-    if isinstance(drafter, PreparedDrafter):
-        drafter.prepare(resources_for(verifier, setup))
+    drafter.prepare(resources_for(verifier, setup))
     drafter.begin(torch.tensor([1, 2, 3]), verifier)
 
 

@@ -171,7 +171,7 @@ def test_draft_tokens_caps_the_depth(drafter_name: str, cap: int) -> None:
     assert capped.tokens == generate(NoneDrafter(), verifier, [5, 6, 5, 6, 5], 60).tokens
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(Drafter):
     """Proposes the trees it is given, one per step."""
 
     def __init__(self, drafts: list[Draft]) -> None:

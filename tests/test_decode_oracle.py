@@ -14,6 +14,7 @@ from quasar.decoding.draft import ROOT, Context, Draft, StepResult
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits, StopStrings
+from quasar.drafters.base import Drafter
 from quasar.verifiers.base import Verifier, VerifierCost
 
 LETTERS = "abc."
@@ -52,7 +53,7 @@ class ReciteVerifier:
         return torch.nn.functional.one_hot(torch.tensor(token), len(LETTERS)).float()
 
 
-class GivenDrafts:
+class GivenDrafts(Drafter):
     """Proposes the drafts it is given, one per step, without a look at the budget."""
 
     def __init__(self, drafts: list[Draft]) -> None:

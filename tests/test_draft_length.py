@@ -19,6 +19,7 @@ from quasar.drafters._adaptive_length import (
     StepCost,
     measure_pass_cost,
 )
+from quasar.drafters.base import Drafter
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 
@@ -27,7 +28,7 @@ LINEAR = PassCost([1, 32], [10], [[10.0, 320.0]])
 SLOPING = PassCost([1, 32], [10], [[10.0, 10.0 + 31 * 1.5]])
 
 
-class Coin:
+class Coin(Drafter):
     """Offers chains of up to ``depth`` tokens."""
 
     def __init__(self, depth: int) -> None:

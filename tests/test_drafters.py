@@ -409,7 +409,7 @@ def test_searched_layers_are_cached_by_model_and_verifier(
         assert len(searched) == runs
         if [1, 2] in searched:
             assert drafter.kept_layers(4) == [0, 3]
-        assert drafter.facts[0].startswith("skips layers [")
+        assert drafter.details[0].startswith("skips layers [")
 
 
 def test_measured_speed_counts_decoded_tokens(setup: Setup) -> None:

@@ -14,6 +14,9 @@ from quasar.decoding.draft import Context, Draft
 from quasar.decoding.loop import decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits
+from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
+from quasar.drafters.base import Drafter
+from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.replay import ReplayDrafter
 from quasar.errors import RequestError
 from quasar.evaluation.trace import read_trace
@@ -90,6 +93,39 @@ def test_whole_run_is_labelled_simulated(
         assert replayed[text_metric] is None
     assert "SIMULATED" in out
     assert "(simulated acceptance)" in out
+
+
+@pytest.mark.parametrize("decorated", ["drafter", "chain", "auto", "chain and auto"])
+def test_decorators_keep_the_replayed_acceptance(decorated: str, tiny: Transformer, tmp_path: Path) -> None:
+    """The verifier's own choice would accept none of these drafts."""
+    trace = write_trace(tmp_path / "trace.jsonl", (5, [3], [2]))
+    drafter: Drafter = ReplayDrafter(trace=trace)
+    if "chain" in decorated:
+        drafter = ChainDrafter([{"name": "replay", "trace": str(trace)}])
+    if "auto" in decorated:
+        drafter = AdaptiveLength(drafter, PassCost([1, 9], [100], [[10.0, 10.0]]), clock=lambda: 0.0)
+    verifier = FP16Verifier(tiny, Setup())
+    assert drafter.rule is not None
+    limits = Limits(max_new_tokens=1 + 4 * 3, context_length=4096, stop_tokens=frozenset())
+    generation = decode([1, 2, 3, 4, 5], drafter, verifier, drafter.rule, Sampling(), limits, torch.Generator())
+    assert generation.drafted == [3, 3, 3, 2]  # the last one is cut to the room that is left
+    assert generation.accepted == [2] * 4
+    assert generation.emitted == [3] * 4
+
+
+def test_a_chain_replays_only_the_drafts_of_its_replaying_member(tmp_path: Path) -> None:
+    """N-gram has a draft for the repeated text, of which the greedy rule decides; replay has one elsewhere."""
+    trace = write_trace(tmp_path / "trace.jsonl", (3, [2], [2]))
+    chain = ChainDrafter(["ngram", {"name": "replay", "trace": str(trace)}])
+    assert chain.rule is not None
+    rejecting = torch.zeros(16, 10)
+    rejecting[:, 0] = 1.0
+    for prompt, accepted in (([1, 2, 3, 1, 2], 0), ([5, 6, 7], 2)):
+        chain.begin(torch.tensor(prompt), None)  # type: ignore[arg-type]
+        draft = chain.propose(Context([*prompt, 3], len(prompt), Sampling(), torch.Generator()), 2)
+        assert len(draft)
+        found = chain.rule.accept(draft, rejecting[: len(draft) + 1], torch.Generator())
+        assert len(found.path) == accepted
 
 
 @pytest.mark.parametrize(

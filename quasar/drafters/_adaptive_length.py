@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.decoding.stopwatch import Stopwatch
-from quasar.drafters.base import Drafter, NotingDrafter
+from quasar.drafters.base import Drafter, Resources
 from quasar.verifiers.base import Verifier
 
 MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
@@ -189,7 +190,7 @@ class StepCost:
                 self._draft_ms.append(0.0)
 
 
-class AdaptiveLength:
+class AdaptiveLength(Drafter):
     """A drafter whose drafts are capped, step by step, at the length L that maximizes expected tokens per second:
 
         (1 + a_1 + … + a_L) / (c t(1 + r L + s) + d L)
@@ -208,6 +209,7 @@ class AdaptiveLength:
 
     def __init__(self, drafter: Drafter, cost: PassCost, clock: Callable[[], float] = time.perf_counter) -> None:
         self.drafter = drafter
+        self.details = drafter.details
         self._cost, self._clock = StepCost(cost), clock
         self._after_hit, self._after_miss = RunningAcceptance(), RunningAcceptance()
         self._acceptance = self._after_miss
@@ -215,6 +217,14 @@ class AdaptiveLength:
         self._started, self._drafted, self._context = 0.0, 0.0, 0
         self._chosen: list[int | float | str] = []
         self._gains: list[int | float | str] = []
+
+    @property
+    def rule(self) -> AcceptanceRule | None:
+        return self.drafter.rule
+
+    def prepare(self, resources: Resources) -> None:
+        self.drafter.prepare(resources)
+        self.details = self.drafter.details
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         self._chosen, self._gains = [], []
@@ -247,8 +257,7 @@ class AdaptiveLength:
 
     def notes(self) -> dict[str, list[int | float | str]]:
         """The chosen length and its expected gain, and what the drafter itself notes."""
-        own = self.drafter.notes() if isinstance(self.drafter, NotingDrafter) else {}
-        return {"chosen_length": self._chosen, "expected_gain": self._gains, **own}
+        return {"chosen_length": self._chosen, "expected_gain": self._gains, **self.drafter.notes()}
 
     def choose(self, budget: int, context: int) -> tuple[int, float]:
         """The best length behind ``context`` tokens and its expected gain.

@@ -1,10 +1,10 @@
-"""The drafter's seam."""
+"""The drafter's seam: a base class whose defaults do nothing, so that a drafter writes only what it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,23 +17,9 @@ if TYPE_CHECKING:
     from quasar.verifiers.transformer import TransformerVerifier
 
 
-class Drafter(Protocol):
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
-        """A new sequence starts; the verifier has just read the prompt, int64 [P]."""
-        ...
-
-    def propose(self, context: Context, budget: int) -> Draft:
-        """A draft at most ``budget`` tokens deep (0 or more) for the current context; an empty one is fine."""
-        ...
-
-    def observe(self, step: StepResult) -> None:
-        """What became of the last draft; ``step.emitted`` is already part of the context."""
-        ...
-
-
 @dataclass(frozen=True)
 class Resources:
-    """What a run can give to a drafter that asks for it.
+    """What a run gives to a drafter before the first sequence.
 
     verifier: the run's own verifier
     encode: token ids of plain text
@@ -52,28 +38,33 @@ class Resources:
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
 
-@runtime_checkable
-class PreparedDrafter(Protocol):
-    """A drafter that asks for resources, once and before its first sequence."""
+class Drafter:
+    """Guesses the tokens that follow a context. Only `propose` has to be written; the rest does nothing by default.
 
-    facts: tuple[str, ...]
-    """What preparing it settled beyond the configuration, for people."""
+    details: what `prepare` settled beyond the configuration, in words, for the run's header and environment.json
+    rule:    the drafter's own acceptance rule, or None to leave acceptance to the run. A drafter that decides what is
+             accepted makes the run a simulation: the times of its steps are real, its text is not
+    """
 
-    def prepare(self, resources: Resources) -> None: ...
-
-
-@runtime_checkable
-class NotingDrafter(Protocol):
-    """A drafter that keeps notes of its own, a value per step, which the records carry beside the counts."""
-
-    def notes(self) -> dict[str, list[int | float | str]]:
-        """Columns by name, each with one value per step since `begin`. Text groups steps in reports."""
-        ...
-
-
-@runtime_checkable
-class SimulatingDrafter(Protocol):
-    """A drafter that also decides what is accepted: the times of its steps are real, its text is not."""
+    details: tuple[str, ...] = ()
 
     @property
-    def rule(self) -> AcceptanceRule: ...
+    def rule(self) -> AcceptanceRule | None:
+        return None
+
+    def prepare(self, resources: Resources) -> None:
+        """Called once, before the first sequence. Raises RequestError if the drafter cannot draft for the verifier."""
+
+    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+        """A new sequence starts; the verifier has just read the prompt, int64 [P]."""
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        """A draft at most ``budget`` tokens deep (0 or more) for the current context; an empty one is fine."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement propose(context, budget)")
+
+    def observe(self, step: StepResult) -> None:
+        """What became of the last draft; ``step.emitted`` is already part of the context."""
+
+    def notes(self) -> dict[str, list[int | float | str]]:
+        """Columns by name for the run's records, each with one value per step since `begin`. Text groups steps."""
+        return {}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, validate_call
 from torch import Tensor
 
 from quasar.config.build import build, node_named
+from quasar.decoding.acceptance import AcceptanceRule, Accepted, Greedy
 from quasar.decoding.draft import Context, Draft, StepResult
-from quasar.drafters.base import Drafter, PreparedDrafter, Resources
+from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 from quasar.verifiers.base import Verifier
 
@@ -18,16 +20,16 @@ NOBODY = "none"
 """The member that a step without a draft is noted under."""
 
 
-class ChainDrafter:
+class ChainDrafter(Drafter):
     """Asks its members in order and stops at the first draft with a token in it: cheap, seldom right ones come first.
 
     members: names of conf/drafter, or nodes ``{name: ngram, num_tokens: 8}`` whose other values are the file's
 
-    A member that was not asked does not learn from the step. Scratch rows of a member that offers no token ride along
-    with the next one's draft. Notes the winner of every step. Costs what the members cost that are asked.
+    A member with an acceptance rule of its own (replay) decides on its own drafts; the greedy rule then decides on the
+    others', as the text means nothing any more. A member that was not asked does not learn from the step. Scratch rows
+    of a member that offers no token ride along with the next one's draft. Notes the winner of every step. Costs what
+    the members cost that are asked.
     """
-
-    facts: tuple[str, ...] = ()
 
     @validate_call
     def __init__(self, members: Annotated[list[str | dict[str, Any]], Field(min_length=1)]) -> None:
@@ -40,11 +42,19 @@ class ChainDrafter:
         self._drafts: list[Draft] = []
         self._winners: list[int | float | str] = []
 
+    @property
+    def rule(self) -> AcceptanceRule | None:
+        return None if all(member.rule is None for member in self.members) else _WinnersRule(self)
+
+    @property
+    def winner(self) -> Drafter:
+        """The member whose draft the last step verified: the last one asked."""
+        return self.members[len(self._drafts) - 1]
+
     def prepare(self, resources: Resources) -> None:
         for name, member in zip(self.names, self.members, strict=True):
-            if isinstance(member, PreparedDrafter):
-                member.prepare(resources)
-                self.facts += tuple(f"{name}: {fact}" for fact in member.facts)
+            member.prepare(resources)
+            self.details += tuple(f"{name}: {detail}" for detail in member.details)
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         self._winners = []
@@ -78,3 +88,15 @@ class ChainDrafter:
     def _scratch_owner(self) -> int | None:
         """Index of the first asked member with scratch rows."""
         return next((index for index, draft in enumerate(self._drafts) if draft.scratch is not None), None)
+
+
+class _WinnersRule:
+    """Decides by the rule of the member whose draft it is, or greedily."""
+
+    def __init__(self, chain: ChainDrafter) -> None:
+        self._chain = chain
+
+    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+        # Before the first draft, of the prefill, nobody has been asked yet.
+        rule = self._chain.winner.rule if len(draft) else None
+        return (rule or Greedy()).accept(draft, logits, generator)

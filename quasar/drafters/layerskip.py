@@ -13,14 +13,14 @@ from pydantic import Field, NonNegativeInt, PositiveInt, validate_call
 from torch import Tensor
 
 from quasar.decoding.acceptance import Greedy
-from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.draft import Context, Draft
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits
 from quasar.decoding.stopwatch import DECODE_PHASES
 from quasar.drafters._autoregressive import draft_chain
 from quasar.drafters._layer_search import SearchResult, search_skipped_layers, spread
-from quasar.drafters.base import Resources
+from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 from quasar.model.sources import cache_folder
 from quasar.results.records import write_atomically
@@ -31,7 +31,7 @@ from quasar.verifiers.transformer import TransformerVerifier
 WARM_UP_TOKENS = 16
 
 
-class LayerSkipDrafter:
+class LayerSkipDrafter(Drafter):
     """Draft & Verify (Zhang et al. 2024) with chosen layers left out, or LayerSkip's early exit (Elhoushi et al. 2024).
 
     Draft steps run one token each through the kept layers, read the keys and values that verification wrote for
@@ -50,8 +50,6 @@ class LayerSkipDrafter:
     draft_verifier: name of a verifier whose layers draft in the place of the run's own, in a cheaper precision, on the
                   same keys and values
     """
-
-    facts: tuple[str, ...] = ()
 
     @validate_call
     def __init__(
@@ -81,12 +79,18 @@ class LayerSkipDrafter:
 
     def prepare(self, resources: Resources) -> None:
         """Build the verifier that drafts, and search for the layers, where the settings ask for it."""
+        if not isinstance(resources.verifier, LayeredVerifier):
+            raise RequestError(
+                f"drafter=layerskip needs a verifier with layers to skip; {type(resources.verifier).__name__} has none"
+            )
+        # Layers that the model lacks are refused before anything is written.
+        self.kept_layers(resources.verifier.num_layers)
         if self.draft_verifier is not None:
             self.draft_with(resources.build_verifier(self.draft_verifier))
         if self.method == "search":
             found = self._searched(resources)
             self.exit_layer, self.skip_layers = None, found.skipped
-            self.facts = (
+            self.details = (
                 f"skips layers {found.skipped}, the fastest of {found.tried} sets at "
                 f"{found.tokens_per_second:.1f} tokens/s on calibration prompts",
             )
@@ -138,9 +142,6 @@ class LayerSkipDrafter:
     def propose(self, context: Context, budget: int) -> Draft:
         logits = partial(self._verifier.draft_logits, layers=self._layers)
         return draft_chain(logits, context, min(self.num_tokens, budget), self.confidence)
-
-    def observe(self, step: StepResult) -> None:
-        pass
 
     def _searched(self, resources: Resources) -> SearchResult:
         """The best set of layers, from the user's cache where the same search was made before."""

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from quasar.decoding.draft import Context, Draft, Scratch, StepResult, merge_into_tree
 from quasar.decoding.sampling import most_likely
+from quasar.drafters.base import Drafter
 from quasar.verifiers.base import Verifier
 
 
-class LookaheadDrafter:
+class LookaheadDrafter(Drafter):
     """Lookahead decoding (Fu et al. 2024), window W, n-gram size N, at most G guesses per step.
 
     The window holds N - 1 Jacobi iterates of the positions after the last token, the oldest first. Its rows ride

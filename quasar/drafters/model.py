@@ -10,13 +10,12 @@ from torch import Tensor
 
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.drafters._autoregressive import draft_chain
-from quasar.drafters.base import Resources
-from quasar.errors import RequestError
+from quasar.drafters.base import Drafter, Resources
 from quasar.verifiers.base import Verifier
 from quasar.verifiers.transformer import TransformerVerifier
 
 
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """Speculative decoding with a draft model (Leviathan et al. 2023; Chen et al. 2023).
 
     draft: a verifier's node: the run's own model in another precision or pruned, or with ``packed`` another checkpoint
@@ -28,8 +27,6 @@ class ModelDrafter:
     accepted; a draft begins with the tokens it has not read yet, all in one pass. Costs ``num_tokens`` passes of the
     draft model per step.
     """
-
-    facts: tuple[str, ...] = ()
 
     @validate_call
     def __init__(
@@ -47,7 +44,7 @@ class ModelDrafter:
     def prepare(self, resources: Resources) -> None:
         """Build the draft model."""
         model = resources.build_verifier(self.draft)
-        self.facts = (f"draft model of {model.cost.weight_bytes / 1e6:.0f} MB per pass", *model.facts)
+        self.details = (f"draft model of {model.cost.weight_bytes / 1e6:.0f} MB per pass", *model.details)
         self.use(model)
 
     def use(self, model: TransformerVerifier) -> None:
@@ -56,7 +53,7 @@ class ModelDrafter:
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         if self._model is None:
-            raise RequestError("drafter=model drafts with a model of its own; prepare or use must come first")
+            raise RuntimeError("ModelDrafter.begin: no draft model yet; call prepare or use first")
         self._model.prefill(prompt)
         self._read = len(prompt)
         self._proposed = 0

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor
 
-from quasar.decoding.draft import Context, Draft, StepResult, merge_into_tree
+from quasar.decoding.draft import Context, Draft, merge_into_tree
 from quasar.drafters._suffix_automaton import SEPARATOR, AutomatonIndex, Match
-from quasar.drafters.base import Resources
+from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 from quasar.verifiers.base import Verifier
 
@@ -19,7 +19,7 @@ from quasar.verifiers.base import Verifier
 LOOKUP_PLACES = 64
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Prompt lookup decoding (Saxena 2023): a suffix of the context that occurred before, in prompt or output, offers
     the tokens that followed it there.
 
@@ -34,8 +34,6 @@ class NgramDrafter:
              text file ``corpus``, whose automaton takes some 10 µs and 1 kB per token
     length_factor: suffix_automaton drafts at most so many tokens per matched token, and at most ``num_tokens``
     """
-
-    facts: tuple[str, ...] = ()
 
     @validate_call
     def __init__(
@@ -78,7 +76,7 @@ class NgramDrafter:
                 raise RequestError(f"drafter.corpus={self.corpus}: not a readable text file ({error})") from None
             tokens = resources.encode(text)
             self._index.memorize(tokens)
-            self.facts = (f"corpus of {len(tokens)} tokens",)
+            self.details = (f"corpus of {len(tokens)} tokens",)
 
     def begin(self, prompt: Tensor, verifier: Verifier) -> None:
         self._index.begin(prompt.tolist())
@@ -92,9 +90,6 @@ class NgramDrafter:
         if self.length_factor is not None:
             length = min(length, max(1, int(self.length_factor * match.length)))
         return Draft(*merge_into_tree(self._continuations(match, length)))
-
-    def observe(self, step: StepResult) -> None:
-        pass
 
     def _continuations(self, match: Match, length: int) -> list[tuple[int, ...]]:
         """Up to ``branches`` continuations of at most ``length`` tokens, none the beginning of an earlier one."""

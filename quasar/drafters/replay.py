@@ -9,13 +9,14 @@ from pydantic import validate_call
 from torch import Tensor
 
 from quasar.decoding.acceptance import AcceptanceRule, Accepted
-from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.draft import Context, Draft
+from quasar.drafters.base import Drafter
 from quasar.errors import RequestError
 from quasar.evaluation.trace import TracedTurn, read_trace
 from quasar.verifiers.base import Verifier
 
 
-class ReplayDrafter:
+class ReplayDrafter(Drafter):
     """Drafts as many tokens as a recorded run did and has as many of them accepted, whatever the verifier says.
 
     Turns the step times of a model, random weights included, into the tokens per second that it would reach at the
@@ -55,9 +56,6 @@ class ReplayDrafter:
         drafted = min(self._turn.drafted[step], budget)
         self._accepted = min(self._turn.accepted[step], drafted)
         return Draft.chain([context.last] * drafted)
-
-    def observe(self, step: StepResult) -> None:
-        pass
 
 
 class _ReplayedAcceptance:

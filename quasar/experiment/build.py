@@ -14,10 +14,12 @@ import torch
 from quasar.config.build import build, node_named
 from quasar.config.schema import RunConfig
 from quasar.console import Reporter
-from quasar.drafters.base import Drafter, PreparedDrafter, Resources
+from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
+from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
+from quasar.experiment.conversation import WARM_UP
 from quasar.model.loading import load_transformer, random_transformer, tiny_config
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
@@ -67,13 +69,13 @@ def prepare(
         setup = Setup(capacity, advance, calibration)
         verifier: TransformerVerifier = build("verifier", settings.verifier, model, setup)
     del model
-    if isinstance(drafter, PreparedDrafter):
-        with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
-            another = partial(_build_another, checkpoint, dtype, device, replace(setup, progress=advance), reporter)
-            identity = _identity(settings, checkpoint, verifier)
-            drafter.prepare(Resources(verifier, tokenizer.encode, another, calibration, identity, advance))
-    # A drafter that cannot draft for this verifier says so now, before anything is written.
-    drafter.begin(torch.zeros(1, dtype=torch.int64), verifier)
+    with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
+        another = partial(_build_another, checkpoint, dtype, device, replace(setup, progress=advance), reporter)
+        identity = _identity(settings, checkpoint, verifier)
+        drafter.prepare(Resources(verifier, tokenizer.encode, another, calibration, identity, advance))
+    if settings.decode.draft_tokens == "auto":
+        cost = measure_pass_cost(verifier, tokenizer.encode_chat(WARM_UP), verifier.cache.capacity)
+        drafter = AdaptiveLength(drafter, cost)
     gc.collect()
     return Prepared(settings, checkpoint, tokenizer, drafter, verifier, capacity)
 

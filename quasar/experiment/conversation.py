@@ -15,8 +15,7 @@ from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits, StopStrings
 from quasar.decoding.stopwatch import DECODE_PHASES, PHASES
-from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
-from quasar.drafters.base import Drafter, NotingDrafter, SimulatingDrafter
+from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.accuracy import graded
 from quasar.evaluation.exactness import compare
@@ -29,6 +28,9 @@ from quasar.results.records import Json
 from quasar.verifiers.transformer import TransformerVerifier
 
 OnStep = Callable[[StepResult], None]
+
+WARM_UP: list[Message] = [{"role": "user", "content": "Say hello, hello, hello."}]
+"""A conversation for passes that are not recorded."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Session:
     def __post_init__(self) -> None:
         chosen = self.settings.decode
         self.sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
-        self.simulated = isinstance(self.drafter, SimulatingDrafter)
+        self.simulated = self.drafter.rule is not None
         self.rule: AcceptanceRule = rule_for(self.sampling)
         if chosen.acceptance == "typical":
             self.rule = Typical(self.sampling, chosen.typical_threshold, chosen.typical_alpha)
@@ -75,17 +77,11 @@ class Session:
         return record
 
     def warm_up(self) -> None:
-        """A short decode that is not recorded: first calls allocate, compile and fill caches.
-
-        Where the draft length is to be chosen step by step, it then measures the verifier's cost.
-        """
-        tokens = self.tokenizer.encode_chat([{"role": "user", "content": "Say hello, hello, hello."}])
+        """A short decode that is not recorded: first calls allocate, compile and fill caches."""
+        tokens = self.tokenizer.encode_chat(WARM_UP)
         for verifier in (self.verifier, self.reference):
             if verifier is not None:
                 self._generate(tokens, self.drafter, verifier, "warm-up", max_new_tokens=8)
-        if self.settings.decode.draft_tokens == "auto":
-            cost = measure_pass_cost(self.verifier, tokens, self.verifier.cache.capacity)
-            self.drafter = AdaptiveLength(self.drafter, cost)
 
     def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Json]) -> list[Json]:
         """What ``answer`` makes of every turn's (token ids, key), whose ``token_ids`` are the reply the next turn sees.
@@ -105,7 +101,7 @@ class Session:
 
     def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Json:
         generation = self._generate(tokens, self.drafter, self.verifier, key, on_step)
-        notes = self.drafter.notes() if isinstance(self.drafter, NotingDrafter) else {}
+        notes = self.drafter.notes()
         baselines, exactness = self._baselines(tokens, generation, key)
         return {
             "prompt_tokens": len(tokens),
@@ -188,7 +184,7 @@ class Session:
         # A generator per prompt and turn, so that a resumed run draws what an undisturbed one would have drawn.
         generator = torch.Generator(verifier.device).manual_seed(_seed(self.settings.seed, key))
         if rule is None:
-            rule = drafter.rule if isinstance(drafter, SimulatingDrafter) else self.rule
+            rule = drafter.rule or self.rule
         return decode(tokens, drafter, verifier, rule, sampling, limits, generator, on_step)
 
 

@@ -64,8 +64,8 @@ def _environment(parts: Prepared, prompts: list[Prompt]) -> Json:
             "revision": parts.checkpoint.revision,
             "files": parts.checkpoint.file_hashes(),
         },
-        "verifier": list(parts.verifier.facts),
-        "drafter": list(getattr(parts.drafter, "facts", ())),
+        "verifier": list(parts.verifier.details),
+        "drafter": list(parts.drafter.details),
         "prompt_set": prompt_set_hash(prompts),
         "prompts": len(prompts),
     }
@@ -103,8 +103,8 @@ def _print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: i
     exact = settings.decode.acceptance == "exact"
     entries = {
         "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
-        "drafter": "; ".join([_describe(settings.drafter), *getattr(parts.drafter, "facts", ())]),
-        "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.facts])
+        "drafter": "; ".join([_describe(settings.drafter), *parts.drafter.details]),
+        "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
         + (lossless if exact and not verifier.is_reference else ""),
         **({} if exact else {"decode": "typical acceptance: lossy, its output follows no model's distribution"}),
         "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",

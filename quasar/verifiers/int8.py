@@ -43,5 +43,5 @@ class Int8Verifier(TransformerVerifier):
             quantize_head(model)
         if self.alphas:
             smoothed = [strength for strength in self.alphas.values() if strength] or [0.0]
-            self.facts = (f"{len(smoothed)} of {len(self.alphas)} layers smoothed, mean alpha {fmean(smoothed):.2f}",)
+            self.details = (f"{len(smoothed)} of {len(self.alphas)} layers smoothed, mean alpha {fmean(smoothed):.2f}",)
         super().__init__(model, setup)

@@ -49,5 +49,5 @@ class PrunedVerifier(TransformerVerifier):
                 layers = select_layers(model, ratio, selection, calibration, setup.progress)
             model = prune_depth(model, layers)
         self.achieved_ratio = 1 - block_parameters(model) / before
-        self.facts = (f"{self.achieved_ratio:.1%} of the blocks' parameters removed",)
+        self.details = (f"{self.achieved_ratio:.1%} of the blocks' parameters removed",)
         super().__init__(model, setup)

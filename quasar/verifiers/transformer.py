@@ -25,13 +25,13 @@ class TransformerVerifier:
 
     label: how tables name what the output is lossless with respect to
     is_reference: whether this is the unquantized, unpruned model
-    facts: what building it settled beyond the configuration, for people
+    details: what building it settled beyond the configuration, for people
     passes: blocks without the host's work between kernels; None where the model's own operations have to do
     """
 
     label = "model"
     is_reference = False
-    facts: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
     def __init__(self, model: Transformer, setup: Setup) -> None:
         pack_linears(model)
