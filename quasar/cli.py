@@ -22,6 +22,15 @@ wandb_runs = typer.Typer(no_args_is_help=True, help="Weights & Biases.")
 app.add_typer(wandb_runs, name="wandb")
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context) -> None:
+    """Decode prompts and measure: takes what run.py takes, verifier=int4 drafter=lookahead for example."""
+    from quasar.main import main
+
+    sys.argv = ["quasar run", *context.args]
+    raise typer.Exit(main())
+
+
 @models.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="a file of conf/model, without .yaml")],

@@ -5,7 +5,6 @@ They are the quantizers most people have at hand, and need no calibration. Measu
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -96,8 +95,6 @@ class Bnb4BitVerifier(TransformerVerifier):
 
 
 def _bitsandbytes() -> Any:
-    # On a CPU it looks for a package that is named like ours, and would log that it is not the one it wanted.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
 
     return bitsandbytes
