@@ -54,7 +54,7 @@ def test_every_verifier_yaml_builds_and_scores(name: str, setup: Setup) -> None:
     settings = composed_run(f"verifier={name}")
     assert settings.verifier["name"] == name
     verifier: TransformerVerifier = build("verifier", settings.verifier, tiny(), setup)
-    assert verifier.prefill(torch.tensor([1, 2, 3])).shape == (512,)
+    assert verifier.prefill(torch.tensor([1, 2, 3])).logits.shape == (1, 512)
     assert verifier.cost.weight_bytes > 0
 
 

@@ -328,7 +328,7 @@ def test_rejected_draft_tokens_leave_the_draft_models_cache() -> None:
     drafter.begin(torch.tensor([1, 2, 3]), verifier)
     for right in (0, 2, 5, 1, 0):
         draft = drafter.propose(context, 5)
-        assert draft.tokens[0] == int(fresh.prefill(torch.tensor(context.tokens)).argmax())
+        assert draft.tokens[0] == int(fresh.prefill(torch.tensor(context.tokens)).logits.argmax())
         emitted = [*draft.tokens[:right], (draft.tokens[min(right, 4)] + 1) % 64]
         context.tokens += emitted
         drafter.observe(StepResult(draft, emitted, list(range(right)), torch.zeros(6, 64), None))
@@ -342,7 +342,7 @@ def test_draft_model_samples_from_the_distributions_it_names() -> None:
     draft = drafter.propose(Context([1, 2, 3, 4], 3, sampling, torch.Generator().manual_seed(5)), 3)
     assert draft.probabilities is not None
     for position in range(3):
-        logits = fresh.prefill(torch.tensor([1, 2, 3, 4, *draft.tokens[:position]]))
+        logits = fresh.prefill(torch.tensor([1, 2, 3, 4, *draft.tokens[:position]])).logits[0]
         assert torch.allclose(draft.probabilities[position], sampling.probabilities(logits), atol=1e-5)
         assert draft.probabilities[position][draft.tokens[position]] > 0
 
@@ -360,10 +360,11 @@ def test_chain_takes_the_first_offer_and_lets_scratch_rows_ride() -> None:
     assert chain.notes() == {"member": ["layerskip"]}
     lookahead = chain.members[1]
     before = [list(level) for level in lookahead._levels]
-    logits = verifier.verify(4, draft)
-    chain.observe(StepResult(draft, [9], [], logits[:5], logits[5:]))
+    scores = verifier.verify(4, draft)
+    assert scores.scratch is not None
+    chain.observe(StepResult(draft, [9], [], scores.logits, scores.scratch))
     assert len(lookahead._levels) == len(before) + 1
-    assert lookahead._levels[-1] == logits[5:].argmax(-1).tolist()
+    assert lookahead._levels[-1] == scores.scratch.argmax(-1).tolist()
     context.tokens += [1, 2, 3]
     draft = chain.propose(context, 4)
     assert (draft.tokens, draft.scratch) == ([4, 1, 2, 3], None)

@@ -13,6 +13,7 @@ from quasar.decoding.acceptance import Greedy
 from quasar.decoding.draft import ROOT, Context, Draft, StepResult
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
+from quasar.decoding.scores import Scores
 from quasar.decoding.stopping import Limits, StopStrings
 from quasar.drafters.base import Drafter
 from quasar.verifiers.base import Verifier, VerifierCost
@@ -31,11 +32,11 @@ class ReciteVerifier:
         self.text = text
         self.position = 0
 
-    def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
+    def prefill(self, tokens: torch.Tensor) -> Scores:
         self.position = 0
-        return self._after(self.text[0])
+        return Scores(self._after(self.text[0]).unsqueeze(0))
 
-    def verify(self, last: int, draft: Draft) -> torch.Tensor:
+    def verify(self, last: int, draft: Draft) -> Scores:
         assert last == self.text[self.position]
         depths = [0, *draft.depths()]
         on_text = [True]
@@ -44,7 +45,7 @@ class ReciteVerifier:
         following = [
             self.text[self.position + depth + 1] if right else 0 for depth, right in zip(depths, on_text, strict=True)
         ]
-        return torch.stack([self._after(token) for token in following])
+        return Scores(torch.stack([self._after(token) for token in following]))
 
     def keep(self, path: list[int]) -> None:
         self.position += len(path) + 1

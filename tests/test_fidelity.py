@@ -15,6 +15,7 @@ from quasar.decoding.acceptance import Greedy
 from quasar.decoding.draft import ROOT, Draft
 from quasar.decoding.loop import decode
 from quasar.decoding.sampling import Sampling
+from quasar.decoding.scores import Scores
 from quasar.decoding.stopping import Limits
 from quasar.drafters.ngram import NgramDrafter
 from quasar.errors import QuasarError, RequestError
@@ -90,7 +91,7 @@ def test_reference_path_needs_draft_verifier_and_reference_to_agree() -> None:
 
     def accepted(verifier_says: Sequence[int], answer: Sequence[int]) -> tuple[list[int], int]:
         logits = torch.nn.functional.one_hot(torch.tensor(verifier_says), 10).float()
-        found = ReferencePath(answer).accept(draft, logits, torch.Generator())
+        found = ReferencePath(answer).accept(draft, Scores(logits), torch.Generator())
         return list(found.path), found.bonus
 
     assert accepted([5, 6, 7, 8], [5, 6, 7, 8]) == ([0, 1, 2], 8)

@@ -11,7 +11,9 @@ from quasar_kernels import Int4Weight
 from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
+from quasar.decoding.acceptance import RejectionSampling, Typical
 from quasar.decoding.draft import Draft, Scratch
+from quasar.decoding.sampling import Sampling
 from quasar.errors import QuasarError
 from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.execution import cuda_graph
@@ -208,8 +210,11 @@ def test_verifier_decodes_with_passes_as_without(tiny: Transformer) -> None:
     for verifier in (plain, fused):
         verifier.prefill(prompt)
     for draft, path in ((TREE, [0, 2]), (scratched(), [0]), (Draft(), [])):
-        results = [verifier.verify(3, draft) for verifier in (plain, fused)]
-        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+        ours, theirs = (verifier.verify(3, draft) for verifier in (fused, plain))
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+        assert (ours.scratch is None) == (theirs.scratch is None) == (draft.scratch is None)
+        if ours.scratch is not None:
+            torch.testing.assert_close(ours.scratch, theirs.scratch, rtol=1e-4, atol=1e-4)
         for verifier in (plain, fused):
             verifier.keep(path)
         assert plain.cache.length == fused.cache.length
@@ -223,20 +228,25 @@ def test_passes_find_the_most_likely_tokens_themselves(tiny: Transformer) -> Non
     verifier.prefill(torch.arange(9))
     for draft in (TREE, scratched(), Draft()):
         size = 1 + len(draft)
-        logits = verifier.verify(3, draft)
-        assert verifier.most_likely(size) == logits[:size].argmax(-1).tolist()
+        scores = verifier.verify(3, draft)
+        assert scores.logits.shape == (size, 64)
+        assert scores.argmax() == verifier.passes.most_likely(size) == scores.logits.argmax(-1).tolist()
     verifier.draft_logits(4, 0, [0, 1])  # a pass through some layers leaves them alone
-    assert verifier.most_likely(1) == logits[:1].argmax(-1).tolist()
+    assert scores.argmax() == scores.logits.argmax(-1).tolist()
     # A block that is too large for the passes, whose tokens they do not know.
-    verifier.verify(3, Draft.chain([1] * BUCKETS[-1]))
-    assert verifier.most_likely(1) is None
+    scores = verifier.verify(3, Draft.chain([1] * BUCKETS[-1]))
+    assert scores.argmax() == scores.logits.argmax(-1).tolist()
 
 
-def test_broken_weights_are_reported_when_the_path_is_kept(tiny: Transformer) -> None:
+def test_broken_weights_are_reported_by_the_scores(tiny: Transformer) -> None:
     verifier = FP16Verifier(tiny, Setup())
     verifier.passes = BlockPasses(tiny, verifier.cache)
     verifier.prefill(torch.arange(5))
     tiny.get_submodule("blocks.1.mlp.down").weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
-    verifier.verify(3, Draft())
+    scores = verifier.verify(3, Draft())
     with pytest.raises(QuasarError, match=r"blocks\.1\.mlp\.down"):
-        verifier.keep([])
+        scores.require_finite()
+    for rule in (RejectionSampling(Sampling(1.0)), Typical(Sampling(1.0), 0.3, 0.3)):
+        # A distribution of NaN must not reach torch.multinomial.
+        with pytest.raises(QuasarError, match=r"blocks\.1\.mlp\.down"):
+            rule.accept(Draft(), scores, torch.Generator())

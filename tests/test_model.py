@@ -108,12 +108,12 @@ def test_blocks_and_rollback_equal_one_pass(tiny: Transformer) -> None:
     tokens = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(1))
     expected = tiny(tokens)
     verifier = FP16Verifier(tiny, Setup(capacity=16))  # smaller than the sequence: the cache must grow too
-    rows = [verifier.prefill(tokens[:20]).unsqueeze(0)]
+    rows = [verifier.prefill(tokens[:20]).logits]
     position = 20
     for size in (1, 5, 3, 8, 2, 7, 4, 9):
         right = tokens[position + 1 : position + size].tolist()
         # The draft is right up to `size - 1` tokens, then wrong: the wrong ones must leave no trace.
-        logits = verifier.verify(int(tokens[position]), Draft.chain([*right, 63, 62]))
+        logits = verifier.verify(int(tokens[position]), Draft.chain([*right, 63, 62])).logits
         rows.append(logits[:size])
         verifier.keep(range(size - 1))
         position += size
@@ -125,12 +125,12 @@ def test_tree_rows_equal_separate_sequences(tiny: Transformer) -> None:
     draft = Draft(tokens=[10, 11, 12, 13, 14], parents=[ROOT, 0, 0, ROOT, 3])
     verifier = FP16Verifier(tiny, Setup())
     verifier.prefill(prompt)
-    logits = verifier.verify(9, draft)
+    logits = verifier.verify(9, draft).logits
     for node, path in enumerate([[10], [10, 11], [10, 12], [13], [13, 14]]):
         alone = tiny(torch.tensor([*prompt.tolist(), 9, *path]))[-1]
         assert relative_error(logits[node + 1], alone) < 1e-5
     verifier.keep([0, 2])  # 10, 12: not contiguous, so the cache is compacted
-    after = verifier.verify(20, Draft())
+    after = verifier.verify(20, Draft()).logits
     assert relative_error(after[0], tiny(torch.tensor([3, 1, 4, 1, 5, 9, 10, 12, 20]))[-1]) < 1e-5
 
 
@@ -144,8 +144,10 @@ def test_scratch_rows_see_what_they_should_and_leave_no_trace(tiny: Transformer)
     )
     verifier = FP16Verifier(tiny, Setup())
     verifier.prefill(prompt)
-    logits = verifier.verify(9, Draft([10], [ROOT], scratch=scratch))
-    assert len(logits) == 2 + 2
+    scores = verifier.verify(9, Draft([10], [ROOT], scratch=scratch))
+    assert scores.scratch is not None
+    assert (len(scores.logits), len(scores.scratch)) == (2, 2)
+    logits = torch.cat([scores.logits, scores.scratch])
     assert relative_error(logits[1], tiny(torch.tensor([3, 1, 4, 9, 10]))[-1]) < 1e-5
     assert relative_error(logits[2], tiny(torch.tensor([3, 1, 4, 9, 20, 21]))[-1]) < 1e-5
     # Row 2 skips a position: it sees the last token and itself, two positions on.
@@ -155,7 +157,7 @@ def test_scratch_rows_see_what_they_should_and_leave_no_trace(tiny: Transformer)
     alone = tiny(torch.tensor([22]), cache, offsets=torch.tensor([1]))[0]
     assert relative_error(logits[3], alone) < 1e-5
     verifier.keep([0])
-    after = verifier.verify(30, Draft())
+    after = verifier.verify(30, Draft()).logits
     assert relative_error(after[0], tiny(torch.tensor([3, 1, 4, 9, 10, 30]))[-1]) < 1e-5
 
 

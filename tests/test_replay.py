@@ -13,6 +13,7 @@ from quasar.decoding.acceptance import Greedy
 from quasar.decoding.draft import Context, Draft
 from quasar.decoding.loop import decode
 from quasar.decoding.sampling import Sampling
+from quasar.decoding.scores import Scores
 from quasar.decoding.stopping import Limits
 from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
 from quasar.drafters.base import Drafter
@@ -57,10 +58,10 @@ def test_the_bonus_token_is_the_verifiers_after_the_accepted_ones(tmp_path: Path
     draft = drafter.propose(Context([1, 2, 3, 9], 3, Sampling(), torch.Generator()), 8)
     assert draft == Draft.chain([9, 9])
     logits = torch.tensor([[0.0, 1, 2, 9], [0, 9, 0, 0], [9, 0, 0, 0]])
-    accepted = drafter.rule.accept(draft, logits, torch.Generator())
+    accepted = drafter.rule.accept(draft, Scores(logits), torch.Generator())
     assert (accepted.path, accepted.bonus) == ([0], 1)
-    assert drafter.rule.accept(Draft(), logits[:1], torch.Generator()) == Greedy().accept(
-        Draft(), logits[:1], torch.Generator()
+    assert drafter.rule.accept(Draft(), Scores(logits[:1]), torch.Generator()) == Greedy().accept(
+        Draft(), Scores(logits[:1]), torch.Generator()
     )
 
 
@@ -124,7 +125,7 @@ def test_a_chain_replays_only_the_drafts_of_its_replaying_member(tmp_path: Path)
         chain.begin(torch.tensor(prompt), None)  # type: ignore[arg-type]
         draft = chain.propose(Context([*prompt, 3], len(prompt), Sampling(), torch.Generator()), 2)
         assert len(draft)
-        found = chain.rule.accept(draft, rejecting[: len(draft) + 1], torch.Generator())
+        found = chain.rule.accept(draft, Scores(rejecting[: len(draft) + 1]), torch.Generator())
         assert len(found.path) == accepted
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quasar.decoding.draft import ROOT, Draft
-from quasar.decoding.sampling import Sampling, draw, draw_on_device, most_likely
+from quasar.decoding.sampling import Sampling, draw, draw_on_device
+from quasar.decoding.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,16 @@ class Accepted:
 
 
 class AcceptanceRule(Protocol):
-    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
-        """Decide on a draft of T tokens. logits: float [T + 1, V]: after the last token and every draft token."""
+    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+        """Decide on a draft of T tokens, given the verifier's scores of it."""
         ...
 
 
 class Greedy:
     """Follow the verifier's argmax: the output is the verifier's own greedy decoding, whatever the draft."""
 
-    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
-        return self.follow(draft, most_likely(logits))
-
-    def follow(self, draft: Draft, targets: list[int]) -> Accepted:
-        """`accept`, given the verifier's choice after the last token and after every draft token."""
+    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+        targets = scores.argmax()
         path: list[int] = []
         node = ROOT
         while True:
@@ -58,9 +56,12 @@ class RejectionSampling:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
 
-    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+        logits = scores.logits
         if logits.is_cuda and draft.is_chain:
-            return self.accept_chain(draft, logits, generator)
+            return self.accept_chain(draft, scores, generator)
+        # A distribution of NaN cannot be drawn from.
+        scores.require_finite()
         path: list[int] = []
         node = ROOT
         while True:
@@ -79,11 +80,12 @@ class RejectionSampling:
             path.append(following)
             node = following
 
-    def accept_chain(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+    def accept_chain(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
         """`accept` for a chain without a look at any result before the last: on a GPU the host waits once.
 
         Computes the distributions after all drafted tokens, where `accept` stops at the first that is rejected.
         """
+        logits = scores.logits
         target, size = self.sampling.probabilities(logits), len(draft)
         tokens = torch.tensor(draft.tokens, dtype=torch.int64).to(logits.device, non_blocking=True).unsqueeze(1)
         if draft.probabilities is None:
@@ -114,8 +116,9 @@ class Typical:
         self.threshold = threshold
         self.alpha = alpha
 
-    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
-        target = self.sampling.probabilities(logits)
+    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+        scores.require_finite()
+        target = self.sampling.probabilities(scores.logits)
         typical = target > self._bounds(target).unsqueeze(-1)
         rows = torch.tensor(draft.parents, dtype=torch.int64) + 1
         kept = typical[rows, torch.tensor(draft.tokens, dtype=torch.int64)].tolist()
@@ -129,26 +132,6 @@ class Typical:
         """The probability above which a token is typical, per row of ``target`` [T + 1, V]."""
         entropy = -torch.special.xlogy(target, target).sum(-1)
         return (self.alpha * (-entropy).exp()).clamp(max=self.threshold)
-
-
-@runtime_checkable
-class RankingVerifier(Protocol):
-    """A verifier whose pass may find the most likely tokens itself."""
-
-    def most_likely(self, rows: int) -> list[int] | None:
-        """The most likely token after each of the first ``rows`` rows of the last pass, or None where it found none."""
-        ...
-
-
-def decide(
-    rule: AcceptanceRule, verifier: object, draft: Draft, logits: Tensor, generator: torch.Generator
-) -> Accepted:
-    """What the rule accepts of the verifier's pass, of which ``logits`` [T + 1, V] are part."""
-    if type(rule) is Greedy and isinstance(verifier, RankingVerifier):
-        targets = verifier.most_likely(len(draft) + 1)
-        if targets is not None:
-            return rule.follow(draft, targets)
-    return rule.accept(draft, logits, generator)
 
 
 def rule_for(sampling: Sampling) -> AcceptanceRule:

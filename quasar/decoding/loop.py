@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quasar.decoding.acceptance import AcceptanceRule, decide
+from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits
@@ -50,7 +50,7 @@ def decode(
     record = Generation([], len(prompt), "", [], [], [], [], [], {})
     clock = Stopwatch(verifier.device)
     tokens = torch.tensor(prompt, dtype=torch.int64)
-    first = rule.accept(Draft(), verifier.prefill(tokens).unsqueeze(0), generator).bonus
+    first = rule.accept(Draft(), verifier.prefill(tokens), generator).bonus
     context = Context([*prompt, first], len(prompt), sampling, generator)
     drafter.begin(tokens, verifier)
     clock.lap("prefill")
@@ -58,13 +58,13 @@ def decode(
     while (finish_reason := limits.finished(context)) is None:
         draft = drafter.propose(context, limits.budget(context))
         clock.lap("draft")
-        logits = verifier.verify(context.last, draft)
+        scores = verifier.verify(context.last, draft)
         clock.lap("verify")
-        own = logits[: len(draft) + 1]
-        accepted = decide(rule, verifier, draft, own, generator)
+        accepted = rule.accept(draft, scores, generator)
+        scores.require_finite()
         verifier.keep(accepted.path)
         emitted = limits.cut(context, [draft.tokens[node] for node in accepted.path] + [accepted.bonus])
-        step = StepResult(draft, emitted, accepted.path, own, logits[len(draft) + 1 :] if draft.scratch else None)
+        step = StepResult(draft, emitted, accepted.path, scores.logits, scores.scratch)
         record.context.append(len(context.tokens) - 1)
         context.tokens += emitted
         record.drafted.append(len(draft))

@@ -12,6 +12,7 @@ from torch import Tensor
 from quasar.config.build import build, node_named
 from quasar.decoding.acceptance import AcceptanceRule, Accepted, Greedy
 from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.scores import Scores
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 from quasar.verifiers.base import Verifier
@@ -96,7 +97,7 @@ class _WinnersRule:
     def __init__(self, chain: ChainDrafter) -> None:
         self._chain = chain
 
-    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
         # Before the first draft, of the prefill, nobody has been asked yet.
         rule = self._chain.winner.rule if len(draft) else None
-        return (rule or Greedy()).accept(draft, logits, generator)
+        return (rule or Greedy()).accept(draft, scores, generator)

@@ -78,5 +78,5 @@ class ModelDrafter(Drafter):
         """Logits [V] after the draft token at ``offset``, where 0 is the last of the tokens not read yet."""
         assert self._model is not None
         if offset == 0 and len(unread) > 1:
-            return self._model.verify(unread[0], Draft.chain(unread[1:]))[-1]
+            return self._model.verify(unread[0], Draft.chain(unread[1:])).logits[-1]
         return self._model.draft_logits(token, len(unread) - 1 + offset, range(self._model.num_layers))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quasar.decoding.acceptance import AcceptanceRule, Accepted
 from quasar.decoding.draft import Context, Draft
+from quasar.decoding.scores import Scores
 from quasar.drafters.base import Drafter
 from quasar.errors import RequestError
 from quasar.evaluation.trace import TracedTurn, read_trace
@@ -64,6 +65,6 @@ class _ReplayedAcceptance:
     def __init__(self, drafter: ReplayDrafter) -> None:
         self._drafter = drafter
 
-    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
+    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
         count = min(self._drafter.accepted, len(draft))
-        return Accepted(list(range(count)), int(logits[count].argmax()))
+        return Accepted(list(range(count)), scores.argmax()[count])

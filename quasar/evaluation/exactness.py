@@ -24,5 +24,5 @@ def compare(prompt: Sequence[int], output: Sequence[int], autoregressive: Sequen
     if divergence is None:
         return {"match_self": len(output) == len(autoregressive), "first_divergence": None, "top2_gap": None}
     context = torch.tensor([*prompt, *output[:divergence]], dtype=torch.int64)
-    first, second = verifier.prefill(context).float().topk(2).values.tolist()
+    first, second = verifier.prefill(context).logits[0].float().topk(2).values.tolist()
     return {"match_self": False, "first_divergence": divergence, "top2_gap": first - second}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quasar.decoding.acceptance import Accepted
 from quasar.decoding.draft import ROOT, Draft
-from quasar.decoding.sampling import most_likely
+from quasar.decoding.scores import Scores
 from quasar.results.records import Json, whole_records
 from quasar.verifiers.transformer import TransformerVerifier
 
@@ -87,8 +87,8 @@ class ReferencePath:
         self._answer = answer
         self._position = 0
 
-    def accept(self, draft: Draft, logits: Tensor, generator: torch.Generator) -> Accepted:
-        targets = most_likely(logits)
+    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+        targets = scores.argmax()
         path: list[int] = []
         node = ROOT
         # The last answer token is always the bonus: what would follow it is not known.
@@ -111,11 +111,11 @@ def trajectory_of(reference: TransformerVerifier, prompt: list[int], length: int
     In 16 bit the reference differs from itself between one pass over many tokens and one token at a time: no
     verifier can be asked to come closer than that.
     """
-    rows = [reference.prefill(torch.tensor(prompt)).clone()]
+    rows = [reference.prefill(torch.tensor(prompt)).logits[0].clone()]
     answer = [int(rows[0].argmax())]
     room = reference.model.config.context_length - len(prompt)
     while len(answer) < min(length, room) and answer[-1] not in stop:
-        rows.append(reference.verify(answer[-1], Draft())[0])
+        rows.append(reference.verify(answer[-1], Draft()).logits[0])
         reference.keep([])
         answer.append(int(rows[-1].argmax()))
     stepwise = torch.stack(rows)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quasar.decoding.draft import Draft
+from quasar.decoding.scores import Scores
 from quasar.errors import RequestError
 from quasar.quantization.statistics import Calibration
 
@@ -34,15 +35,12 @@ class Verifier(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def prefill(self, tokens: Tensor) -> Tensor:
-        """Forget the last sequence and read a prompt, int64 [P]; logits after its last token, float [V]."""
+    def prefill(self, tokens: Tensor) -> Scores:
+        """Forget the last sequence and read a prompt, int64 [P]; the scores after its last token, of no draft."""
         ...
 
-    def verify(self, last: int, draft: Draft) -> Tensor:
-        """Score a draft of T tokens and O scratch outputs in one forward pass; logits, float [T + 1 + O, V].
-
-        Row 0 follows ``last``, row t + 1 follows draft token t; the scratch outputs come after them.
-        """
+    def verify(self, last: int, draft: Draft) -> Scores:
+        """Score a draft, which follows ``last``, and its scratch outputs in one forward pass."""
         ...
 
     def keep(self, path: Sequence[int]) -> None:

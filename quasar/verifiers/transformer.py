@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quasar.decoding.draft import Draft
+from quasar.decoding.scores import Scores
 from quasar.errors import QuasarError, RequestError
 from quasar.model.execution.passes import MAX_ROWS, passes_for
 from quasar.model.kv_cache import KVCache
@@ -39,7 +40,6 @@ class TransformerVerifier:
         self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
         self.passes = passes_for(model, self.cache)
-        self._last: tuple[int, Draft] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -66,34 +66,35 @@ class TransformerVerifier:
         self.passes = passes_for(self.model, self.cache)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor) -> Tensor:
+    def prefill(self, tokens: Tensor) -> Scores:
         self.cache.clear()
         logits = torch.empty(0)
         for chunk in tokens.to(self.device).split(PREFILL_CHUNK):
             self.cache.reserve(len(chunk))
             logits = self._finite(partial(self.model, chunk, self.cache, outputs=slice(-1, None)))
             self.cache.commit(range(len(chunk)))
-        return logits[0]
+        return Scores(logits)
 
     @torch.inference_mode()
-    def verify(self, last: int, draft: Draft) -> Tensor:
-        self._last = None
-        if self.passes is None or draft.rows > MAX_ROWS:
-            return self._finite(self._forward(last, draft))
-        self._last = last, draft
-        rows = draft.row_tokens(last), draft.offsets(), draft.block_mask()
-        return self.passes(*rows, outputs=self._outputs(draft))
+    def verify(self, last: int, draft: Draft) -> Scores:
+        size = len(draft) + 1
+        passes = self.passes
+        if passes is None or draft.rows > MAX_ROWS:
+            logits = self._finite(self._forward(last, draft))
+            return Scores(logits[:size], logits[size:] if draft.scratch else None)
+        logits = passes(draft.row_tokens(last), draft.offsets(), draft.block_mask(), outputs=self._outputs(draft))
 
-    def most_likely(self, rows: int) -> list[int] | None:
-        """The most likely token after each of the first ``rows`` rows of the last `verify`, where its pass found them
-        itself: the wait for them is the step's only one."""
-        return None if self.passes is None or self._last is None else self.passes.most_likely(rows)
+        def check() -> None:
+            # Looks at one number; only a broken pass is run again, by the model's own operations.
+            if not passes.last_was_finite:
+                with torch.inference_mode():
+                    self._finite(self._forward(last, draft))
+
+        scratch = logits[size:] if draft.scratch else None
+        return Scores(logits[:size], scratch, partial(passes.most_likely, size), check)
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
-        # The path was read from the pass's results, so this waits for nothing.
-        if self.passes is not None and self._last is not None and not self.passes.last_was_finite:
-            self._finite(self._forward(*self._last))
         self.cache.commit([0, *(node + 1 for node in path)])
 
     @torch.inference_mode()
