@@ -14,6 +14,7 @@ from quasar.decoding.acceptance import Accepted, Greedy, rule_for
 from quasar.decoding.draft import ROOT, Context, Draft, StepResult
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
+from quasar.decoding.scores import Scores
 from quasar.decoding.stopping import Limits
 from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
 from quasar.drafters.base import Drafter
@@ -400,13 +401,13 @@ class CountingVerifier:
         self.calls: list[tuple[int, int]] = []
         self.kept: list[list[int]] = []
 
-    def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.tensor(0), 100).float()
+    def prefill(self, tokens: torch.Tensor) -> Scores:
+        return Scores(torch.nn.functional.one_hot(torch.tensor(0), 100).float().unsqueeze(0))
 
-    def verify(self, last: int, draft: Draft) -> torch.Tensor:
+    def verify(self, last: int, draft: Draft) -> Scores:
         self.calls.append((last, len(draft)))
         rows = [last + 1, *(token + 1 for token in draft.tokens)]
-        return torch.nn.functional.one_hot(torch.tensor(rows), 100).float()
+        return Scores(torch.nn.functional.one_hot(torch.tensor(rows), 100).float())
 
     def keep(self, path: list[int]) -> None:
         self.kept.append(list(path))
@@ -438,8 +439,8 @@ def test_the_loop_trusts_the_rule_alone() -> None:
     """A rule that accepts nothing makes every draft useless, whatever it says."""
 
     class Never(Greedy):
-        def accept(self, draft: Draft, logits: torch.Tensor, generator: torch.Generator) -> Accepted:
-            return Accepted([], int(logits[0].argmax()))
+        def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+            return Accepted([], scores.argmax()[0])
 
     limits = Limits(6, 100, frozenset())
     drafter = ScriptedDrafter([Draft.chain([1, 2, 3])] * 9)

@@ -140,11 +140,11 @@ class StuckVerifier:
     device = torch.device("cpu")
     cost = VerifierCost(0, 0)
 
-    def prefill(self, tokens: Tensor) -> Tensor:
-        return self._logits(1)[0]
+    def prefill(self, tokens: Tensor) -> Scores:
+        return Scores(self._logits(1)[0].unsqueeze(0))
 
-    def verify(self, last: int, draft: Draft) -> Tensor:
-        return self._logits(len(draft) + 1)
+    def verify(self, last: int, draft: Draft) -> Scores:
+        return Scores(self._logits(len(draft) + 1))
 
     def keep(self, path: Sequence[int]) -> None:
         pass
