@@ -275,7 +275,7 @@ def test_a_chain_on_a_gpu_is_accepted_with_one_wait() -> None:
     for sampling in (Sampling(1.0), Sampling(0.7, top_k=9, top_p=0.9)):
         for draft in (Draft.chain([1, 2, 3]), Draft.chain([1, 2, 3], proposals)):
             with NothingWaits():
-                RejectionSampling(sampling).accept_chain(draft, logits, torch.Generator())
+                RejectionSampling(sampling).accept_chain(draft, Scores(logits), torch.Generator())
 
 
 def test_what_a_pass_found_decides_a_greedy_step() -> None:
