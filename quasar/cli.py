@@ -18,6 +18,10 @@ from quasar.errors import QuasarError, RequestError
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Quasar's tools around runs.")
 models = typer.Typer(no_args_is_help=True, help="Models that conf/model names.")
 app.add_typer(models, name="models")
+kept = typer.Typer(
+    no_args_is_help=True, help="What is kept between runs: models, calibration statistics, answers, kernels."
+)
+app.add_typer(kept, name="cache")
 wandb_runs = typer.Typer(no_args_is_help=True, help="Weights & Biases.")
 app.add_typer(wandb_runs, name="wandb")
 
@@ -99,6 +103,39 @@ def push_runs(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     raise typer.Exit(1 if failed else 0)
+
+
+@kept.command("list")
+def list_cache() -> None:
+    """Name what the cache holds, by kind."""
+    from quasar.cache import cache_folder, kinds
+
+    reporter = Reporter()
+    rows = [(kind.name, str(kind.entries), f"{kind.bytes / 1e6:.1f}") for kind in kinds()]
+    reporter.table(str(cache_folder()), ("kind", "entries", "MB"), rows)
+
+
+@kept.command("size")
+def cache_size() -> None:
+    """Print the bytes of all that the cache holds."""
+    from quasar.cache import kinds
+
+    Reporter().line(str(sum(kind.bytes for kind in kinds())))
+
+
+@kept.command("clear")
+def clear_cache(
+    kind: Annotated[str | None, typer.Argument(help="one kind of quasar cache list; default: all")] = None,
+) -> None:
+    """Delete what the cache holds, except what a running process is making."""
+    from quasar.cache import clear
+
+    try:
+        freed = clear(kind)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    Reporter().line(f"freed {freed / 1e6:.1f} MB")
 
 
 def model_names() -> list[str]:

@@ -35,11 +35,12 @@ def tiny() -> Transformer:
 
 
 @pytest.fixture
-def calibration(tmp_path: Path) -> Calibration:
-    """Three random sequences over 64 tokens."""
+def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
+    """Three random sequences over 64 tokens, whose statistics are cached in a folder of the test's."""
+    monkeypatch.setattr("quasar.cache.cache_folder", lambda: tmp_path / "cache")
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(0, 64, (length,), generator=generator) for length in (50, 90, 30)]
-    return Calibration(sequences, tmp_path / "calibration", {"model": "tiny"})
+    return Calibration(sequences, {"model": "tiny"})
 
 
 @pytest.fixture

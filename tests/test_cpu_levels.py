@@ -82,7 +82,7 @@ def test_levels_of_a_processor(
 
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("objdump") is None, reason="no g++ with objdump")
 def test_products_of_the_best_level_use_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path))
     amx = levels.LEVELS[0]
     try:
         path = build.library_path(amx)
@@ -105,7 +105,7 @@ def test_a_compiler_that_does_not_know_the_best_level_compiles_the_next(
     )
     old.chmod(old.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(old))
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
     found = cpu.backend()
     assert found is not None
     assert found.level == second
@@ -114,7 +114,7 @@ def test_a_compiler_that_does_not_know_the_best_level_compiles_the_next(
 @pytest.mark.skipif(not LEVELS, reason="no AVX2")
 @pytest.mark.parametrize("broken", ["none", "failing"])
 def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     if broken == "failing":
@@ -134,7 +134,7 @@ def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def _first_use(level: Level, cache: str, results: multiprocessing.Queue[str]) -> None:
-    os.environ[build.CACHE_VARIABLE] = cache
+    os.environ["QUASAR_CACHE"] = cache
     path = build.library_path(level)
     ctypes.CDLL(str(path))
     results.put(str(path))

@@ -392,7 +392,6 @@ def test_layer_search_finds_the_fastest_set_and_measures_none_twice() -> None:
 def test_searched_layers_are_cached_by_model_and_verifier(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path))
     verifier = FP16Verifier(random_transformer(tiny_config(vocab_size=64), 0, torch.float32), Setup())
     searched: list[list[int]] = []
 

@@ -22,7 +22,7 @@ from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.calibration import calibration_prompts, refuse_overlap
 from quasar.evaluation.fidelity import (
     ReferencePath,
-    TrajectoryCache,
+    Trajectories,
     answer_logits,
     distinct_ngram_ratio,
     divergence,
@@ -164,32 +164,21 @@ def test_a_degenerate_verifier_has_a_long_tau_and_no_tau_ref() -> None:
     assert distinct_ngram_ratio(free.tokens) < 0.1
 
 
-def test_trajectories_are_computed_once(tmp_path: Path) -> None:
-    first = TrajectoryCache(tmp_path, {"model": "a", "length": 12}).get(reference(), PROMPT, 12, NO_STOP)
+def test_trajectories_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quasar.cache.cache_folder", lambda: tmp_path)
+
+    def get(asked: object, model: str = "a", stop: frozenset[int] = NO_STOP, dtype: torch.dtype = torch.float32):
+        return Trajectories(model, torch.device("cpu"), dtype).get(asked, PROMPT, 12, stop)  # type: ignore[arg-type]
 
     class Untouchable:
         def __getattr__(self, name: str) -> object:
             raise AssertionError("the trajectory is cached")
 
-    again = TrajectoryCache(tmp_path, {"model": "a", "length": 12}).get(Untouchable(), PROMPT, 12, NO_STOP)
-    assert again.answer == first.answer
-    assert again.noise_kl == pytest.approx(first.noise_kl, rel=1e-4)
-    with pytest.raises(AssertionError, match="cached"):
-        TrajectoryCache(tmp_path, {"model": "b", "length": 12}).get(Untouchable(), PROMPT, 12, NO_STOP)
-
-
-def test_the_cache_outlives_a_run_that_died_and_a_folder_that_takes_nothing(tmp_path: Path) -> None:
-    def get(folder: Path, prompt: list[int]) -> list[int]:
-        return TrajectoryCache(folder, {"model": "a"}).get(reference(), prompt, 12, NO_STOP).answer
-
-    first, other = get(tmp_path / "c", PROMPT), get(tmp_path / "c", PROMPT[:-1])
-    (file,) = (tmp_path / "c").glob("*.jsonl")
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text(lines[0] + lines[1][:50])
-    assert get(tmp_path / "c", PROMPT[:-1]) == other
-    assert file.read_text() == "".join(lines)
-    (tmp_path / "d").write_text("in the way")
-    assert get(tmp_path / "d", PROMPT) == first
+    first = get(reference())
+    assert get(Untouchable()) == first
+    for other in ({"model": "b"}, {"stop": frozenset({3})}, {"dtype": torch.bfloat16}):
+        with pytest.raises(AssertionError, match="cached"):
+            get(Untouchable(), **other)
 
 
 def test_distinct_ngram_ratio() -> None:

@@ -245,6 +245,8 @@ def test_statistics_are_those_of_all_tokens_and_cached(calibration: Calibration)
         model.embedding.weight.zero_()
     again = calibration.statistics(model, lambda done, total: None)["blocks.0.attention.qkv"]
     assert torch.equal(again.mean, found.mean)
+    other = calibration.statistics(model.bfloat16(), lambda done, total: None)["blocks.0.attention.qkv"]
+    assert not torch.equal(other.mean, found.mean), "statistics of one precision must not serve another"
 
 
 @pytest.mark.parametrize("verifier", [Int8Verifier, Int4Verifier])

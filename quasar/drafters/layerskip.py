@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from filelock import FileLock
 from pydantic import Field, NonNegativeInt, PositiveInt, validate_call
 from torch import Tensor
 
+from quasar.cache import json_store
 from quasar.decoding.acceptance import Greedy
 from quasar.decoding.draft import Context, Draft
 from quasar.decoding.loop import Generation, decode
@@ -22,13 +20,13 @@ from quasar.drafters._autoregressive import draft_chain
 from quasar.drafters._layer_search import SearchResult, search_skipped_layers, spread
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
-from quasar.model.sources import cache_folder
-from quasar.results.records import write_atomically
 from quasar.verifiers.base import LayeredVerifier, Verifier
 from quasar.verifiers.transformer import TransformerVerifier
 
 # Enough for blocks of every size.
 WARM_UP_TOKENS = 16
+
+STORE = json_store("layerskip")
 
 
 class LayerSkipDrafter(Drafter):
@@ -156,18 +154,16 @@ class LayerSkipDrafter(Drafter):
             "warm_up": WARM_UP_TOKENS,
             "seed": self.seed,
         }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        file = cache_folder() / "layerskip" / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            if file.exists():
-                return SearchResult(**json.loads(file.read_text(encoding="utf-8")))
-            prompts = [sequence.tolist() for sequence in calibration.sequences[: self.search_prompts]]
-            speed = partial(self._speed, resources.verifier, prompts)
-            layers = resources.verifier.num_layers
-            found = search_skipped_layers(speed, layers, self.search_sets, self.seed, resources.progress)
-            write_atomically(file, json.dumps(vars(found)))
-            return found
+        verifier = resources.verifier
+        prompts = [sequence.tolist() for sequence in calibration.sequences[: self.search_prompts]]
+
+        def search() -> dict[str, Any]:
+            speed = partial(self._speed, verifier, prompts)
+            return vars(
+                search_skipped_layers(speed, verifier.num_layers, self.search_sets, self.seed, resources.progress)
+            )
+
+        return SearchResult(**STORE.get(key, verifier.device, verifier.model.dtype, search))
 
     def _speed(self, verifier: TransformerVerifier, prompts: list[list[int]], skipped: list[int]) -> float:
         """Greedy tokens per second without these layers, over all prompts."""

@@ -13,7 +13,7 @@ import torch
 from quasar.config.schema import CalibrationConfig, DataConfig
 from quasar.errors import RequestError
 from quasar.evaluation.prompts import BUILTIN, Prompt, load_prompts, read_prompts
-from quasar.model.sources import Checkpoint, cache_folder
+from quasar.model.sources import Checkpoint
 from quasar.model.tokenizer import Tokenizer
 from quasar.quantization.statistics import Calibration
 
@@ -39,8 +39,8 @@ def prepare_calibration(
         for turn in prompt.turns
     ]
     texts = hashlib.sha256(json.dumps([sequence.tolist() for sequence in sequences]).encode()).hexdigest()
-    key: dict[str, str | int] = {"model": checkpoint.identity, "tokens": texts, "seed": chosen.seed}
-    return Calibration(sequences, cache_folder() / "calibration", key, chosen.seed)
+    key: dict[str, str | int] = {"model": checkpoint.identity, "tokens": texts}
+    return Calibration(sequences, key, chosen.seed)
 
 
 def calibration_prompts(chosen: CalibrationConfig) -> list[Prompt]:

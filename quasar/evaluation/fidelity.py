@@ -7,26 +7,20 @@ tokens, whatever it would have written itself.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from quasar.cache import json_store
 from quasar.decoding.acceptance import Accepted
 from quasar.decoding.draft import ROOT, Draft
 from quasar.decoding.scores import Scores
-from quasar.results.records import Json, whole_records
 from quasar.verifiers.transformer import TransformerVerifier
 
 # Rows of logits compared at a time: bounds memory at large vocabularies.
 COMPARE_ROWS = 64
-LOCK_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -124,64 +118,23 @@ def trajectory_of(reference: TransformerVerifier, prompt: list[int], length: int
     return Trajectory(prompt, answer, noise_kl, noise_top1)
 
 
-class TrajectoryCache:
-    """Trajectories on disk, one file per (model, dtype, device, length), a line per prompt.
+class Trajectories:
+    """The reference's answers, computed once for all runs that need the same.
 
-    A run computes while it holds a lock, which falls with its process; runs beside it that need the same wait for it.
-    Where nothing can be written, every run computes its own.
-
-    key: everything besides the prompt that determines a trajectory
+    model: identity of the reference's checkpoint
     """
 
-    def __init__(self, folder: Path, key: dict[str, str | int]) -> None:
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self._file = folder / f"{name}.jsonl"
-        self._lock = FileLock(folder / f"{name}.lock")
-        self._known: dict[str, Json] = {}
-        self._read_bytes = 0
+    def __init__(self, model: str, device: torch.device, dtype: torch.dtype) -> None:
+        self._model, self._device, self._dtype = model, device, dtype
 
     def get(self, reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
-        """The trajectory of a prompt, computed where it is not cached yet."""
-        key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
-        self._read()
-        if key not in self._known:
-            try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                self._lock.acquire(timeout=LOCK_SECONDS)
-            except OSError:  # the lock's Timeout is one
-                return trajectory_of(reference, prompt, length, stop)
-            try:
-                self._read()
-                if key not in self._known:
-                    self._add(key, trajectory_of(reference, prompt, length, stop))
-            finally:
-                self._lock.release()
-        found = self._known[key]
-        return Trajectory(prompt, found["answer"], found["noise_kl"], found["noise_top1"])
+        """The trajectory of a prompt: see `trajectory_of`."""
+        key = {"model": self._model, "prompt": prompt, "length": length, "stop": sorted(stop)}
+        found = STORE.get(key, self._device, self._dtype, lambda: vars(trajectory_of(reference, prompt, length, stop)))
+        return Trajectory(**found)
 
-    def _add(self, key: str, trajectory: Trajectory) -> None:
-        """Under the lock; whatever follows the last whole line is what a run that died has left."""
-        entry = {
-            "key": key,
-            "answer": trajectory.answer,
-            "noise_kl": [float(f"{value:.6g}") for value in trajectory.noise_kl],
-            "noise_top1": trajectory.noise_top1,
-        }
-        self._known[key] = entry
-        with contextlib.suppress(OSError), self._file.open("ab") as stream:
-            stream.truncate(self._read_bytes)
-            stream.write((json.dumps(entry) + "\n").encode())
 
-    def _read(self) -> None:
-        """Take in the lines that are new since the last time."""
-        try:
-            with self._file.open("rb") as stream:
-                stream.seek(self._read_bytes)
-                entries, whole = whole_records(stream.read())
-        except OSError:
-            return
-        self._read_bytes += whole
-        self._known.update((entry["key"], entry) for entry in entries)
+STORE = json_store("trajectories")
 
 
 def distinct_ngram_ratio(tokens: Sequence[int], size: int = 4) -> float | None:

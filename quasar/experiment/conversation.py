@@ -19,7 +19,7 @@ from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.accuracy import graded
 from quasar.evaluation.exactness import compare
-from quasar.evaluation.fidelity import ReferencePath, TrajectoryCache, measure
+from quasar.evaluation.fidelity import ReferencePath, Trajectories, measure
 from quasar.evaluation.prompts import Prompt
 from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
@@ -49,7 +49,7 @@ class Session:
     verifier: TransformerVerifier
     tokenizer: Tokenizer
     reference: TransformerVerifier | None = None
-    trajectories: TrajectoryCache | None = None
+    trajectories: Trajectories | None = None
     shared_same: SharedBaselines | None = None
     shared_reference: SharedBaselines | None = None
 

@@ -13,11 +13,10 @@ from quasar.config.schema import Grid, check
 from quasar.console import Reporter
 from quasar.decoding.draft import StepResult
 from quasar.drafters.base import Drafter
-from quasar.evaluation.fidelity import TrajectoryCache
+from quasar.evaluation.fidelity import Trajectories
 from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
 from quasar.experiment.build import Prepared, choose_device, prepare
 from quasar.experiment.conversation import Session
-from quasar.model.sources import cache_folder
 from quasar.results.baselines import SharedBaselines, baseline_identity
 from quasar.results.environment import describe_environment, device_name, peak_memory_bytes
 from quasar.results.metrics import COUNTS, decoded, summarize
@@ -76,24 +75,14 @@ def _session(parts: Prepared, shared_baselines: Path | None, reporter: Reporter)
     evaluate = parts.settings.evaluate
     session = Session(parts.settings, parts.drafter, parts.verifier, parts.tokenizer)
     if evaluate.fidelity:
-        session.trajectories = _trajectories(parts)
+        session.trajectories = Trajectories(
+            parts.checkpoint.identity, parts.verifier.device, parts.verifier.model.dtype
+        )
     if (evaluate.baselines or evaluate.fidelity) and not parts.verifier.is_reference:
         session.reference = parts.build_reference(reporter)
     if shared_baselines is not None:
         _share(session, shared_baselines)
     return session
-
-
-def _trajectories(parts: Prepared) -> TrajectoryCache:
-    """The reference's answers are its own on every device and in every precision."""
-    key: dict[str, str | int] = {
-        "model": parts.checkpoint.identity,
-        "dtype": str(parts.verifier.model.dtype),
-        "device": parts.verifier.device.type,
-        "torch": torch.__version__,
-        "length": parts.settings.decode.max_new_tokens,
-    }
-    return TrajectoryCache(cache_folder() / "trajectories", key)
 
 
 def _print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:

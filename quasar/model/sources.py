@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 
+from quasar.cache import cache_folder
 from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError
 
@@ -27,6 +27,17 @@ Status = Callable[[str, int, int], None]
 """Called with (what is being done, done, total) while a model is fetched."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "*.jinja",
+)
+"""Weights, architecture with RoPE and stop tokens, tokenizer and chat template."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +59,14 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """Differs between any two models: the weights' SHA-256, or the seed that they are drawn from."""
+        """Differs between any two models: SHA-256 of weights, configs and tokenizer, or the seed of random ones."""
         return ",".join(self.file_hashes().values()) or f"random {self.seed}"
 
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of every weight and tokenizer file, by name."""
+        """SHA-256 of every file that decides what the model computes or where it stops, by name."""
         if self.folder is None:
             return {}
-        files = [file for pattern in ("*.safetensors", "tokenizer.json") for file in sorted(self.folder.glob(pattern))]
+        files = [file for pattern in MODEL_FILES for file in sorted(self.folder.glob(pattern))]
         return {file.name: sha256_of(file) for file in files}
 
 
@@ -84,11 +95,6 @@ def locate(source: ModelSource, status: Status | None = None) -> Checkpoint:
             "cache. Connect, or download it elsewhere and pass model.path=FOLDER"
         )
     return _package(source, status, template)
-
-
-def cache_folder() -> Path:
-    """``$QUASAR_CACHE``, or the user's cache folder for Quasar."""
-    return Path(os.environ.get("QUASAR_CACHE") or platformdirs.user_cache_dir("quasar"))
 
 
 def sha256_of(file: Path) -> str:

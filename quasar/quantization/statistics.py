@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quasar.cache import Store
 from quasar.errors import QuasarError
 from quasar.model.transformer import Transformer
 
@@ -43,28 +42,21 @@ Statistics = dict[str, LinearStatistics]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration text as token ids, and where its statistics are cached.
+    """Calibration text as token ids.
 
     sequences: int64 tensors [R] of at least one token
-    key: what identifies model and text; equal keys share cached statistics
+    key: what identifies model and text; runs with equal keys, precision and device share statistics
     """
 
     sequences: Sequence[Tensor]
-    folder: Path
     key: dict[str, str | int]
     seed: int = 0
 
     def statistics(self, model: Transformer, progress: Progress) -> Statistics:
         """Statistics of the unquantized ``model``, from the cache where it has them."""
-        name = hashlib.sha256(json.dumps({**self.key, "rows": SAMPLE_ROWS}, sort_keys=True).encode()).hexdigest()[:16]
-        file = self.folder / f"{name}.safetensors"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            if file.exists():
-                return _load(file)
-            found = collect(model, self.sequences, self.seed, progress)
-            _save(found, file)
-            return found
+        key = {**self.key, "rows": SAMPLE_ROWS, "seed": self.seed}
+        make = partial(collect, model, self.sequences, self.seed, progress)
+        return STORE.get(key, model.device, model.dtype, make)
 
 
 @torch.inference_mode()
@@ -132,12 +124,13 @@ _FIELDS = tuple(LinearStatistics.__dataclass_fields__)
 
 def _save(statistics: Statistics, file: Path) -> None:
     tensors = {f"{name}/{field}": getattr(of, field) for name, of in statistics.items() for field in _FIELDS}
-    unfinished = file.with_suffix(".unfinished")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
-    unfinished.rename(file)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def _load(file: Path) -> Statistics:
     tensors = load_file(file)
     names = dict.fromkeys(name.rsplit("/", 1)[0] for name in tensors)
     return {name: LinearStatistics(*(tensors[f"{name}/{field}"] for field in _FIELDS)) for name in names}
+
+
+STORE = Store("calibration", ".safetensors", _save, _load)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from quasar.cache import code_version
 from quasar.config.schema import RunConfig
 from quasar.errors import RequestError
-from quasar.results.code_version import code_version
 from quasar.results.records import Json, whole_records
 
 LOCK_SECONDS = 3600.0

@@ -15,9 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from quasar.cache import code_version
 from quasar.config.schema import config_hash
 from quasar.errors import QuasarError, RequestError
-from quasar.results.code_version import code_version
 
 Json = dict[str, Any]
 GENERATIONS = "generations.jsonl"

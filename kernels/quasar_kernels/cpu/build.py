@@ -14,9 +14,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from quasar_kernels.cpu.levels import Level
+from quasar_kernels.folder import cache_folder
 
 SOURCES = Path(__file__).parent
-CACHE_VARIABLE = "QUASAR_CACHE"
 # Contraction would turn the separately rounded products and sums that the reference defines into fused ones.
 # GCC warns of its own headers' deliberately undefined registers.
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-w")
@@ -27,17 +27,6 @@ class BuildError(Exception):
     """The kernels cannot be compiled here; the message says why in one line."""
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: below `$QUASAR_CACHE`, else below the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if not chosen:
-        # Machines that only run the GPU kernels may lack it.
-        import platformdirs
-
-        chosen = platformdirs.user_cache_dir("quasar")
-    return Path(chosen) / "kernels"
-
-
 def library_path(level: Level) -> Path:
     """The shared library of a level, compiled now unless an earlier process has done so.
 
@@ -45,7 +34,7 @@ def library_path(level: Level) -> Path:
     only when it is complete. Without a compiler a library that another one built from the same sources will do.
     Raises BuildError.
     """
-    folder = cache_folder()
+    folder = cache_folder() / "kernels"
     sources = _digest(*(source.read_bytes() for source in _source_files("*")), " ".join(_flags(level)).encode())
     try:
         compiler, version = _compiler()

@@ -1,6 +1,6 @@
 """How a product is cut into programs: a fixed default per shape class, or what was fastest when it was tried.
 
-Choices found by `tune` are kept in ``$QUASAR_CACHE/triton/<GPU>.json`` (default ``~/.cache/quasar``), one per op,
+Choices found by `tune` are kept in ``triton/<GPU>.json`` of the cache folder, one per op,
 N, K, group size and number of rows in steps of a tile.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from quasar_kernels.folder import cache_folder
 from quasar_kernels.triton.device import multiprocessors
 
 MAX_ROWS = 64
@@ -140,9 +141,8 @@ def tune(shape: Shape, device: torch.device, milliseconds: Callable[[Tiling], fl
 
 def cache_file(device: torch.device) -> Path:
     """Where the choices of a GPU model are kept."""
-    folder = Path(os.environ.get("QUASAR_CACHE") or Path.home() / ".cache" / "quasar")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return folder / "triton" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
+    return cache_folder() / "triton" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
 
 
 @functools.cache

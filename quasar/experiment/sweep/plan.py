@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quasar.cache import code_version
 from quasar.errors import RequestError
-from quasar.results.code_version import code_version
 from quasar.results.records import Json, read_json, write_atomically
 from quasar.results.runs import MANIFEST, StoredRun, read_run
 
