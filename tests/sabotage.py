@@ -8,7 +8,6 @@ import signal
 from torch import Tensor
 
 from quasar.drafters.none import NoneDrafter
-from quasar.verifiers.base import Verifier
 
 
 class _Sabotaged(NoneDrafter):
@@ -17,7 +16,7 @@ class _Sabotaged(NoneDrafter):
     def __init__(self) -> None:
         self._prompts: set[tuple[int, ...]] = set()
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: Tensor) -> None:
         self._prompts.add(tuple(prompt.tolist()))
         if len(self._prompts) > 2:
             self.end()

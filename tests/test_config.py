@@ -36,7 +36,7 @@ def test_every_drafter_yaml_builds_and_drafts(name: str, setup: Setup) -> None:
     drafter: Drafter = build("drafter", settings.drafter)
     verifier: TransformerVerifier = build("verifier", composed_run("verifier=fp16").verifier, tiny(), Setup())
     drafter.prepare(resources_for(verifier, setup))
-    drafter.begin(torch.tensor([1, 2, 3]), verifier)
+    drafter.begin(torch.tensor([1, 2, 3]))
 
 
 @pytest.mark.parametrize("name", names("drafter"))

@@ -76,6 +76,14 @@ def draft_model(verifier: str) -> ModelDrafter:
     return drafter
 
 
+def bind(drafter: Drafter, verifier: Verifier) -> None:
+    """What `prepare` does for drafters that draft with the verifier's own layers."""
+    drafter = drafter.drafter if isinstance(drafter, AdaptiveLength) else drafter
+    for member in drafter.members if isinstance(drafter, ChainDrafter) else [drafter]:
+        if isinstance(member, LayerSkipDrafter):
+            member.use(verifier, member._lent)
+
+
 def generate(
     drafter: Drafter,
     verifier: Verifier,
@@ -87,6 +95,7 @@ def generate(
     sampling: Sampling = GREEDY,
 ) -> Generation:
     limits = Limits(max_new_tokens, context_length, stop, draft_tokens)
+    bind(drafter, verifier)
     return decode(prompt, drafter, verifier, rule_for(sampling), sampling, limits, torch.Generator().manual_seed(0))
 
 
@@ -178,7 +187,7 @@ class ScriptedDrafter(Drafter):
     def __init__(self, drafts: list[Draft]) -> None:
         self.drafts = drafts
 
-    def begin(self, prompt: torch.Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: torch.Tensor) -> None:
         self.remaining = list(self.drafts)
 
     def propose(self, context: Context, budget: int) -> Draft:
@@ -223,6 +232,7 @@ def test_layerskip_drafts_on_what_verification_wrote_one_row_per_token(monkeypat
     """Whatever was accepted, the kept layers read the keys and values of the whole model, and compute none of them."""
     verifier, fresh = build("fp16"), build("fp16")
     drafter = LayerSkipDrafter(num_tokens=3)
+    drafter.use(verifier)
     passes: list[tuple[int, list[int]]] = []
     forward = verifier.model.forward
 
@@ -233,7 +243,7 @@ def test_layerskip_drafts_on_what_verification_wrote_one_row_per_token(monkeypat
     monkeypatch.setattr(verifier.model, "forward", watched)
     tokens = [1, 2, 3, 4]
     verifier.prefill(torch.tensor(tokens[:-1]))
-    drafter.begin(torch.tensor(tokens[:-1]), verifier)
+    drafter.begin(torch.tensor(tokens[:-1]))
     kept = drafter.kept_layers(verifier.num_layers)
     for right in (0, 3, 1, 2, 3, 0):
         passes.clear()
@@ -254,7 +264,8 @@ def test_layerskip_drafts_carry_the_distribution_they_were_drawn_from() -> None:
     sampling = Sampling(1.0)
     prompt = torch.tensor([1, 2, 3])
     verifier.prefill(prompt)
-    drafter.begin(prompt, verifier)
+    drafter.use(verifier)
+    drafter.begin(prompt)
     draft = drafter.propose(Context([1, 2, 3, 4], 3, sampling, torch.Generator().manual_seed(0)), budget=8)
     assert draft.probabilities is not None
     kept = drafter.kept_layers(verifier.num_layers)
@@ -270,7 +281,7 @@ def test_layerskip_drafts_carry_the_distribution_they_were_drawn_from() -> None:
 def test_layerskip_in_another_precision_reproduces_autoregressive_decoding(verifier_name: str) -> None:
     verifier = build(verifier_name)
     drafter = LayerSkipDrafter(num_tokens=5, skip_layers=[1])
-    drafter.draft_with(build("int4"))
+    drafter.use(verifier, build("int4"))
     accepted = 0
     for prompt in prompts(6):
         generation = generate(drafter, verifier, prompt, 60)
@@ -288,7 +299,7 @@ def test_layers_of_the_verifier_itself_draft_what_it_will_say() -> None:
         model.blocks[1].attention.output.weight.data.zero_()
         model.blocks[1].mlp.down.weight.data.zero_()
     drafter = LayerSkipDrafter(num_tokens=4, skip_layers=[1])
-    drafter.draft_with(copy)
+    drafter.use(verifier, copy)
     for prompt in prompts(4):
         generation = generate(drafter, verifier, prompt, 41)
         assert generation.emitted == [5] * 8
@@ -323,10 +334,10 @@ def test_draft_model_catches_up_with_what_others_drafted() -> None:
 
 def test_rejected_draft_tokens_leave_the_draft_models_cache() -> None:
     """Whatever was drafted and rejected, the draft model's next logits are those after the context alone."""
-    verifier, fresh = build("fp16"), build("int4")
+    fresh = build("int4")
     drafter = draft_model("int4")
     context = Context([1, 2, 3, 4], 3, GREEDY, torch.Generator())
-    drafter.begin(torch.tensor([1, 2, 3]), verifier)
+    drafter.begin(torch.tensor([1, 2, 3]))
     for right in (0, 2, 5, 1, 0):
         draft = drafter.propose(context, 5)
         assert draft.tokens[0] == int(fresh.prefill(torch.tensor(context.tokens)).logits.argmax())
@@ -336,10 +347,10 @@ def test_rejected_draft_tokens_leave_the_draft_models_cache() -> None:
 
 
 def test_draft_model_samples_from_the_distributions_it_names() -> None:
-    verifier, fresh = build("fp16"), build("int4")
+    fresh = build("int4")
     drafter = draft_model("int4")
     sampling = Sampling(0.7, top_k=30)
-    drafter.begin(torch.tensor([1, 2, 3]), verifier)
+    drafter.begin(torch.tensor([1, 2, 3]))
     draft = drafter.propose(Context([1, 2, 3, 4], 3, sampling, torch.Generator().manual_seed(5)), 3)
     assert draft.probabilities is not None
     for position in range(3):
@@ -354,7 +365,8 @@ def test_chain_takes_the_first_offer_and_lets_scratch_rows_ride() -> None:
     chain = ChainDrafter([{"name": "ngram", "n_min": 3}, {"name": "lookahead", "pool_from_prompt": False}, "layerskip"])
     context = Context([1, 2, 3, 4], 3, GREEDY, torch.Generator())
     verifier.prefill(torch.tensor([1, 2, 3]))
-    chain.begin(torch.tensor([1, 2, 3]), verifier)
+    bind(chain, verifier)
+    chain.begin(torch.tensor([1, 2, 3]))
     draft = chain.propose(context, 4)
     assert draft.scratch is not None
     assert len(draft) == 4
@@ -377,7 +389,8 @@ def test_confidence_ends_a_draft_with_its_first_doubtful_token() -> None:
     context = Context([1, 2, 3, 4], 3, GREEDY, torch.Generator())
     verifier.prefill(torch.tensor([1, 2, 3]))
     free = LayerSkipDrafter(num_tokens=6)
-    free.begin(torch.tensor([1, 2, 3]), verifier)
+    free.use(verifier)
+    free.begin(torch.tensor([1, 2, 3]))
     tokens = free.propose(context, 6).tokens
     layers = free.kept_layers(verifier.num_layers)
     sure = [
@@ -386,7 +399,8 @@ def test_confidence_ends_a_draft_with_its_first_doubtful_token() -> None:
     ]
     for threshold in (0.01, 0.99 * sure[0], 1.01 * sure[0], 0.999):
         drafter = LayerSkipDrafter(num_tokens=6, confidence=threshold)
-        drafter.begin(torch.tensor([1, 2, 3]), verifier)
+        drafter.use(verifier)
+        drafter.begin(torch.tensor([1, 2, 3]))
         doubtful = next((index for index, value in enumerate(sure) if value < threshold), 5)
         assert drafter.propose(context, 6).tokens == tokens[: doubtful + 1]
 

@@ -16,7 +16,7 @@ from quasar.decoding.sampling import Sampling
 from quasar.decoding.scores import Scores
 from quasar.decoding.stopping import Limits, StopStrings
 from quasar.drafters.base import Drafter
-from quasar.verifiers.base import Verifier, VerifierCost
+from quasar.verifiers.base import VerifierCost
 
 LETTERS = "abc."
 STOP_TOKEN = 3
@@ -61,7 +61,7 @@ class GivenDrafts(Drafter):
         self.drafts = drafts
         self.steps: list[StepResult] = []
 
-    def begin(self, prompt: torch.Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: torch.Tensor) -> None:
         self.remaining = iter(self.drafts)
 
     def propose(self, context: Context, budget: int) -> Draft:

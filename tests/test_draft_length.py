@@ -35,7 +35,7 @@ class Coin(Drafter):
         self.depth = depth
         self.asked: list[int] = []
 
-    def begin(self, prompt, verifier) -> None:
+    def begin(self, prompt) -> None:
         pass
 
     def propose(self, context: Context, budget: int) -> Draft:
@@ -54,7 +54,7 @@ def timeless(drafter: Coin, cost: PassCost) -> AdaptiveLength:
 def simulate(auto: AdaptiveLength, rate: float, steps: int, seed: int = 0) -> list[int]:
     """Every drafted token is right with probability ``rate``; the lengths that were chosen."""
     generator = random.Random(seed)
-    auto.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    auto.begin(torch.tensor([1]))
     for _ in range(steps):
         draft = auto.propose(Context([1, 1], 1, Sampling(), torch.Generator()), 20)
         accepted = 0
@@ -239,7 +239,7 @@ def test_measured_cost_of_the_tiny_model(tiny) -> None:
 def test_in_a_copied_passage_drafts_are_longer_than_outside() -> None:
     """Passages of twenty steps whose drafts are right, and as many whose drafts are wrong, in turn."""
     auto = timeless(Coin(12), SLOPING)
-    auto.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    auto.begin(torch.tensor([1]))
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for step in range(400):
         copied = step // 20 % 2 == 0

@@ -66,7 +66,7 @@ def slow_choice(found: list[list[int]], match: str, branches: int) -> list[list[
 
 def grown(drafter: NgramDrafter, tokens: list[int], budget: int) -> Draft:
     """The draft after a context that grew as in decoding, a few tokens at a time."""
-    drafter.begin(torch.tensor(tokens[:1]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor(tokens[:1]))
     for end in range(2, len(tokens) + 1, 3):
         drafter.propose(context(tokens[:end]), 5)
     return drafter.propose(context(tokens), budget)
@@ -122,7 +122,7 @@ def test_automaton_drafts_equal_a_linear_search(
         lengths[0], "suffix_automaton", match, n_min=n_min, branches=branches, length_factor=factor, scope="session"
     )
     for number, text in enumerate(texts):  # conversations of the session: a prompt of its own and the text as output
-        drafter.begin(torch.tensor([100 + number]), None)  # type: ignore[arg-type]
+        drafter.begin(torch.tensor([100 + number]))
         drafter.propose(context([100 + number, *text]), 5)
     draft = grown(drafter, tokens, lengths[1])
 
@@ -231,7 +231,7 @@ def test_suffix_automaton_adapts_the_length_to_the_match() -> None:
 
 def test_session_scope_offers_outputs_of_other_conversations_only() -> None:
     drafter = NgramDrafter(num_tokens=3, method="suffix_automaton", scope="session")
-    begin = lambda prompt: drafter.begin(torch.tensor(prompt), None)  # type: ignore[arg-type]  # noqa: E731
+    begin = lambda prompt: drafter.begin(torch.tensor(prompt))  # noqa: E731
     begin([1, 2])
     drafter.propose(context([1, 2, 40, 41, 42, 43, 44]), 5)
     begin([1, 2])  # the same prompt once more must not find its own answer
@@ -248,7 +248,7 @@ def test_corpus_scope_reads_a_text_file(tmp_path: Path) -> None:
     drafter = NgramDrafter(num_tokens=4, method="suffix_automaton", scope="corpus", corpus=str(file))
     encode = lambda text: [ord(letter) for letter in text]  # noqa: E731
     drafter.prepare(Resources(None, encode, None, lambda: None, {}))  # type: ignore[arg-type]
-    drafter.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1]))
     assert drafter.propose(context([1, *encode("cd")]), 9).tokens == encode("efgh")
     missing = NgramDrafter(method="suffix_automaton", scope="corpus", corpus=str(tmp_path / "none.txt"))
     with pytest.raises(RequestError, match=r"drafter\.corpus=.*none\.txt: not a readable text file"):
@@ -270,17 +270,17 @@ def test_ngram_refuses_settings_that_contradict_each_other(options: dict, messag
 
 def test_ngram_prefers_the_longer_match_and_the_latest_place() -> None:
     drafter = NgramDrafter(num_tokens=2, n_max=2, n_min=1)
-    drafter.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1]))
     assert drafter.propose(context([1, 2, 30, 31, 9, 2, 40, 41, 1, 2]), 5).tokens == [30, 31]
-    drafter.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1]))
     assert drafter.propose(context([1, 2, 30, 31, 1, 2, 50, 51, 1, 2]), 5).tokens == [50, 51]
 
 
 def test_new_sequence_forgets_the_last_one() -> None:
     drafter = NgramDrafter()
-    drafter.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1]))
     drafter.propose(context([7, 8, 9, 7]), 5)
-    drafter.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1]))
     assert drafter.propose(context([1, 2, 7]), 5).tokens == []
 
 
@@ -313,7 +313,7 @@ def test_lookahead_collects_the_ngrams_of_its_diagonals() -> None:
     """A model that knows every position's number: once the random start is used up, n-grams are consecutive runs."""
     drafter = LookaheadDrafter(window=4, ngram=3, guesses=3, pool_from_prompt=False)
     tokens = [10, 11]
-    drafter.begin(torch.tensor(tokens), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor(tokens))
     for _ in range(8):
         draft = drafter.propose(context(tokens), 10)
         assert draft.scratch is not None
@@ -329,7 +329,7 @@ def test_lookahead_collects_the_ngrams_of_its_diagonals() -> None:
 
 def test_lookahead_guesses_begin_with_the_last_token_newest_first() -> None:
     drafter = LookaheadDrafter(window=2, ngram=3, guesses=2)
-    drafter.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1]))
     draft = drafter.propose(context([5, 1, 2, 5, 1, 3, 5, 7, 8, 5]), 10)
     # After 5 came 1 2, then 1 3, then 7 8; the pool keeps two.
     assert draft.tokens == [7, 8, 1, 3]
@@ -370,7 +370,7 @@ def test_layerskip_chooses_layers() -> None:
 )
 def test_layerskip_refuses_layers_the_model_lacks(options: dict, message: str, tiny: Transformer) -> None:
     with pytest.raises(RequestError, match=message):
-        LayerSkipDrafter(**options).begin(torch.tensor([1]), FP16Verifier(tiny, Setup()))
+        LayerSkipDrafter(**options).use(FP16Verifier(tiny, Setup()))
 
 
 def test_layer_search_finds_the_fastest_set_and_measures_none_twice() -> None:

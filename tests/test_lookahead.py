@@ -155,7 +155,7 @@ def test_acceptance_length_on_built_in_prompts_is_at_least_that_of_the_authors_a
 def test_pool_keeps_more_ngrams_than_are_guessed_where_asked() -> None:
     """Of three continuations of 5, two are guessed; the oldest is still there once it is seen again."""
     drafter = LookaheadDrafter(window=2, ngram=3, guesses=2, pool_capacity=3)
-    drafter.begin(torch.tensor([1]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1]))
     draft = drafter.propose(Context([5, 1, 2, 5, 1, 3, 5, 7, 8, 5], 1, Sampling(), torch.Generator()), 10)
     assert draft.tokens == [7, 8, 1, 3]
     assert list(drafter._pool[5]) == [(1, 2), (1, 3), (7, 8)]
@@ -165,6 +165,6 @@ def test_window_begins_with_prompt_tokens_or_the_last_one() -> None:
     prompt = torch.tensor([3, 4, 5])
     from_prompt, repeated = LookaheadDrafter(), LookaheadDrafter(window_from_prompt=False)
     for drafter in (from_prompt, repeated):
-        drafter.begin(prompt, None)  # type: ignore[arg-type]
+        drafter.begin(prompt)
     assert set(from_prompt._levels[0]) == {3, 4, 5}
     assert repeated._levels == [[5] * 6]

@@ -54,7 +54,7 @@ def test_decoding_follows_the_trace_whatever_the_verifier_says(tiny: Transformer
 
 def test_the_bonus_token_is_the_verifiers_after_the_accepted_ones(tmp_path: Path) -> None:
     drafter = ReplayDrafter(trace=write_trace(tmp_path / "trace.jsonl", (3, [2], [1])))
-    drafter.begin(torch.tensor([1, 2, 3]), None)  # type: ignore[arg-type]
+    drafter.begin(torch.tensor([1, 2, 3]))
     draft = drafter.propose(Context([1, 2, 3, 9], 3, Sampling(), torch.Generator()), 8)
     assert draft == Draft.chain([9, 9])
     logits = torch.tensor([[0.0, 1, 2, 9], [0, 9, 0, 0], [9, 0, 0, 0]])
@@ -122,7 +122,7 @@ def test_a_chain_replays_only_the_drafts_of_its_replaying_member(tmp_path: Path)
     rejecting = torch.zeros(16, 10)
     rejecting[:, 0] = 1.0
     for prompt, accepted in (([1, 2, 3, 1, 2], 0), ([5, 6, 7], 2)):
-        chain.begin(torch.tensor(prompt), None)  # type: ignore[arg-type]
+        chain.begin(torch.tensor(prompt))
         draft = chain.propose(Context([*prompt, 3], len(prompt), Sampling(), torch.Generator()), 2)
         assert len(draft)
         found = chain.rule.accept(draft, Scores(rejecting[: len(draft) + 1]), torch.Generator())

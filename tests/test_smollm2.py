@@ -60,6 +60,7 @@ def test_every_pair_reproduces_autoregressive_decoding(
     for prompt in one_prompt_per_family():
         tokens = tokenizer.encode_chat([{"role": "user", "content": prompt.turns[0]}])
         expected = greedy(NoneDrafter(), verifier, tokens, tokenizer.stop_tokens)
+        drafters[-1].use(verifier)
         for drafter in drafters:
             generation = greedy(drafter, verifier, tokens, tokenizer.stop_tokens)
             assert generation.tokens == expected.tokens, (prompt.key, type(drafter).__name__)

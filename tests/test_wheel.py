@@ -41,7 +41,7 @@ def test_models_are_listed_from_the_configuration_in_the_wheel(site: Path, tmp_p
 
 def test_a_run_from_the_wheel(site: Path, tmp_path: Path) -> None:
     """Kernels are compiled from the wheel's sources, prompts and configuration come from the wheel."""
-    request = ["model=tiny", "verifier=int8", "verifier.method=rtn", "drafter=ngram", "data.limit=1"]
+    request = ["model=tiny", "verifier=int8", "verifier.method=rtn", "drafter=ngram", "data.limit=1", "threads=1"]
     brief = ["decode.max_new_tokens=8", "evaluate.fidelity=false", "hydra.run.dir=out"]
     call(site, tmp_path, str(site / "bin" / "quasar"), "run", *request, *brief)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -52,7 +52,7 @@ def decode(
     tokens = torch.tensor(prompt, dtype=torch.int64)
     first = rule.accept(Draft(), verifier.prefill(tokens), generator).bonus
     context = Context([*prompt, first], len(prompt), sampling, generator)
-    drafter.begin(tokens, verifier)
+    drafter.begin(tokens)
     clock.lap("prefill")
 
     while (finish_reason := limits.finished(context)) is None:

@@ -226,10 +226,10 @@ class AdaptiveLength(Drafter):
         self.drafter.prepare(resources)
         self.details = self.drafter.details
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: Tensor) -> None:
         self._chosen, self._gains = [], []
         self._acceptance = self._after_miss
-        self.drafter.begin(prompt, verifier)
+        self.drafter.begin(prompt)
 
     def propose(self, context: Context, budget: int) -> Draft:
         self._context = len(context.tokens) - 1

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
-from quasar.verifiers.base import Verifier
+from quasar.verifiers.base import LayeredVerifier, Verifier
 
 if TYPE_CHECKING:
     from quasar.quantization.statistics import Calibration
-    from quasar.verifiers.transformer import TransformerVerifier
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Resources:
     progress: called with (done, total) while something is prepared that takes long
     """
 
-    verifier: TransformerVerifier
+    verifier: Verifier
     encode: Callable[[str], list[int]]
-    build_verifier: Callable[[str | dict[str, Any]], TransformerVerifier]
+    build_verifier: Callable[[str | dict[str, Any]], LayeredVerifier]
     calibration: Callable[[], Calibration | None]
     identity: dict[str, str]
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
@@ -55,7 +54,7 @@ class Drafter:
     def prepare(self, resources: Resources) -> None:
         """Called once, before the first sequence. Raises RequestError if the drafter cannot draft for the verifier."""
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: Tensor) -> None:
         """A new sequence starts; the verifier has just read the prompt, int64 [P]."""
 
     def propose(self, context: Context, budget: int) -> Draft:

@@ -15,7 +15,6 @@ from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.decoding.scores import Scores
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
-from quasar.verifiers.base import Verifier
 
 NOBODY = "none"
 """The member that a step without a draft is noted under."""
@@ -57,10 +56,10 @@ class ChainDrafter(Drafter):
             member.prepare(resources)
             self.details += tuple(f"{name}: {detail}" for detail in member.details)
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: Tensor) -> None:
         self._winners = []
         for member in self.members:
-            member.begin(prompt, verifier)
+            member.begin(prompt)
 
     def propose(self, context: Context, budget: int) -> Draft:
         self._drafts = []

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, validate_call
-from torch import Tensor
 
 from quasar.cache import json_store
 from quasar.decoding.acceptance import Greedy
@@ -20,8 +19,7 @@ from quasar.drafters._autoregressive import draft_chain
 from quasar.drafters._layer_search import SearchResult, search_skipped_layers, spread
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
-from quasar.verifiers.base import LayeredVerifier, Verifier
-from quasar.verifiers.transformer import TransformerVerifier
+from quasar.verifiers.base import LayeredVerifier
 
 # Enough for blocks of every size.
 WARM_UP_TOKENS = 16
@@ -73,40 +71,37 @@ class LayerSkipDrafter(Drafter):
         self.method, self.seed = method, seed
         self.exit_layer, self.skip_layers, self.skip_ratio = exit_layer, skip_layers, skip_ratio
         self.search_sets, self.search_prompts, self.search_tokens = search_sets, search_prompts, search_tokens
-        self._lent: TransformerVerifier | None = None
+        self._lent: LayeredVerifier | None = None
+        self._verifier: LayeredVerifier | None = None
+        self._layers: list[int] = []
 
     def prepare(self, resources: Resources) -> None:
         """Build the verifier that drafts, and search for the layers, where the settings ask for it."""
-        if not isinstance(resources.verifier, LayeredVerifier):
+        verifier = resources.verifier
+        if not isinstance(verifier, LayeredVerifier):
             raise RequestError(
-                f"drafter=layerskip needs a verifier with layers to skip; {type(resources.verifier).__name__} has none"
+                f"drafter=layerskip needs a verifier with layers to skip; {type(verifier).__name__} has none"
             )
-        # Layers that the model lacks are refused before anything is written.
-        self.kept_layers(resources.verifier.num_layers)
-        if self.draft_verifier is not None:
-            self.draft_with(resources.build_verifier(self.draft_verifier))
+        lent = None if self.draft_verifier is None else resources.build_verifier(self.draft_verifier)
+        self.use(verifier, lent)
         if self.method == "search":
-            found = self._searched(resources)
+            found = self._searched(resources, verifier)
             self.exit_layer, self.skip_layers = None, found.skipped
+            self.use(verifier, lent)
             self.details = (
                 f"skips layers {found.skipped}, the fastest of {found.tried} sets at "
                 f"{found.tokens_per_second:.1f} tokens/s on calibration prompts",
             )
 
-    def draft_with(self, lent: TransformerVerifier) -> None:
-        """Draft with this verifier's layers on the run's verifier's cache."""
-        self._lent = lent
+    def use(self, verifier: LayeredVerifier, lent: LayeredVerifier | None = None) -> None:
+        """Draft with this verifier's layers, or with those of ``lent`` on this verifier's cache.
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
-        if not isinstance(verifier, LayeredVerifier):
-            raise RequestError(
-                f"drafter=layerskip needs a verifier with layers to skip; {type(verifier).__name__} has none"
-            )
-        self._verifier: LayeredVerifier = verifier
-        if self._lent is not None and isinstance(verifier, TransformerVerifier):
-            self._lent.share_cache(verifier)
-            self._verifier = self._lent
+        Raises RequestError as `kept_layers`, and if the two cannot share a cache.
+        """
         self._layers = self.kept_layers(verifier.num_layers)
+        if lent is not None:
+            lent.share_cache(verifier)
+        self._lent, self._verifier = lent, lent or verifier
 
     def kept_layers(self, num_layers: int) -> list[int]:
         """The layers that draft, ascending.
@@ -138,10 +133,12 @@ class LayerSkipDrafter(Drafter):
         return kept
 
     def propose(self, context: Context, budget: int) -> Draft:
+        if self._verifier is None:
+            raise RuntimeError("LayerSkipDrafter.propose: no layers to draft with yet; call prepare or use first")
         logits = partial(self._verifier.draft_logits, layers=self._layers)
         return draft_chain(logits, context, min(self.num_tokens, budget), self.confidence)
 
-    def _searched(self, resources: Resources) -> SearchResult:
+    def _searched(self, resources: Resources, verifier: LayeredVerifier) -> SearchResult:
         """The best set of layers, from the user's cache where the same search was made before."""
         calibration = resources.calibration()
         if calibration is None:
@@ -154,7 +151,6 @@ class LayerSkipDrafter(Drafter):
             "warm_up": WARM_UP_TOKENS,
             "seed": self.seed,
         }
-        verifier = resources.verifier
         prompts = [sequence.tolist() for sequence in calibration.sequences[: self.search_prompts]]
 
         def search() -> dict[str, Any]:
@@ -163,13 +159,12 @@ class LayerSkipDrafter(Drafter):
                 search_skipped_layers(speed, verifier.num_layers, self.search_sets, self.seed, resources.progress)
             )
 
-        return SearchResult(**STORE.get(key, verifier.device, verifier.model.dtype, search))
+        return SearchResult(**STORE.get(key, verifier.device, verifier.dtype, search))
 
-    def _speed(self, verifier: TransformerVerifier, prompts: list[list[int]], skipped: list[int]) -> float:
+    def _speed(self, verifier: LayeredVerifier, prompts: list[list[int]], skipped: list[int]) -> float:
         """Greedy tokens per second without these layers, over all prompts."""
         drafter = LayerSkipDrafter(self.num_tokens, skip_layers=skipped, confidence=self.confidence)
-        if self._lent is not None:
-            drafter.draft_with(self._lent)
+        drafter.use(verifier, self._lent)
 
         def generate(prompt: list[int], length: int) -> Generation:
             limits = Limits(length, len(prompt) + length, frozenset())

@@ -15,7 +15,6 @@ from torch import Tensor
 from quasar.decoding.draft import Context, Draft, Scratch, StepResult, merge_into_tree
 from quasar.decoding.sampling import most_likely
 from quasar.drafters.base import Drafter
-from quasar.verifiers.base import Verifier
 
 
 class LookaheadDrafter(Drafter):
@@ -57,7 +56,7 @@ class LookaheadDrafter(Drafter):
         self._indexed = 0
         self._last = 0
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: Tensor) -> None:
         self._pool.clear()
         self._indexed = 0
         # Random tokens of the prompt at least belong to the subject. The first iterate is longer than the window,

@@ -11,8 +11,7 @@ from torch import Tensor
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.drafters._autoregressive import draft_chain
 from quasar.drafters.base import Drafter, Resources
-from quasar.verifiers.base import Verifier
-from quasar.verifiers.transformer import TransformerVerifier
+from quasar.verifiers.base import LayeredVerifier
 
 
 class ModelDrafter(Drafter):
@@ -36,7 +35,7 @@ class ModelDrafter(Drafter):
         confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ) -> None:
         self.draft, self.num_tokens, self.confidence = draft, num_tokens, confidence
-        self._model: TransformerVerifier | None = None
+        self._model: LayeredVerifier | None = None
         self._read = 0
         self._unread = 0
         self._proposed = 0
@@ -47,11 +46,11 @@ class ModelDrafter(Drafter):
         self.details = (f"draft model of {model.cost.weight_bytes / 1e6:.0f} MB per pass", *model.details)
         self.use(model)
 
-    def use(self, model: TransformerVerifier) -> None:
+    def use(self, model: LayeredVerifier) -> None:
         """Draft with this model."""
         self._model = model
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: Tensor) -> None:
         if self._model is None:
             raise RuntimeError("ModelDrafter.begin: no draft model yet; call prepare or use first")
         self._model.prefill(prompt)

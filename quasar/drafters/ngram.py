@@ -13,7 +13,6 @@ from quasar.decoding.draft import Context, Draft, merge_into_tree
 from quasar.drafters._suffix_automaton import SEPARATOR, AutomatonIndex, Match
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
-from quasar.verifiers.base import Verifier
 
 # Places of an n-gram that lookup remembers, the latest ones: they bound the cost of a step.
 LOOKUP_PLACES = 64
@@ -78,7 +77,7 @@ class NgramDrafter(Drafter):
             self._index.memorize(tokens)
             self.details = (f"corpus of {len(tokens)} tokens",)
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: Tensor) -> None:
         self._index.begin(prompt.tolist())
 
     def propose(self, context: Context, budget: int) -> Draft:

@@ -14,7 +14,6 @@ from quasar.decoding.scores import Scores
 from quasar.drafters.base import Drafter
 from quasar.errors import RequestError
 from quasar.evaluation.trace import TracedTurn, read_trace
-from quasar.verifiers.base import Verifier
 
 
 class ReplayDrafter(Drafter):
@@ -46,7 +45,7 @@ class ReplayDrafter(Drafter):
         """Tokens of the last draft that the trace says were kept."""
         return self._accepted
 
-    def begin(self, prompt: Tensor, verifier: Verifier) -> None:
+    def begin(self, prompt: Tensor) -> None:
         self._turn = min(self._turns, key=lambda turn: abs(turn.prompt_tokens - len(prompt)))
         self._step = 0
 

@@ -17,7 +17,7 @@ from quasar.cache import json_store
 from quasar.decoding.acceptance import Accepted
 from quasar.decoding.draft import ROOT, Draft
 from quasar.decoding.scores import Scores
-from quasar.verifiers.transformer import TransformerVerifier
+from quasar.verifiers.base import Verifier
 
 # Rows of logits compared at a time: bounds memory at large vocabularies.
 COMPARE_ROWS = 64
@@ -46,17 +46,16 @@ class Fidelity:
     top1: list[bool]
 
 
-def measure(reference: TransformerVerifier, verifier: TransformerVerifier, trajectory: Trajectory) -> Fidelity:
+def measure(reference: Verifier, verifier: Verifier, trajectory: Trajectory) -> Fidelity:
     """Teacher-force both along the trajectory, each in one pass."""
     kl, top1 = divergence(answer_logits(reference, trajectory), answer_logits(verifier, trajectory))
     return Fidelity(kl, top1)
 
 
-@torch.inference_mode()
-def answer_logits(verifier: TransformerVerifier, trajectory: Trajectory) -> Tensor:
+def answer_logits(verifier: Verifier, trajectory: Trajectory) -> Tensor:
     """Logits [A, V] from which the A answer tokens are predicted, in one pass over prompt and answer."""
-    tokens = torch.tensor([*trajectory.prompt, *trajectory.answer[:-1]], device=verifier.device)
-    return verifier.model(tokens, outputs=slice(len(trajectory.prompt) - 1, None))
+    tokens = torch.tensor([*trajectory.prompt, *trajectory.answer[:-1]])
+    return verifier.teacher_forced(tokens, len(trajectory.prompt) - 1)
 
 
 def divergence(reference: Tensor, verifier: Tensor) -> tuple[list[float], list[bool]]:
@@ -99,7 +98,7 @@ class ReferencePath:
         return Accepted(path, bonus)
 
 
-def trajectory_of(reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
+def trajectory_of(reference: Verifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
     """Greedy autoregressive decoding by the reference, at most ``length`` tokens, with its noise floor.
 
     In 16 bit the reference differs from itself between one pass over many tokens and one token at a time: no
@@ -107,7 +106,7 @@ def trajectory_of(reference: TransformerVerifier, prompt: list[int], length: int
     """
     rows = [reference.prefill(torch.tensor(prompt)).logits[0].clone()]
     answer = [int(rows[0].argmax())]
-    room = reference.model.config.context_length - len(prompt)
+    room = reference.context_length - len(prompt)
     while len(answer) < min(length, room) and answer[-1] not in stop:
         rows.append(reference.verify(answer[-1], Draft()).logits[0])
         reference.keep([])
@@ -127,7 +126,7 @@ class Trajectories:
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._device, self._dtype = model, device, dtype
 
-    def get(self, reference: TransformerVerifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
+    def get(self, reference: Verifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
         """The trajectory of a prompt: see `trajectory_of`."""
         key = {"model": self._model, "prompt": prompt, "length": length, "stop": sorted(stop)}
         found = STORE.get(key, self._device, self._dtype, lambda: vars(trajectory_of(reference, prompt, length, stop)))

@@ -25,9 +25,8 @@ from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.model.transformer import Transformer
 from quasar.results.environment import device_name
-from quasar.verifiers.base import Setup
+from quasar.verifiers.base import LayeredVerifier, Setup, Verifier
 from quasar.verifiers.fp16 import FP16Verifier
-from quasar.verifiers.transformer import TransformerVerifier
 
 # The KV cache starts with room for the longest prompt, its answer, and a block of this many rows.
 BLOCK_ROOM = 64
@@ -41,13 +40,13 @@ class Prepared:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     drafter: Drafter
-    verifier: TransformerVerifier
+    verifier: Verifier
     capacity: int
 
     def build_reference(self, reporter: Reporter) -> FP16Verifier:
         """The unquantized, unpruned model in the run's dtype and on its device."""
-        model = load_model(self.checkpoint, self.verifier.model.dtype, self.verifier.device, reporter)
-        return FP16Verifier(model, Setup(self.capacity))
+        model = load_model(self.checkpoint, self.verifier.dtype, self.verifier.device, reporter)
+        return FP16Verifier(model, Setup(self.capacity, self.checkpoint.folder))
 
 
 def prepare(
@@ -66,15 +65,15 @@ def prepare(
     capacity = min(longest + settings.decode.max_new_tokens, model.config.context_length) + BLOCK_ROOM
     calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
     with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
-        setup = Setup(capacity, advance, calibration)
-        verifier: TransformerVerifier = build("verifier", settings.verifier, model, setup)
+        setup = Setup(capacity, checkpoint.folder, advance, calibration)
+        verifier: Verifier = build("verifier", settings.verifier, model, setup)
     del model
     with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
         another = partial(_build_another, checkpoint, dtype, device, replace(setup, progress=advance), reporter)
         identity = _identity(settings, checkpoint, verifier)
         drafter.prepare(Resources(verifier, tokenizer.encode, another, calibration, identity, advance))
     if settings.decode.draft_tokens == "auto":
-        cost = measure_pass_cost(verifier, tokenizer.encode_chat(WARM_UP), verifier.cache.capacity)
+        cost = measure_pass_cost(verifier, tokenizer.encode_chat(WARM_UP), verifier.capacity)
         drafter = AdaptiveLength(drafter, cost)
     gc.collect()
     return Prepared(settings, checkpoint, tokenizer, drafter, verifier, capacity)
@@ -114,22 +113,22 @@ def _build_another(
     setup: Setup,
     reporter: Reporter,
     choice: str | dict[str, Any],
-) -> TransformerVerifier:
+) -> LayeredVerifier:
     """One more verifier of the run's model, by name or by node; ``dtype`` auto is the run's."""
     node = node_named("verifier", choice) if isinstance(choice, str) else choice
     name = node.get("dtype", "auto")
     dtype = run_dtype if name == "auto" else choose_dtype(name, device)
     built = build("verifier", node, load_model(checkpoint, dtype, device, reporter), setup)
-    assert isinstance(built, TransformerVerifier)
+    assert isinstance(built, LayeredVerifier)
     return built
 
 
-def _identity(settings: RunConfig, checkpoint: Checkpoint, verifier: TransformerVerifier) -> dict[str, str]:
+def _identity(settings: RunConfig, checkpoint: Checkpoint, verifier: Verifier) -> dict[str, str]:
     """What tells this run's model, verifier and machine apart from others whose measurements are cached."""
     return {
         "model": checkpoint.identity,
         "verifier": json.dumps(settings.verifier, sort_keys=True),
-        "dtype": str(verifier.model.dtype),
+        "dtype": str(verifier.dtype),
         "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }

@@ -25,7 +25,7 @@ from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.metrics import STEP_COUNTS
 from quasar.results.records import Json
-from quasar.verifiers.transformer import TransformerVerifier
+from quasar.verifiers.base import Verifier
 
 OnStep = Callable[[StepResult], None]
 
@@ -46,9 +46,9 @@ class Session:
 
     settings: RunConfig
     drafter: Drafter
-    verifier: TransformerVerifier
+    verifier: Verifier
     tokenizer: Tokenizer
-    reference: TransformerVerifier | None = None
+    reference: Verifier | None = None
     trajectories: Trajectories | None = None
     shared_same: SharedBaselines | None = None
     shared_reference: SharedBaselines | None = None
@@ -60,7 +60,7 @@ class Session:
         self.rule: AcceptanceRule = rule_for(self.sampling)
         if chosen.acceptance == "typical":
             self.rule = Typical(self.sampling, chosen.typical_threshold, chosen.typical_alpha)
-        context_length = self.verifier.model.config.context_length
+        context_length = self.verifier.context_length
         cap = chosen.draft_tokens if isinstance(chosen.draft_tokens, int) else None
         strings = StopStrings(chosen.stop, self.tokenizer.decode) if chosen.stop else None
         self.limits = Limits(chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, cap, strings)
@@ -79,9 +79,9 @@ class Session:
     def warm_up(self) -> None:
         """A short decode that is not recorded: first calls allocate, compile and fill caches."""
         tokens = self.tokenizer.encode_chat(WARM_UP)
-        for verifier in (self.verifier, self.reference):
-            if verifier is not None:
-                self._generate(tokens, self.drafter, verifier, "warm-up", max_new_tokens=8)
+        self._generate(tokens, self.drafter, self.verifier, "warm-up", max_new_tokens=8)
+        if self.reference is not None:
+            self._generate(tokens, NoneDrafter(), self.reference, "warm-up", max_new_tokens=8)
 
     def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Json]) -> list[Json]:
         """What ``answer`` makes of every turn's (token ids, key), whose ``token_ids`` are the reply the next turn sees.
@@ -155,7 +155,7 @@ class Session:
         }
 
     def _autoregressive(
-        self, verifier: TransformerVerifier, shared: SharedBaselines | None, tokens: list[int], key: str
+        self, verifier: Verifier, shared: SharedBaselines | None, tokens: list[int], key: str
     ) -> Baseline:
         def decoded() -> Baseline:
             generation = self._generate(tokens, NoneDrafter(), verifier, key)
@@ -169,7 +169,7 @@ class Session:
         self,
         tokens: list[int],
         drafter: Drafter,
-        verifier: TransformerVerifier,
+        verifier: Verifier,
         key: str,
         on_step: OnStep | None = None,
         max_new_tokens: int | None = None,

@@ -75,9 +75,7 @@ def _session(parts: Prepared, shared_baselines: Path | None, reporter: Reporter)
     evaluate = parts.settings.evaluate
     session = Session(parts.settings, parts.drafter, parts.verifier, parts.tokenizer)
     if evaluate.fidelity:
-        session.trajectories = Trajectories(
-            parts.checkpoint.identity, parts.verifier.device, parts.verifier.model.dtype
-        )
+        session.trajectories = Trajectories(parts.checkpoint.identity, parts.verifier.device, parts.verifier.dtype)
     if (evaluate.baselines or evaluate.fidelity) and not parts.verifier.is_reference:
         session.reference = parts.build_reference(reporter)
     if shared_baselines is not None:
@@ -87,7 +85,7 @@ def _session(parts: Prepared, shared_baselines: Path | None, reporter: Reporter)
 
 def _print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:
     settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
-    dtype = str(verifier.model.dtype).removeprefix("torch.")
+    dtype = str(verifier.dtype).removeprefix("torch.")
     lossless = f"; lossless with respect to the {verifier.label}, not to the reference"
     exact = settings.decode.acceptance == "exact"
     entries = {
@@ -124,7 +122,7 @@ def _share(session: Session, folder: Path) -> None:
     device = device_name(session.verifier.device)
     if session.verifier.device.type == "cpu":
         device += f", {torch.get_num_threads()} threads"
-    dtype = str(session.verifier.model.dtype)
+    dtype = str(session.verifier.dtype)
 
     def shared(is_reference: bool) -> SharedBaselines:
         return SharedBaselines(folder, baseline_identity(session.settings, is_reference, dtype), device)

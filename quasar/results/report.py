@@ -8,7 +8,7 @@ from quasar.config.schema import RunConfig
 from quasar.console import Reporter
 from quasar.results.metrics import summarize
 from quasar.results.records import Json
-from quasar.verifiers.transformer import TransformerVerifier
+from quasar.verifiers.base import Verifier
 
 _COLUMNS = (
     "task family",
@@ -30,7 +30,7 @@ _COLUMNS = (
 def print_report(
     reporter: Reporter,
     settings: RunConfig,
-    verifier: TransformerVerifier,
+    verifier: Verifier,
     records: list[Json],
     measured: Json,
     folder: Path,
@@ -79,7 +79,7 @@ def _row(name: str, metrics: Json) -> list[str]:
     ]
 
 
-def _notes(settings: RunConfig, verifier: TransformerVerifier, records: list[Json], measured: Json) -> list[str]:
+def _notes(settings: RunConfig, verifier: Verifier, records: list[Json], measured: Json) -> list[str]:
     notes = []
     if measured["simulated"]:
         notes.append(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,40 +28,70 @@ class VerifierCost:
     kv_bytes_per_token: int
 
 
-class Verifier(Protocol):
-    """A model plus its KV cache. The cache holds the context without its last token, which `verify` feeds."""
+class Verifier(ABC):
+    """A model plus its KV cache. The cache holds the context without its last token, which `verify` feeds.
 
+    label:          how tables name what the output is lossless with respect to
+    is_reference:   whether this is the unquantized, unpruned model
+    details:        what building it settled beyond the configuration, in words
+    cost:           bytes that one pass reads
+    device, dtype:  of the activations
+    context_length: tokens that the model can read
+    """
+
+    label: str = "model"
+    is_reference: bool = False
+    details: tuple[str, ...] = ()
     cost: VerifierCost
+    device: torch.device
+    dtype: torch.dtype
+    context_length: int
 
-    @property
-    def device(self) -> torch.device: ...
-
+    @abstractmethod
     def prefill(self, tokens: Tensor) -> Scores:
         """Forget the last sequence and read a prompt, int64 [P]; the scores after its last token, of no draft."""
-        ...
 
+    @abstractmethod
     def verify(self, last: int, draft: Draft) -> Scores:
         """Score a draft, which follows ``last``, and its scratch outputs in one forward pass."""
-        ...
 
+    @abstractmethod
     def keep(self, path: Sequence[int]) -> None:
         """Commit the last token and the accepted draft tokens ``path``; drop every other row of the pass."""
-        ...
+
+    @abstractmethod
+    def teacher_forced(self, tokens: Tensor, first: int) -> Tensor:
+        """Logits, float [S - first, V], after each of the tokens, int64 [S], from index ``first`` on, in one pass.
+
+        Leaves the sequence that the KV cache holds alone.
+        """
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the KV cache has room for before it has to grow."""
+        return self.context_length
 
 
-@runtime_checkable
-class LayeredVerifier(Protocol):
+class LayeredVerifier(Verifier):
     """A verifier whose own layers can draft (self-speculation)."""
 
     @property
+    @abstractmethod
     def num_layers(self) -> int: ...
 
+    @abstractmethod
     def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
         """Logits [V] after ``token`` at ``offset`` tokens behind the cached context, through ``layers`` only.
 
         The layers' keys and values of the drafted tokens are tentative: `verify` writes over them.
         """
-        ...
+
+    @abstractmethod
+    def share_cache(self, owner: LayeredVerifier) -> None:
+        """Read and write the owner's KV cache from now on: the same layers, in another precision, draft for it.
+
+        Raises RequestError if the layers' keys and values have other shapes or types.
+        """
 
 
 @dataclass(frozen=True)
@@ -68,11 +99,13 @@ class Setup:
     """What a run gives to every verifier it builds.
 
     capacity: tokens the KV cache has room for at first
+    folder: where the model's files are; None for random weights
     progress: called with (done, total) while weights are transformed
     calibration: gives the text on which methods watch the model's activations, or None where the run has none
     """
 
     capacity: int = 1024
+    folder: Path | None = None
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
     calibration: Callable[[], Calibration | None] = field(default=lambda: None)
 

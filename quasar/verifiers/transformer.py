@@ -15,45 +15,39 @@ from quasar.model.execution.passes import MAX_ROWS, passes_for
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
-from quasar.verifiers.base import Setup, VerifierCost
+from quasar.verifiers.base import LayeredVerifier, Setup, VerifierCost
 
 # Long prompts are read in chunks, which bounds the attention mask and the activations.
 PREFILL_CHUNK = 512
 
 
-class TransformerVerifier:
-    """Implements `Verifier` and `LayeredVerifier`; subclasses transform the model before they hand it over.
+class TransformerVerifier(LayeredVerifier):
+    """Subclasses transform the model before they hand it over.
 
-    label: how tables name what the output is lossless with respect to
-    is_reference: whether this is the unquantized, unpruned model
-    details: what building it settled beyond the configuration, for people
     passes: blocks without the host's work between kernels; None where the model's own operations have to do
     """
-
-    label = "model"
-    is_reference = False
-    details: tuple[str, ...] = ()
 
     def __init__(self, model: Transformer, setup: Setup) -> None:
         pack_linears(model)
         self.model = model
         self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
+        self.device, self.dtype, self.context_length = model.device, model.dtype, model.config.context_length
         self.passes = passes_for(model, self.cache)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.device
+    def capacity(self) -> int:
+        return self.cache.capacity
 
     @property
     def num_layers(self) -> int:
         return self.model.config.num_layers
 
-    def share_cache(self, owner: TransformerVerifier) -> None:
-        """Read and write the owner's cache from now on: the same layers, in another precision, draft for it.
-
-        Raises RequestError where the layers' keys and values have other shapes or types.
-        """
+    def share_cache(self, owner: LayeredVerifier) -> None:
+        if not isinstance(owner, TransformerVerifier):
+            raise RequestError(
+                f"the {self.label} cannot read the cache of {type(owner).__name__}, which is none of ours"
+            )
         if self.cache is owner.cache:
             return
         ours, theirs = ([(keys.shape[::2], keys.dtype) for keys in cache.keys] for cache in (self.cache, owner.cache))
@@ -106,6 +100,10 @@ class TransformerVerifier:
         self.cache.reserve(offset + 1)
         tokens = torch.tensor([token], device=self.device)
         return self.model(tokens, self.cache, start=self.cache.length + offset, layers=layers)[0]
+
+    @torch.inference_mode()
+    def teacher_forced(self, tokens: Tensor, first: int) -> Tensor:
+        return self.model(tokens.to(self.device), outputs=slice(first, None))
 
     def _forward(self, last: int, draft: Draft) -> Callable[[], Tensor]:
         """The pass by the model's own operations, for any device, dtype and size of block."""

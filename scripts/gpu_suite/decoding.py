@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from quasar.decoding.acceptance import Greedy
-from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.draft import Context, Draft
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits
@@ -18,7 +18,7 @@ from quasar.drafters.none import NoneDrafter
 from quasar.model.loading import load_transformer
 from quasar.model.transformer import Transformer
 from quasar.quantization.recipes import Int4Format, quantize_w4, quantize_w8a8
-from quasar.verifiers.base import Setup, Verifier
+from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from scripts.gpu_suite.plan import SMALL_GROUP_SIZE, Plan
 from scripts.gpu_suite.record import Json, Recorder
@@ -34,11 +34,8 @@ PROMPTS = (
 )
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     """As `quasar.drafters.ngram`, by linear search and without a validating library."""
-
-    def begin(self, prompt: torch.Tensor, verifier: Verifier) -> None:
-        pass
 
     def propose(self, context: Context, budget: int) -> Draft:
         tokens = context.tokens
@@ -48,9 +45,6 @@ class PromptLookup:
                 if tokens[start : start + size] == suffix:
                     return Draft.chain(tokens[start + size : start + size + min(NUM_TOKENS, budget)])
         return Draft()
-
-    def observe(self, step: StepResult) -> None:
-        pass
 
 
 def measure(plan: Plan, recorder: Recorder) -> Json:

@@ -8,13 +8,14 @@ import time
 import torch
 
 from quasar.decoding.acceptance import Greedy
-from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.draft import Context, Draft
 from quasar.decoding.loop import decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits
 from quasar.decoding.stopwatch import DECODE_PHASES
+from quasar.drafters.base import Drafter
 from quasar.model.execution.cuda_graph import BlockPasses
-from quasar.verifiers.base import Setup, Verifier
+from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from scripts.gpu_suite.models import random_model
 from scripts.gpu_suite.plan import Plan
@@ -25,17 +26,11 @@ DRAFT_TOKENS = 5
 FORMATS = ("int8", "int4")
 
 
-class FixedDrafter:
+class FixedDrafter(Drafter):
     """Proposes the same tokens at every step, which costs nothing."""
-
-    def begin(self, prompt: torch.Tensor, verifier: Verifier) -> None:
-        pass
 
     def propose(self, context: Context, budget: int) -> Draft:
         return Draft.chain(list(range(1, 1 + min(DRAFT_TOKENS, budget))))
-
-    def observe(self, step: StepResult) -> None:
-        pass
 
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
