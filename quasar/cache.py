@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
-from quasar_kernels.folder import cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +115,14 @@ class Store(Generic[T]):
 def json_store(kind: str) -> Store[Any]:
     """A store of JSON values."""
     return Store(kind, ".json", _save_json, lambda file: json.loads(file.read_text(encoding="utf-8")))
+
+
+def cache_folder() -> Path:
+    """``$QUASAR_CACHE``, or the user's cache folder for Quasar."""
+    # Its package imports torch, which ``run.py --help`` must not wait for.
+    from quasar_kernels.folder import cache_folder
+
+    return cache_folder()
 
 
 def card_of(content: Path) -> Path:
