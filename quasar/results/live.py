@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quasar.config.schema import LoggerConfig
 from quasar.console import Reporter
-from quasar.results.records import read_json
+from quasar.results.store import read_json
 from quasar.results.wandb_log import FOLDER, OUTCOME, choose_mode, stamp, sync_command
 
 

@@ -15,48 +15,28 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from quasar.results.records import GENERATIONS, Json, whole_records, write_atomically
+from quasar.results.generations import GENERATIONS, GenerationsFile
+from quasar.results.metrics import METRICS, Measured
 from quasar.results.runs import MANIFEST, StoredRun, read_run
+from quasar.results.schema import Json, PromptRecord
+from quasar.results.store import write_atomically
 
 FOLDER = "wandb"
 OUTCOME = "outcome.json"
 STAGING = "staging"
 ARTIFACT_FILES = ("config.yaml", "environment.json", GENERATIONS, "summary.json", "status.json")
-FIGURES = "figures"
 INIT_SECONDS = 30
 POLL_SECONDS = 2.0
 BEGIN_SECONDS = 3600.0
 # A process that W&B keeps from ending is ended.
 LAST_SECONDS = 900.0
 DEFAULT_HOST = "https://api.wandb.ai"
-
-
-@dataclass
-class Totals:
-    """Sums over the prompts so far, for the live curves."""
-
-    steps: int = 0
-    emitted: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    milliseconds: float = 0.0
-
-    def add(self, other: Totals) -> None:
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def curves(self, prefix: str) -> Json:
-        return {
-            f"{prefix}/acceptance_length": _ratio(self.emitted, self.steps),
-            f"{prefix}/acceptance_rate": _ratio(self.accepted, self.drafted),
-            f"{prefix}/tokens_per_second": _ratio(self.emitted * 1e3, self.milliseconds),
-        }
 
 
 @dataclass(frozen=True)
@@ -67,26 +47,6 @@ class Target:
     project: str = "quasar"
     entity: str | None = None
     tags: tuple[str, ...] = ()
-
-
-@dataclass
-class Feed:
-    """The whole lines of a growing generations.jsonl, each once."""
-
-    file: Path
-    position: int = 0
-    seen: list[Json] = field(default_factory=list)
-
-    def new(self) -> Iterator[Json]:
-        if not self.file.exists():
-            return
-        with self.file.open("rb") as stream:
-            stream.seek(self.position)
-            records, whole = whole_records(stream.read())
-        self.position += whole
-        for record in records:
-            self.seen.append(record)
-            yield record
 
 
 def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = None) -> Json:
@@ -119,17 +79,17 @@ def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = No
         if begun is not None:
             begun(place)
         handle.define_metric("*", summary="none")
-        feed = Feed(folder / GENERATIONS)
-        totals = Totals()
+        generations, so_far = GenerationsFile(folder / GENERATIONS), Measured()
         while True:
             ended = begun is None or read_run(folder).status != "running"
-            for record in feed.new():
-                handle.log(_history(record, totals), step=len(feed.seen) - 1)
+            for record in generations.read_on():
+                so_far.add(record)
+                handle.log(_history(record, so_far), step=len(so_far.records) - 1)
             if ended:
                 break
             time.sleep(POLL_SECONDS)
         run = read_run(folder)
-        handle.log({"generations": _table(feed.seen)}, step=len(feed.seen))
+        handle.log({"generations": _table(generations.records)}, step=len(generations.records))
         handle.summary.update(run.summary or {"status": run.status, "error": run.error})
         handle.log_artifact(_artifact(folder, identity))
     finally:
@@ -271,18 +231,22 @@ def _remove_offline(directory: Path, identity: str) -> None:
             shutil.rmtree(copy)
 
 
-def _history(record: Json, totals: Totals) -> Json:
+def _history(record: PromptRecord, so_far: Measured) -> Json:
     """What one prompt adds: its own figures, those so far, and the distributions over its steps."""
-    turns = record["turns"]
-    own = _totals(turns)
-    totals.add(own)
-    steps = {
-        **{name: [value for turn in turns for value in turn["steps"][name]] for name in ("accepted", "drafted")},
-        **{f"{name}_ms": [lap for turn in turns for lap in turn["milliseconds"][name]] for name in ("verify", "draft")},
+    turns = record.turns
+    steps: dict[str, list[float]] = {
+        "accepted": [count for turn in turns for count in turn.steps.accepted],
+        "drafted": [count for turn in turns for count in turn.steps.drafted],
+        "verify_ms": [lap for turn in turns for lap in turn.milliseconds.verify],
+        "draft_ms": [lap for turn in turns for lap in turn.milliseconds.draft],
     }
     histograms = {f"steps/{name}": _histogram(values) for name, values in steps.items() if values}
-    curves = {**own.curves("prompt"), **totals.curves("so_far")}
-    return {**{key: value for key, value in curves.items() if value is not None}, **histograms}
+    return {**_curves("prompt", Measured([record])), **_curves("so_far", so_far), **histograms}
+
+
+def _curves(prefix: str, measured: Measured) -> Json:
+    values = {metric.curve: metric.compute(measured) for metric in METRICS if metric.curve is not None}
+    return {f"{prefix}/{curve}": value for curve, value in values.items() if value is not None}
 
 
 def _histogram(values: Sequence[float]) -> Any:
@@ -296,20 +260,13 @@ def _histogram(values: Sequence[float]) -> Any:
     return wandb.Histogram(np_histogram=(counts, np.arange(len(counts) + 1) - 0.5))
 
 
-def _totals(turns: Sequence[Json]) -> Totals:
-    counts = {name: sum(sum(turn["steps"][name]) for turn in turns) for name in ("emitted", "drafted", "accepted")}
-    phases = [values for turn in turns for name, values in turn["milliseconds"].items() if name != "prefill"]
-    steps = sum(len(turn["steps"]["emitted"]) for turn in turns)
-    return Totals(steps=steps, milliseconds=sum(map(sum, phases)), **counts)
-
-
-def _table(records: Sequence[Json]) -> Any:
+def _table(records: Sequence[PromptRecord]) -> Any:
     import wandb
 
     rows: list[Iterable[Any]] = [
-        [record["question_id"], record["family"], number, turn["text"], len(turn["token_ids"]), turn["finish_reason"]]
+        [record.question_id, record.family, number, turn.text, len(turn.token_ids), turn.finish_reason]
         for record in records
-        for number, turn in enumerate(record["turns"])
+        for number, turn in enumerate(record.turns)
     ]
     return wandb.Table(columns=["question_id", "family", "turn", "text", "tokens", "finish_reason"], data=rows)
 
@@ -321,13 +278,7 @@ def _artifact(folder: Path, identity: str) -> Any:
     for name in ARTIFACT_FILES:
         if (folder / name).exists():
             artifact.add_file(str(folder / name))
-    if (folder / FIGURES).is_dir():
-        artifact.add_dir(str(folder / FIGURES), name=FIGURES)
     return artifact
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator else None
 
 
 if __name__ == "__main__":
