@@ -323,11 +323,11 @@ UP: Better = "higher"
 DOWN: Better = "lower"
 
 METRICS: tuple[Metric, ...] = (
-    Metric("model", lambda run: run.facts.model, config_key="model.name"),
-    Metric("drafter", lambda run: run.facts.drafter, config_key="drafter.name"),
-    Metric("verifier", lambda run: run.facts.verifier, config_key="verifier.name"),
-    Metric("data", lambda run: run.facts.data, config_key="data.name"),
-    Metric("temperature", lambda run: run.facts.temperature, config_key="decode.temperature"),
+    Metric("model", lambda run: run.facts.model, heading="model", config_key="model.name"),
+    Metric("drafter", lambda run: run.facts.drafter, heading="drafter", config_key="drafter.name"),
+    Metric("verifier", lambda run: run.facts.verifier, heading="verifier", config_key="verifier.name"),
+    Metric("data", lambda run: run.facts.data, heading="data", config_key="data.name"),
+    Metric("temperature", lambda run: run.facts.temperature, heading="temperature", config_key="decode.temperature"),
     Metric("prompts", lambda run: len(run.records), "prompts", "prompts", printed=True),
     Metric("tokens_generated", tokens_generated, "tokens", "tokens", printed=True),
     Metric(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from quasar.console import Reporter
-from quasar.results.metrics import METRICS, MISSING, Measured, Metric, named
+from quasar.results import metrics
+from quasar.results.metrics import MISSING, Measured, Metric, named
 from quasar.results.schema import Json
 
 
@@ -15,7 +16,7 @@ def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) 
     values: every metric over all of the run's records
     """
     facts = run.facts
-    printed = [metric for metric in METRICS if metric.printed]
+    printed = [metric for metric in metrics.METRICS if metric.printed]
     families = dict.fromkeys(record.family for record in run.records)
     rows = [_family_row(printed, family, run.of_family(family)) for family in families]
     rows.append(["all", *(metric.text(values[metric.name]) for metric in printed)])

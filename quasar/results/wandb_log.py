@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from quasar.results import metrics
 from quasar.results.generations import GENERATIONS, GenerationsFile
-from quasar.results.metrics import METRICS, Measured
+from quasar.results.metrics import Measured
 from quasar.results.runs import MANIFEST, StoredRun, read_run
 from quasar.results.schema import Json, PromptRecord
 from quasar.results.store import write_atomically
@@ -245,7 +246,7 @@ def _history(record: PromptRecord, so_far: Measured) -> Json:
 
 
 def _curves(prefix: str, measured: Measured) -> Json:
-    values = {metric.curve: metric.compute(measured) for metric in METRICS if metric.curve is not None}
+    values = {metric.curve: metric.compute(measured) for metric in metrics.METRICS if metric.curve is not None}
     return {f"{prefix}/{curve}": value for curve, value in values.items() if value is not None}
 
 
