@@ -22,7 +22,7 @@ from quasar.results.metrics import METRICS, Measured, Metric, compute, named, su
 from quasar.results.report import print_report
 from quasar.results.schema import Baselines, Exactness, ForcedAnswer, PromptRecord, Timing
 from quasar.results.store import RunFolder
-from quasar.results.wandb_log import _history
+from quasar.results.wandb.log import _history
 from tests.compose import composed
 from tests.records import environment, facts, turn
 

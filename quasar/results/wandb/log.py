@@ -1,53 +1,26 @@
-"""Runs in Weights & Biases, made from their files alone: while they run or at any time after.
-
-The files are the truth. Whatever W&B does (fail, hang, be missing) happens in a process of its own or in
-``quasar wandb push``; a run neither fails nor waits for it.
-"""
+"""The W&B run of one run folder."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import netrc
 import os
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
 from quasar.results import metrics
 from quasar.results.generations import GENERATIONS, GenerationsFile
 from quasar.results.metrics import Measured
 from quasar.results.runs import MANIFEST, StoredRun, read_run
 from quasar.results.schema import Json, PromptRecord
-from quasar.results.store import write_atomically
+from quasar.results.wandb.target import FOLDER, Target, choose_mode
 
-FOLDER = "wandb"
-OUTCOME = "outcome.json"
 STAGING = "staging"
 ARTIFACT_FILES = ("config.yaml", "environment.json", GENERATIONS, "summary.json", "status.json")
 INIT_SECONDS = 30
 POLL_SECONDS = 2.0
-BEGIN_SECONDS = 3600.0
-# A process that W&B keeps from ending is ended.
-LAST_SECONDS = 900.0
-DEFAULT_HOST = "https://api.wandb.ai"
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where runs go. mode: auto, online or offline."""
-
-    mode: str = "auto"
-    project: str = "quasar"
-    entity: str | None = None
-    tags: tuple[str, ...] = ()
 
 
 def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = None) -> Json:
@@ -110,86 +83,6 @@ def run_id(run: StoredRun) -> str:
 
 def sync_command(place: Json) -> str:
     return f"wandb sync {place['directory']}"
-
-
-def choose_mode(chosen: str) -> Literal["online", "offline"]:
-    """What ``auto`` comes to: what the variable WANDB_MODE says, else online where there is a key."""
-    if chosen == "auto":
-        chosen = os.environ.get("WANDB_MODE") or ("online" if key_is_configured() else "offline")
-    return "online" if chosen == "online" else "offline"
-
-
-def key_is_configured() -> bool:
-    """Whether wandb would find a key: in the environment or in the file that ``wandb login`` writes. It is not read."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", DEFAULT_HOST)).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def stamp(folder: Path) -> int:
-    """When a run last said how it fares: changes when it begins, and again when it ends. 0: never."""
-    try:
-        return (folder / "status.json").stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The process beside a run: wait until it begins, keep pace with it, leave word of the outcome."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--before", type=int, required=True, help="stamp of the run before this attempt")
-    parser.add_argument("--target", type=json.loads, required=True)
-    chosen = parser.parse_args(arguments)
-    # The run's own threads come first.
-    os.nice(19)
-    if not _begun(chosen.folder, chosen.parent, chosen.before):
-        return
-    directory = chosen.folder / FOLDER
-
-    def tell(outcome: Json, ended: bool = False) -> None:
-        write_atomically(directory / OUTCOME, json.dumps({**outcome, "ended": ended}) + "\n")
-
-    try:
-        directory.mkdir(exist_ok=True)
-        _adopt_agents_id(directory)
-        watchdog = threading.Thread(target=_end_late, args=(chosen.folder,), daemon=True)
-        watchdog.start()
-        target = Target(**{**chosen.target, "tags": tuple(chosen.target["tags"])})
-        tell(push(chosen.folder, target, tell), ended=True)
-    except Exception as error:
-        tell({"error": _without_key(f"{type(error).__name__}: {error}")}, ended=True)
-
-
-def _begun(folder: Path, parent: int, before: int) -> bool:
-    """Wait until the run is at work, or was; False where its process ends before."""
-    deadline = time.monotonic() + BEGIN_SECONDS
-    while (alive := os.getppid() == parent and time.monotonic() < deadline) and stamp(folder) == before:
-        time.sleep(0.2)
-    return alive or stamp(folder) != before
-
-
-def _without_key(message: str) -> str:
-    key = os.environ.get("WANDB_API_KEY")
-    return message.replace(key, "(key)") if key else message
-
-
-def _end_late(folder: Path) -> None:
-    while read_run(folder).status == "running":
-        time.sleep(POLL_SECONDS)
-    time.sleep(LAST_SECONDS)
-    os._exit(1)
-
-
-def _adopt_agents_id(directory: Path) -> None:
-    """An agent of a W&B sweep looks for the run under an id of its own choice."""
-    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
-        write_atomically(directory / "id", os.environ["WANDB_RUN_ID"])
 
 
 def _options(run: StoredRun, target: Target, identity: str) -> Json:
@@ -280,7 +173,3 @@ def _artifact(folder: Path, identity: str) -> Any:
         if (folder / name).exists():
             artifact.add_file(str(folder / name))
     return artifact
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
