@@ -51,9 +51,10 @@ def run(
         _decode_all(session, prompts, records, run_folder, reporter)
         measured = Measured(records, _facts(session, environment))
         values = compute(measured)
-        run_folder.finish(summary_of(values))
+        summary = summary_of(values)
+        run_folder.finish(summary)
     print_report(reporter, measured, values, folder)
-    return summary_of(values)
+    return summary
 
 
 def _environment(parts: Prepared, prompts: list[Prompt]) -> Environment:

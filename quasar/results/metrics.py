@@ -394,7 +394,7 @@ def named(name: str) -> Metric:
     return {metric.name: metric for metric in METRICS}[name]
 
 
-def decode_milliseconds(record: PromptRecord) -> float:
+def _decode_ms(record: PromptRecord) -> float:
     """Time in which a prompt was decoded, prefill apart."""
     return sum(_phase_ms(turn, phase) for turn in record.turns for phase in DECODE_PHASES)
 
@@ -431,7 +431,7 @@ def _paired(records: Sequence[PromptRecord], baseline: str) -> list[np.ndarray]:
         base_tokens = sum(timing.decoded_tokens for timing in timings)
         if tokens and base_tokens:
             base_ms = sum(timing.decode_ms for timing in timings)
-            rows.append((tokens, decode_milliseconds(record), base_tokens, base_ms))
+            rows.append((tokens, _decode_ms(record), base_tokens, base_ms))
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
