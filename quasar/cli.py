@@ -94,7 +94,7 @@ def push_runs(
     entity: Annotated[str | None, typer.Option(help="another user or team than the run's")] = None,
 ) -> None:
     """Make the W&B runs of run folders from their files; doing it again makes the same runs again."""
-    from quasar.results.pushing import push_all
+    from quasar.results.wandb.pushing import push_all
 
     given = {"mode": mode, "project": project, "entity": entity}
     try:

@@ -48,7 +48,7 @@ def _run(config: DictConfig) -> int:
     # Heavy imports wait until a job runs, so that --help answers at once.
     from quasar.console import Reporter
     from quasar.experiment import run
-    from quasar.results.live import logged
+    from quasar.results.wandb.live import logged
 
     folder, reporter = Path(HydraConfig.get().runtime.output_dir), Reporter()
     try:

@@ -13,6 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from quasar.config.schema import CONF, register
+from quasar.results.generations import GENERATIONS
+from quasar.results.metrics import METRICS
+from quasar.results.schema import PromptRecord, Status
 
 VERIFIERS = ("fp16", "int8", "int4", "pruned")
 DRAFTERS = ("ngram", "lookahead", "layerskip")
@@ -46,26 +49,27 @@ def write_run(folder: Path, config: dict, text: str, state: str, dice: random.Ra
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     (folder / "config.yaml").write_text(f"# config hash: {key}\n# command: simulated\n{text}")
     (folder / "environment.json").write_text(json.dumps({"prompts": PROMPTS}) + "\n")
-    status = {
-        "status": "running" if state == "partial" else state,
-        "error": "Traceback (most recent call last):\nRuntimeError: simulated" if state == "failed" else None,
-        "time": "2026-01-01T00:00:00+0000",
-        "config_hash": key,
-        "code_versions": ["simulated"],
-        "machines": [dice.choice(MACHINES)],
-        "pid": 1,
-    }
-    (folder / "status.json").write_text(json.dumps(status) + "\n")
+    status = Status(
+        status="running" if state == "partial" else state,
+        error="Traceback (most recent call last):\nRuntimeError: simulated" if state == "failed" else None,
+        time="2026-01-01T00:00:00+0000",
+        config_hash=key,
+        code_versions=["simulated"],
+        machines=[dice.choice(MACHINES)],
+        pid=1,
+    )
+    (folder / "status.json").write_text(json.dumps(status.to_json()) + "\n")
     finished = PROMPTS if state == "done" else dice.randrange(PROMPTS)
-    line = json.dumps({"question_id": "simulated", "turns": []}) + "\n"
-    (folder / "generations.jsonl").write_text(line * finished)
+    line = json.dumps(PromptRecord("simulated", "simulated", []).to_json()) + "\n"
+    (folder / GENERATIONS).write_text(line * finished)
     if state == "done":
         (folder / "summary.json").write_text(json.dumps(simulated_summary(config, dice)) + "\n")
 
 
 def simulated_summary(config: dict, dice: random.Random) -> dict:
+    """Every key that a run's summary has; most were not measured."""
     acceptance = dice.uniform(0.2, 0.8)
-    return {
+    measured = {
         "model": config["model"]["name"],
         "drafter": config["drafter"]["name"],
         "verifier": config["verifier"]["name"],
@@ -77,10 +81,10 @@ def simulated_summary(config: dict, dice: random.Random) -> dict:
         "mean_acceptance_length": 1 + 2 * acceptance,
         "acceptance_rate": acceptance,
         "acceptance_by_position": [acceptance, acceptance**2],
-        "speedup_vs_ar_same": None,
         "speedup_ci95": [1.0, 1.5],
         "device": "simulated",
     }
+    return {metric.name: measured.get(metric.name) for metric in METRICS if metric.in_summary}
 
 
 if __name__ == "__main__":

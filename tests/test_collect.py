@@ -15,22 +15,24 @@ from quasar.cli import app
 from quasar.config.schema import CONF
 from quasar.results.collect import Collector, tabulate
 from quasar.results.overview import LISTED, STATUS_ROWS, remarks, status_rows, unfinished_rows
-from quasar.results.records import RunFolder
 from quasar.results.runs import StoredRun, read_run
+from quasar.results.schema import PromptRecord
+from quasar.results.store import RunFolder
 from scripts.simulate_sweep import main as simulate
 from tests.compose import composed
+from tests.records import environment
 
 
 def begun(folder: Path, *overrides: str) -> RunFolder:
     run = RunFolder(folder, composed("model=tiny", *overrides), resume=True)
-    run.begin(["run.py"], {"prompts": 2})
+    run.begin(["run.py"], environment(prompts=2))
     return run
 
 
 def finished(folder: Path, *overrides: str, **metrics: object) -> None:
     run = begun(folder, *overrides)
-    run.append({"question_id": "1", "turns": []})
-    run.append({"question_id": "2", "turns": []})
+    run.append(PromptRecord("1", "chat", []))
+    run.append(PromptRecord("2", "chat", []))
     run.finish({"model": "tiny", "prompts": 2, "tokens_per_second": 10.0, "speedup_ci95": None, **metrics})
 
 
@@ -47,7 +49,7 @@ def test_every_state_has_its_row(tmp_path: Path) -> None:
     finished(tmp_path / "0", "drafter=ngram", speedup_ci95=[1.1, 1.3])
     begun(tmp_path / "1", "drafter=none").status("failed", "Traceback:\nValueError: no")
     cut = begun(tmp_path / "2", "verifier=fp16")
-    cut.append({"question_id": "1", "turns": []})
+    cut.append(PromptRecord("1", "chat", []))
     with (tmp_path / "2/generations.jsonl").open("a") as stream:
         stream.write('{"question_id": "2", "tur')
     killed(cut)
@@ -117,7 +119,7 @@ def test_machines_and_versions_are_marked(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr("socket.gethostname", lambda name=machine: name)
         finished(tmp_path / machine)
     begun(tmp_path / "alpha").finish({"prompts": 2})
-    monkeypatch.setattr("quasar.results.records.code_version", lambda: "0123456789ab")
+    monkeypatch.setattr("quasar.results.store.code_version", lambda: "0123456789ab")
     finished(tmp_path / "gamma")
     rows = table(tmp_path)
     assert list(rows.machine) == ["alpha + beta", "beta", "beta"]

@@ -24,12 +24,12 @@ from quasar.evaluation.fidelity import (
     ReferencePath,
     Trajectories,
     answer_logits,
-    distinct_ngram_ratio,
     divergence,
     measure,
     trajectory_of,
 )
 from quasar.evaluation.prompts import Prompt
+from quasar.evaluation.repetition import distinct_ngram_ratio
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
 from quasar.verifiers.base import Setup, VerifierCost

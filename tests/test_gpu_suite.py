@@ -13,9 +13,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from quasar.results.schema import PromptRecord
 from scripts.gpu_suite import bars, simulation, workers
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import DIED, Recorder
+from tests.records import turn
 
 BLOCKED = [
     "accelerate",
@@ -135,8 +137,8 @@ def test_bars_take_the_worst_shape() -> None:
 def test_simulation_adds_up_the_passes_of_a_trace(tmp_path: Path) -> None:
     """One turn of two steps: 3 rows, measured as 4, at context 100; then 1 row at context 103."""
     trace = tmp_path / "generations.jsonl"
-    steps = {"drafted": [2, 0], "accepted": [2, 0]}
-    trace.write_text(json.dumps({"turns": [{"prompt_tokens": 100, "steps": steps}]}))
+    record = PromptRecord("1", "chat", [turn([2, 0], [2, 0], prompt_tokens=100)])
+    trace.write_text(json.dumps(record.to_json()) + "\n")
     passes = [
         {"weights": "int8", "rows": rows, "context": context, "milliseconds": rows + context / 100}
         for rows in (1, 4)

@@ -20,20 +20,22 @@ from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.replay import ReplayDrafter
 from quasar.errors import RequestError
-from quasar.evaluation.trace import read_trace
 from quasar.main import main
 from quasar.model.transformer import Transformer
+from quasar.results.schema import SCHEMA_VERSION, VERSION_KEY, PromptRecord
+from quasar.results.trace import read_trace
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
+from tests.records import turn
 
 
 def write_trace(file: Path, *turns: tuple[int, list[int], list[int]]) -> Path:
     """A line per turn of (prompt tokens, drafted, accepted)."""
     records = [
-        {"turns": [{"prompt_tokens": tokens, "steps": {"drafted": drafted, "accepted": accepted}}]}
-        for tokens, drafted, accepted in turns
+        PromptRecord(str(number), "chat", [turn(drafted, accepted, tokens)])
+        for number, (tokens, drafted, accepted) in enumerate(turns)
     ]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    file.write_text("".join(json.dumps(record.to_json()) + "\n" for record in records))
     return file
 
 
@@ -129,15 +131,27 @@ def test_a_chain_replays_only_the_drafts_of_its_replaying_member(tmp_path: Path)
         assert len(found.path) == accepted
 
 
+WITHOUT_TURNS = json.dumps(PromptRecord("1", "chat", []).to_json()) + "\n"
+UNFINISHED = json.dumps({VERSION_KEY: SCHEMA_VERSION, "question_id": 1}) + "\n"
+LENGTHS = json.dumps(PromptRecord("1", "chat", [turn([1], [1])]).to_json()).replace('"accepted": [1]', '"accepted": []')
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, r"missing\.jsonl: cannot be read .*generations\.jsonl"),
         ("", "holds no decoding step"),
-        ('{"turns": []}\n', "holds no decoding step"),
-        ('{"turns": []}\nnot json\n', "line 2: not a line of generations.jsonl"),
-        ('{"question_id": 1}\n', "line 1: not a line of generations.jsonl .*turns"),
-        ('{"turns": [{"prompt_tokens": 3, "steps": {"drafted": [1], "accepted": []}}]}', "differ in length"),
+        (WITHOUT_TURNS, "holds no decoding step"),
+        (WITHOUT_TURNS + "not json\n", "line 2: not a line of generations.jsonl"),
+        (
+            f'{{"schema_version": {SCHEMA_VERSION}, "question_id": 1}}\n',
+            "line 1: not a line of generations.jsonl .*turns",
+        ),
+        ('{"question_id": 1, "turns": []}\n', "line 1: not a line of generations.jsonl .*no schema_version"),
+        ("[1]\n", "line 1: not a line of generations.jsonl .*no object"),
+        (WITHOUT_TURNS.replace("[]", "[3]", 1), "line 1: not a line of generations.jsonl .*Turn is no object"),
+        (WITHOUT_TURNS.rstrip(), "line 1: not a line of generations.jsonl .*cut short"),
+        (LENGTHS + "\n", "differ in length"),
     ],
 )
 def test_bad_traces_are_refused(tmp_path: Path, content: str | None, message: str) -> None:

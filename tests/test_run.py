@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from quasar.main import main
+from quasar.results.schema import SCHEMA_VERSION, VERSION_KEY
 
 ROOT = Path(__file__).parents[1]
 SUMMARY_KEYS = {
@@ -229,6 +230,31 @@ def test_folder_of_another_run_is_left_alone(run: Run, prompt_file: Path, tmp_pa
     assert again.returncode == 2
     assert "already holds this run" in again.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_records_of_an_older_schema_are_refused_at_the_start(run: Run, prompt_file: Path, tmp_path: Path) -> None:
+    """A folder as code without a schema version left it when it was killed."""
+    assert run(*small(prompt_file)).returncode == 0
+    out, lines = tmp_path / "out", records(tmp_path)
+    (out / "summary.json").unlink()
+    (out / "status.json").write_text((out / "status.json").read_text().replace('"done"', '"running"'))
+    unversioned = [{key: value for key, value in line.items() if key != VERSION_KEY} for line in lines]
+    incomplete = [lines[0], {key: value for key, value in lines[1].items() if key != "family"}]
+    older = [{**lines[0], VERSION_KEY: SCHEMA_VERSION - 1}]
+    for content, line, found in (
+        (unversioned, 1, "no schema_version, this code reads version"),
+        (incomplete, 2, "PromptRecord lacks 'family'"),
+        (older, 1, f"schema_version {SCHEMA_VERSION - 1}, this code reads version {SCHEMA_VERSION}"),
+    ):
+        (out / "generations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in content))
+        before = {file.name: file.read_bytes() for file in out.iterdir()}
+        refused = run(*small(prompt_file))
+        assert refused.returncode == 2
+        assert f"{out / 'generations.jsonl'}, line {line}: " in refused.stderr
+        assert found in refused.stderr
+        assert "another hydra.run.dir" in refused.stderr
+        assert refused.stdout == "", "the run began"
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from quasar.evaluation.fidelity import Trajectory, trajectory_of
 from quasar.experiment import run as run_module
 from quasar.main import main
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
-from quasar.results.records import LOCK
 from quasar.results.runs import read_run
+from quasar.results.store import LOCK
 
 FAILING = "tests.sabotage.FailingDrafter"
 KILLED = "tests.sabotage.KilledDrafter"
@@ -181,7 +181,7 @@ def test_added_jobs_get_folders_of_their_own(sweep: Sweep, tmp_path: Path) -> No
 
 def test_other_code_runs_again(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep("hydra.sweep.dir=s").returncode == 0
-    for module in ("quasar.experiment.sweep.plan", "quasar.results.records"):
+    for module in ("quasar.experiment.sweep.plan", "quasar.results.store"):
         monkeypatch.setattr(f"{module}.code_version", lambda: "0123456789ab")
     kept = sweep("hydra.sweep.dir=s", "sweep.any_code=true", "sweep.dry_run=true")
     assert "1 jobs: 1 done already" in kept.stdout

@@ -23,9 +23,9 @@ from wandb.proto import wandb_internal_pb2
 from quasar.cli import app
 from quasar.config.schema import CONF
 from quasar.main import main
-from quasar.results import live
 from quasar.results.runs import read_config
-from quasar.results.wandb_log import key_is_configured
+from quasar.results.wandb import live
+from quasar.results.wandb.target import key_is_configured
 from tests.compose import composed
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -68,7 +68,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen
 
     def noted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
         process = popen(*arguments, **options)
-        if "quasar.results.wandb_log" in arguments[0]:
+        if "quasar.results.wandb.process" in arguments[0]:
             started.append(process)
         return process
 

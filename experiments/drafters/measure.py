@@ -8,13 +8,13 @@ Each configuration is one run below FOLDER; a finished one is not repeated, so t
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from quasar.results.metrics import summarize
+from quasar.results.metrics import named
+from quasar.results.runs import read_run
+from quasar.results.schema import Json
 
 ROOT = Path(__file__).parents[2]
 DRAFTERS = {
@@ -32,6 +32,7 @@ DRAFTERS = {
     "model: pruned 25 %": "drafter=model drafter.draft.ratio=0.25",
     "chain: ngram, layerskip": "drafter=chain",
 }
+COLUMNS = ("mean_acceptance_length", "acceptance_by_position", "tokens_per_second", "speedup_vs_ar_same")
 
 
 def main() -> None:
@@ -52,38 +53,30 @@ def main() -> None:
         *(f"decode.max_new_tokens={arguments.tokens}", "evaluate.fidelity=false", *overrides),
     ]
 
-    def run(folder: str, settings: str) -> list[dict[str, Any]]:
-        return records_of(arguments.output / folder, [*common, *settings.split()])
+    def run(folder: str, settings: str) -> Json:
+        return summary_of(arguments.output / folder, [*common, *settings.split()])
 
     drafters = {name: settings for name, settings in DRAFTERS.items() if arguments.only in name}
     for mode in ("greedy", "sampling"):
         print(f"\n### {'Greedy' if mode == 'greedy' else 'T = 1'}\n")
-        print(row("drafter", "τ", "acceptance by position", "draft share of the step", "tokens/s", "vs AR"))
-        print(row(*["---"] * 6))
+        headings = [named(name).heading for name in COLUMNS]
+        print(row("drafter", *headings, "draft share of the step"))
+        print(row(*["---"] * (2 + len(headings))))
         for name, settings in drafters.items():
             print(measured_row(name, run(f"{mode}/{slug(name)}", f"decode={mode} {settings}")), flush=True)
 
 
-def measured_row(name: str, records: list[dict[str, Any]]) -> str:
-    found = summarize(records)
-    positions = " ".join(f"{share:.2f}".removeprefix("0") for share in found["acceptance_by_position"][:6])
-    return row(
-        name,
-        f"{found['mean_acceptance_length']:.2f}",
-        positions,
-        f"{found['draft_ms'] / found['step_ms']:.1%}",
-        f"{found['tokens_per_second']:.1f}",
-        "-" if found["speedup_vs_ar_same"] is None else f"{found['speedup_vs_ar_same']:.2f}x",
-    )
+def measured_row(name: str, summary: Json) -> str:
+    cells = [named(metric).text(summary[metric]) for metric in COLUMNS]
+    return row(name, *cells, f"{summary['draft_ms'] / summary['step_ms']:.1%}")
 
 
-def records_of(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """The records of a run, which is carried out where it has not finished yet."""
-    status = folder / "status.json"
-    if not status.exists() or json.loads(status.read_text())["status"] != "done":
+def summary_of(folder: Path, overrides: list[str]) -> Json:
+    """The metrics of a run, which is carried out where it has not finished yet."""
+    if read_run(folder).status != "done":
         command = [sys.executable, str(ROOT / "run.py"), f"hydra.run.dir={folder}", *overrides]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return [json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_run(folder).summary
 
 
 def row(*cells: str) -> str:

@@ -9,25 +9,27 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from quasar.results.collect import Collector, tabulate
+from quasar.results.markdown import markdown, rows_of
+from quasar.results.metrics import named
 
 HERE = Path(__file__).parent
-COLUMNS = {
-    "kl_to_reference": ("KL", "{:.4f}"),
-    "top1_agreement": ("top-1", "{:.3f}"),
-    "exact_match_length": ("match length", "{:.1f}"),
-    "mean_acceptance_length_ref": ("τ_ref", "{:.2f}"),
-    "mean_acceptance_length": ("τ free", "{:.2f}"),
-    "distinct_4gram_ratio": ("distinct 4-grams", "{:.2f}"),
-}
+COLUMNS = [
+    *("weight_bytes", "kl_to_reference", "top1_agreement", "exact_match_length"),
+    *("mean_acceptance_length_ref", "mean_acceptance_length", "distinct_4gram_ratio"),
+]
 
 
 def main(output: Path) -> None:
     runs = tabulate(Collector(output).runs(), output)
     runs = runs[runs["status"] == "done"].copy()
-    runs["label"] = [describe(row) for row in runs.to_dict("records")]
-    runs = runs.drop_duplicates("label")
-    runs[["label", "verifier", "weight_bytes", *COLUMNS]].to_csv(HERE / "results.csv", index=False)
-    (HERE / "table.md").write_text(markdown(runs), encoding="utf-8")
+    kinds = runs["verifier"]
+    runs["verifier"] = [describe(row) for row in runs.to_dict("records")]
+    runs = runs.drop_duplicates("verifier")
+    results = runs[["verifier", *COLUMNS]].rename(columns={"verifier": "label"})
+    results.insert(1, "verifier", kinds[runs.index])
+    results.to_csv(HERE / "results.csv", index=False)
+    lines = [*markdown("verifier", rows_of(runs), COLUMNS), "", floor(rows_of(runs)[0])]
+    (HERE / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(runs, HERE / "fidelity.png")
 
 
@@ -56,22 +58,15 @@ def describe(run: dict[str, object]) -> str:
     return str(kind)
 
 
-def markdown(runs: pd.DataFrame) -> str:
-    lines = [
-        f"| verifier | weights MB | {' | '.join(title for title, _ in COLUMNS.values())} |",
-        f"| --- |{' ---: |' * (len(COLUMNS) + 1)}",
-    ]
-    for run in runs.to_dict("records"):
-        cells = [form.format(run[column]) for column, (_, form) in COLUMNS.items()]
-        lines.append(f"| {run['label']} | {run['weight_bytes'] / 1e6:.0f} | {' | '.join(cells)} |")
-    floor = runs.iloc[0]
-    lines.append("")
-    lines.append(
-        f"Noise floor, the reference against itself in one pass and step by step: KL {floor['kl_noise_floor']:.4f}, "
-        f"top-1 {floor['top1_noise_floor']:.3f}. Distinct 4-grams of the reference's own answers: "
-        f"{floor['distinct_4gram_ratio_reference']:.2f}."
+def floor(run: dict[str, object]) -> str:
+    """What no verifier can be asked to beat, which is the same in every run."""
+    kl, top1, distinct = (
+        named(name).text(run[name]) for name in ("kl_noise_floor", "top1_noise_floor", "distinct_4gram_ratio_reference")
     )
-    return "\n".join(lines) + "\n"
+    return (
+        f"Noise floor, the reference against itself in one pass and step by step: KL {kl}, top-1 {top1}. "
+        f"Distinct 4-grams of the reference's own answers: {distinct}."
+    )
 
 
 def draw(runs: pd.DataFrame, file: Path) -> None:

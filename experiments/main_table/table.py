@@ -8,24 +8,17 @@ from pathlib import Path
 import pandas as pd
 
 from quasar.results.collect import Collector, tabulate
+from quasar.results.markdown import Column, markdown, rows_of
 
 HERE = Path(__file__).parent
-COLUMNS = {
-    "weights MB": lambda run: f"{run['weight_bytes'] / 1e6:.0f}",
-    "step ms": lambda run: f"{run['step_ms']:.2f}",
-    "cheaper than fp16": lambda run: f"{run['cheaper']:.2f}x",
-    "tokens/s": lambda run: f"{run['tokens_per_second']:.0f}",
-    "AR-same over AR-ref": lambda run: f"{run['speedup_vs_ar_ref'] / run['speedup_vs_ar_same']:.2f}x",
-    "vs AR-same": lambda run: f"{run['speedup_vs_ar_same']:.2f}x",
-    "vs AR-ref": lambda run: (
-        f"{run['speedup_vs_ar_ref']:.2f}x ({run['speedup_ci95_low']:.2f} – {run['speedup_ci95_high']:.2f})"
-    ),
-    "τ": lambda run: f"{run['mean_acceptance_length']:.2f}",
-    "τ_ref": lambda run: f"{run['mean_acceptance_length_ref']:.2f}",
-    "KL": lambda run: f"{run['kl_to_reference']:.4f}",
-    "top-1": lambda run: f"{run['top1_agreement']:.3f}",
-}
-
+COLUMNS = [
+    *("weight_bytes", "step_ms"),
+    Column("cheaper than fp16", lambda run: f"{run['cheaper']:.2f}x"),
+    "tokens_per_second",
+    Column("AR-same over AR-ref", lambda run: f"{run['speedup_vs_ar_ref'] / run['speedup_vs_ar_same']:.2f}x"),
+    *("speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95"),
+    *("mean_acceptance_length", "mean_acceptance_length_ref", "kl_to_reference", "top1_agreement"),
+]
 RESULTS = [
     *("prompts", "tokens_generated", "tokens_per_second", "step_ms", "verify_ms", "draft_ms", "overhead_ms"),
     *("ar_ref_ms", "speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95_low", "speedup_ci95_high"),
@@ -43,11 +36,8 @@ def main(output: Path) -> None:
     runs["ar_ref_ms"] = 1e3 / (runs["tokens_per_second"] / runs["speedup_vs_ar_ref"])
     steps = runs["step_ms"] / runs["ar_ref_ms"]
     runs["cheaper"] = float(steps[runs["verifier"] == "fp16"].iloc[0]) / steps
-    lines = [f"| verifier | {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * len(COLUMNS)}"]
-    lines += [
-        f"| {run['label']} | {' | '.join(form(run) for form in COLUMNS.values())} |" for run in runs.to_dict("records")
-    ]
     fp16 = runs[runs["verifier"] == "fp16"].iloc[0]
+    lines = markdown("verifier", rows_of(runs.assign(verifier=runs["label"])), COLUMNS)
     lines += ["", f"{fp16['device']}; a step of AR-ref takes {fp16['ar_ref_ms']:.2f} ms."]
     (HERE / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     runs[["label", *RESULTS]].to_csv(HERE / "results.csv", index=False)

@@ -23,8 +23,8 @@ from quasar.experiment.sweep.ending import SweepEnded
 from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, summary_line
 from quasar.experiment.sweep.report import print_outcome, print_plan
 from quasar.experiment.sweep.snapshot import freeze
-from quasar.results.records import write_status
 from quasar.results.runs import is_locked, read_run
+from quasar.results.store import write_status
 
 ONE_AT_A_TIME = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",

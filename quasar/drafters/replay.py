@@ -13,7 +13,7 @@ from quasar.decoding.draft import Context, Draft
 from quasar.decoding.scores import Scores
 from quasar.drafters.base import Drafter
 from quasar.errors import RequestError
-from quasar.evaluation.trace import TracedTurn, read_trace
+from quasar.results.trace import TracedTurn, read_trace
 
 
 class ReplayDrafter(Drafter):

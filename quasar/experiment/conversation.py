@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -14,20 +15,31 @@ from quasar.decoding.draft import StepResult
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits, StopStrings
-from quasar.decoding.stopwatch import DECODE_PHASES, PHASES
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.accuracy import graded
-from quasar.evaluation.exactness import compare
+from quasar.evaluation.exactness import Comparison, compare
 from quasar.evaluation.fidelity import ReferencePath, Trajectories, measure
 from quasar.evaluation.prompts import Prompt
 from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
-from quasar.results.metrics import STEP_COUNTS
-from quasar.results.records import Json
+from quasar.results.schema import (
+    DECODE_PHASES,
+    PHASES,
+    STEP_COUNTS,
+    Baselines,
+    Exactness,
+    ForcedAnswer,
+    Milliseconds,
+    PromptRecord,
+    Steps,
+    Timing,
+    Turn,
+)
 from quasar.verifiers.base import Verifier
 
 OnStep = Callable[[StepResult], None]
+Answer = TypeVar("Answer", Turn, ForcedAnswer)
 
 WARM_UP: list[Message] = [{"role": "user", "content": "Say hello, hello, hello."}]
 """A conversation for passes that are not recorded."""
@@ -65,16 +77,14 @@ class Session:
         strings = StopStrings(chosen.stop, self.tokenizer.decode) if chosen.stop else None
         self.limits = Limits(chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, cap, strings)
 
-    def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> Json:
+    def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> PromptRecord:
         """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""
-        record: Json = {"question_id": prompt.key, "family": prompt.family}
-        record["turns"] = self._converse(prompt, lambda tokens, key: self._decode_turn(tokens, key, on_step))
-        if self.settings.evaluate.accuracy and not self.simulated:
-            record["correct"] = graded(prompt, record["turns"][0]["text"])
-        record["fidelity"] = (
-            [] if self.trajectories is None or self.simulated else self._converse(prompt, self._fidelity_of_turn)
-        )
-        return record
+        turns = self._converse(prompt, lambda tokens, key: self._decode_turn(tokens, key, on_step))
+        grades = self.settings.evaluate.accuracy and not self.simulated
+        correct = graded(prompt, turns[0].text) if grades else None
+        measures = self.trajectories is not None and not self.simulated
+        fidelity = self._converse(prompt, self._fidelity_of_turn) if measures else []
+        return PromptRecord(prompt.key, prompt.family, turns, correct, fidelity)
 
     def warm_up(self) -> None:
         """A short decode that is not recorded: first calls allocate, compile and fill caches."""
@@ -83,58 +93,58 @@ class Session:
         if self.reference is not None:
             self._generate(tokens, NoneDrafter(), self.reference, "warm-up", max_new_tokens=8)
 
-    def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Json]) -> list[Json]:
+    def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Answer]) -> list[Answer]:
         """What ``answer`` makes of every turn's (token ids, key), whose ``token_ids`` are the reply the next turn sees.
 
         A conversation that outgrows the context window ends with the turn before.
         """
         messages: list[Message] = []
-        turns: list[Json] = []
+        turns: list[Answer] = []
         for number, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
             tokens = self.tokenizer.encode_chat(messages)
             if len(tokens) >= self.limits.context_length:
                 break
             turns.append(answer(tokens, f"{prompt.key}/{number}"))
-            messages.append({"role": "assistant", "content": self.tokenizer.decode(turns[-1]["token_ids"])})
+            messages.append({"role": "assistant", "content": self.tokenizer.decode(turns[-1].token_ids)})
         return turns
 
-    def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Json:
+    def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Turn:
         generation = self._generate(tokens, self.drafter, self.verifier, key, on_step)
         notes = self.drafter.notes()
         baselines, exactness = self._baselines(tokens, generation, key)
-        return {
-            "prompt_tokens": len(tokens),
-            "token_ids": generation.tokens,
-            "text": self.tokenizer.decode(generation.tokens),
-            "finish_reason": generation.finish_reason,
-            "steps": {**{name: getattr(generation, name) for name in STEP_COUNTS}, **notes},
-            "milliseconds": {
-                phase: [round(lap, 4) for lap in generation.milliseconds.get(phase, [])] for phase in PHASES
-            },
-            "baselines": baselines,
-            "exactness": exactness,
-        }
+        laps = {phase: [round(lap, 4) for lap in generation.milliseconds.get(phase, [])] for phase in PHASES}
+        return Turn(
+            prompt_tokens=len(tokens),
+            token_ids=generation.tokens,
+            text=self.tokenizer.decode(generation.tokens),
+            finish_reason=generation.finish_reason,
+            steps=Steps(**{name: getattr(generation, name) for name in STEP_COUNTS}, notes=notes),
+            milliseconds=Milliseconds(**laps),
+            baselines=baselines,
+            exactness=exactness,
+        )
 
-    def _baselines(self, tokens: list[int], generation: Generation, key: str) -> tuple[Json, Json]:
+    def _baselines(
+        self, tokens: list[int], generation: Generation, key: str
+    ) -> tuple[Baselines | None, Exactness | None]:
         """Autoregressive decoding of the same turn: AR-same, and AR-ref where baselines are asked for."""
         evaluate = self.settings.evaluate
         if not (evaluate.baselines or evaluate.exactness):
-            return {}, {}
+            return None, None
         same = self._autoregressive(self.verifier, self.shared_same, tokens, key)
-        exactness: Json = {}
+        compared = None
         if self.sampling.greedy and not self.simulated:
-            exactness = compare(tokens, generation.tokens, same.tokens, self.verifier)
+            compared = compare(tokens, generation.tokens, same.tokens, self.verifier)
         if not evaluate.baselines:
-            return {}, exactness
+            return None, _exactness(compared, None)
         reference = same
         if self.reference is not None:
             reference = self._autoregressive(self.reference, self.shared_reference, tokens, key)
-        if self.sampling.greedy and not self.simulated:
-            exactness["match_reference"] = generation.tokens == reference.tokens
-        return {"ar_same": _timing(same), "ar_ref": _timing(reference)}, exactness
+        baselines = Baselines(ar_same=_timing(same), ar_ref=_timing(reference))
+        return baselines, _exactness(compared, generation.tokens == reference.tokens)
 
-    def _fidelity_of_turn(self, tokens: list[int], key: str) -> Json:
+    def _fidelity_of_turn(self, tokens: list[int], key: str) -> ForcedAnswer:
         """The verifier along the reference's answer: its divergence at every token, and the steps of τ_ref."""
         assert self.trajectories is not None
         reference = self.reference or self.verifier
@@ -145,14 +155,14 @@ class Session:
         path = self._generate(
             tokens, self.drafter, self.verifier, key, max_new_tokens=len(answer), rule=ReferencePath(answer)
         )
-        return {
-            "token_ids": answer,
-            "emitted": path.emitted,
-            "kl": _rounded(found.kl),
-            "top1": found.top1,
-            "noise_kl": _rounded(trajectory.noise_kl),
-            "noise_top1": trajectory.noise_top1,
-        }
+        return ForcedAnswer(
+            token_ids=answer,
+            emitted=path.emitted,
+            kl=_rounded(found.kl),
+            top1=found.top1,
+            noise_kl=_rounded(trajectory.noise_kl),
+            noise_top1=trajectory.noise_top1,
+        )
 
     def _autoregressive(
         self, verifier: Verifier, shared: SharedBaselines | None, tokens: list[int], key: str
@@ -188,12 +198,14 @@ class Session:
         return decode(tokens, drafter, verifier, rule, sampling, limits, generator, on_step)
 
 
-def _timing(baseline: Baseline) -> Json:
-    return {
-        "decoded_tokens": baseline.decoded_tokens,
-        "decode_ms": baseline.decode_ms,
-        "machine": baseline.machine,
-    }
+def _timing(baseline: Baseline) -> Timing:
+    return Timing(baseline.decoded_tokens, baseline.decode_ms, baseline.machine)
+
+
+def _exactness(compared: Comparison | None, match_reference: bool | None) -> Exactness | None:
+    if compared is None:
+        return None
+    return Exactness(compared.match_self, compared.first_divergence, compared.top2_gap, match_reference)
 
 
 def _rounded(values: list[float]) -> list[float]:

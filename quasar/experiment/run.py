@@ -18,10 +18,11 @@ from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
 from quasar.experiment.build import Prepared, choose_device, prepare
 from quasar.experiment.conversation import Session
 from quasar.results.baselines import SharedBaselines, baseline_identity
-from quasar.results.environment import describe_environment, device_name, peak_memory_bytes
-from quasar.results.metrics import COUNTS, decoded, summarize
-from quasar.results.records import Json, RunFolder
+from quasar.results.environment import describe_machine, device_name, peak_memory_bytes
+from quasar.results.metrics import Measured, RunFacts, compute, named, summary_of
 from quasar.results.report import print_report
+from quasar.results.schema import Environment, Json, ModelFiles, PromptRecord
+from quasar.results.store import RunFolder
 
 
 def run(
@@ -48,26 +49,24 @@ def run(
         _print_header(reporter, parts, len(prompts), len(records), folder)
         session = _session(parts, shared_baselines, reporter)
         _decode_all(session, prompts, records, run_folder, reporter)
-        measured = summarize(records)
-        summary = _summary(session, measured, environment["copy_bandwidth_bytes_per_second"])
+        measured = Measured(records, _facts(session, environment))
+        values = compute(measured)
+        summary = summary_of(values)
         run_folder.finish(summary)
-    print_report(reporter, settings, parts.verifier, records, {**measured, "simulated": session.simulated}, folder)
+    print_report(reporter, measured, values, folder)
     return summary
 
 
-def _environment(parts: Prepared, prompts: list[Prompt]) -> Json:
-    return {
-        **describe_environment(parts.verifier.device),
-        "model": {
-            "origin": parts.checkpoint.origin,
-            "revision": parts.checkpoint.revision,
-            "files": parts.checkpoint.file_hashes(),
-        },
-        "verifier": list(parts.verifier.details),
-        "drafter": list(parts.drafter.details),
-        "prompt_set": prompt_set_hash(prompts),
-        "prompts": len(prompts),
-    }
+def _environment(parts: Prepared, prompts: list[Prompt]) -> Environment:
+    checkpoint = parts.checkpoint
+    return Environment(
+        machine=describe_machine(parts.verifier.device),
+        model=ModelFiles(checkpoint.origin, checkpoint.revision, checkpoint.file_hashes()),
+        verifier=list(parts.verifier.details),
+        drafter=list(parts.drafter.details),
+        prompt_set=prompt_set_hash(prompts),
+        prompts=len(prompts),
+    )
 
 
 def _session(parts: Prepared, shared_baselines: Path | None, reporter: Reporter) -> Session:
@@ -131,13 +130,13 @@ def _share(session: Session, folder: Path) -> None:
 
 
 def _decode_all(
-    session: Session, prompts: list[Prompt], records: list[Json], folder: RunFolder, reporter: Reporter
+    session: Session, prompts: list[Prompt], records: list[PromptRecord], folder: RunFolder, reporter: Reporter
 ) -> None:
     """Decode the prompts that ``records`` lacks, and append each one's record to it and to the folder."""
-    done = {record["question_id"] for record in records}
+    done = {record.question_id for record in records}
     session.warm_up()
     tokens, steps = 0, 0
-    finished_tokens, finished_ms, rate = 0, 0.0, ""
+    finished, speed, rate = Measured(), named("tokens_per_second"), ""
     with reporter.live("decoding") as update:
 
         def on_step(step: StepResult) -> None:
@@ -151,32 +150,26 @@ def _decode_all(
                 folder.append(record)
                 records.append(record)
                 # Of finished prompts: the clock on the wall also counts baselines and fidelity.
-                new_tokens, new_ms = decoded(record)
-                finished_tokens, finished_ms = finished_tokens + new_tokens, finished_ms + new_ms
-                rate = f"{finished_tokens * 1e3 / finished_ms:.1f} tokens/s, " if finished_ms else ""
+                finished.add(record)
+                if (measured := speed.compute(finished)) is not None:
+                    rate = f"{speed.text(measured)} tokens/s, "
 
 
-def _summary(session: Session, measured: Json, copy_bandwidth: float) -> Json:
-    """The flat keys of summary.json; null where this run did not measure one."""
+def _facts(session: Session, environment: Environment) -> RunFacts:
     settings, verifier = session.settings, session.verifier
-    cost, verify_ms = verifier.cost, measured["verify_ms"]
-    bytes_per_step = cost.weight_bytes + cost.kv_bytes_per_token * (measured["mean_context"] or 0)
-    summary = {
-        "model": settings.model.name,
-        "drafter": settings.drafter["name"],
-        "verifier": settings.verifier["name"],
-        "data": settings.data.name,
-        "temperature": settings.decode.temperature,
-        **{key: value for key, value in measured.items() if key not in COUNTS},
-        "weight_bytes": cost.weight_bytes,
-        "bytes_per_step": bytes_per_step,
-        "achieved_bandwidth_fraction": bytes_per_step / (verify_ms / 1e3) / copy_bandwidth if verify_ms else None,
-        "peak_memory_bytes": peak_memory_bytes(verifier.device),
-        "device": device_name(verifier.device),
-        "simulated": session.simulated,
-        # Of the acceptance rule, whatever the verifier: a table of many runs has to tell them apart.
-        "lossy": settings.decode.acceptance == "typical",
-    }
-    if session.simulated:
-        summary["distinct_4gram_ratio"] = None
-    return summary
+    return RunFacts(
+        model=settings.model.name,
+        drafter=settings.drafter["name"],
+        verifier=settings.verifier["name"],
+        data=settings.data.name,
+        temperature=settings.decode.temperature,
+        verifier_label=verifier.label,
+        is_reference=verifier.is_reference,
+        weight_bytes=verifier.cost.weight_bytes,
+        kv_bytes_per_token=verifier.cost.kv_bytes_per_token,
+        copy_bandwidth=environment.machine.copy_bandwidth_bytes_per_second,
+        peak_memory_bytes=peak_memory_bytes(verifier.device),
+        device=device_name(verifier.device),
+        simulated=session.simulated,
+        lossy=settings.decode.acceptance == "typical",
+    )

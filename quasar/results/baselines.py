@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from quasar.cache import code_version
 from quasar.config.schema import RunConfig
 from quasar.errors import RequestError
-from quasar.results.records import Json, whole_records
+from quasar.results.generations import whole_lines
+from quasar.results.schema import Json
 
 LOCK_SECONDS = 3600.0
 
@@ -85,7 +86,7 @@ class SharedBaselines:
             return
         with self._file.open("rb") as stream:
             stream.seek(self._read_bytes)
-            records, whole = whole_records(stream.read())
+            records, whole = whole_lines(stream.read())
         self._read_bytes += whole
         for record in records:
             key, device = record.pop("key"), record.pop("device")

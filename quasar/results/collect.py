@@ -15,17 +15,12 @@ import pandas as pd
 
 from quasar.config.schema import NOT_HASHED
 from quasar.errors import RequestError
-from quasar.results.records import Json
+from quasar.results import metrics
 from quasar.results.runs import StoredRun, flatten, read_run, run_folders
+from quasar.results.schema import Json
 
 READERS = 8
-IDENTITY = {
-    "model": "model.name",
-    "drafter": "drafter.name",
-    "verifier": "verifier.name",
-    "data": "data.name",
-    "temperature": "decode.temperature",
-}
+IDENTITY = {metric.name: metric.config_key for metric in metrics.METRICS if metric.config_key is not None}
 """Columns that every run has, finished or not, and the configuration's keys behind them."""
 JOINED = " + "
 
@@ -121,11 +116,13 @@ def write(table: pd.DataFrame, stem: Path) -> Written:
 
 
 def _metrics(summary: Json) -> Json:
-    metrics = {key: value for key, value in summary.items() if key not in IDENTITY and key != "speedup_ci95"}
-    if "speedup_ci95" in summary:
-        low, high = summary["speedup_ci95"] or (None, None)
-        metrics.update(speedup_ci95_low=low, speedup_ci95_high=high)
-    return metrics
+    """The columns of the metrics that a run's summary has. Keys that the table does not know come last, as they are."""
+    table = {metric.name: metric for metric in metrics.METRICS}
+    columns: Json = {}
+    for name in [*table, *(key for key in summary if key not in table)]:
+        if name in summary and name not in IDENTITY:
+            columns.update(table[name].columns(summary[name]) if name in table else {name: summary[name]})
+    return columns
 
 
 def _describes(key: str) -> bool:

@@ -11,25 +11,27 @@ from pathlib import Path
 
 import torch
 
-from quasar.results.records import Json
+from quasar.results.schema import Machine
 
 PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "triton", "bitsandbytes", "torch-pruning", "numpy")
 COPY_BYTES = 256 * 2**20
 
 
-def describe_environment(device: torch.device) -> Json:
-    """Everything but what the run itself knows (model and prompts), which its caller adds."""
-    return {
-        **_git(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": device_name(device),
-        "copy_bandwidth_bytes_per_second": copy_bandwidth(device),
-    }
+def describe_machine(device: torch.device) -> Machine:
+    """The machine, and the code and packages that are at work on it."""
+    commit, dirty = _git()
+    return Machine(
+        git_commit=commit,
+        git_dirty=dirty,
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        platform=platform.platform(),
+        cpu=_cpu_name(),
+        cpu_count=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        device=device_name(device),
+        copy_bandwidth_bytes_per_second=copy_bandwidth(device),
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -61,7 +63,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _git() -> Json:
+def _git() -> tuple[str | None, bool | None]:
+    """The commit and whether tracked files differ from it; None where there is no repository of this code."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -73,9 +76,9 @@ def _git() -> Json:
 
     # The packages of an installed wheel may lie inside somebody else's repository.
     if git("ls-files", "--error-unmatch", __file__) is None:
-        return {"git_commit": None, "git_dirty": None}
+        return None, None
     changes = git("status", "--porcelain", "--untracked-files=no")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+    return git("rev-parse", "HEAD"), None if changes is None else bool(changes)
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
-from quasar.results.records import GENERATIONS, LOCK, Json, read_json
+from quasar.results.generations import GENERATIONS
+from quasar.results.schema import Json, Status
+from quasar.results.store import LOCK, read_json, read_status
 
 STATES = ("done", "running", "partial", "failed", "pending")
 """running: a process is at work on it; partial: begun, and nobody is any more; pending: of a sweep, not begun."""
@@ -42,21 +44,22 @@ class StoredRun:
 
 def read_run(folder: Path, overrides: tuple[str, ...] = ()) -> StoredRun:
     """A run from its files. Missing, cut and damaged files make it partial or failed; none of them raises."""
-    status = read_json(folder / "status.json")
+    status = read_status(folder)
     config = read_config(folder / "config.yaml")
     summary = read_json(folder / "summary.json")
     state, error = _state(folder, status, config, summary)
-    known = status or {}
-    prompts, total = (summary["prompts"],) * 2 if state == "done" and summary else _progress(folder)
+    if state != "done" or summary is None:
+        summary = {}
+    prompts, total = (summary["prompts"],) * 2 if "prompts" in summary else _progress(folder)
     return StoredRun(
         folder=folder,
         status=state,
         error=error,
         config=config or {},
-        summary=summary if state == "done" and summary else {},
-        machines=tuple(known.get("machines") or ()),
-        code_versions=tuple(known.get("code_versions") or ()),
-        config_hash=known.get("config_hash"),
+        summary=summary,
+        machines=tuple(status.machines) if status else (),
+        code_versions=tuple(status.code_versions) if status else (),
+        config_hash=status.config_hash if status else None,
         prompts=prompts,
         total=total,
         overrides=overrides,
@@ -113,17 +116,16 @@ def flatten(config: Json, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _state(folder: Path, status: Json | None, config: Json | None, summary: Json | None) -> tuple[str, str | None]:
+def _state(folder: Path, status: Status | None, config: Json | None, summary: Json | None) -> tuple[str, str | None]:
     if status is None:
         if not (folder / "status.json").exists() and config is None:
             return ("running" if is_locked(folder) else "pending"), None
         return "partial", "status.json is missing or damaged"
-    state, error = status.get("status"), status.get("error")
-    if state == "done":
+    if status.status == "done":
         missing = [name for name, content in (("summary.json", summary), ("config.yaml", config)) if content is None]
         return ("partial", f"{' and '.join(missing)} missing or damaged") if missing else ("done", None)
-    if state == "failed":
-        return "failed", error
+    if status.status == "failed":
+        return "failed", status.error
     return (
         ("running", None) if is_locked(folder) else ("partial", "ended without a word: killed, or its machine failed")
     )

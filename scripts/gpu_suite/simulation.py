@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quasar.evaluation.trace import TracedTurn, read_trace
+from quasar.results.trace import TracedTurn, read_trace
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json
 

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from quasar.config.schema import config_hash
 from quasar.console import Reporter
 from quasar.errors import QuasarError, report
-from quasar.results.live import logged
-from quasar.results.records import write_status
 from quasar.results.runs import is_locked, read_run
+from quasar.results.store import write_status
+from quasar.results.wandb.live import logged
 
 DONE, FAILED = 0, 1
 BASELINES = "baselines"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from quasar.cache import code_version
 from quasar.errors import RequestError
-from quasar.results.records import Json, read_json, write_atomically
 from quasar.results.runs import MANIFEST, StoredRun, read_run
+from quasar.results.schema import Json
+from quasar.results.store import read_json, write_atomically
 
 SUPERSEDED = ".superseded"
 """Folder below a sweep's that keeps what other versions of the code left behind."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from quasar.errors import RequestError
+from quasar.results.generations import GenerationsFile
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,25 @@ class TracedTurn:
 def read_trace(path: Path) -> list[TracedTurn]:
     """All turns with at least one step, in order.
 
-    Raises RequestError where the file is missing, is no ``generations.jsonl`` or holds no step.
+    Raises RequestError where the file is missing, is no ``generations.jsonl`` of this schema or holds no step.
     """
+    generations = GenerationsFile(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        records = generations.read_on()
+        rest = path.stat().st_size - generations.whole_bytes
+    except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error}); name the generations.jsonl of a finished run") from None
-    turns = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            for turn in json.loads(line)["turns"]:
-                steps = turn["steps"]
-                traced = TracedTurn(int(turn["prompt_tokens"]), tuple(steps["drafted"]), tuple(steps["accepted"]))
-                if len(traced.drafted) != len(traced.accepted):
-                    raise ValueError("drafted and accepted differ in length")
-                turns += [traced] if traced.drafted else []
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise RequestError(f"{path}, line {number}: not a line of generations.jsonl ({reason})") from None
+    if rest:
+        raise RequestError(
+            f"{path}, line {len(records) + 1}: not a line of generations.jsonl (cut short or damaged); name that of a "
+            "finished run"
+        )
+    turns = [
+        TracedTurn(turn.prompt_tokens, tuple(turn.steps.drafted), tuple(turn.steps.accepted))
+        for record in records
+        for turn in record.turns
+        if turn.steps.drafted
+    ]
     if not turns:
         raise RequestError(f"{path}: holds no decoding step; name the generations.jsonl of a run that drafted")
     return turns

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -18,21 +17,22 @@ from omegaconf import DictConfig, OmegaConf
 from quasar.cache import code_version
 from quasar.config.schema import config_hash
 from quasar.errors import QuasarError, RequestError
+from quasar.results.generations import GENERATIONS, GenerationsFile
+from quasar.results.schema import Environment, Json, PromptRecord, Status
 
-Json = dict[str, Any]
-GENERATIONS = "generations.jsonl"
 LOCK = ".lock"
 # Long enough to outlast a reader that looks whether the lock is held.
 LOCK_SECONDS = 5.0
 
 
 class RunFolder:
-    """One run's files. Opening checks that the folder is fresh or belongs to the same configuration; it writes nothing.
+    """One run's files. Opening checks that the folder is fresh, or belongs to the same configuration and schema; it
+    writes nothing.
 
     From `begin` until the status is done or failed the process holds a lock on the folder, which falls with the
     process: a folder that is "running" without it was killed.
 
-    Raises RequestError where the folder holds another run's results.
+    Raises RequestError where the folder holds another run's results, or records of another schema.
     """
 
     def __init__(self, path: Path, config: DictConfig, resume: bool) -> None:
@@ -50,8 +50,9 @@ class RunFolder:
             raise RequestError(
                 f"{path} already holds this run; pass resume=true to continue it, or another hydra.run.dir"
             )
+        GenerationsFile(path / GENERATIONS).read_on()
 
-    def begin(self, command: list[str], environment: Json) -> list[Json]:
+    def begin(self, command: list[str], environment: Environment) -> list[PromptRecord]:
         """Write what is known before the first prompt; return the finished prompts' records of an earlier attempt.
 
         Raises RequestError where another process is at work in the folder.
@@ -83,9 +84,9 @@ class RunFolder:
             self._failed(traceback.format_exc())
             raise
 
-    def append(self, record: Json) -> None:
+    def append(self, record: PromptRecord) -> None:
         """Add one prompt's record; it is on disk when this returns. Where it cannot be, the file stays as it was."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(record.to_json(), ensure_ascii=False) + "\n").encode()
         descriptor = os.open(self.path / GENERATIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             before = os.fstat(descriptor).st_size
@@ -114,13 +115,13 @@ class RunFolder:
             if state != "running":
                 self._lock.release()
 
-    def _begin(self, command: list[str], environment: Json) -> list[Json]:
+    def _begin(self, command: list[str], environment: Environment) -> list[PromptRecord]:
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
         values = OmegaConf.to_container(self._config, resolve=True)
         header = f"# config hash: {self.hash}\n# command: {' '.join(command)}\n"
         write_atomically(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(values)))
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_atomically(self.path / "environment.json", json.dumps(environment.to_json(), indent=2) + "\n")
         self.status("running")
         return self._recover()
 
@@ -135,44 +136,34 @@ class RunFolder:
         first = config.read_text(encoding="utf-8").split("\n", 1)[0]
         return first.removeprefix("# config hash: ").strip()
 
-    def _recover(self) -> list[Json]:
+    def _recover(self) -> list[PromptRecord]:
         """Records of whole lines; what a crash left behind them is dropped from the file."""
         file = self.path / GENERATIONS
-        if not file.exists():
-            return []
-        content = file.read_bytes()
-        records, whole = whole_records(content)
-        if whole != len(content):
-            os.truncate(file, whole)
+        generations = GenerationsFile(file)
+        records = generations.read_on()
+        if file.exists() and generations.whole_bytes != file.stat().st_size:
+            os.truncate(file, generations.whole_bytes)
         return records
-
-
-def whole_records(content: bytes) -> tuple[list[Json], int]:
-    """The records of a generations.jsonl up to the first line that is cut short or damaged, and the bytes they take."""
-    records: list[Json] = []
-    whole = 0
-    while (end := content.find(b"\n", whole)) >= 0:
-        try:
-            records.append(json.loads(content[whole:end]))
-        except ValueError:
-            break
-        whole = end + 1
-    return records, whole
 
 
 def write_status(folder: Path, state: str, error: str | None, config_hash: str) -> None:
     """status.json. Machines and code versions gather over a run's attempts: more than one of either is worth a look."""
-    previous = read_json(folder / "status.json") or {}
-    content = {
-        "status": state,
-        "error": error,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config_hash": config_hash,
-        "code_versions": _with(previous.get("code_versions"), code_version()),
-        "machines": _with(previous.get("machines"), socket.gethostname()),
-        "pid": os.getpid(),
-    }
-    write_atomically(folder / "status.json", json.dumps(content, indent=2) + "\n")
+    previous = read_status(folder)
+    status = Status(
+        status=state,
+        error=error,
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        config_hash=config_hash,
+        code_versions=_with(previous.code_versions if previous else [], code_version()),
+        machines=_with(previous.machines if previous else [], socket.gethostname()),
+        pid=os.getpid(),
+    )
+    write_atomically(folder / "status.json", json.dumps(status.to_json(), indent=2) + "\n")
+
+
+def read_status(folder: Path) -> Status | None:
+    """None where status.json is missing or damaged."""
+    return Status.from_json(read_json(folder / "status.json"))
 
 
 def read_json(file: Path) -> Json | None:
@@ -203,5 +194,5 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _with(known: list[str] | None, value: str) -> list[str]:
-    return list(dict.fromkeys([*(known or []), value]))
+def _with(known: list[str], value: str) -> list[str]:
+    return list(dict.fromkeys([*known, value]))

@@ -9,7 +9,8 @@ from quasar.console import Reporter
 from quasar.errors import RequestError
 from quasar.results.collect import Collector
 from quasar.results.runs import StoredRun
-from quasar.results.wandb_log import Target, choose_mode, push, sync_command
+from quasar.results.wandb.log import push, sync_command
+from quasar.results.wandb.target import Target, choose_mode
 
 
 def push_all(root: Path, given: dict[str, str], reporter: Reporter) -> int:

@@ -1,4 +1,4 @@
-"""The process beside a run that tells Weights & Biases of it (``logger=wandb``)."""
+"""Starting the process beside a run, and saying in the end what became of it (``logger=wandb``)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pathlib import Path
 
 from quasar.config.schema import LoggerConfig
 from quasar.console import Reporter
-from quasar.results.records import read_json
-from quasar.results.wandb_log import FOLDER, OUTCOME, choose_mode, stamp, sync_command
+from quasar.results.store import read_json
+from quasar.results.wandb.log import sync_command
+from quasar.results.wandb.process import OUTCOME, stamp
+from quasar.results.wandb.target import FOLDER, choose_mode
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def _start(settings: LoggerConfig, folder: Path, before: int, reporter: Reporter
         return None
     target = {name: getattr(settings, name) for name in ("mode", "project", "entity")}
     target["tags"] = list(settings.tags)
-    command = [sys.executable, "-m", "quasar.results.wandb_log", str(folder.absolute())]
+    command = [sys.executable, "-m", "quasar.results.wandb.process", str(folder.absolute())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     try:
         (folder / FOLDER / OUTCOME).unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""The only reader of generations.jsonl. Imports little, so that it works where only PyTorch is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quasar.errors import RequestError
+from quasar.results.schema import PromptRecord
+
+GENERATIONS = "generations.jsonl"
+
+
+class GenerationsFile:
+    """Reads a generations.jsonl, also while it grows.
+
+    records: those of the lines read so far
+    whole_bytes: the bytes of these lines; what follows them is cut short or damaged
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.records: list[PromptRecord] = []
+        self.whole_bytes = 0
+
+    def read_on(self) -> list[PromptRecord]:
+        """The records of the whole lines that are new since the last call; none where there is no file.
+
+        Raises RequestError for a line that does not follow the schema, with the version that was found or the key that
+        is missing.
+        """
+        if not self.file.exists():
+            return []
+        with self.file.open("rb") as stream:
+            stream.seek(self.whole_bytes)
+            lines, whole = whole_lines(stream.read())
+        records = [self._record(line, number) for number, line in enumerate(lines, start=len(self.records) + 1)]
+        self.records += records
+        self.whole_bytes += whole
+        return records
+
+    def _record(self, line: object, number: int) -> PromptRecord:
+        try:
+            return PromptRecord.from_json(line)
+        except ValueError as error:
+            raise RequestError(
+                f"{self.file}, line {number}: not a line of generations.jsonl as this code writes it ({error}); decode "
+                "the prompts again in another hydra.run.dir (of a sweep: in another hydra.sweep.dir, or without "
+                "sweep.any_code=true)"
+            ) from None
+
+
+def read_records(folder: Path) -> list[PromptRecord]:
+    """The records of a run's finished prompts. Raises RequestError where they follow another schema."""
+    return GenerationsFile(folder / GENERATIONS).read_on()
+
+
+def whole_lines(content: bytes) -> tuple[list[Any], int]:
+    """The values of JSON lines up to the first that is cut short or damaged, and the bytes that they take."""
+    values: list[Any] = []
+    whole = 0
+    while (end := content.find(b"\n", whole)) >= 0:
+        try:
+            values.append(json.loads(content[whole:end]))
+        except ValueError:
+            break
+        whole = end + 1
+    return values, whole

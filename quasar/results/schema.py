@@ -1,0 +1,289 @@
+"""What a run leaves behind, as dataclasses: lines of generations.jsonl, environment.json and status.json.
+
+A line of generations.jsonl is a `PromptRecord`. It names the version of this schema, so that a folder which other code
+began is recognized when it is opened. Raise `SCHEMA_VERSION` whenever a key of these classes comes, goes or changes its
+meaning. The keys of summary.json are those of the table in `quasar.results.metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+Json = dict[str, Any]
+"""An object of a JSON file whose keys are not known here."""
+
+SCHEMA_VERSION = 1
+VERSION_KEY = "schema_version"
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A turn's steps: every column has one entry per step.
+
+    drafted: proposed tokens, all branches of a tree counted
+    depth: longest path of the draft, in tokens
+    accepted: draft tokens that were kept
+    emitted: tokens that the step added to the answer, the bonus token included
+    context: cached tokens that the verification pass read
+    notes: the drafter's own columns, by name; in the file they stand beside the others
+    """
+
+    drafted: list[int]
+    depth: list[int]
+    accepted: list[int]
+    emitted: list[int]
+    context: list[int]
+    notes: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in STEP_COUNTS:
+            if len(getattr(self, name)) != len(self.drafted):
+                raise ValueError(f"the columns drafted and {name} of a turn's steps differ in length")
+
+    def to_json(self) -> Json:
+        return {**{name: getattr(self, name) for name in STEP_COUNTS}, **self.notes}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Steps:
+        notes = {name: column for name, column in content.items() if name not in STEP_COUNTS}
+        return _built(cls, {**content, "notes": notes})
+
+
+STEP_COUNTS = ("drafted", "depth", "accepted", "emitted", "context")
+"""The columns of `Steps` that every run has; others are the drafter's notes."""
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """Durations by phase. ``prefill`` has one entry, the others have one per step."""
+
+    prefill: list[float]
+    draft: list[float]
+    verify: list[float]
+    overhead: list[float]
+    observe: list[float]
+
+
+PHASES = tuple(entry.name for entry in fields(Milliseconds))
+DECODE_PHASES = PHASES[1:]
+"""The phases of a step, prefill apart."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long autoregressive decoding of one turn took, prefill and its token apart, and on which machine."""
+
+    decoded_tokens: int
+    decode_ms: float
+    machine: str
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Autoregressive decoding of one turn: by the run's verifier (AR-same) and by the reference (AR-ref)."""
+
+    ar_same: Timing
+    ar_ref: Timing
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """A greedy output compared with autoregressive decoding.
+
+    match_self: whether it equals that of the same verifier
+    first_divergence: index of the first token at which it does not
+    top2_gap: difference of the verifier's two largest logits there
+    match_reference: whether it equals that of the reference; None where the reference was not decoded
+    """
+
+    match_self: bool
+    first_divergence: int | None
+    top2_gap: float | None
+    match_reference: bool | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer. baselines, exactness: None where they were not measured, an empty object in the file."""
+
+    prompt_tokens: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    steps: Steps
+    milliseconds: Milliseconds
+    baselines: Baselines | None = None
+    exactness: Exactness | None = None
+
+    def to_json(self) -> Json:
+        baselines = {} if self.baselines is None else {key: vars(value) for key, value in vars(self.baselines).items()}
+        return {
+            **vars(self),
+            "steps": self.steps.to_json(),
+            "milliseconds": vars(self.milliseconds),
+            "baselines": baselines,
+            "exactness": {} if self.exactness is None else vars(self.exactness),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Turn:
+        values = _values(cls, content)
+        baselines, exactness = values["baselines"], values["exactness"]
+        values["steps"] = Steps.from_json(values["steps"])
+        values["milliseconds"] = _built(Milliseconds, values["milliseconds"])
+        values["baselines"] = None
+        if baselines:
+            timings = {key: _built(Timing, timing) for key, timing in _values(Baselines, baselines).items()}
+            values["baselines"] = Baselines(**timings)
+        values["exactness"] = _built(Exactness, exactness) if exactness else None
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ForcedAnswer:
+    """The verifier along the reference's own answer to one turn.
+
+    token_ids: the answer
+    emitted: tokens per step of the forced path, whose mean is τ_ref
+    kl, top1: KL(reference || verifier) in nats and argmax agreement, per token of the answer
+    noise_kl, noise_top1: the same of the reference against itself, in one pass and step by step
+    """
+
+    token_ids: list[int]
+    emitted: list[int]
+    kl: list[float]
+    top1: list[bool]
+    noise_kl: list[float]
+    noise_top1: list[bool]
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A line of generations.jsonl.
+
+    correct: whether the answer solves its task; None where it was not graded
+    fidelity: an entry per turn; empty where fidelity was not measured
+    """
+
+    question_id: str
+    family: str
+    turns: list[Turn]
+    correct: bool | None = None
+    fidelity: list[ForcedAnswer] = field(default_factory=list)
+
+    def to_json(self) -> Json:
+        return {
+            VERSION_KEY: SCHEMA_VERSION,
+            **vars(self),
+            "turns": [turn.to_json() for turn in self.turns],
+            "fidelity": [vars(answer) for answer in self.fidelity],
+        }
+
+    @classmethod
+    def from_json(cls, content: object) -> PromptRecord:
+        """The record in a line. Raises ValueError where it was written by another version or lacks a key."""
+        if not isinstance(content, Mapping):
+            raise ValueError("it holds no object")
+        if content.get(VERSION_KEY) != SCHEMA_VERSION:
+            found = f"{VERSION_KEY} {content[VERSION_KEY]!r}" if VERSION_KEY in content else f"no {VERSION_KEY}"
+            raise ValueError(f"it has {found}, this code reads version {SCHEMA_VERSION}")
+        try:
+            values = _values(cls, content)
+            values["turns"] = [Turn.from_json(turn) for turn in values["turns"]]
+            values["fidelity"] = [_built(ForcedAnswer, answer) for answer in values["fidelity"]]
+        except (TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from None
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run was measured: the machine, and the code and packages on it."""
+
+    git_commit: str | None
+    git_dirty: bool | None
+    python: str
+    packages: dict[str, str | None]
+    platform: str
+    cpu: str
+    cpu_count: int | None
+    threads: int
+    device: str
+    copy_bandwidth_bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the reference's weights come from. files: SHA-256 by name."""
+
+    origin: str
+    revision: str | None
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """environment.json: the machine, whose keys stand beside the others, and what was loaded on it.
+
+    verifier, drafter: what they settled while they were built, a sentence each
+    prompt_set: hash of all prompts; prompts: their number
+    """
+
+    machine: Machine
+    model: ModelFiles
+    verifier: list[str]
+    drafter: list[str]
+    prompt_set: str
+    prompts: int
+
+    def to_json(self) -> Json:
+        content = {**vars(self.machine), **vars(self), "model": vars(self.model)}
+        del content["machine"]
+        return content
+
+
+@dataclass(frozen=True)
+class Status:
+    """status.json. Code versions and machines gather over a run's attempts.
+
+    status: running, done or failed; error: of a failed attempt
+    time: of the last change, ISO 8601; pid: of the process that wrote it
+    """
+
+    status: str
+    error: str | None
+    time: str
+    config_hash: str
+    code_versions: list[str]
+    machines: list[str]
+    pid: int
+
+    def to_json(self) -> Json:
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, content: Json | None) -> Status | None:
+        """None where the file was missing or damaged, or lacks a key."""
+        try:
+            return None if content is None else _built(cls, content)
+        except ValueError:
+            return None
+
+
+def _built(cls: type[Record], content: Mapping[str, Any]) -> Record:
+    return cls(**_values(cls, content))
+
+
+def _values(cls: type[Any], content: Mapping[str, Any]) -> Json:
+    """The values of the class's fields. Raises ValueError where the content is no object or lacks one of them."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{cls.__name__} is no object")
+    names = [entry.name for entry in fields(cls)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(f"{cls.__name__} lacks {', '.join(map(repr, missing))}")
+    return {name: content[name] for name in names}

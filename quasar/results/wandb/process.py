@@ -1,0 +1,90 @@
+"""The process beside a run that keeps its W&B run up to date: ``python -m quasar.results.wandb.process FOLDER …``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from quasar.results.runs import read_run
+from quasar.results.schema import Json
+from quasar.results.store import write_atomically
+from quasar.results.wandb.log import POLL_SECONDS, push
+from quasar.results.wandb.target import FOLDER, Target
+
+OUTCOME = "outcome.json"
+"""In a run's W&B folder: what became of the W&B run."""
+BEGIN_SECONDS = 3600.0
+# A process that W&B keeps from ending is ended.
+LAST_SECONDS = 900.0
+
+
+def stamp(folder: Path) -> int:
+    """When a run last said how it fares: changes when it begins, and again when it ends. 0: never."""
+    try:
+        return (folder / "status.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The process beside a run: wait until it begins, keep pace with it, leave word of the outcome."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--before", type=int, required=True, help="stamp of the run before this attempt")
+    parser.add_argument("--target", type=json.loads, required=True)
+    chosen = parser.parse_args(arguments)
+    # The run's own threads come first.
+    os.nice(19)
+    if not _begun(chosen.folder, chosen.parent, chosen.before):
+        return
+    directory = chosen.folder / FOLDER
+
+    def tell(outcome: Json, ended: bool = False) -> None:
+        write_atomically(directory / OUTCOME, json.dumps({**outcome, "ended": ended}) + "\n")
+
+    try:
+        directory.mkdir(exist_ok=True)
+        _adopt_agents_id(directory)
+        watchdog = threading.Thread(target=_end_late, args=(chosen.folder,), daemon=True)
+        watchdog.start()
+        target = Target(**{**chosen.target, "tags": tuple(chosen.target["tags"])})
+        tell(push(chosen.folder, target, tell), ended=True)
+    except Exception as error:
+        tell({"error": _without_key(f"{type(error).__name__}: {error}")}, ended=True)
+
+
+def _begun(folder: Path, parent: int, before: int) -> bool:
+    """Wait until the run is at work, or was; False where its process ends before."""
+    deadline = time.monotonic() + BEGIN_SECONDS
+    while (alive := os.getppid() == parent and time.monotonic() < deadline) and stamp(folder) == before:
+        time.sleep(0.2)
+    return alive or stamp(folder) != before
+
+
+def _without_key(message: str) -> str:
+    key = os.environ.get("WANDB_API_KEY")
+    return message.replace(key, "(key)") if key else message
+
+
+def _end_late(folder: Path) -> None:
+    while read_run(folder).status == "running":
+        time.sleep(POLL_SECONDS)
+    time.sleep(LAST_SECONDS)
+    os._exit(1)
+
+
+def _adopt_agents_id(directory: Path) -> None:
+    """An agent of a W&B sweep looks for the run under an id of its own choice."""
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+        write_atomically(directory / "id", os.environ["WANDB_RUN_ID"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
