@@ -6,18 +6,42 @@ import ast
 from pathlib import Path
 
 QUASAR = Path(__file__).parents[1] / "quasar"
-LAYERS = ("experiment", "results", "evaluation", "decoding", "model")
-"""From top to bottom: each may import those that follow it."""
+LAYERS = (
+    ("cli",),
+    ("main",),
+    ("experiment", "testing"),
+    ("drafters",),
+    ("results",),
+    ("evaluation",),
+    ("verifiers",),
+    ("decoding", "pruning"),
+    ("quantization",),
+    ("model",),
+    ("config", "cache", "console"),
+    ("errors",),
+)
+"""From top to bottom: each may import those in the lines below its own, and none beside it or above."""
 
 
-def test_no_layer_imports_one_above_it() -> None:
+def test_no_part_imports_one_above_it_or_beside_it() -> None:
+    rank = {part: place for place, parts in enumerate(LAYERS) for part in parts}
+    parts = {path.stem for path in QUASAR.iterdir() if path.stem not in ("__init__", "__pycache__")}
+    assert parts == set(rank), "a new part of the program has a place among the others"
     wrong = [
         f"{file.relative_to(QUASAR)} imports {imported}"
-        for place, layer in enumerate(LAYERS)
-        for file in (QUASAR / layer).rglob("*.py")
+        for part in parts
+        for file in ([QUASAR / f"{part}.py"] if (QUASAR / f"{part}.py").exists() else (QUASAR / part).rglob("*.py"))
         for imported in imports(file)
-        if imported.startswith(tuple(f"quasar.{above}." for above in LAYERS[:place]))
+        if imported.startswith("quasar.")
+        for other in [imported.split(".")[1]]
+        if other != part and rank[other] <= rank[part]
     ]
+    assert wrong == []
+
+
+def test_the_kernels_import_nothing_of_the_program() -> None:
+    kernels = QUASAR.parent / "kernels" / "quasar_kernels"
+    wrong = [file.name for file in kernels.rglob("*.py") if any(name.startswith("quasar.") for name in imports(file))]
     assert wrong == []
 
 

@@ -10,10 +10,9 @@ import torch
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.decoding.sampling import Sampling
+from quasar.decoding.seams import Drafting, Verifying
 from quasar.decoding.stopping import Limits
 from quasar.decoding.stopwatch import Stopwatch
-from quasar.drafters.base import Drafter
-from quasar.verifiers.base import Verifier
 
 
 @dataclass
@@ -38,8 +37,8 @@ class Generation:
 
 def decode(
     prompt: Sequence[int],
-    drafter: Drafter,
-    verifier: Verifier,
+    drafter: Drafting,
+    verifier: Verifying,
     rule: AcceptanceRule,
     sampling: Sampling,
     limits: Limits,
