@@ -275,7 +275,7 @@ def test_exactness_shares_the_autoregressive_output(
         measured.append(arguments)
         return local_baseline(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("quasar.experiment.conversation.local_baseline", counted)
+    monkeypatch.setattr("quasar.experiment.decoder.local_baseline", counted)
     done = sweep("hydra.sweep.dir=s", "verifier=int8", "drafter=none,ngram,lookahead", "evaluate.exactness=true")
     assert done.returncode == 0, done.stderr
     turns = [turn for number in range(3) for record in records(tmp_path / f"s/{number}") for turn in record["turns"]]

@@ -19,7 +19,7 @@ from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
-from quasar.experiment.conversation import WARM_UP
+from quasar.experiment.decoder import WARM_UP
 from quasar.model.loading import load_transformer, random_transformer, tiny_config
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -45,9 +46,9 @@ WARM_UP: list[Message] = [{"role": "user", "content": "Say hello, hello, hello."
 """A conversation for passes that are not recorded."""
 
 
-@dataclass
-class Session:
-    """Everything that decoding a prompt needs.
+@dataclass(frozen=True)
+class PromptDecoder:
+    """Decodes prompts with the pair of drafter and verifier, with the baselines, and along the reference's answers.
 
     reference: the unquantized, unpruned model, of AR-ref and of fidelity; None where ``verifier`` is that itself, or
         neither is wanted
@@ -65,17 +66,29 @@ class Session:
     shared_same: SharedBaselines | None = None
     shared_reference: SharedBaselines | None = None
 
-    def __post_init__(self) -> None:
+    @property
+    def simulated(self) -> bool:
+        return self.drafter.rule is not None
+
+    @cached_property
+    def sampling(self) -> Sampling:
         chosen = self.settings.decode
-        self.sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
-        self.simulated = self.drafter.rule is not None
-        self.rule: AcceptanceRule = rule_for(self.sampling)
+        return Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
+
+    @cached_property
+    def rule(self) -> AcceptanceRule:
+        """The run's acceptance rule, for drafters that have none of their own."""
+        chosen = self.settings.decode
         if chosen.acceptance == "typical":
-            self.rule = Typical(self.sampling, chosen.typical_threshold, chosen.typical_alpha)
-        context_length = self.verifier.context_length
+            return Typical(self.sampling, chosen.typical_threshold, chosen.typical_alpha)
+        return rule_for(self.sampling)
+
+    @cached_property
+    def limits(self) -> Limits:
+        chosen, stop_tokens = self.settings.decode, self.tokenizer.stop_tokens
         cap = chosen.draft_tokens if isinstance(chosen.draft_tokens, int) else None
         strings = StopStrings(chosen.stop, self.tokenizer.decode) if chosen.stop else None
-        self.limits = Limits(chosen.max_new_tokens, context_length, self.tokenizer.stop_tokens, cap, strings)
+        return Limits(chosen.max_new_tokens, self.verifier.context_length, stop_tokens, cap, strings)
 
     def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> PromptRecord:
         """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""

@@ -1,0 +1,48 @@
+"""What a run says of itself before its first prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quasar.config.schema import Grid
+from quasar.console import Reporter
+from quasar.experiment.build import Prepared
+from quasar.results.environment import device_name
+
+
+def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:
+    """Model, pair, machine, prompts and where the output goes; ``finished`` of the prompts are done already."""
+    settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
+    dtype = str(verifier.dtype).removeprefix("torch.")
+    lossless = f"; lossless with respect to the {verifier.label}, not to the reference"
+    exact = settings.decode.acceptance == "exact"
+    entries = {
+        "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
+        "drafter": "; ".join([_describe(settings.drafter), *parts.drafter.details]),
+        "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
+        + (lossless if exact and not verifier.is_reference else ""),
+        **({} if exact else {"decode": "typical acceptance: lossy, its output follows no model's distribution"}),
+        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
+        "prompts": f"{prompts} from data={settings.data.name}" + (f", {finished} already done" if finished else ""),
+        "output": str(folder),
+    }
+    reporter.header(entries)
+    if checkpoint.grid is not None and _on_grid(settings.verifier, checkpoint.grid):
+        reporter.warning(
+            f"these weights already lie on a 4-bit grid in groups of {checkpoint.grid.group_size}, which verifier=int4 "
+            "reproduces at these settings: lossless by construction, it says nothing of quantizing the original model"
+        )
+
+
+def _on_grid(verifier: dict[str, Any], grid: Grid) -> bool:
+    """Whether quantization at these settings can represent every weight of the grid."""
+    same = verifier["name"] == "int4" and grid.bits == 4 and verifier.get("symmetric") == grid.symmetric
+    return same and grid.group_size % int(verifier.get("group_size", 1)) == 0
+
+
+def _describe(node: dict[str, Any]) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in node.items() if key not in ("_target_", "name"))
+    return node["name"] + (f" ({options})" if options else "")
