@@ -13,7 +13,7 @@ import pytest
 import quasar_kernels
 import torch
 from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu, reference
-from quasar_kernels.cpu import custom_ops, library, packing
+from quasar_kernels.cpu import library, packing
 from quasar_kernels.cpu.levels import available_levels
 from torch import Tensor
 
@@ -339,17 +339,6 @@ def test_gradients_take_the_way_of_pytorch() -> None:
     x = normal(3, 64, dtype=torch.bfloat16).requires_grad_()
     quasar_kernels.rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-5).sum().backward()
     assert x.grad is not None
-
-
-@needs_kernels
-def test_operators_of_compiled_graphs() -> None:
-    weight = int4_weight(64, 96, 32, "integer")
-    packed = weight.packed_for_kernels()
-    assert packed is not None
-    x = normal(3, 96, dtype=torch.bfloat16)
-    arguments = (x, packed.values, packed.scales, packed.zeros, packed.scale_unit, None)
-    assert torch.equal(custom_ops.linear_w4a8(*arguments), quasar_kernels.linear_w4a8(x, weight))
-    torch.library.opcheck(custom_ops.linear_w4a8, arguments, test_utils=["test_schema", "test_faketensor"])
 
 
 class Guarded:

@@ -432,14 +432,3 @@ def test_weights_are_unpacked_in_tensor_core_registers() -> None:
     assert len(found) >= 8
     for name, facts in found:
         assert facts["shared_stores_in_loop"] == 0, name
-
-
-def test_dependent_launches_wait_and_products_prefetch_before() -> None:
-    assert not any(facts["dependent"] for facts in compiled(80).values())
-    dependent = {name: facts for name, facts in compiled(90).items() if facts["dependent"]}
-    assert {facts["kind"] for facts in dependent.values()} == TENSOR_CORES.keys() | OTHER_KINDS
-    for name, facts in compiled(90).items():
-        assert facts["waits_for_the_kernel_before"] == facts["dependent"], name
-        assert not facts["accesses_before_waiting"], name
-        product = facts["kind"] in TENSOR_CORES.keys() - {"attention"}
-        assert facts["prefetches_before_waiting"] == (product and facts["dependent"]), name

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quasar_kernels import reference
-from quasar_kernels.cpu import backend, custom_ops
+from quasar_kernels.cpu import backend
 from quasar_kernels.cpu.library import ACTIVATION_DTYPES, Library, multiply
 from quasar_kernels.gpu import gpu_backend, packed_for_gpu
 from quasar_kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
@@ -37,8 +37,6 @@ def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None =
             return multiply(library.linear_w8a8, packed, x.values, bias, x.scales, x.dtype)
         if x.dtype not in ACTIVATION_DTYPES:
             return linear_w8a8(x.float(), weight, _widened(bias)).to(x.dtype)
-        if torch.compiler.is_compiling():
-            return custom_ops.linear_w8a8(x, packed.values, packed.scales, bias)
         return multiply(library.linear_w8a8, packed, x, bias)
     tokens, token_scales = (x.values, x.scales) if isinstance(x, Quantized) else reference.quantize_tokens(x)
     rows = len(tokens)
@@ -62,8 +60,6 @@ def linear_w8a16(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> T
     if library is not None and packed is not None and packed.scales is not None:
         if x.dtype not in ACTIVATION_DTYPES:
             return linear_w8a16(x.float(), weight, _widened(bias)).to(x.dtype)
-        if torch.compiler.is_compiling():
-            return custom_ops.linear_w8a16(x, packed.values, packed.scales, bias)
         return multiply(library.linear_w8a16, packed, x, bias)
     out = F.linear(x, weight.values.to(x.dtype)).float() * weight.scales
     return (out if bias is None else out + bias.float()).to(x.dtype)
@@ -78,8 +74,6 @@ def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> T
     if library is not None and packed is not None and packed.scales is not None:
         if x.dtype not in ACTIVATION_DTYPES:
             return linear_w4a16(x.float(), weight, _widened(bias)).to(x.dtype)
-        if torch.compiler.is_compiling():
-            return custom_ops.linear_w4a16(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
         return multiply(library.linear_w4a16, packed, x, bias)
     if x.dtype == torch.bfloat16 and len(x) <= PACKED_INT4_MAX_ROWS and (prepared := weight.packed_for_torch()):
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), prepared[0], weight.group_size, prepared[1])
@@ -100,8 +94,6 @@ def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None =
             return multiply(library.linear_w4a8, packed, x.values, bias, x.scales, x.dtype)
         if x.dtype not in ACTIVATION_DTYPES:
             return linear_w4a8(x.float(), weight, _widened(bias)).to(x.dtype)
-        if torch.compiler.is_compiling():
-            return custom_ops.linear_w4a8(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
         return multiply(library.linear_w4a8, packed, x, bias)
     if isinstance(x, Quantized):
         out = reference.linear_w4a8_quantized(x.values, x.scales, *weight.canonical(), bias)
@@ -119,8 +111,6 @@ def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> T
     library = _library_for(x)
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and x.dtype in ACTIVATION_DTYPES:
-        if torch.compiler.is_compiling():
-            return custom_ops.linear_bf16(x, packed.values, bias)
         return multiply(library.linear_f32 if weight.dtype == torch.float32 else library.linear_bf16, packed, x, bias)
     return F.linear(x, weight.values.to(x.dtype), bias)
 

@@ -72,9 +72,6 @@ class Int8Weight:
             self._values = None
         return self._packed
 
-    def __reduce__(self) -> tuple[type[Int8Weight], tuple[Tensor, Tensor]]:
-        return Int8Weight, (self.values, self.scales)
-
 
 class Int4Weight:
     """A 4-bit weight ``(q - zero) * scale`` in groups along K.
@@ -165,9 +162,6 @@ class Int4Weight:
         self._torch_packed = prepared, scales_and_offsets.to(torch.bfloat16)
         return self._torch_packed
 
-    def __reduce__(self) -> tuple[type[Int4Weight], tuple[Tensor, Tensor, Tensor, bool, torch.dtype]]:
-        return Int4Weight, (*self.canonical(), self.symmetric, self.dtype)
-
 
 class DenseWeight:
     """An unquantized weight: values bfloat16 or float32 [N, K]."""
@@ -218,9 +212,6 @@ class DenseWeight:
             self._packed = cpu.pack_dense(self._values.detach())
             self._values = None
         return self._packed
-
-    def __reduce__(self) -> tuple[type[DenseWeight], tuple[Tensor]]:
-        return DenseWeight, (self.values,)
 
 
 def _has_kernels(values: Tensor, outputs: int, inputs: int, group_size: int = 32) -> bool:

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.launch import dependent, wait
 from quasar_kernels.triton.quantize import quantized_room, store_quantized
 
 BLOCK_ELEMENTS = 1024
@@ -18,9 +17,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, BLOCK_ELEMENTS))
-    launch = dependent(gate_up.device)
     block = BLOCK_ELEMENTS
-    silu_mul_kernel[grid](gate_up, out, out, width, QUANTIZE=False, BLOCK=block, GROUP=block, num_warps=4, **launch)
+    silu_mul_kernel[grid](gate_up, out, out, width, QUANTIZE=False, BLOCK=block, GROUP=block, num_warps=4)
     return out
 
 
@@ -38,7 +36,6 @@ def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[T
         BLOCK=block,
         GROUP=group_size or block,
         num_warps=min(16, max(1, block // 512)),
-        **dependent(gate_up.device),
     )
     return out, scales
 
@@ -52,10 +49,8 @@ def silu_mul_kernel(
     QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows, blocks of the width). Rounds where the model does: after SiLU and after the product."""
-    wait(DEPENDENT)
     dtype = gate_up.dtype.element_ty
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.launch import dependent, wait
 from quasar_kernels.triton.quantize import quantized_room, store_quantized
 
 
@@ -53,7 +52,6 @@ def _launch(
         BLOCK=block,
         GROUP=group_size or block,
         num_warps=min(16, max(1, block // 512)),
-        **dependent(x.device),
     )
     return total
 
@@ -72,10 +70,8 @@ def rms_norm_kernel(
     QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows,). Rounds where the model does: after the addition, after the normalization and at the end."""
-    wait(DEPENDENT)
     dtype = x.dtype.element_ty
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.launch import dependent, wait
-
 
 def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.quantize_tokens`: int8 [M, K] and float32 scales [M, K / group_size]. x: float [M, K], contiguous
@@ -24,7 +22,6 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
         BLOCK=block,
         GROUP=group_size or block,
         num_warps=min(16, max(1, block // 512)),
-        **dependent(x.device),
     )
     return out, scales
 
@@ -41,9 +38,8 @@ def quantized_room(rows: int, width: int, group_size: int | None, device: torch.
 
 
 @triton.jit
-def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr):
+def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """Grid: (rows,)."""
-    wait(DEPENDENT)
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
