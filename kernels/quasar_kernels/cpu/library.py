@@ -7,12 +7,13 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quasar_kernels.cpu.build import BuildError, library_path
+from quasar_kernels.cpu.functions import FUNCTIONS
 from quasar_kernels.cpu.levels import Level, chosen_levels
 
 if TYPE_CHECKING:
@@ -26,54 +27,21 @@ HUGE_PAGE_BYTES = 2 << 20
 
 Product = Callable[[int, int, int | None, int, int | None, int, int, int], None]
 
-_POINTER, _SIZE, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
-
-class Signature(NamedTuple):
-    """Argument types of a function of the library, and which argument is the number of rows."""
-
-    arguments: tuple[type, ...]
-    rows: int
-
-
-_PRODUCT = Signature((*[_POINTER] * 5, _SIZE, _INT32, _INT32), rows=5)
-KERNELS = {
-    "linear_w8a8": _PRODUCT,
-    "linear_w8a16": _PRODUCT,
-    "linear_w4a8": _PRODUCT,
-    "linear_w4a16": _PRODUCT,
-    "linear_bf16": _PRODUCT,
-    "linear_f32": _PRODUCT,
-    "rms_norm": Signature((*[_POINTER] * 7, *[_SIZE] * 3, _FLOAT, _INT32), rows=7),
-    "silu_mul": Signature((*[_POINTER] * 4, *[_SIZE] * 3, _INT32), rows=4),
-    "rotary_write": Signature((*[_POINTER] * 9, *[_SIZE] * 5, _FLOAT, _INT32), rows=9),
-    "attention": Signature((*[_POINTER] * 6, *[_SIZE] * 6, _INT32), rows=6),
-}
-"""The functions of exports.h that work on rows."""
-
 
 class Library:
-    """The functions of one level. Calls go through ctypes directly: a custom op adds several microseconds to each."""
-
-    linear_w8a8: Product
-    linear_w8a16: Product
-    linear_w4a8: Product
-    linear_w4a16: Product
-    linear_bf16: Product
-    linear_f32: Product
-    rms_norm: Callable[..., None]
-    silu_mul: Callable[..., None]
-    rotary_write: Callable[..., None]
-    attention: Callable[..., None]
+    """The functions of one level, an attribute for each that `functions.h` lists. They are called through ctypes
+    directly: an operator of `torch.library` would add several microseconds to each call."""
 
     def __init__(self, path: Path, level: Level) -> None:
         self.level = level
         self._library = ctypes.CDLL(str(path))
-        for name, signature in KERNELS.items():
+        for name, signature in FUNCTIONS.items():
             setattr(self, name, self._function(f"quasar_{name}", *signature.arguments))
-        self.first_maxima = self._function("quasar_first_maxima", _POINTER, _POINTER, _SIZE, _SIZE, _INT32)
-        self.replay = self._function("quasar_replay", _POINTER, _SIZE, _SIZE)
-        self._advise_huge_pages = self._function("quasar_advise_huge_pages", _POINTER, _SIZE)
+        self.replay = self._function("quasar_replay", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, function: str) -> Callable[..., None]: ...
 
     def replayed(self, name: str) -> int:
         """Address of the function that makes a recorded call of a kernel."""
@@ -81,10 +49,10 @@ class Library:
         assert address is not None
         return address
 
-    def advise_huge_pages(self, memory: Tensor) -> None:
+    def ask_for_huge_pages(self, memory: Tensor) -> None:
         """Ask for huge pages below a large tensor that has not been written yet."""
         if memory.nbytes >= HUGE_PAGE_BYTES:
-            self._advise_huge_pages(memory.data_ptr(), memory.nbytes)
+            self.advise_huge_pages(memory.data_ptr(), memory.nbytes)
 
     def _function(self, name: str, *arguments: type) -> Callable[..., None]:
         function = getattr(self._library, name)
