@@ -9,8 +9,8 @@ import pytest
 import torch
 from quasar_kernels import cpu
 from quasar_kernels.cpu import NotRecordableError, Tape
+from quasar_kernels.cpu.calls import first_maxima, rms_norm
 from quasar_kernels.cpu.functions import FUNCTIONS, Signature, read_signatures
-from quasar_kernels.cpu.fused import first_maxima, rms_norm
 from torch import Tensor, nn
 
 from quasar.decoding.draft import Draft

@@ -1,4 +1,4 @@
-"""The compiled library and the one way of calling it."""
+"""The compiled library of this machine's level."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ from quasar_kernels.cpu.build import BuildError, library_path
 from quasar_kernels.cpu.functions import FUNCTIONS
 from quasar_kernels.cpu.levels import Level, chosen_levels
 
-if TYPE_CHECKING:
-    from quasar_kernels.cpu.packing import PackedWeight
-
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float32)
 ACTIVATIONS_BFLOAT16 = 1
 BIAS_BFLOAT16 = 2
 ACTIVATIONS_INT8 = 4
 HUGE_PAGE_BYTES = 2 << 20
 
-Product = Callable[[int, int, int | None, int, int | None, int, int, int], None]
+MatmulFunction = Callable[[int, int, int | None, int, int | None, int, int, int], None]
 
 
 class Library:
@@ -98,55 +95,3 @@ def _loaded(levels: tuple[Level, ...]) -> Library | None:
         message = f"CPU kernels are off, PyTorch's operations are used: {reasons[-1]}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     return None
-
-
-def multiply(
-    product: Product,
-    weight: PackedWeight,
-    x: Tensor,
-    bias: Tensor | None,
-    token_scales: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """``x W^T + bias`` with one of a library's products.
-
-    x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, G] (one for int8 weights, else
-    one for each of the weight's groups) and the ``dtype`` of the result; bias: bfloat16 or float32 [N].
-    Returns [M, N] in the dtype of x.
-    Raises ValueError for other shapes, dtypes or devices: the library itself checks nothing.
-    """
-    if dtype is None:
-        dtype = x.dtype
-    flags = ACTIVATIONS_BFLOAT16 if dtype == torch.bfloat16 else 0
-    scales_pointer = bias_pointer = None
-    valid = x.dim() == 2 and x.shape[1] == weight.inputs and dtype in ACTIVATION_DTYPES and x.device.type == "cpu"
-    if token_scales is not None:
-        token_scales = token_scales.contiguous()
-        scales_pointer = token_scales.data_ptr()
-        flags |= ACTIVATIONS_INT8
-        groups = weight.inputs // (weight.group_size or weight.inputs)
-        valid = valid and x.dtype == torch.int8 and token_scales.dtype == torch.float32
-        valid = valid and token_scales.shape == (len(x), groups)
-    if not valid:
-        raise ValueError(
-            f"expected bfloat16, float32 or scaled int8 [M, {weight.inputs}] on the CPU, got {x.dtype} "
-            f"{list(x.shape)} on {x.device}"
-        )
-    if not x.is_contiguous():
-        x = x.contiguous()
-    if bias is not None:
-        if bias.shape != (weight.outputs,) or bias.dtype not in ACTIVATION_DTYPES or bias.device.type != "cpu":
-            raise ValueError(
-                f"expected a bias [{weight.outputs}] in bfloat16 or float32 on the CPU, got {bias.dtype} "
-                f"{list(bias.shape)} on {bias.device}"
-            )
-        bias = bias.contiguous()
-        bias_pointer = bias.data_ptr()
-        if bias.dtype == torch.bfloat16:
-            flags |= BIAS_BFLOAT16
-    rows = x.shape[0]
-    out = torch.empty((rows, weight.outputs), dtype=dtype)
-    product(
-        weight.address, x.data_ptr(), scales_pointer, out.data_ptr(), bias_pointer, rows, flags, torch.get_num_threads()
-    )
-    return out

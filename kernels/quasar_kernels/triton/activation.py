@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 1024
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """As `reference.silu_mul`. gate_up: float [M, 2 I], gate first; returns [M, I] in its dtype."""
+    """As `ops.silu_mul.silu_mul`. gate_up: float [M, 2 I], gate first; returns [M, I] in its dtype."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, BLOCK_ELEMENTS))
@@ -23,7 +23,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """As `reference.silu_mul_quantize`: int8 [M, I] and float32 scales [M, G]."""
+    """As `ops.silu_mul.silu_mul_quantize`: int8 [M, I] and float32 scales [M, G]."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out, scales = quantized_room(rows, width, group_size, gate_up.device)
     block = triton.next_power_of_2(width)

@@ -26,7 +26,7 @@ MERGE_ELEMENTS = 128
 def block_attention(
     q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor, splits: int | None = None
 ) -> Tensor:
-    """As `reference.block_attention`; ``start`` and the mask are read on the device. Returns [R, H * D].
+    """As `ops.block_attention.block_attention`; ``start`` and the mask are read on the device. Returns [R, H * D].
 
     splits: programs that share the context, by default from the device and the number of heads alone, so that a
     captured CUDA graph fits every context length.

@@ -19,9 +19,6 @@ from quasar_kernels import reference
 
 OUTPUTS_PER_TILE = 16
 MIDDLE = 8
-W4A16_GROUP_SIZES = (32, 64, 128, 256)
-# An int8 tensor-core instruction takes 32 inputs, and a group is multiplied in two halves.
-W4A8_GROUP_SIZES = (64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,12 @@ class PackedInt4:
     def nbytes(self) -> int:
         """Bytes that a product reads."""
         return self.values.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+    def canonical(self) -> Tensor:
+        """The 4-bit integers as `pack_int4` was given them: uint8 [N, K / 2]."""
+        rows = self.values.transpose(1, 2).flatten(0, 1)[: self.outputs]
+        groups = torch.cat([rows & 0xF, rows >> 4], dim=2) ^ MIDDLE
+        return reference.pack_int4(groups.flatten(1))
 
 
 def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> PackedInt4:

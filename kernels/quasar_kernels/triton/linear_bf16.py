@@ -13,17 +13,9 @@ from quasar_kernels.triton.split_k import Workspace, arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
 
-def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
-    """``x W^T + bias``, sums in float32. x: float [M, K]; values: [N, K] in the same dtype; returns [M, N] in it."""
-    return _launch(x, values, None, bias, tiling)
-
-
-def linear_w8a16(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
-    """`linear_bf16` with int8 weights [N, K], which the dtype of x holds exactly, and float32 scales [N]."""
-    return _launch(x, values, scales, bias, tiling)
-
-
-def _launch(x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None, tiling: Tiling) -> Tensor:
+def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None, tiling: Tiling, scales: Tensor | None = None) -> Tensor:
+    """``x W^T + bias``, sums in float32. x: float [M, K]; values: [N, K] in the same dtype, or int8, which that dtype
+    holds exactly, with float32 ``scales`` [N]; returns [M, N] in the dtype of x."""
     rows, inputs = x.shape
     outputs = len(values)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quasar_kernels.weights import Quantized
+
 
 def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.quantize_tokens`: int8 [M, K] and float32 scales [M, K / group_size]. x: float [M, K], contiguous
@@ -26,9 +28,9 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
     return out, scales
 
 
-def quantizes(group_size: int | None) -> bool:
-    """Whether there are kernels for groups of this size: powers of two, or whole rows."""
-    return group_size is None or group_size & (group_size - 1) == 0
+def quantized(x: Tensor | Quantized, group_size: int | None = None) -> Quantized:
+    """Activations quantized per token or group, unless they are already."""
+    return x if isinstance(x, Quantized) else Quantized(*quantize_tokens(x.contiguous(), group_size), x.dtype)
 
 
 def quantized_room(rows: int, width: int, group_size: int | None, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ def rotary_write_at(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """As `reference.rotary_write_at`; ``start`` is read on the device. Returns the queries [R, H, D]."""
+    """As `ops.rotary_write.rotary_write_at`; ``start`` is read on the device. Returns the queries [R, H, D]."""
     rows, head_dim = len(qkv), cos.shape[1]
     kv_heads = len(keys)
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
