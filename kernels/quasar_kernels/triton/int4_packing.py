@@ -8,7 +8,6 @@ runs of 16-byte loads.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quasar_kernels import reference
+from quasar_kernels.cpu.packing import float16_scale_unit
 
 OUTPUTS_PER_TILE = 16
 MIDDLE = 8
@@ -73,9 +73,3 @@ def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> PackedInt4:
     else:
         offsets = offsets.half()
     return PackedInt4(tiled, (scales / unit).half().T.contiguous(), offsets, unit, outputs, packed.shape[1] * 2)
-
-
-def float16_scale_unit(scales: Tensor) -> float:
-    """The power of two that brings the largest scale to [2^14, 2^15): the smallest normal float16 is 2^-29 of it."""
-    largest = scales.abs().amax().item()
-    return 2.0 ** (math.frexp(largest)[1] - 15) if largest > 0 else 1.0
