@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from quasar_kernels.bench.__main__ import app
-from quasar_kernels.bench.fused import LAYERS, Layer, _attention
 from quasar_kernels.bench.products import BASELINE, backends
 from quasar_kernels.bench.timing import alternating_medians
+from quasar_kernels.cases import LAYERS, Layer, Setting
+from quasar_kernels.dispatch import LayerOp
+from quasar_kernels.ops import LAYER_OPS, MATMULS
 from typer.testing import CliRunner
 
 
@@ -22,10 +24,12 @@ def test_report_covers_every_op_and_its_ratios_are_those_of_its_times(tmp_path) 
     assert set(baseline) == {1, 3}
     for one in report["measurements"]:
         assert one["speedup"] == pytest.approx(baseline[one["rows"]] / one["milliseconds"])
-    assert {one["op"] for one in report["fused"]} == {
-        "rms_norm", "rms_norm_quantize", "silu_mul", "silu_mul_quantize", "rotary_write", "block_attention",
+    assert {one["backend"] for one in report["measurements"]} >= {op.format for op in MATMULS}
+    assert {one["op"] for one in report["layer_ops"]} == {
+        "add_rms_norm", "add_rms_norm_quantize", "silu_mul", "silu_mul_quantize", "rotary_write", "block_attention",
+        "first_maxima",
     }  # fmt: skip
-    for one in report["fused"]:
+    for one in report["layer_ops"]:
         assert one["speedup"] == pytest.approx(one["torch_milliseconds"] / one["milliseconds"])
     assert "block_attention, context 4096" in (tmp_path / "cpu.txt").read_text()
     assert (tmp_path / "cpu.png").stat().st_size > 0
@@ -48,12 +52,19 @@ def test_every_backend_multiplies_by_the_given_matrix() -> None:
             assert error < (0.15 if backend.bits < 8 else 0.02), backend.name
 
 
-@pytest.mark.parametrize("layer", [LAYERS["smollm2-135m"], Layer(64, 64, 4, 2, 32, True)])
-def test_both_attentions_agree(layer: Layer) -> None:
+@pytest.mark.parametrize("op", LAYER_OPS, ids=[op.name for op in LAYER_OPS])
+@pytest.mark.parametrize("layer", [LAYERS["smollm2-135m"], Layer(64, 64, 4, 2, 32, True, 64)])
+def test_an_op_and_its_peer_agree(layer: Layer, op: LayerOp) -> None:
     with torch.inference_mode():
-        contest = _attention(layer, 5, 40)
-        theirs = contest.torch()[0].transpose(0, 1).reshape(5, -1)
-        torch.testing.assert_close(contest.ours(), theirs, rtol=0.02, atol=0.02)
+        case = op.case(Setting(layer, 5, 40))
+        ours, theirs = op(*case.arguments), case.peer()
+        if isinstance(theirs, tuple):  # int8 values and their scales
+            ours, theirs = ours[0] * ours[1], theirs[0] * theirs[1]
+        elif isinstance(ours, tuple):
+            ours = ours[0]
+        if op.name == "block_attention":
+            theirs = theirs[0].transpose(0, 1).reshape(5, -1)
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.05 if "quantize" in op.name else 0.02)
 
 
 def test_contenders_take_turns_and_rotate_their_copies() -> None:

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import Int8Weight, cpu, reference
+from quasar_kernels import Int8Weight, cpu
 from quasar_kernels.cpu import build, levels, library
 from quasar_kernels.cpu.levels import LEVEL_VARIABLE, Level, available_levels
+
+from tests import definitions
 
 LEVELS = [level.name for level in available_levels()]
 
@@ -123,7 +125,7 @@ def test_without_a_compiler(broken: str, tmp_path: Path, monkeypatch: pytest.Mon
         torch.arange(64 * 96).remainder(255).sub(127).to(torch.int8).view(64, 96), torch.rand(64) + 0.01
     )
     x = torch.randn(3, 96, dtype=torch.bfloat16)
-    expected = reference.linear_w8a8(x, weight.values, weight.scales)
+    expected = definitions.linear_w8a8(*definitions.quantized(x), x.dtype, weight.values, weight.scales)
     reason = "no C\\+\\+ compiler found" if broken == "none" else "/bin/false failed"
     with pytest.warns(RuntimeWarning, match=f"CPU kernels are off, PyTorch's operations are used: {reason}"):
         found = quasar_kernels.linear_w8a8(x, weight)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, Int8Weight, ops, reference
+from quasar_kernels import DenseWeight, Int8Weight, dispatch, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -38,7 +38,7 @@ def test_the_cpu_kernels_are_not_compiled_for_tensors_elsewhere(monkeypatch: pyt
     def compile_now() -> None:
         raise AssertionError("the CPU kernels were asked for")
 
-    monkeypatch.setattr(ops, "backend", compile_now)
+    monkeypatch.setattr(dispatch, "backend", compile_now)
     x = torch.empty(96, 64, dtype=torch.bfloat16, device="meta")
     int8 = Int8Weight(torch.empty(32, 64, dtype=torch.int8, device="meta"), torch.empty(32, device="meta"))
     dense = DenseWeight(torch.empty(32, 64, dtype=torch.bfloat16, device="meta"))

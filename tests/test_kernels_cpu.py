@@ -1,4 +1,4 @@
-"""The compiled CPU kernels against `reference`, on every level of processor features that this machine has."""
+"""Every op on a CPU against `tests.definitions`, on every level of processor features that this machine has."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu, reference
-from quasar_kernels.cpu import custom_ops, library, packing
+from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, block_ops, cpu
+from quasar_kernels.cpu import library, packing
 from quasar_kernels.cpu.levels import available_levels
+from quasar_kernels.matmul import Matmul
+from quasar_kernels.ops import MATMULS, rotary_write
 from torch import Tensor
+
+from tests import definitions
 
 LEVELS = [level.name for level in available_levels()]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -71,9 +75,9 @@ def test_w8a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, bias:
         values, scales = weight.values, weight.scales
         for rows in ROWS:
             x = normal(rows, inputs, seed=rows, dtype=dtype)
-            expected = reference.linear_w8a8(x, values, scales, offset)
+            quantized = Quantized(*definitions.quantized(x), dtype)
+            expected = definitions.linear_w8a8(*quantized, values, scales, offset)
             assert torch.equal(quasar_kernels.linear_w8a8(x, weight, offset), expected)
-            quantized = Quantized(*reference.quantize_tokens(x), dtype)
             assert torch.equal(quasar_kernels.linear_w8a8(quantized, weight, offset), expected)
 
 
@@ -86,7 +90,7 @@ def test_w8a16_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None
             x = normal(rows, inputs, seed=rows, dtype=dtype)
             x[-1] = 0
             error = relative_error(
-                quasar_kernels.linear_w8a16(x, weight, offset), reference.linear_w8a16(x, values, scales, offset)
+                quasar_kernels.linear_w8a16(x, weight, offset), definitions.linear_int8(x, values, scales, offset)
             )
             # Activations of 15 bit round by 1 / 32512 of a token's largest value.
             assert error < (1e-4 if dtype == torch.float32 else 1e-2 if level == "torch" else 5e-3)
@@ -116,13 +120,13 @@ def test_w4a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, zeros
         canonical = weight.canonical()
         for rows in (1, 3, 8, 17, 64):
             x = normal(rows, inputs, seed=rows, dtype=dtype)
-            expected = reference.linear_w4a8(x, *canonical, offset)
+            quantized = Quantized(*definitions.quantized(x, group_size), dtype)
+            expected = definitions.linear_w4a8(*quantized, canonical, offset)
             found = quasar_kernels.linear_w4a8(x, weight, offset)
             if zeros == "fraction":  # group sums that are no integers are rounded in float32, not in float64
                 assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
             else:
                 assert torch.equal(found, expected)
-            quantized = Quantized(*reference.quantize_tokens(x, group_size), dtype)
             assert torch.equal(quasar_kernels.linear_w4a8(quantized, weight, offset), found)
 
 
@@ -138,7 +142,7 @@ def test_integer_sums_are_exact_at_their_extremes(level: str, inputs: int) -> No
     packed[1::2] = 0
     groups = 32, inputs // 32
     weight = Int4Weight(packed, torch.ones(groups), torch.full(groups, 8.0), True, torch.float32)
-    expected = rows.double() @ (reference.unpack_int4(packed).double() - 8).T
+    expected = rows.double() @ (definitions.int4_values(packed) - 8).T
     assert torch.equal(quasar_kernels.linear_w4a8(rows, weight).double(), expected)
 
 
@@ -150,7 +154,7 @@ def test_w4a16_is_close_to_the_reference(level: str, dtype: torch.dtype, zeros: 
         canonical, offset = weight.canonical(), normal(outputs, dtype=dtype)
         for rows in (1, 3, 8, 17, 64):
             x = normal(rows, inputs, seed=rows, dtype=dtype)
-            expected = reference.linear_w4a16(x, *canonical, offset)
+            expected = definitions.linear_int4(x, *canonical, offset)
             error = relative_error(quasar_kernels.linear_w4a16(x, weight, offset), expected)
             assert error < (1e-5 if dtype == torch.float32 else 1.5e-2)
 
@@ -162,26 +166,21 @@ def test_dense_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None
         weight = DenseWeight.prepare(values)
         for rows in (1, 2, 7, 16, 17, 64, 70):
             x = normal(rows, inputs, seed=rows, dtype=dtype)
-            error = relative_error(
-                quasar_kernels.linear_bf16(x, weight, offset), reference.linear_bf16(x, values, offset)
-            )
+            error = relative_error(quasar_kernels.linear_bf16(x, weight, offset), definitions.linear(x, values, offset))
             assert error < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", ["w8a8", "w8a16", "w4a8", "w4a16", "bf16"])
-def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, op: str) -> None:
+@pytest.mark.parametrize("product", MATMULS, ids=[op.name for op in MATMULS])
+def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, product: Matmul) -> None:
     if level == "torch":
         pytest.skip("holds for the kernels")
     outputs, inputs = 160, 576
-    weights: dict[str, tuple[Callable[..., Tensor], object]] = {
-        "w8a8": (quasar_kernels.linear_w8a8, int8_weight(outputs, inputs)),
-        "w8a16": (quasar_kernels.linear_w8a16, int8_weight(outputs, inputs)),
-        "w4a8": (quasar_kernels.linear_w4a8, int4_weight(outputs, inputs, 64, "integer")),
-        "w4a16": (quasar_kernels.linear_w4a16, int4_weight(outputs, inputs, 64, "integer")),
-        "bf16": (quasar_kernels.linear_bf16, DenseWeight.prepare(normal(outputs, inputs, dtype=torch.bfloat16))),
-    }
-    product, weight = weights[op]
+    weight = {
+        4: int4_weight(outputs, inputs, 64, "integer"),
+        8: int8_weight(outputs, inputs),
+        16: DenseWeight.prepare(normal(outputs, inputs, dtype=torch.bfloat16)),
+    }[product.weight_bits]
     x = normal(100, inputs, dtype=torch.bfloat16)
     alone = torch.cat([product(x[row : row + 1], weight) for row in range(len(x))])
     for rows in (*range(1, 33), 47, 64, 65, 100):
@@ -196,7 +195,7 @@ def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, op: str) -
 
 def test_float16_and_strided_activations(level: str) -> None:
     weight, x = int8_weight(64, 96), normal(96, 5).T
-    expected = reference.linear_w8a8(x, weight.values, weight.scales)
+    expected = definitions.linear_w8a8(*definitions.quantized(x), x.dtype, weight.values, weight.scales)
     assert torch.equal(quasar_kernels.linear_w8a8(x, weight), expected)
     assert relative_error(quasar_kernels.linear_w8a8(x.half(), weight), expected) < 2e-2
     assert quasar_kernels.linear_w8a8(x.half(), weight).dtype == torch.float16
@@ -209,7 +208,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         quasar_kernels.linear_w8a8(torch.zeros(3, 64), weight)
     with pytest.raises(ValueError, match=r"expected a bias \[64\]"):
         quasar_kernels.linear_w8a8(torch.zeros(3, 96), weight, torch.zeros(32))
-    by_group = Quantized(*reference.quantize_tokens(torch.zeros(3, 96), 32), torch.float32)
+    by_group = Quantized(*definitions.quantized(torch.zeros(3, 96), 32), torch.float32)
     with pytest.raises(ValueError, match=r"scaled int8 \[M, 96\]"):
         quasar_kernels.linear_w8a8(by_group, weight)
 
@@ -235,28 +234,29 @@ def test_norm_and_swiglu(level: str) -> None:
     for rows, size in [(1, 32), (3, 576), (17, 1536), (64, 2048)]:
         x, weight = normal(rows, size, dtype=torch.bfloat16), normal(size, seed=1, dtype=torch.bfloat16)
         found = quasar_kernels.rms_norm(x, weight, 1e-5)
-        assert relative_error(found, reference.rms_norm(x, weight, 1e-5)) < 4e-3
+        assert relative_error(found, definitions.rms_norm(x, weight, 1e-5)) < 4e-3
         for group_size in (None, 32):
-            values, scales = reference.quantize_tokens(found, group_size)
-            quantized = quasar_kernels.rms_norm_quantize(x, weight, 1e-5, group_size)
-            assert torch.equal(quantized.values, values)
-            assert torch.equal(quantized.scales, scales)
+            values, scales = definitions.quantized(found, group_size)
+            quantized = block_ops.add_rms_norm_quantize(x, weight, 1e-5, group_size=group_size)
+            assert torch.equal(quantized[0], values)
+            assert torch.equal(quantized[1], scales)
+            assert torch.equal(quantized[2], x)
 
         gate_up = normal(rows, 2 * size, dtype=torch.bfloat16) * 8
         found = quasar_kernels.silu_mul(gate_up)
-        assert relative_error(found, reference.silu_mul(gate_up)) < 4e-3
+        assert relative_error(found, definitions.silu_mul(gate_up)) < 4e-3
         for group_size in (None, 32):
-            values, scales = reference.quantize_tokens(found, group_size)
-            quantized = quasar_kernels.silu_mul_quantize(gate_up, group_size)
-            assert torch.equal(quantized.values, values)
-            assert torch.equal(quantized.scales, scales)
+            values, scales = definitions.quantized(found, group_size)
+            quantized = block_ops.silu_mul_quantize(gate_up, group_size)
+            assert torch.equal(quantized[0], values)
+            assert torch.equal(quantized[1], scales)
 
 
 def test_swiglu_far_from_zero(level: str) -> None:
     gate = torch.tensor([-1e30, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 1e30] * 4)
     gate_up = torch.cat([gate, torch.ones(32)]).bfloat16().unsqueeze(0)
     found = quasar_kernels.silu_mul(gate_up)
-    assert torch.allclose(found.float(), reference.silu_mul(gate_up.float()), rtol=8e-3, atol=1e-7)
+    assert torch.allclose(found.float(), definitions.silu_mul(gate_up).float(), rtol=8e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [16, 64, 80, 4096])
@@ -288,14 +288,25 @@ def test_rotary_write(level: str, head_dim: int, normalized: bool) -> None:
         angles = normal(rows, head_dim // 2).repeat(1, 2)
         rotation = angles.cos(), angles.sin()
         keys, values = (normal(kv_heads, capacity, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (3, 4))
-        expected_keys, expected_values = keys.clone(), values.clone()
+        written = definitions.rotary_write(qkv, rotation, (keys, values), start, norms, 1e-6)
+        expected, expected_keys, expected_values = written
+        own_keys, own_values = keys.clone(), values.clone()
         q = quasar_kernels.rotary_write(qkv, rotation, keys, values, start, norms, 1e-6)
-        expected = reference.rotary_write(qkv, rotation, expected_keys, expected_values, start, norms, 1e-6)
-        assert relative_error(q, expected) < 4e-3
-        assert relative_error(keys, expected_keys) < 4e-3
+        by_tensor = (own_keys, own_values, torch.tensor([start]), *(norms or (None, None)), 1e-6)
+        assert torch.equal(block_ops.rotary_write_at(qkv, *rotation, *by_tensor), q)
+        assert torch.equal(own_keys, keys)
+        assert torch.equal(own_values, values)
+        # The definition rounds at the end alone, the op after the norm, its weight and the rotation.
+        assert relative_error(q, expected) < (1e-2 if normalized else 4e-3)
+        assert relative_error(keys, expected_keys) < (1e-2 if normalized else 4e-3)
         others = [slot for slot in range(capacity) if not start <= slot < start + rows]
-        assert torch.equal(keys[:, others], expected_keys[:, others])
-        assert torch.equal(values, expected_values)
+        assert torch.equal(keys[:, others].double(), expected_keys[:, others])
+        assert torch.equal(values.double(), expected_values)
+        plain_keys, plain_values = torch.zeros_like(keys), torch.zeros_like(values)
+        by_tensor = (plain_keys, plain_values, *by_tensor[2:])
+        assert relative_error(q, rotary_write.OP.plain(qkv, *rotation, *by_tensor)) < 4e-3
+        written_slots = slice(start, start + rows)
+        assert relative_error(keys[:, written_slots], plain_keys[:, written_slots]) < 4e-3
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
@@ -306,8 +317,7 @@ def test_attention_over_a_cache(level: str, head_dim: int) -> None:
         visible = torch.rand(rows, slots, generator=torch.Generator().manual_seed(3)) < 0.6
         visible[torch.arange(rows), torch.arange(rows) % slots] = True
         found = quasar_kernels.attend(q, keys, values, visible)
-        expected = reference.attend(q.float(), keys.float(), values.float(), visible)
-        assert relative_error(found, expected) < 1e-2
+        assert relative_error(found, definitions.attention(q, keys, values, visible)) < 1e-2
 
 
 @needs_kernels
@@ -339,17 +349,6 @@ def test_gradients_take_the_way_of_pytorch() -> None:
     x = normal(3, 64, dtype=torch.bfloat16).requires_grad_()
     quasar_kernels.rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-5).sum().backward()
     assert x.grad is not None
-
-
-@needs_kernels
-def test_operators_of_compiled_graphs() -> None:
-    weight = int4_weight(64, 96, 32, "integer")
-    packed = weight.packed_for_kernels()
-    assert packed is not None
-    x = normal(3, 96, dtype=torch.bfloat16)
-    arguments = (x, packed.values, packed.scales, packed.zeros, packed.scale_unit, None)
-    assert torch.equal(custom_ops.linear_w4a8(*arguments), quasar_kernels.linear_w4a8(x, weight))
-    torch.library.opcheck(custom_ops.linear_w4a8, arguments, test_utils=["test_schema", "test_faketensor"])
 
 
 class Guarded:
@@ -392,7 +391,9 @@ def run_guarded(at_end: bool) -> None:
     loaded = library.backend()
     assert loaded is not None
 
-    def product(function: library.Product, weight: packing.PackedWeight, x: Tensor, quantized: bool = False) -> None:
+    def product(
+        function: library.MatmulFunction, weight: packing.PackedWeight, x: Tensor, quantized: bool = False
+    ) -> None:
         scales, zeros = guarded.optional(weight.scales), guarded.optional(weight.zeros)
         inside = packing.PackedWeight(
             guarded.copy(weight.values), weight.inputs, scales, zeros, weight.group_size, weight.scale_unit
@@ -402,7 +403,7 @@ def run_guarded(at_end: bool) -> None:
         flags = library.ACTIVATIONS_BFLOAT16 if x.dtype == torch.bfloat16 else 0
         token_scales = None
         if quantized:
-            values, scales_of_tokens = reference.quantize_tokens(x, weight.group_size or None)
+            values, scales_of_tokens = definitions.quantized(x, weight.group_size or None)
             x, token_scales = values, guarded.copy(scales_of_tokens)
             flags |= library.ACTIVATIONS_INT8
         pointer = None if token_scales is None else token_scales.data_ptr()

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference: on the GPU where there is one, else in Triton's interpreter; and
+"""The Triton kernels against `tests.definitions`: on the GPU where there is one, else in Triton's interpreter; and
 compiled ahead of time for GPUs that this machine need not have."""
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Imported after the check that Triton is there; tests/conftest.py has chosen the interpreter where there is no GPU.
-from quasar_kernels import reference
+from quasar_kernels import Int4Weight, reference
+from quasar_kernels.ops.add_rms_norm import OP as NORM
+from quasar_kernels.ops.add_rms_norm import QUANTIZING as NORM_QUANTIZE
+from quasar_kernels.ops.block_attention import OP as BLOCK_ATTENTION
+from quasar_kernels.ops.rotary_write import OP as ROTARY_WRITE
+from quasar_kernels.ops.silu_mul import OP as SILU
+from quasar_kernels.ops.silu_mul import QUANTIZING as SILU_QUANTIZE
 from quasar_kernels.triton import linear_bf16, linear_w4, linear_w8a8, tuning
 from quasar_kernels.triton.activation import silu_mul, silu_mul_quantize
 from quasar_kernels.triton.attention import block_attention
@@ -30,6 +36,8 @@ from quasar_kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
 from quasar_kernels.triton.quantize import quantize_tokens
 from quasar_kernels.triton.rotary import rotary_write_at
 from quasar_kernels.triton.tuning import Shape, Tiling
+
+from tests import definitions
 
 # The interpreter truncates where the GPU rounds to the nearest bfloat16, once or twice in an op.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2**-6}
@@ -110,7 +118,7 @@ def test_w8a8_is_exact(
     bias = normal(generator, outputs, dtype=dtype) if rows > 1 else None
     tokens, token_scales = reference.quantize_tokens(x)
     actual = linear_w8a8.linear_w8a8(tokens, token_scales, values, scales, bias, dtype, tiling)
-    expected = reference.linear_w8a8(x, values, scales, bias)
+    expected = definitions.linear_w8a8(tokens, token_scales, dtype, values, scales, bias)
     if dtype == torch.float32 and DEVICE.type == "cpu":
         assert torch.equal(actual, expected)
     assert_close(actual, expected)
@@ -124,17 +132,17 @@ def test_every_number_of_rows(generator: torch.Generator, rows: int) -> None:
     tokens, token_scales = reference.quantize_tokens(x)
     tiling = Tiling(Shape("linear_w8a8", rows, 32, 128).block_m, 32, 128)
     actual = linear_w8a8.linear_w8a8(tokens, token_scales, values, scales, None, x.dtype, tiling)
-    assert_close(actual, reference.linear_w8a8(x, values, scales))
+    assert_close(actual, definitions.linear_w8a8(tokens, token_scales, x.dtype, values, scales))
     packed = pack_int4(*weight)
-    assert_close(linear_w4.linear_w4a16(x, packed, None, tiling), reference.linear_w4a16(x, *weight))
+    assert_close(linear_w4.linear_w4a16(x, packed, None, tiling), definitions.linear_int4(x, *weight))
     by_group = reference.quantize_tokens(x, 64)
     actual = linear_w4.linear_w4a8(*by_group, packed, None, x.dtype, tiling)
-    assert_close(actual, reference.linear_w4a8(x, *weight))
-    assert_close(linear_bf16.linear_bf16(x, dense, None, tiling), reference.linear_bf16(x, dense))
-    actual = linear_bf16.linear_w8a16(x, values, scales, None, tiling)
-    assert_close(actual, reference.linear_w8a16(x, values, scales))
-    assert_close(add_rms_norm(x, dense[0], 1e-5, x)[0], reference.add_rms_norm(x, dense[0], 1e-5, x)[0])
-    assert_close(silu_mul(x), reference.silu_mul(x))
+    assert_close(actual, definitions.linear_w4a8(*by_group, x.dtype, weight))
+    assert_close(linear_bf16.linear_bf16(x, dense, None, tiling), definitions.linear(x, dense))
+    actual = linear_bf16.linear_bf16(x, values, None, tiling, scales)
+    assert_close(actual, definitions.linear_int8(x, values, scales))
+    assert_close(add_rms_norm(x, dense[0], 1e-5, x)[0], definitions.rms_norm(x + x, dense[0], 1e-5).to(x.dtype))
+    assert_close(silu_mul(x), definitions.silu_mul(x).to(x.dtype))
     assert torch.equal(quantize_tokens(x)[0], tokens)
     assert torch.equal(quantize_tokens(x, 64)[0], by_group[0])
 
@@ -148,12 +156,10 @@ def test_attention_of_every_number_of_rows(generator: torch.Generator, rows: int
     qkv = normal(generator, rows, 5 * 16)
     expected_cache = cache.clone()
     q = rotary_write_at(qkv, cos, sin, cache[0], cache[1], start)
-    assert_close(q, reference.rotary_write_at(qkv, cos, sin, *expected_cache, start))
+    assert_close(q, ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start))
     assert_close(cache, expected_cache)
     mask = torch.ones(rows, rows, dtype=torch.bool, device=DEVICE).tril()
-    assert_close(
-        block_attention(q, cache[0], cache[1], start, mask, 2), reference.block_attention(q, *cache, start, mask)
-    )
+    assert_close(block_attention(q, cache[0], cache[1], start, mask, 2), BLOCK_ATTENTION.plain(q, *cache, start, mask))
 
 
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "fractional"])
@@ -179,7 +185,7 @@ def test_w4a16(
     x = normal(generator, rows, inputs, dtype=dtype) + 0.5
     weight = int4_weight(generator, outputs, inputs, group_size, zeros)
     bias = normal(generator, outputs, dtype=dtype) if rows > 1 else None
-    assert_close(linear_w4.linear_w4a16(x, pack_int4(*weight), bias, tiling), reference.linear_w4a16(x, *weight, bias))
+    assert_close(linear_w4.linear_w4a16(x, pack_int4(*weight), bias, tiling), definitions.linear_int4(x, *weight, bias))
 
 
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "fractional"])
@@ -194,7 +200,7 @@ def test_w4a8(
     tokens, token_scales = reference.quantize_tokens(x, group_size)
     tiling = Tiling(16, 32, group_size, split_k)
     actual = linear_w4.linear_w4a8(tokens, token_scales, pack_int4(*weight), bias, dtype, tiling)
-    assert_close(actual, reference.linear_w4a8(x, *weight, bias))
+    assert_close(actual, definitions.linear_w4a8(tokens, token_scales, dtype, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -221,8 +227,8 @@ def test_w8a16(
 ) -> None:
     x, bias = normal(generator, rows, inputs, dtype=dtype), normal(generator, outputs, dtype=dtype)
     values, scales = int8_weight(generator, outputs, inputs)
-    expected = reference.linear_w8a16(x, values, scales, bias)
-    assert_close(linear_bf16.linear_w8a16(x, values, scales, bias, tiling), expected)
+    expected = definitions.linear_int8(x, values, scales, bias)
+    assert_close(linear_bf16.linear_bf16(x, values, bias, tiling, scales), expected)
 
 
 def test_split_counters_return_to_zero(generator: torch.Generator) -> None:
@@ -232,13 +238,29 @@ def test_split_counters_return_to_zero(generator: torch.Generator) -> None:
     assert torch.equal(first, second)
 
 
+def test_packing_can_be_undone(generator: torch.Generator) -> None:
+    for outputs, group_size in ((40, 64), (48, 32)):
+        packed, scales, zeros = int4_weight(generator, outputs, 128, group_size, "integer")
+        assert torch.equal(pack_int4(packed, scales, zeros).canonical(), packed)
+
+
+def test_a_weight_holds_its_integers_once(generator: torch.Generator) -> None:
+    canonical = int4_weight(generator, 48, 128, 64, "fractional")
+    weight = Int4Weight(*canonical, symmetric=False, dtype=torch.float32)
+    first = weight.packed_for_triton()
+    assert weight.packed_for_triton() is first
+    held = [value for value in vars(weight).values() if isinstance(value, Tensor)]
+    assert not [part for part in [*held, *(weight._canonical or ())] if part.dtype == torch.uint8]
+    assert all(torch.equal(*pair) for pair in zip(weight.canonical(), canonical, strict=True))
+
+
 def test_packing_pads_the_outputs_and_keeps_every_weight(generator: torch.Generator) -> None:
     packed, scales, zeros = int4_weight(generator, 40, 128, 64, "integer")
     weight = pack_int4(packed, scales, zeros)
     assert weight.values.shape == (3, 2, 16, 32)
     output, group, element = 37, 1, 50
     stored = weight.values[output // 16, group, output % 16, element - 32] >> 4
-    assert int(stored) ^ 8 == int(reference.unpack_int4(packed)[output, group * 64 + element])
+    assert int(stored) ^ 8 == int(definitions.int4_values(packed)[output, group * 64 + element])
     assert weight.scales[group, output] * weight.unit == scales[output, group]
     assert weight.nbytes == 48 * 64 + 40 * 2 * 2 + 40 * 2
 
@@ -252,21 +274,21 @@ def test_norm_activation_and_quantization(
     x[0] = 0
     weight = normal(generator, width, dtype=dtype)
     for added in (None, residual):
-        expected = reference.add_rms_norm(x, weight, 1e-5, added)
+        expected = NORM.plain(x, weight, 1e-5, added)
         for actual, wanted in zip(add_rms_norm(x, weight, 1e-5, added), expected, strict=True):
             assert_close(actual, wanted)
         quantized = add_rms_norm_quantize(x, weight, 1e-5, added)
-        assert_quantized_close(quantized, reference.add_rms_norm_quantize(x, weight, 1e-5, added), dtype)
+        assert_quantized_close(quantized, NORM_QUANTIZE.plain(x, weight, 1e-5, added), dtype)
         assert_close(quantized[2], expected[1])
     gate_up = torch.cat([x, residual], dim=1)
-    assert_close(silu_mul(gate_up), reference.silu_mul(gate_up))
-    assert_quantized_close(silu_mul_quantize(gate_up), reference.silu_mul_quantize(gate_up), dtype)
+    assert_close(silu_mul(gate_up), SILU.plain(gate_up))
+    assert_quantized_close(silu_mul_quantize(gate_up), SILU_QUANTIZE.plain(gate_up), dtype)
     for size in (None, 4):
         for actual, wanted in zip(quantize_tokens(x, size), reference.quantize_tokens(x, size), strict=True):
             assert torch.equal(actual, wanted)
         quantized = add_rms_norm_quantize(x, weight, 1e-5, residual, size)
-        assert_quantized_close(quantized, reference.add_rms_norm_quantize(x, weight, 1e-5, residual, size), dtype)
-        assert_quantized_close(silu_mul_quantize(gate_up, size), reference.silu_mul_quantize(gate_up, size), dtype)
+        assert_quantized_close(quantized, NORM_QUANTIZE.plain(x, weight, 1e-5, residual, size), dtype)
+        assert_quantized_close(silu_mul_quantize(gate_up, size), SILU_QUANTIZE.plain(gate_up, size), dtype)
 
 
 def test_quantization_rounds_ties_to_even() -> None:
@@ -302,7 +324,7 @@ def test_rotary_and_attention(
     expected_cache = cache.clone()
     for q_norm, k_norm in ((None, None), norms):
         q = rotary_write_at(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6)
-        expected = reference.rotary_write_at(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6)
+        expected = ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6)
         # Rotation mixes values of a whole head, and truncation before it counts double.
         assert (q.float() - expected.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected.float().abs().max()
         assert (cache.float() - expected_cache.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected_cache.abs().max()
@@ -312,7 +334,7 @@ def test_rotary_and_attention(
     mask = torch.rand(rows, rows, generator=generator, device=DEVICE) > 0.5
     mask.fill_diagonal_(True)
     attended = block_attention(expected, *expected_cache, start, mask, splits)
-    assert_close(attended, reference.block_attention(expected, *expected_cache, start, mask))
+    assert_close(attended, BLOCK_ATTENTION.plain(expected, *expected_cache, start, mask))
 
 
 def test_default_tilings_fill_the_gpu() -> None:
@@ -432,14 +454,3 @@ def test_weights_are_unpacked_in_tensor_core_registers() -> None:
     assert len(found) >= 8
     for name, facts in found:
         assert facts["shared_stores_in_loop"] == 0, name
-
-
-def test_dependent_launches_wait_and_products_prefetch_before() -> None:
-    assert not any(facts["dependent"] for facts in compiled(80).values())
-    dependent = {name: facts for name, facts in compiled(90).items() if facts["dependent"]}
-    assert {facts["kind"] for facts in dependent.values()} == TENSOR_CORES.keys() | OTHER_KINDS
-    for name, facts in compiled(90).items():
-        assert facts["waits_for_the_kernel_before"] == facts["dependent"], name
-        assert not facts["accesses_before_waiting"], name
-        product = facts["kind"] in TENSOR_CORES.keys() - {"attention"}
-        assert facts["prefetches_before_waiting"] == (product and facts["dependent"]), name

@@ -22,6 +22,7 @@ from quasar.verifiers.bnb import Bnb4BitVerifier, BnbInt8Verifier
 from quasar.verifiers.fp16 import FP16Verifier
 from quasar.verifiers.int4 import Int4Verifier
 from quasar.verifiers.int8 import Int8Verifier
+from tests import definitions
 
 TOKENS = torch.arange(40) % 64
 
@@ -271,7 +272,7 @@ def test_linear_w8a8_equals_its_reference(rows: int, dtype: torch.dtype, bias: b
     x = torch.randn(rows, 96, generator=generator).to(dtype)
     weight = quantize_int8(torch.randn(64, 96, generator=generator))
     offset = torch.randn(64, generator=generator).to(dtype) if bias else None
-    expected = reference.linear_w8a8(x, weight.values, weight.scales, offset)
+    expected = definitions.linear_w8a8(*definitions.quantized(x), dtype, weight.values, weight.scales, offset)
     assert torch.equal(quasar_kernels.linear_w8a8(x, weight, offset), expected)
 
 
@@ -286,7 +287,7 @@ def test_linear_w4a16_equals_its_reference(rows: int, dtype: torch.dtype, symmet
     grid = grid_int4(dense, group_size, symmetric)
     packed = reference.pack_int4(round_int4(dense, grid))
     weight = Int4Weight.prepare(packed, grid.scales, grid.zeros, symmetric, dtype)
-    expected = reference.linear_w4a16(x, weight.packed, weight.scales, weight.zeros)
+    expected = definitions.linear_int4(x, weight.packed, weight.scales, weight.zeros)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     error = (quasar_kernels.linear_w4a16(x, weight) - expected).abs().max() / expected.abs().max()
     assert error < tolerance
@@ -323,8 +324,9 @@ def test_outliers_of_one_group_spare_the_others() -> None:
     )
     scales = weight.scales.clone()
     scales[:, 0] = 0.0  # look at the other groups alone
-    expected = reference.linear_w4a16(x, weight.packed, scales, weight.zeros)
-    error = (reference.linear_w4a8(x, weight.packed, scales, weight.zeros) - expected).abs().max()
+    expected = definitions.linear_int4(x, weight.packed, scales, weight.zeros)
+    muted = weight.packed, scales, weight.zeros
+    error = (definitions.linear_w4a8(*definitions.quantized(x, 64), x.dtype, muted) - expected).abs().max()
     assert error < 0.02 * expected.abs().max()
 
 
@@ -362,7 +364,8 @@ def test_eight_bit_activations_reach_the_kernel(tiny: Transformer) -> None:
     layer = verifier.model.blocks[0].mlp.down
     x = torch.randn(3, 256)
     weight = layer.weight
-    assert torch.equal(layer(x), reference.linear_w4a8(x, weight.packed, weight.scales, weight.zeros))
+    quantized = definitions.quantized(x, weight.group_size)
+    assert torch.equal(layer(x), definitions.linear_w4a8(*quantized, x.dtype, weight.canonical()))
 
 
 @pytest.mark.parametrize("verifier", [Int8Verifier, Int4Verifier])

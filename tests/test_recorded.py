@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import pytest
 import torch
 from quasar_kernels import cpu
 from quasar_kernels.cpu import NotRecordableError, Tape
-from quasar_kernels.cpu.fused import rms_norm
+from quasar_kernels.cpu.calls import first_maxima, rms_norm
+from quasar_kernels.cpu.functions import FUNCTIONS, Signature, read_signatures
 from torch import Tensor, nn
 
 from quasar.decoding.draft import Draft
@@ -206,6 +208,37 @@ def test_other_operations_cannot_be_recorded(run: object, message: str) -> None:
     with torch.inference_mode(), pytest.raises(NotRecordableError, match=message):
         Tape(library, 8, lambda: run(x))  # type: ignore[operator]
     assert library.rms_norm is functions
+
+
+def test_every_listed_function_is_called_and_recorded_with_its_own_arguments() -> None:
+    """One list serves the header, ctypes and the tape; a float that went through an integer register would show."""
+    assert FUNCTIONS["rms_norm"].arguments == (*[c_void_p] * 7, *[c_int64] * 3, c_float, c_int32)
+    rows = {name: signature.rows for name, signature in FUNCTIONS.items()}
+    matmuls = dict.fromkeys(name for name in rows if name.startswith("linear_"))
+    assert len(matmuls) == 6
+    assert rows == dict.fromkeys(matmuls, 5) | {
+        "rms_norm": 7, "silu_mul": 4, "first_maxima": 2, "rotary_write": 9, "attention": 6, "advise_huge_pages": None,
+    }  # fmt: skip
+    library = cpu.backend()
+    assert library is not None
+    assert len({library.replayed(name) for name in FUNCTIONS}) == len(FUNCTIONS)
+    x = torch.randn(4, 64).bfloat16()
+    with torch.inference_mode():
+        tape = Tape(library, 4, lambda: (first_maxima(library, x),))
+        x.copy_(torch.randn(4, 64))
+        tape.replay(4)
+    assert tape.results[0].tolist() == x.float().argmax(1).tolist()
+    assert read_signatures("FUNCTION(f, float a,\n  int64_t rows)")["f"] == Signature((c_float, c_int64), 1)
+    with pytest.raises(KeyError, match="double"):
+        read_signatures("FUNCTION(f, double x)")
+
+
+def test_functions_without_rows_cannot_be_recorded() -> None:
+    library = cpu.backend()
+    assert library is not None
+    memory = torch.empty(4 << 20, dtype=torch.uint8)
+    with pytest.raises(NotRecordableError, match="advise_huge_pages, which does not work on rows"):
+        Tape(library, 4, lambda: library.ask_for_huge_pages(memory))  # type: ignore[arg-type, return-value]
 
 
 def test_rows_other_than_the_recorded_ones_cannot_be_recorded() -> None:

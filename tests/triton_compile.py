@@ -45,8 +45,6 @@ class Case:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
-    dependent: bool = True
-    """Whether to compile it for programmatic dependent launch too."""
 
 
 def main() -> None:
@@ -56,11 +54,8 @@ def main() -> None:
     architecture = int(sys.argv[1])
     facts: dict[str, Any] = {}
     for case in [*products(architecture), *attentions(), *elementwise()]:
-        for dependent in (False, True) if architecture >= 90 and case.dependent else (False,):
-            compiled = compile_kernel(case, {**case.constants, "DEPENDENT": dependent}, architecture)
-            name = case.name + (", dependent" if dependent else "")
-            assert name not in facts, name
-            facts[name] = {"kind": case.kind, "dependent": dependent, **examine(compiled)}
+        assert case.name not in facts, case.name
+        facts[case.name] = {"kind": case.kind, **examine(compile_kernel(case, architecture))}
     print(json.dumps(facts))
 
 
@@ -75,42 +70,40 @@ def products(architecture: int) -> Iterator[Case]:
         for rows, (outputs, inputs) in cases:
             shape = _shape(op, rows, outputs, inputs)
             name = f"{kind} {rows} x {outputs} x {inputs}"
-            yield product(name, kind, shape, default_tiling(shape, PROCESSORS), dependent=rows == 6)
+            yield product(name, kind, shape, default_tiling(shape, PROCESSORS))
         # The tilings of float16 are those of bfloat16.
         for rows, (outputs, inputs) in ((6, DOWN), (32, GATE_UP)) if architecture == 90 and "fp16" not in kind else ():
             shape = _shape(op, rows, outputs, inputs)
             for tiling in candidates(shape, PROCESSORS)[1:]:
                 name = f"{kind} {rows} x {outputs} x {inputs}, candidate {tiling}"
-                yield product(name, kind, shape, tiling, dependent=False)
+                yield product(name, kind, shape, tiling)
     for kind in ("w4a16 bf16", "w4a8"):
         shape = _shape(f"linear_{kind.split()[0]}", 6, *DOWN)
         tiling = default_tiling(shape, PROCESSORS)
-        yield product(f"{kind}, asymmetric", kind, shape, tiling, {"HAS_ZEROS": True}, dependent=False)
+        yield product(f"{kind}, asymmetric", kind, shape, tiling, {"HAS_ZEROS": True})
 
 
-def product(
-    name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[str, Any] | None = None, dependent: bool = True
-) -> Case:
+def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[str, Any] | None = None) -> Case:
     common = {"bias": "*bf16", "out": "*bf16", "counters": "*i32", "partials": "*fp32"}
     common |= {"rows": "i32", "outputs": "i32", "inputs": "i32"}
     w4 = {"values": "*u8", "scales": "*fp16", "zeros": "*i8", "x_scales": "*fp32", "unit": "fp32"}
     w8 = {"tokens": "*i8", "token_scales": "*fp32", "values": "*i8", "scales": "*fp32", "partials": "*i32"}
-    sizes = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k, "PREFETCH": tiling.stages}
+    sizes = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k}
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
     even = {"BLOCK_K": tiling.block_k, "EVEN_K": shape.inputs % tiling.block_k == 0}
     if kind == "w8a8":
         constants = {**sizes, **even, "HAS_BIAS": True}
-        return Case(name, kind, linear_w8a8_kernel, common | w8, constants, options, dependent)
+        return Case(name, kind, linear_w8a8_kernel, common | w8, constants, options)
     if kind in ("bf16", "w8a16"):
         types = {**common, "x": "*bf16", "values": "*i8" if kind == "w8a16" else "*bf16", "scales": "*fp32"}
         constants = {**sizes, **even, "SCALED": kind == "w8a16", "HAS_BIAS": True, "WIDE": False}
-        return Case(name, kind, linear_bf16_kernel, types, constants, options, dependent)
+        return Case(name, kind, linear_bf16_kernel, types, constants, options)
     dtype = {"w4a16 bf16": "*bf16", "w4a16 fp16": "*fp16", "w4a8": "*i8"}[kind]
     groups = {"GROUP": shape.group_size, "GROUPS": tiling.block_k // shape.group_size}
     flags = {"INT8": kind == "w4a8", "HAS_ZEROS": False, "HAS_BIAS": True, "ASSEMBLY": True}
     constants = {**sizes, **groups, **flags, **(changes or {})}
     types = {**common, **w4, "x": dtype, "out": "*fp16" if kind == "w4a16 fp16" else "*bf16"}
-    return Case(name, kind, linear_w4_kernel, types, constants, options, dependent)
+    return Case(name, kind, linear_w4_kernel, types, constants, options)
 
 
 def attentions() -> Iterator[Case]:
@@ -157,8 +150,8 @@ def elementwise() -> Iterator[Case]:
         yield Case(f"quantize by {group}", "quantize", quantize_tokens_kernel, types, constants, {"num_warps": 16})
 
 
-def compile_kernel(case: Case, constants: dict[str, Any], architecture: int) -> Any:
-    kernel, types = case.kernel, case.types
+def compile_kernel(case: Case, architecture: int) -> Any:
+    kernel, types, constants = case.kernel, case.types, case.constants
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     divisible = [
         index
@@ -178,15 +171,8 @@ def examine(compiled: Any) -> dict[str, Any]:
         "tensor_core_instructions": sorted(set(re.findall(r"(?:wg)?mma\.\S*", ptx))),
         "wide_asynchronous_copies": len(re.findall(r"cp\.async\.cg\.shared\.global.*\b0x10\b", ptx)),
         "narrow_asynchronous_copies": len(re.findall(r"cp\.async\.ca\.shared\.global", ptx)),
-        "waits_for_the_kernel_before": "griddepcontrol.wait" in ptx,
-        "accesses_before_waiting": bool(re.search(r"\b(ld|st|atom)\.global|cp\.async", _before_wait(ptx))),
-        "prefetches_before_waiting": "prefetch.global.L2" in _before_wait(ptx),
         "shared_stores_in_loop": _shared_stores_in_loop(ptx),
     }
-
-
-def _before_wait(ptx: str) -> str:
-    return ptx.split("griddepcontrol.wait")[0] if "griddepcontrol.wait" in ptx else ""
 
 
 def _stack_bytes(cubin: bytes) -> int:

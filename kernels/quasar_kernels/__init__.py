@@ -1,20 +1,17 @@
-"""Low-bit skinny matrix products for verification passes of 1 to 64 tokens.
+"""Low-bit skinny matrix products for verification passes of 1 to 64 tokens, and the ops between them.
 
-This package knows tensors only: nothing of configs, models or decoding. `quasar_kernels.reference` defines every op
-in plain PyTorch and is the oracle of all tests; the functions exported here choose the fastest backend that
-the tensors' device has.
+This package knows tensors only: nothing of configs, models or decoding. `quasar_kernels.ops` describes every op;
+the functions exported here choose the backend by what the tensors' device has.
 """
 
-from quasar_kernels.fused import (
-    attend,
-    first_maxima,
-    rms_norm,
-    rms_norm_quantize,
-    rotary_write,
-    silu_mul,
-    silu_mul_quantize,
-)
-from quasar_kernels.ops import linear_bf16, linear_w4a8, linear_w4a16, linear_w8a8, linear_w8a16
+from quasar_kernels.eager import attend, rms_norm, rotary_write
+from quasar_kernels.ops.first_maxima import first_maxima
+from quasar_kernels.ops.linear_bf16 import linear_bf16
+from quasar_kernels.ops.linear_w4a8 import linear_w4a8
+from quasar_kernels.ops.linear_w4a16 import linear_w4a16
+from quasar_kernels.ops.linear_w8a8 import linear_w8a8
+from quasar_kernels.ops.linear_w8a16 import linear_w8a16
+from quasar_kernels.ops.silu_mul import silu_mul
 from quasar_kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
 
 __all__ = [
@@ -30,8 +27,6 @@ __all__ = [
     "linear_w8a8",
     "linear_w8a16",
     "rms_norm",
-    "rms_norm_quantize",
     "rotary_write",
     "silu_mul",
-    "silu_mul_quantize",
 ]

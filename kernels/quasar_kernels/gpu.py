@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from types import ModuleType
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
-
-from quasar_kernels.weights import Int4Weight
-
-if TYPE_CHECKING:
-    from quasar_kernels.triton.int4_packing import PackedInt4
 
 
 def gpu_backend(x: Tensor) -> ModuleType | None:
-    """`triton.ops` for tensors on a GPU that it has kernels for, where Triton is installed; else None."""
-    ops = _triton_ops() if x.is_cuda else None
-    return ops if ops is not None and ops.capable(x.device) else None
-
-
-def packed_for_gpu(weight: Int4Weight) -> PackedInt4:
-    """The weight as the Triton kernels read it."""
-    ops = _triton_ops()
-    assert ops is not None
-    return ops.packed_int4(weight, *weight.canonical())
+    """The package of Triton kernels if x is on a GPU that they serve and Triton is installed, else None."""
+    return _triton() if x.is_cuda and _capable(x.device) else None
 
 
 @functools.cache
-def _triton_ops() -> ModuleType | None:
+def _triton() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    from quasar_kernels.triton import ops
+    return importlib.import_module("quasar_kernels.triton")
 
-    return ops
+
+@functools.cache
+def _capable(device: torch.device) -> bool:
+    """Whether the GPU has asynchronous copies and bfloat16 tensor cores: compute capability 8.0 and later."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)

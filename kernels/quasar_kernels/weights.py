@@ -6,7 +6,7 @@ backend has packed it, the canonical form is computed from the packed one when s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from quasar_kernels import cpu, reference
 from quasar_kernels.cpu import PackedWeight
 from quasar_kernels.cpu.packing import (
+    SYMMETRIC_ZERO,
     float16_scale_unit,
     packable,
     unpack_dense,
@@ -21,6 +22,9 @@ from quasar_kernels.cpu.packing import (
     unpack_int4,
     unpack_int8,
 )
+
+if TYPE_CHECKING:
+    from quasar_kernels.triton.int4_packing import PackedInt4
 
 # What PyTorch's own packed 4-bit product takes.
 TORCH_INT4_GROUP_SIZES = (32, 64, 128, 256)
@@ -39,6 +43,8 @@ class Quantized(NamedTuple):
 class Int8Weight:
     """An int8 weight with one scale per output channel: values int8 [N, K], scales float32 [N]."""
 
+    group_size = 0
+
     def __init__(self, values: Tensor, scales: Tensor) -> None:
         self.outputs, self.inputs = values.shape
         self.scales = scales
@@ -51,6 +57,12 @@ class Int8Weight:
         weight = Int8Weight(values, scales)
         weight.packed_for_kernels()
         return weight
+
+    @staticmethod
+    def rounded(values: Tensor) -> Int8Weight:
+        """A float matrix [N, K], rounded to nearest and packed."""
+        scales = values.float().abs().amax(1) / reference.INT8_MAX
+        return Int8Weight.prepare(torch.round(values.float() / scales.unsqueeze(1)).to(torch.int8), scales)
 
     @property
     def values(self) -> Tensor:
@@ -67,13 +79,14 @@ class Int8Weight:
 
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None where they do not apply."""
-        if self._packed is None and self._values is not None and _has_kernels(self._values, self.outputs, self.inputs):
+        if (
+            self._packed is None
+            and self._values is not None
+            and _has_kernels(self._values.device, self.outputs, self.inputs)
+        ):
             self._packed = cpu.pack_int8(self._values, self.scales)
             self._values = None
         return self._packed
-
-    def __reduce__(self) -> tuple[type[Int8Weight], tuple[Tensor, Tensor]]:
-        return Int8Weight, (self.values, self.scales)
 
 
 class Int4Weight:
@@ -93,7 +106,9 @@ class Int4Weight:
         self._scale_unit = None if dtype == torch.float32 else float16_scale_unit(scales)
         rounded = scales if self._scale_unit is None else (scales / self._scale_unit).half().float() * self._scale_unit
         self._canonical: tuple[Tensor, Tensor, Tensor] | None = (packed, rounded, zeros)
+        self._device = packed.device
         self._packed: PackedWeight | None = None
+        self._triton: tuple[PackedInt4, Tensor, Tensor] | None = None
         self._torch_packed: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
@@ -102,6 +117,15 @@ class Int4Weight:
         weight = Int4Weight(packed, scales, zeros, symmetric, dtype)
         weight.packed_for_kernels()
         return weight
+
+    @staticmethod
+    def rounded(values: Tensor, group_size: int) -> Int4Weight:
+        """A 16-bit matrix [N, K], rounded to nearest on a symmetric grid in groups, and packed."""
+        groups = values.float().view(len(values), -1, group_size)
+        scales = groups.abs().amax(2) / 7
+        quants = (torch.round(groups / scales.unsqueeze(2)) + SYMMETRIC_ZERO).to(torch.uint8).view(values.shape)
+        zeros = torch.full_like(scales, SYMMETRIC_ZERO)
+        return Int4Weight.prepare(reference.pack_int4(quants), scales, zeros, symmetric=True, dtype=values.dtype)
 
     @property
     def packed(self) -> Tensor:
@@ -131,6 +155,9 @@ class Int4Weight:
         """packed, scales and zeros as `quasar_kernels.reference` takes them."""
         if self._canonical is not None:
             return self._canonical
+        if self._triton is not None:
+            values, scales, zeros = self._triton
+            return values.canonical(), scales, zeros
         assert self._packed is not None
         return unpack_int4(self._packed)
 
@@ -140,24 +167,32 @@ class Int4Weight:
 
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None where they do not apply."""
-        if self._packed is None and self._canonical is not None:
-            packed, scales, zeros = self._canonical
-            if _has_kernels(packed, self.outputs, self.inputs, self.group_size):
-                self._packed = cpu.pack_int4(packed, scales, zeros, self._scale_unit)
-                self._canonical = None
+        if self._packed is None and _has_kernels(self._device, self.outputs, self.inputs, self.group_size):
+            self._packed = cpu.pack_int4(*self.canonical(), self._scale_unit)
+            self._canonical = None
         return self._packed
+
+    def packed_for_triton(self) -> PackedInt4:
+        """The form for the Triton kernels, from its first use on the only copy of the 4-bit integers on a GPU."""
+        if self._triton is None:
+            from quasar_kernels.triton.int4_packing import pack_int4
+
+            packed, scales, zeros = self.canonical()
+            self._triton = pack_int4(packed, scales, zeros), scales, zeros
+            self._canonical = None
+        return self._triton[0]
 
     def packed_for_torch(self) -> tuple[Tensor, Tensor] | None:
         """The form for PyTorch's bfloat16 4-bit product on a CPU, or None where that does not apply."""
         if self._torch_packed is not None:
             return self._torch_packed
-        packed, scales, zeros = self.canonical()
         if (
-            packed.device.type != "cpu"
+            self._device.type != "cpu"
             or self.group_size not in TORCH_INT4_GROUP_SIZES
             or self.outputs % TORCH_INT4_OUTPUTS_MULTIPLE
         ):
             return None
+        packed, scales, zeros = self.canonical()
         values = reference.unpack_int4(packed).to(torch.int32)
         # PyTorch computes (q - 8) * scale + zero.
         scales_and_offsets = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1).contiguous()
@@ -165,12 +200,11 @@ class Int4Weight:
         self._torch_packed = prepared, scales_and_offsets.to(torch.bfloat16)
         return self._torch_packed
 
-    def __reduce__(self) -> tuple[type[Int4Weight], tuple[Tensor, Tensor, Tensor, bool, torch.dtype]]:
-        return Int4Weight, (*self.canonical(), self.symmetric, self.dtype)
-
 
 class DenseWeight:
     """An unquantized weight: values bfloat16 or float32 [N, K]."""
+
+    group_size = 0
 
     def __init__(self, values: Tensor) -> None:
         self.outputs, self.inputs = values.shape
@@ -181,7 +215,7 @@ class DenseWeight:
     @staticmethod
     def has_kernels(values: Tensor) -> bool:
         """Whether a matrix of this shape and device can be packed."""
-        return _has_kernels(values, *values.shape)
+        return _has_kernels(values.device, *values.shape)
 
     @staticmethod
     def prepare(values: Tensor) -> DenseWeight:
@@ -213,15 +247,12 @@ class DenseWeight:
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None where they do not apply."""
         if self._packed is None and self._values is not None and self.dtype in (torch.bfloat16, torch.float32):
-            if not _has_kernels(self._values, self.outputs, self.inputs):
+            if not _has_kernels(self._values.device, self.outputs, self.inputs):
                 return None
             self._packed = cpu.pack_dense(self._values.detach())
             self._values = None
         return self._packed
 
-    def __reduce__(self) -> tuple[type[DenseWeight], tuple[Tensor]]:
-        return DenseWeight, (self.values,)
 
-
-def _has_kernels(values: Tensor, outputs: int, inputs: int, group_size: int = 32) -> bool:
-    return values.device.type == "cpu" and packable(outputs, inputs, group_size) and cpu.backend() is not None
+def _has_kernels(device: torch.device, outputs: int, inputs: int, group_size: int = 32) -> bool:
+    return device.type == "cpu" and packable(outputs, inputs, group_size) and cpu.backend() is not None

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from quasar_kernels.bandwidth import copy_bandwidth
 
 from quasar.results.schema import Machine
 
 PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "triton", "bitsandbytes", "torch-pruning", "numpy")
-COPY_BYTES = 256 * 2**20
 
 
 def describe_machine(device: torch.device) -> Machine:
@@ -36,22 +35,6 @@ def describe_machine(device: torch.device) -> Machine:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_cpu_name()})"
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second while copying a buffer larger than any cache; the best of several copies."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * COPY_BYTES / best
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -55,7 +55,6 @@ def main() -> int:
         "passes": lambda: passes.measure(plan, recorder),
         "overhead": lambda: overhead.measure(plan, recorder),
         "decoding": lambda: decoding.measure(plan, recorder),
-        "programmatic_passes": lambda: passes.measure_programmatic(plan, recorder),
         "compiled": lambda: compiled.measure(plan, recorder),
         "simulation": lambda: simulation.measure(plan, recorder.results.get("passes", [])),
         "bars": lambda: bars.measure(recorder.results),

@@ -20,7 +20,7 @@ def measure(results: Json) -> list[Json]:
     bandwidth = results.get("environment", {}).get("copy_bandwidth_bytes_per_second")
     return [
         *_product_bars(products, bandwidth),
-        *_pass_bars([*results.get("passes", []), *results.get("programmatic_passes", [])], bandwidth),
+        *_pass_bars(results.get("passes", []), bandwidth),
         *_overhead_bars(results),
     ]
 
@@ -48,22 +48,18 @@ def _product_bars(rows: list[Json], bandwidth: float | None) -> Iterator[Json]:
 
 
 def _pass_bars(rows: list[Json], bandwidth: float | None) -> Iterator[Json]:
-    for programmatic in (False, True):
-        at = {
-            row["weights"]: row
-            for row in rows
-            if row.get("model") == MODEL
-            and row.get("rows") == PASS_ROWS
-            and row.get("context") == PASS_CONTEXT
-            and row.get("programmatic_launch", False) == programmatic
-        }
-        base = at.get("bf16")
-        place = f"M = {PASS_ROWS}, context {PASS_CONTEXT}" + (", programmatic dependent launch" if programmatic else "")
-        share = base["bytes_per_second"] / bandwidth if base and bandwidth else None
-        yield _bar(f"BF16 pass share of copy bandwidth, {place}", share, 0.8)
-        for weights, target in (("int8", 1.6), ("int4", 2.4), ("int4 head8", None)):
-            ratio = base["milliseconds"] / at[weights]["milliseconds"] if base and weights in at else None
-            yield _bar(f"{weights} pass over our BF16 pass, {place}", ratio, target)
+    at = {
+        row["weights"]: row
+        for row in rows
+        if row.get("model") == MODEL and row.get("rows") == PASS_ROWS and row.get("context") == PASS_CONTEXT
+    }
+    base = at.get("bf16")
+    place = f"M = {PASS_ROWS}, context {PASS_CONTEXT}"
+    share = base["bytes_per_second"] / bandwidth if base and bandwidth else None
+    yield _bar(f"BF16 pass share of copy bandwidth, {place}", share, 0.8)
+    for weights, target in (("int8", 1.6), ("int4", 2.4), ("int4 head8", None)):
+        ratio = base["milliseconds"] / at[weights]["milliseconds"] if base and weights in at else None
+        yield _bar(f"{weights} pass over our BF16 pass, {place}", ratio, target)
 
 
 def _overhead_bars(results: Json) -> Iterator[Json]:

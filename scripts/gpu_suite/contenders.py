@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quasar_kernels import reference
-from quasar_kernels.triton import ops
-from quasar_kernels.triton.int4_packing import PackedInt4
+from quasar_kernels import Quantized
+from quasar_kernels.matmul import Matmul
+from quasar_kernels.ops import MATMULS, linear_w8a8
 from torch import Tensor
 
 from scripts.gpu_suite.plan import Product
@@ -35,12 +37,9 @@ Build = Callable[[], Contender]
 def builders(product: Product, device: torch.device) -> Iterator[tuple[str, Build]]:
     """Name and constructor of every contender that this machine can run; every call makes a fresh copy."""
     n, k = product.outputs, product.inputs
-    yield "cublas_bf16", lambda: _dense("cublas_bf16", n, k, device, F.linear)
-    yield "linear_bf16", lambda: _dense("linear_bf16", n, k, device, ops.linear_bf16)
-    yield "linear_w8a8", lambda: _w8a8(n, k, device)
-    yield "linear_w8a16", lambda: _w8a16(n, k, device)
-    yield "linear_w4a16", lambda: _w4a16(n, k, product.group_size, device)
-    yield "linear_w4a8", lambda: _w4a8(n, k, product.group_size, device)
+    yield "cublas_bf16", lambda: _cublas(n, k, device)
+    for op in MATMULS:
+        yield op.name, partial(_ours, op, product, device)
     if device.type == "cuda":
         yield "torch_int_mm", lambda: _int_mm(n, k, device)
         yield "torch_int4pack", lambda: _torch_int4pack(n, k, product.group_size, device)
@@ -51,60 +50,25 @@ def builders(product: Product, device: torch.device) -> Iterator[tuple[str, Buil
         yield "bitsandbytes_nf4", lambda: _bitsandbytes_nf4(n, k, device)
 
 
-def random_int4(outputs: int, inputs: int, group_size: int, device: torch.device) -> PackedInt4:
-    """A symmetric 4-bit weight with random values, made in the kernels' own form; outputs a multiple of 16."""
-    groups = inputs // group_size
-    tiles = -(-outputs // 16)
-    values = torch.randint(0, 256, (tiles, groups, 16, group_size // 2), dtype=torch.uint8, device=device)
-    scales = torch.full((groups, outputs), 0.25, dtype=torch.float16, device=device)
-    return PackedInt4(values, scales, None, inputs**-0.5, outputs, inputs)
-
-
-def _dense(name: str, n: int, k: int, device: torch.device, product: Callable[[Tensor, Tensor], Tensor]) -> Contender:
+def _cublas(n: int, k: int, device: torch.device) -> Contender:
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-    return Contender(name, weight.nbytes, lambda x: product(x, weight))
+    return Contender("cublas_bf16", weight.nbytes, lambda x: F.linear(x, weight))
 
 
-def _int8_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-    return values, torch.full((n,), 0.01, device=device)
-
-
-def _w8a8(n: int, k: int, device: torch.device) -> Contender:
+def _ours(op: Matmul, product: Product, device: torch.device) -> Contender:
     """Without quantization of the activations, which a model fuses into the op before."""
-    values, scales = _int8_weight(n, k, device)
-
-    def run(x: Tensor) -> Tensor:
-        return ops.linear_w8a8_quantized(*_quantized(x), values, scales, None, x.dtype)
-
-    return Contender("linear_w8a8", values.nbytes + scales.nbytes, run)
-
-
-def _w8a16(n: int, k: int, device: torch.device) -> Contender:
-    values, scales = _int8_weight(n, k, device)
-    return Contender("linear_w8a16", values.nbytes + scales.nbytes, lambda x: ops.linear_w8a16(x, values, scales))
-
-
-def _w4a16(n: int, k: int, group_size: int, device: torch.device) -> Contender:
-    weight = random_int4(n, k, group_size, device)
-    return Contender("linear_w4a16", weight.nbytes, lambda x: ops.linear_w4a16(x, weight))
-
-
-def _w4a8(n: int, k: int, group_size: int, device: torch.device) -> Contender:
-    weight = random_int4(n, k, group_size, device)
-
-    def run(x: Tensor) -> Tensor:
-        return ops.linear_w4a8_quantized(*_quantized(x, group_size), weight, None, x.dtype)
-
-    return Contender("linear_w4a8", weight.nbytes, run)
+    assert op.triton is not None
+    values = torch.randn(product.outputs, product.inputs, device=device, dtype=torch.bfloat16)
+    weight, run = op.round(values, product.group_size), op.triton.run
+    return Contender(op.name, weight.nbytes, lambda x: run(_quantized(op, x, product.group_size), weight))
 
 
 def _int_mm(n: int, k: int, device: torch.device) -> Contender:
     """The product alone, without scales: a lower bound for W8A8 by PyTorch's own operations."""
-    values, _ = _int8_weight(n, k, device)
+    values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
 
     def run(x: Tensor) -> Tensor:
-        tokens = _quantized(x)[0]
+        tokens = _quantized(linear_w8a8.OP, x, 0).values
         if len(tokens) < INT_MM_ROWS:
             tokens = F.pad(tokens, (0, 0, 0, INT_MM_ROWS - len(tokens)))
         return torch._int_mm(tokens, values.T)
@@ -147,12 +111,12 @@ def _bitsandbytes_nf4(n: int, k: int, device: torch.device) -> Contender:
     return Contender("bitsandbytes_nf4", n * k // 2 + n * k // 16, lambda x: layer(x))
 
 
-_last_quantized: tuple[Tensor, int | None, tuple[Tensor, Tensor]] | None = None
+_last_quantized: tuple[Tensor, Matmul, int, Tensor | Quantized] | None = None
 
 
-def _quantized(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """The quantized rows, computed once per tensor and group size, outside of what is timed."""
+def _quantized(op: Matmul, x: Tensor, group_size: int) -> Any:
+    """The rows as an op takes them, computed once per tensor, op and group size, outside of what is timed."""
     global _last_quantized
-    if _last_quantized is None or _last_quantized[0] is not x or _last_quantized[1] != group_size:
-        _last_quantized = x, group_size, reference.quantize_tokens(x, group_size)
-    return _last_quantized[2]
+    if _last_quantized is None or _last_quantized[0] is not x or _last_quantized[1:3] != (op, group_size):
+        _last_quantized = x, op, group_size, op.quantized(x, group_size)
+    return _last_quantized[3]

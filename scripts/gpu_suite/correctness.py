@@ -1,16 +1,20 @@
-"""Every kernel against float64 arithmetic, with fresh random inputs and outputs that begin as poison."""
+"""Every Triton kernel against the op's definition in float64, on random inputs and outputs that begin as poison."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quasar_kernels import reference
-from quasar_kernels.triton import ops
-from quasar_kernels.triton.int4_packing import W4A8_GROUP_SIZES, pack_int4
+from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, reference
+from quasar_kernels.cases import LAYERS, Layer, Setting
+from quasar_kernels.dispatch import LayerOp
+from quasar_kernels.matmul import Matmul, Weight
+from quasar_kernels.ops import LAYER_OPS, MATMULS
+from quasar_kernels.triton.quantize import quantize_tokens
 from torch import Tensor
 
 from scripts.gpu_suite.plan import Plan
@@ -55,6 +59,11 @@ FULL = (
     Weights(24576, 4096, False, (128,), (True,)),
 )
 """Ragged N; then the shapes of the models. The first two are checked in float16 too."""
+TINY_LAYERS = (Layer(64, 96, 4, 2, 32, True, 64),)
+FULL_LAYERS = (Layer(1000, 1000, 12, 4, 40, False, 64), *LAYERS.values())
+"""A ragged one; then those of the models."""
+QUANTIZATION_STEP = 1 / 127
+"""Two quantizers may put a value that lies between two steps on different ones."""
 
 
 def measure(plan: Plan, recorder: Recorder) -> Json:
@@ -83,14 +92,16 @@ def _check(job: Job) -> list[Json]:
     torch.manual_seed(job.seed)
     with poisoned_memory():
         if job.weights is not None:
-            return list(_products(job))
-        return [*_elementwise(job.plan, job.dtype), *_attention(job.plan, job.dtype)]
+            return list(_matmuls(job))
+        return [*_layer_ops(job), *_quantization(job)]
 
 
 def _failed(job: Job, error: Exception) -> list[Json]:
     """A kernel that does not compile or crashes its process must not hide the others."""
     reason = f"{type(error).__name__}: {str(error)[:500]}"
-    return [{"op": str(job.weights or "element-wise"), "dtype": str(job.dtype), "correct": False, "error": reason}]
+    return [
+        {"op": str(job.weights or "between the matmuls"), "dtype": str(job.dtype), "correct": False, "error": reason}
+    ]
 
 
 @contextlib.contextmanager
@@ -110,146 +121,114 @@ def poisoned_memory() -> Iterator[None]:
         torch.empty, torch.empty_like = empty, empty_like  # type: ignore[assignment]
 
 
-def _products(job: Job) -> Iterator[Json]:
-    plan, weights, dtype = job.plan, job.weights, job.dtype
-    assert weights is not None
+def _matmuls(job: Job) -> Iterator[Json]:
+    plan, shape, dtype = job.plan, job.weights, job.dtype
+    assert shape is not None
+    bias = _normal(plan, shape.outputs, dtype=dtype) if shape.bias else None
     for count in job.rows:
-        x = _normal(plan, count, weights.inputs, dtype=dtype)
-        for op, group_size, actual, expected in _calls(plan, x, weights):
-            facts = {"rows": count, "outputs": weights.outputs, "inputs": weights.inputs, "group_size": group_size}
-            try:
-                yield _case(plan, op, dtype, _error(actual(), expected()), **facts)
-            except Exception as error:  # the other ops may still be right
-                reason = f"{type(error).__name__}: {str(error)[:500]}"
-                yield {"op": op, "dtype": str(dtype), **facts, "correct": False, "error": reason}
+        x = _normal(plan, count, shape.inputs, dtype=dtype)
+        for op in MATMULS:
+            for weight in _weights(plan, op, shape, dtype):
+                assert op.triton is not None
+                if not op.triton.supports(x, weight, bias):
+                    continue
+                facts = {"rows": count, "outputs": shape.outputs, "inputs": shape.inputs}
+                facts["group_size"] = weight.group_size or None
+                try:
+                    expected = op.plain(x.double(), weight, None if bias is None else bias.double())
+                    yield _case(plan, op.name, dtype, _error(op.triton.run(x, weight, bias), expected), **facts)
+                except Exception as error:  # the other ops may still be right
+                    reason = f"{type(error).__name__}: {str(error)[:500]}"
+                    yield {"op": op.name, "dtype": str(dtype), **facts, "correct": False, "error": reason}
 
 
-def _calls(
-    plan: Plan, x: Tensor, weights: Weights
-) -> Iterator[tuple[str, int | None, Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Op, group size, the kernel's result and the one of float64 arithmetic."""
-    outputs, inputs = weights.outputs, weights.inputs
-    bias = _normal(plan, outputs, dtype=x.dtype) if weights.bias else None
-    values = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=plan.device)
-    scales = torch.rand(outputs, device=plan.device) + 0.1
-    dense = _normal(plan, outputs, inputs, dtype=x.dtype)
-    added = 0 if bias is None else bias.double()
-    tokens, token_scales = reference.quantize_tokens(x)
-    yield (
-        "linear_w8a8",
-        None,
-        lambda: ops.linear_w8a8(x, values, scales, bias),
-        lambda: (tokens.double() @ values.double().T) * (token_scales.double() * scales.double()) + added,
-    )
-    yield (
-        "linear_w8a16",
-        None,
-        lambda: ops.linear_w8a16(x, values, scales, bias),
-        lambda: (x.double() @ values.double().T) * scales.double() + added,
-    )
-    yield "linear_bf16", None, lambda: ops.linear_bf16(x, dense, bias), lambda: x.double() @ dense.double().T + added
-    for group_size in weights.group_sizes:
-        for symmetric in weights.symmetric:
-            groups = (outputs, inputs // group_size)
-            packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=plan.device)
-            unit = ((torch.rand(groups, device=plan.device) + 0.1) / 64).half().float()
+def _weights(plan: Plan, op: Matmul, shape: Weights, dtype: torch.dtype) -> Iterator[Weight]:
+    """Random weights of an op's format."""
+    size = shape.outputs, shape.inputs
+    if op.weight_bits == 16:
+        yield DenseWeight(_normal(plan, *size, dtype=dtype))
+    elif op.weight_bits == 8:
+        values = torch.randint(-127, 128, size, dtype=torch.int8, device=plan.device)
+        yield Int8Weight(values, torch.rand(shape.outputs, device=plan.device) + 0.1)
+    else:
+        for group_size, symmetric in itertools.product(shape.group_sizes, shape.symmetric):
+            groups = shape.outputs, shape.inputs // group_size
+            packed = torch.randint(0, 256, (shape.outputs, shape.inputs // 2), dtype=torch.uint8, device=plan.device)
+            scales = (torch.rand(groups, device=plan.device) + 0.1) / 64
             zeros = torch.full(groups, 8.0, device=plan.device)
             if not symmetric:
                 zeros = torch.randint(0, 16, groups, device=plan.device).float()
-            weight = pack_int4(packed, unit, zeros)
-            wide = reference.dequantize_int4(packed, unit, zeros).double()
-            yield (
-                "linear_w4a16",
-                group_size,
-                lambda w=weight: ops.linear_w4a16(x, w, bias),
-                lambda w=wide: x.double() @ w.T + added,
-            )  # type: ignore[misc]
-            if group_size in W4A8_GROUP_SIZES:
-                yield (
-                    "linear_w4a8",
-                    group_size,
-                    lambda w=weight: ops.linear_w4a8(x, w, bias),  # type: ignore[misc]
-                    lambda w=wide, size=group_size: _restored(x, size) @ w.T + added,  # type: ignore[misc]
-                )
+            yield Int4Weight(packed, scales, zeros, symmetric)
 
 
-def _restored(x: Tensor, group_size: int) -> Tensor:
-    """What quantization by group leaves of x, float64."""
-    values, scales = reference.quantize_tokens(x, group_size)
-    return (values.double().view(*scales.shape, group_size) * scales.double().unsqueeze(2)).view(x.shape)
+def _layer_ops(job: Job) -> Iterator[Json]:
+    plan = job.plan
+    for layer in TINY_LAYERS if plan.tiny else FULL_LAYERS:
+        for op in LAYER_OPS:
+            for count in (1, 6) if plan.tiny else (1, 2, 6, 8, 16, 33, 64):
+                for context in _contexts(plan) if op.reads_cache else _contexts(plan)[-1:]:
+                    for group_size in (None, 8):
+                        setting = Setting(layer, count, context, group_size, plan.device, job.dtype)
+                        yield from _layer_op(plan, op, setting)
 
 
-def _elementwise(plan: Plan, dtype: torch.dtype) -> Iterator[Json]:
+def _contexts(plan: Plan) -> tuple[int, ...]:
+    return (0, 70) if plan.tiny else (0, 1, 63, 512, 2049, 8192)
+
+
+def _layer_op(plan: Plan, op: LayerOp, setting: Setting) -> Iterator[Json]:
+    """An op's results, and the arguments that it may have written to, on the same values in float64."""
+    arguments = op.case(setting).arguments
+    if op.triton is None or not op.triton.supports(*arguments):
+        return
+    numbers = [argument for argument in arguments if isinstance(argument, int)]
+    if setting.group_size is not None and setting.group_size not in numbers:
+        return  # it does not quantize
+    exact = tuple(_copied(argument) for argument in arguments)
+    found, expected = _tensors(op.triton.run(*arguments)), _tensors(op.plain(*exact))
+    found += [argument for argument in arguments if isinstance(argument, Tensor)]
+    expected += [argument for argument in exact if isinstance(argument, Tensor)]
+    facts = {"rows": setting.rows, "context": setting.context, "group_size": setting.group_size}
+    error = max(_error(*pair) - slack for *pair, slack in _restored(zip(found, expected, strict=True)))
+    yield _case(plan, op.name, setting.dtype, error, layer=str(setting.layer), **facts)
+
+
+def _copied(argument: Any) -> Any:
+    """A copy for the definition: 16-bit values in float64."""
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.double() if argument.is_floating_point() else argument.clone()
+
+
+def _tensors(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def _restored(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """The pairs, with int8 values and the scales that follow them multiplied, and by how much they may differ more."""
+    remaining = iter(pairs)
+    for actual, wanted in remaining:
+        if actual.dtype != torch.int8:
+            yield actual.double(), wanted.double(), 0.0
+            continue
+        scales, wanted_scales = next(remaining)
+        yield _product(actual, scales), _product(wanted, wanted_scales), QUANTIZATION_STEP
+
+
+def _product(values: Tensor, scales: Tensor) -> Tensor:
+    return (values.double().view(*scales.shape, -1) * scales.double().unsqueeze(2)).view(values.shape)
+
+
+def _quantization(job: Job) -> Iterator[Json]:
+    """Bit for bit: the integers of a token must not depend on the backend."""
+    plan, dtype = job.plan, job.dtype
     for count, width in ((1, 64), (5, 96)) if plan.tiny else ((1, 576), (6, 4096), (17, 12288), (64, 1000)):
-        x, residual, weight = (_normal(plan, count, width, dtype=dtype) for _ in range(3))
-        wide = (x.double() + residual.double()).to(dtype).double()
-        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight[0].double()
-        out, total = ops.add_rms_norm(x, weight[0], 1e-6, residual)
-        yield _case(plan, "add_rms_norm", dtype, _error(out, normalized), rows=count, width=width)
-        yield _case(plan, "add_rms_norm sum", dtype, _error(total, wide), rows=count, width=width)
-        tokens, scales, _ = ops.add_rms_norm_quantize(x, weight[0], 1e-6, residual)
-        error = _error(tokens.double() * scales, normalized) - 0.5 / 127
-        yield _case(plan, "add_rms_norm_quantize", dtype, error, rows=count, width=width)
-        product = torch.nn.functional.silu(x.double()) * residual.double()
-        gate_up = torch.cat([x, residual], dim=1)
-        yield _case(plan, "silu_mul", dtype, _error(ops.silu_mul(gate_up), product), rows=count, width=width)
-        tokens, scales = ops.silu_mul_quantize(gate_up)
-        error = _error(tokens.double() * scales, product) - 0.5 / 127
-        yield _case(plan, "silu_mul_quantize", dtype, error, rows=count, width=width)
+        x = _normal(plan, count, width, dtype=dtype)
         for group_size in (None, 8):
-            pairs = zip(ops.quantize_tokens(x, group_size), reference.quantize_tokens(x, group_size), strict=True)
+            pairs = zip(quantize_tokens(x, group_size), reference.quantize_tokens(x, group_size), strict=True)
             same = all(torch.equal(*pair) for pair in pairs)
             facts = {"rows": count, "width": width, "group_size": group_size}
             yield _case(plan, "quantize_tokens", dtype, 0.0 if same else 1.0, **facts)
-
-
-def _attention(plan: Plan, dtype: torch.dtype) -> Iterator[Json]:
-    heads = [(4, 2, 32)] if plan.tiny else [(9, 3, 64), (16, 8, 128), (32, 8, 128)]
-    for num_heads, kv_heads, head_dim in heads:
-        for count in (1, 6) if plan.tiny else (1, 2, 6, 8, 16, 33, 64):
-            for context in (0, 70) if plan.tiny else (0, 1, 63, 512, 2049, 8192):
-                yield from _attention_case(plan, dtype, (num_heads, kv_heads, head_dim), count, context)
-
-
-def _attention_case(
-    plan: Plan, dtype: torch.dtype, heads: tuple[int, int, int], count: int, context: int
-) -> Iterator[Json]:
-    num_heads, kv_heads, head_dim = heads
-    start = torch.tensor([context], device=plan.device)
-    cache = _normal(plan, 2, kv_heads, context + count + 9, head_dim, dtype=dtype)
-    wanted = cache.double()
-    qkv = _normal(plan, count, (num_heads + 2 * kv_heads) * head_dim, dtype=dtype)
-    angles = torch.rand(count, head_dim // 2, device=plan.device) * 6.28
-    cos, sin = (torch.cat([part, part], dim=1) for part in (angles.cos(), angles.sin()))
-    norms = [_normal(plan, head_dim, dtype=dtype) for _ in range(2)]
-    wide = [tensor.double() for tensor in (qkv, cos, sin, *norms)]
-    q = ops.rotary_write_at(qkv, cos, sin, cache[0], cache[1], start, norms[0], norms[1], 1e-6)
-    expected = _rotated(wide, wanted, context, kv_heads)
-    mask = torch.rand(count, count, device=plan.device) > 0.5
-    mask.fill_diagonal_(True)
-    facts = {"rows": count, "context": context, "heads": heads}
-    yield _case(plan, "rotary_write_at q", dtype, _error(q, expected), **facts)
-    yield _case(plan, "rotary_write_at cache", dtype, _error(cache, wanted), **facts)
-    exact = reference.block_attention(q.double(), cache[0].double(), cache[1].double(), start, mask)
-    yield _case(
-        plan, "block_attention", dtype, _error(ops.block_attention(q, cache[0], cache[1], start, mask), exact), **facts
-    )
-
-
-def _rotated(wide: list[Tensor], cache: Tensor, context: int, kv_heads: int) -> Tensor:
-    """Queries in float64; keys and values go to ``cache``."""
-    qkv, cos, sin, q_norm, k_norm = wide
-    heads = qkv.view(len(qkv), -1, cos.shape[1])
-    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-
-    def turned(x: Tensor, weight: Tensor) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
-        first, second = x.chunk(2, dim=-1)
-        return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
-
-    cache[0, :, context : context + len(qkv)] = turned(k, k_norm).transpose(0, 1)
-    cache[1, :, context : context + len(qkv)] = v.transpose(0, 1)
-    return turned(q, q_norm)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -8,13 +8,12 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from quasar_kernels.bandwidth import copy_bandwidth
 
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json
-from scripts.gpu_suite.timing import replay_milliseconds
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "bitsandbytes", "torchao")
-COPY_BYTES = 1 << 30
 
 
 def measure(plan: Plan) -> Json:
@@ -43,13 +42,6 @@ def measure(plan: Plan) -> Json:
             "copy_bandwidth_bytes_per_second": copy_bandwidth(plan.device),
         }
     return facts
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy within the device's memory; the best of several."""
-    source = torch.ones(COPY_BYTES // 4, dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / (min(replay_milliseconds(lambda: target.copy_(source))) / 1e3)
 
 
 def answers() -> bool:

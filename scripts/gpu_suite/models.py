@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import torch
-from quasar_kernels import Int8Weight
+from quasar_kernels import Int4Weight, Int8Weight
 from torch import nn
 
 from quasar.model.config import ModelConfig
 from quasar.model.rope import Rope
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import W8A8Linear, W8A16Linear
-from scripts.gpu_suite.contenders import random_int4
-from scripts.gpu_suite.packed_linear import PackedW4Linear
+from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
 from scripts.gpu_suite.plan import GROUP_SIZE, SMALL_GROUP_SIZE
 
 FORMATS = ("bf16", "int8", "int4", "int4 head8")
@@ -47,12 +45,22 @@ def _linear(linear: nn.Linear, kind: str, device: torch.device, dtype: torch.dty
         return layer(Int8Weight(values, scales), bias)
     if kind == "int4":
         group_size = GROUP_SIZE if inputs % GROUP_SIZE == 0 else SMALL_GROUP_SIZE
-        return PackedW4Linear(random_int4(outputs, inputs, group_size, device), bias)
+        return W4Linear(_random_int4(outputs, inputs, group_size, device), bias)
     dense = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(_filled(linear.weight.shape, device, dtype), requires_grad=False)
     if bias is not None:
         dense.bias = nn.Parameter(bias, requires_grad=False)
     return dense
+
+
+def _random_int4(outputs: int, inputs: int, group_size: int, device: torch.device) -> Int4Weight:
+    """A symmetric weight in the kernels' own form already, of which a GPU holds nothing else then."""
+    packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
+    scales = torch.full((outputs, inputs // group_size), 0.25 * inputs**-0.5, device=device)
+    weight = Int4Weight(packed, scales, torch.full_like(scales, 8), symmetric=True)
+    if device.type == "cuda":
+        weight.packed_for_triton()
+    return weight
 
 
 def _filled(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -6,7 +6,6 @@ import gc
 import statistics
 
 import torch
-from quasar_kernels.triton.launch import set_programmatic_launch
 
 from quasar.decoding.draft import Draft
 from quasar.model.execution.cuda_graph import BlockPasses, bucket_for
@@ -17,10 +16,6 @@ from scripts.gpu_suite.models import FORMATS, random_model
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json, Recorder
 from scripts.gpu_suite.timing import milliseconds_per_call, replay_milliseconds
-from scripts.gpu_suite.workers import in_processes
-
-PROGRAMMATIC_ROWS = (1, 6, 16)
-"""Every kernel is compiled once more for these passes."""
 
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
@@ -41,33 +36,6 @@ def measure(plan: Plan, recorder: Recorder) -> list[Json]:
     return rows
 
 
-def measure_programmatic(plan: Plan, recorder: Recorder) -> list[Json]:
-    """Some of them with programmatic dependent launch, in a process of its own per weight format.
-
-    A row's checksum of the logits differs from the ordinary one's only if a kernel does not wait where it must.
-    """
-    if plan.device.type == "cpu":
-        return []
-    jobs = [(plan, weights) for weights in FORMATS]
-    found: list[Json] = []
-    for rows in in_processes(_programmatic, jobs, _failed, plan.device, most=1, seconds=recorder.seconds_left()):
-        found += rows
-        recorder.keep("programmatic_passes", found)
-    return found
-
-
-def _programmatic(job: tuple[Plan, str]) -> list[Json]:
-    plan, weights = job
-    set_programmatic_launch(True)
-    name, config = plan.passes_model
-    model = random_model(config, weights, plan.device, torch.bfloat16)
-    return _measure(plan, name, weights, model, programmatic=True)
-
-
-def _failed(job: tuple[Plan, str], error: Exception) -> list[Json]:
-    return [{"weights": job[1], "programmatic_launch": True, "error": f"{type(error).__name__}: {str(error)[:500]}"}]
-
-
 def filled_cache(model: Transformer, plan: Plan) -> KVCache:
     """A cache with random keys and values in every slot, the same ones in every section."""
     torch.manual_seed(0)
@@ -78,14 +46,14 @@ def filled_cache(model: Transformer, plan: Plan) -> KVCache:
 
 
 @torch.inference_mode()
-def _measure(plan: Plan, name: str, weights: str, model: Transformer, programmatic: bool = False) -> list[Json]:
+def _measure(plan: Plan, name: str, weights: str, model: Transformer) -> list[Json]:
     cache = filled_cache(model, plan)
     passes = BlockPasses(model, cache)
     rows = []
-    for count in PROGRAMMATIC_ROWS if programmatic else plan.rows:
+    for count in plan.rows:
         chain = Draft.chain(list(range(1, count)))
         arguments = chain.row_tokens(0), chain.offsets(), chain.block_mask()
-        for context in (plan.main_context,) if programmatic else plan.contexts:
+        for context in plan.contexts:
             cache.length = context
             logits = passes(*arguments)
             graph = passes.graph_of(count)
@@ -104,7 +72,6 @@ def _measure(plan: Plan, name: str, weights: str, model: Transformer, programmat
                     "bytes": cost,
                     "bytes_per_second": cost / (milliseconds / 1e3),
                     "graph": graph is not None,
-                    "programmatic_launch": programmatic,
                     "checksum": float(logits.double().abs().sum()),
                     "finite": bool(logits.isfinite().all()),
                 }

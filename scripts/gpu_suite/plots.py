@@ -14,7 +14,7 @@ def draw(results: Json, folder: Path) -> None:
     products = [row for row in results.get("products", []) if "microseconds" in row]
     for model in dict.fromkeys(row["model"] for row in products):
         _draw_products([row for row in products if row["model"] == model], folder / f"products_{model}.png")
-    passes = [row for row in results.get("passes", []) if "milliseconds" in row and not row["programmatic_launch"]]
+    passes = [row for row in results.get("passes", []) if "milliseconds" in row]
     if passes:
         bandwidth = results.get("environment", {}).get("copy_bandwidth_bytes_per_second")
         _draw_passes(passes, bandwidth, folder / "passes.png")

@@ -17,7 +17,7 @@ def measure(plan: Plan, passes: list[Json]) -> Json:
     if plan.trace is None:
         return {"skipped": "no --trace FILE"}
     turns = read_trace(plan.trace)
-    passes = [row for row in passes if "milliseconds" in row and not row.get("programmatic_launch", False)]
+    passes = [row for row in passes if "milliseconds" in row]
     rows = []
     for weights in dict.fromkeys(row["weights"] for row in passes):
         own = [row for row in passes if row["weights"] == weights]

@@ -6,18 +6,17 @@ import dataclasses
 import time
 
 import torch
-from quasar_kernels import reference
-from quasar_kernels.triton import linear_bf16, linear_w4, linear_w8a8, tuning
+from quasar_kernels.matmul import Matmul
+from quasar_kernels.ops import MATMULS
+from quasar_kernels.triton import tuning
 from quasar_kernels.triton.tuning import Shape, Tiling
 from torch import Tensor
 
-from scripts.gpu_suite.contenders import random_int4
 from scripts.gpu_suite.plan import Plan
 from scripts.gpu_suite.record import Json
 from scripts.gpu_suite.timing import milliseconds_per_call
 from scripts.gpu_suite.workers import MOST_PROCESSES, in_processes
 
-OPS = ("linear_w8a8", "linear_w4a16", "linear_bf16", "linear_w4a8", "linear_w8a16")
 ROWS = (6, 32)
 """One number of rows per size of tile that the suite measures."""
 ROTATED_BYTES = 160 << 20
@@ -65,52 +64,47 @@ def _shapes(plan: Plan) -> list[Shape]:
     """The most important first: the shapes and ops of the bars."""
     model = plan.passes_model[0]
     products = [product for product in plan.products if product.model == model]
-    ops = OPS[:2] if plan.tiny else OPS
     return [
-        Shape(op, rows, product.outputs, product.inputs, product.group_size if "w4" in op else 0)
+        Shape(op.name, rows, product.outputs, product.inputs, product.group_size if op.weight_bits == 4 else 0)
         for rows in (ROWS[:1] if plan.tiny else ROWS)
-        for op in ops
+        for op in (MATMULS[:2] if plan.tiny else MATMULS)
         for product in products
-        if not (product.layer == "lm_head" and "w4" in op) and (product.layer == "lm_head" or op != "linear_w8a16")
+        if _is_used(op, product.layer == "lm_head")
     ]
 
 
+def _is_used(op: Matmul, in_head: bool) -> bool:
+    """Whether a model has such a layer: heads are never in 4 bit, and int8 weights alone are for heads."""
+    if in_head:
+        return op.weight_bits > 4
+    return op.weight_bits != 8 or op.activations != "float"
+
+
 def _milliseconds(shape: Shape, tiling: Tiling, plan: Plan) -> float:
-    nbytes = (
-        shape.outputs * shape.inputs * {"linear_bf16": 2.0, "linear_w8a8": 1.0, "linear_w8a16": 1.0}.get(shape.op, 0.5)
-    )
-    copies = 1 if plan.tiny else max(2, int(-(-ROTATED_BYTES // nbytes)))
+    nbytes = shape.outputs * shape.inputs * _op(shape).weight_bits // 8
+    copies = 1 if plan.tiny else max(2, -(-ROTATED_BYTES // nbytes))
     calls = [_Call(shape, tiling, plan.device) for _ in range(copies)]
     return milliseconds_per_call(calls, plan.device, REPEATS)
 
 
+def _op(shape: Shape) -> Matmul:
+    return next(op for op in MATMULS if op.name == shape.op)
+
+
 class _Call:
-    """A product with weights of its own."""
+    """A matmul with a weight of its own."""
 
     def __init__(self, shape: Shape, tiling: Tiling, device: torch.device) -> None:
-        self.shape, self.tiling = shape, tiling
-        n, k = shape.outputs, shape.inputs
-        self.x = torch.randn(shape.rows, k, device=device).bfloat16()
-        self.tokens = reference.quantize_tokens(self.x, shape.group_size or None)
-        if shape.group_size:
-            self.int4 = random_int4(n, k, shape.group_size, device)
-        elif shape.op in ("linear_w8a8", "linear_w8a16"):
-            self.values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-            self.scales = torch.full((n,), 0.01, device=device)
-        else:
-            self.values = torch.randn(n, k, device=device, dtype=torch.bfloat16)
+        op = _op(shape)
+        assert op.triton is not None
+        values = torch.randn(shape.outputs, shape.inputs, device=device, dtype=torch.bfloat16)
+        x = torch.randn(shape.rows, shape.inputs, device=device).bfloat16()
+        self._run, self._tiling = op.triton.run, tiling
+        self._x, self._weight = op.quantized(x, shape.group_size), op.round(values, shape.group_size)
 
     def __call__(self) -> Tensor:
-        if self.shape.op == "linear_w4a16":
-            return linear_w4.linear_w4a16(self.x, self.int4, None, self.tiling)
-        if self.shape.op == "linear_w4a8":
-            return linear_w4.linear_w4a8(*self.tokens, self.int4, None, torch.bfloat16, self.tiling)
-        if self.shape.op == "linear_w8a8":
-            tokens, scales = self.tokens
-            return linear_w8a8.linear_w8a8(tokens, scales, self.values, self.scales, None, torch.bfloat16, self.tiling)
-        if self.shape.op == "linear_w8a16":
-            return linear_bf16.linear_w8a16(self.x, self.values, self.scales, None, self.tiling)
-        return linear_bf16.linear_bf16(self.x, self.values, None, self.tiling)
+        out: Tensor = self._run(self._x, self._weight, None, self._tiling)
+        return out
 
 
 def _compile(shapes: list[Shape], device: torch.device, seconds: float) -> None:

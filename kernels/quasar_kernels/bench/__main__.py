@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.progress import track
 
 from quasar_kernels import cpu
-from quasar_kernels.bench.fused import LAYERS, FusedMeasurement, measure_fused
+from quasar_kernels.bandwidth import copy_bandwidth
+from quasar_kernels.bench.layer_ops import LayerMeasurement, measure_layer
 from quasar_kernels.bench.products import DEFAULT_SHAPES, GROUP_SIZE, Measurement, backends, matrices_of, measure
-from quasar_kernels.bench.report import fused_tables, plot, product_tables
-from quasar_kernels.bench.timing import copy_bandwidth
+from quasar_kernels.bench.report import layer_tables, plot, product_tables
+from quasar_kernels.cases import LAYERS
 
 app = typer.Typer(add_completion=False)
 console = Console()
@@ -33,27 +34,27 @@ console = Console()
 def main(
     shapes: Annotated[str, typer.Option(help="NxK or a model's name, comma separated, or all")] = DEFAULT_SHAPES,
     rows: Annotated[str, typer.Option(help="tokens of a block, comma separated")] = "1,2,4,8,16,32",
-    layers: Annotated[str, typer.Option(help="models of the fused ops, comma separated; may be empty")] = ",".join(
-        LAYERS
-    ),
+    layers: Annotated[
+        str, typer.Option(help="models of the ops between the matmuls, comma separated; may be empty")
+    ] = ",".join(LAYERS),
     repetitions: Annotated[int, typer.Option(min=1, help="timed calls per backend, shape and block")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="default: what PyTorch takes")] = None,
     output: Annotated[Path, typer.Option(help="folder of the results")] = Path("experiments/kernels"),
 ) -> None:
-    """Measure products and fused ops on this machine's CPU; write cpu.txt, cpu.json and cpu.png."""
+    """Measure matmuls and the ops between them on this machine's CPU; write cpu.txt, cpu.json and cpu.png."""
     if threads is not None:
         torch.set_num_threads(threads)
     matrices, blocks = matrices_of(shapes), [int(part) for part in rows.split(",")]
     chosen = [name for name in layers.split(",") if name]
     if unknown := set(chosen) - set(LAYERS):
         raise typer.BadParameter(f"--layers {', '.join(sorted(unknown))}: there are {', '.join(LAYERS)}")
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(torch.device("cpu"))
     found: list[Measurement] = []
     for outputs, inputs in track(matrices, "matrices", console=console, transient=True):
         found += measure(backends(), outputs, inputs, blocks, repetitions, bandwidth)
-    fused: list[FusedMeasurement] = []
-    for model in track(chosen, "fused ops", console=console, transient=True):
-        fused += measure_fused(model, blocks, repetitions, bandwidth)
+    between: list[LayerMeasurement] = []
+    for model in track(chosen, "ops between", console=console, transient=True):
+        between += measure_layer(model, blocks, repetitions, bandwidth)
     library = cpu.backend()
     report = {
         "cpu": _cpu_name(),
@@ -64,7 +65,7 @@ def main(
         "repetitions": repetitions,
         "copy_bandwidth_bytes_per_second": bandwidth,
         "measurements": [asdict(one) for one in found],
-        "fused": [asdict(one) for one in fused],
+        "layer_ops": [asdict(one) for one in between],
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / "cpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -75,8 +76,8 @@ def main(
     recorder.print("in brackets the speedup over torch's BF16 linear and the weights' share of the copy bandwidth")
     for table in product_tables(found, blocks):
         recorder.print(table)
-    recorder.print("Fused ops: milliseconds per call, in brackets the speedup over PyTorch's operations")
-    for table in fused_tables(fused, blocks):
+    recorder.print("Ops between the matmuls: milliseconds per call, in brackets the speedup over PyTorch's operations")
+    for table in layer_tables(between, blocks):
         recorder.print(table)
     (output / "cpu.txt").write_text(recorder.export_text(), encoding="utf-8")
 

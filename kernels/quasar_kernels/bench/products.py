@@ -1,4 +1,4 @@
-"""Products of matrices, ours and the peers', over the matrices of real models."""
+"""Matmuls, ours and the peers', over the matrices of real models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-import quasar_kernels
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, reference
+from quasar_kernels import reference
 from quasar_kernels.bench.timing import alternating_medians, copies_of
+from quasar_kernels.matmul import Matmul
+from quasar_kernels.ops import MATMULS
 
 # Outputs and inputs of the fused projections: QKV, output, gate and up, down, head.
 MODELS = {
@@ -57,11 +58,7 @@ def backends() -> list[Backend]:
     group_bits = 4 + 16 / GROUP_SIZE
     return [
         Backend(BASELINE, lambda weight: lambda x: F.linear(x, weight), 16),
-        Backend("bf16", _dense, 16),
-        Backend("w8a8", _w8a8, 8),
-        Backend("w8a16", _w8a16, 8),
-        Backend("w4a8", lambda weight: _w4(weight, quasar_kernels.linear_w4a8), group_bits),
-        Backend("w4a16", lambda weight: _w4(weight, quasar_kernels.linear_w4a16), group_bits),
+        *(Backend(op.format, partial(_ours, op), op.bits(GROUP_SIZE)) for op in MATMULS),
         Backend("torch int8pack", _torch_int8, 8),
         Backend("torch int4pack", _torch_int4, group_bits + 16 / GROUP_SIZE),
         *_onednn(),
@@ -87,32 +84,14 @@ def measure(
             yield Measurement(backend.name, outputs, inputs, rows, median * 1e3, medians[0] / median, fraction)
 
 
-def _dense(weight: Tensor) -> Product:
-    packed = DenseWeight.prepare(weight)
-    return lambda x: quasar_kernels.linear_bf16(x, packed)
+def _ours(op: Matmul, weight: Tensor) -> Product:
+    packed = op.round(weight, GROUP_SIZE)
+    return lambda x: op(x, packed)
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = weight.float().abs().amax(1) / reference.INT8_MAX
     return torch.round(weight.float() / scales.unsqueeze(1)).to(torch.int8), scales
-
-
-def _w8a16(weight: Tensor) -> Product:
-    packed = Int8Weight.prepare(*_int8(weight))
-    return lambda x: quasar_kernels.linear_w8a16(x, packed)
-
-
-def _w8a8(weight: Tensor) -> Product:
-    packed = Int8Weight.prepare(*_int8(weight))
-    return lambda x: quasar_kernels.linear_w8a8(x, packed)
-
-
-def _w4(weight: Tensor, product: Callable[[Tensor, Int4Weight], Tensor]) -> Product:
-    values, scales = _int4(weight)
-    packed = Int4Weight.prepare(
-        reference.pack_int4(values), scales, torch.full_like(scales, 8), symmetric=True, dtype=torch.bfloat16
-    )
-    return lambda x: product(x, packed)
 
 
 def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from quasar_kernels.bench.fused import FusedMeasurement
+from quasar_kernels.bench.layer_ops import LayerMeasurement
 from quasar_kernels.bench.products import BASELINE, Measurement
+from quasar_kernels.ops import MATMULS
 
 
 def product_tables(found: list[Measurement], blocks: list[int]) -> Iterator[Table]:
@@ -27,7 +28,7 @@ def product_tables(found: list[Measurement], blocks: list[int]) -> Iterator[Tabl
         yield table
 
 
-def fused_tables(found: list[FusedMeasurement], blocks: list[int]) -> Iterator[Table]:
+def layer_tables(found: list[LayerMeasurement], blocks: list[int]) -> Iterator[Table]:
     """A table per model, a row per op and context."""
     for model in dict.fromkeys(one.model for one in found):
         here = [one for one in found if one.model == model]
@@ -58,7 +59,7 @@ def plot(found: list[Measurement], blocks: list[int], path: Path) -> None:
     for axis, (outputs, inputs) in zip(axes.flat, matrices, strict=False):
         here = [one for one in found if (one.outputs, one.inputs) == (outputs, inputs)]
         for backend in dict.fromkeys(one.backend for one in here):
-            ours = backend in {"bf16", "w8a8", "w4a8", "w4a16"}
+            ours = backend in {op.format for op in MATMULS}
             speedups = [one.speedup for one in here if one.backend == backend]
             axis.plot(blocks, speedups, "-o" if ours else "--", label=backend, linewidth=2 if ours else 1)
         axis.set_xscale("log", base=2)

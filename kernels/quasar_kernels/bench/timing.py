@@ -1,4 +1,4 @@
-"""Timing shared by the benchmarks: alternating calls, data that no cache holds, the bandwidth to compare with."""
+"""Timing shared by the benchmarks: alternating calls and data that no cache holds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
 ROTATED_BYTES = 160 << 20
 """Data of all contenders together that is read between two uses of the same copy: several last-level caches."""
-COPY_BYTES = 256 << 20
 WARM_UP_ROUNDS = 2
 
 
@@ -27,13 +24,6 @@ def alternating_medians(contenders: Sequence[Sequence[Callable[[], object]]], re
         for index, calls in enumerate(contenders):
             times[index].append(_seconds(calls[turn % len(calls)]))
     return [statistics.median(one[WARM_UP_ROUNDS:]) for one in times]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second while copying a buffer larger than any cache; median of several copies."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source).copy_(source)
-    return 2 * COPY_BYTES / statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(9))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -1,7 +1,7 @@
 #include "dense_product.h"
 #include "exports.h"
 
-PRODUCT(quasar_linear_bf16) {
+MATMUL(linear_bf16) {
     const Request request{x, token_scales, out, bias, rows, flags, threads};
 #ifdef __AVX512BF16__
     if (request.bfloat16()) return multiply<DenseProduct<DenseKind::BFLOAT16_PAIRS>>(*weight, request);
@@ -9,6 +9,6 @@ PRODUCT(quasar_linear_bf16) {
     multiply<DenseProduct<DenseKind::BFLOAT16_WEIGHTS>>(*weight, request);
 }
 
-PRODUCT(quasar_linear_f32) {
+MATMUL(linear_f32) {
     multiply<DenseProduct<DenseKind::FLOAT32_WEIGHTS>>(*weight, {x, token_scales, out, bias, rows, flags, threads});
 }

@@ -5,46 +5,8 @@
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// Every product has the same signature. x [rows][inputs], out [rows][outputs], bias [outputs] or null.
-#define PRODUCT(name)                                                                                             \
-    EXPORTED void name(const Weight* weight, const uint8_t* x, const float* token_scales, uint8_t* out,           \
-                       const uint8_t* bias, int64_t rows, int32_t flags, int32_t threads)
-PRODUCT(quasar_linear_w8a8);
-PRODUCT(quasar_linear_w8a16);
-PRODUCT(quasar_linear_w4a8);
-PRODUCT(quasar_linear_w4a16);
-PRODUCT(quasar_linear_bf16);
-PRODUCT(quasar_linear_f32);
+#define FUNCTION(name, ...) EXPORTED void quasar_##name(__VA_ARGS__);
+#include "functions.h"
+#undef FUNCTION
 
-// What lies between the products takes and gives bfloat16; results go to `out`, or quantized to `quantized`
-// [rows][size] and `scales` [rows][size / group].
-
-// Normalizes the rows of x [rows][size]; where there is a residual, those of x + residual, which go to `total`.
-EXPORTED void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* weight, uint8_t* total,
-                              uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size,
-                              int64_t group, float eps, int32_t threads);
-
-// gate_up [rows][2][size]: silu(gate) * up, the first factor rounded
-EXPORTED void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows,
-                              int64_t size, int64_t group, int32_t threads);
-
-// Where the largest value of each row of x [rows][size] stands, the first of several; of rows without NaN.
-EXPORTED void quasar_first_maxima(const uint8_t* x, int64_t* indices, int64_t rows, int64_t size, int32_t threads);
-
-// qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q
-// [rows][heads][head_dim], rotated keys and values to slots `*start` on (0 without one) of keys and values
-// [kv_heads][..][head_dim], head_stride elements from head to head. q_weight, k_weight: norms of the heads
-// [head_dim], or null.
-EXPORTED void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines,
-                                  const uint8_t* q_weight, const uint8_t* k_weight, uint8_t* q, uint8_t* keys,
-                                  uint8_t* values, const int64_t* start, int64_t rows, int64_t heads,
-                                  int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps, int32_t threads);
-
-// q [rows][heads][head_dim], out likewise; keys, values [kv_heads][..][head_dim], head_stride elements from head to
-// head; head_dim: a multiple of 32, at most 512. Without `start` mask [rows][slots] tells which of the first `slots`
-// slots a row sees; with it every row sees all slots below `*start`, and mask [rows][rows] speaks of those behind.
-EXPORTED void quasar_attention(const uint16_t* q, const uint16_t* keys, const uint16_t* values, const uint8_t* mask,
-                               uint16_t* out, const int64_t* start, int64_t rows, int64_t heads, int64_t kv_heads,
-                               int64_t head_dim, int64_t slots, int64_t head_stride, int32_t threads);
-
-EXPORTED void quasar_advise_huge_pages(uint8_t* start, int64_t bytes);
+#define MATMUL(name) void quasar_##name(MATMUL_ARGUMENTS)

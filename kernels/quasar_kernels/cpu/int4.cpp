@@ -1,9 +1,9 @@
 #include "exports.h"
 #include "int4_product.h"
 
-PRODUCT(quasar_linear_w4a8) { multiply<Int4Int8Product>(*weight, {x, token_scales, out, bias, rows, flags, threads}); }
+MATMUL(linear_w4a8) { multiply<Int4Int8Product>(*weight, {x, token_scales, out, bias, rows, flags, threads}); }
 
-PRODUCT(quasar_linear_w4a16) {
+MATMUL(linear_w4a16) {
     const Request request{x, token_scales, out, bias, rows, flags, threads};
 #ifdef __AVX512BF16__
     if (request.bfloat16()) return multiply<Int4FloatProduct<true>>(*weight, request);

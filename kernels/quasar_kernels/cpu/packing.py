@@ -163,7 +163,7 @@ def _pack_units(values: Tensor) -> Tensor:
     out = torch.empty(blocks.shape, dtype=torch.int32)
     library: Library | None = backend()
     if library is not None:
-        library.advise_huge_pages(out)
+        library.ask_for_huge_pages(out)
     return out.copy_(blocks)
 
 

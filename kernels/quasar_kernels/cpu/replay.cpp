@@ -33,18 +33,10 @@ void invoke(void (*function)(T...), const uint64_t* slots) {
 
 }  // namespace
 
-#define REPLAYABLE(name) \
+#define FUNCTION(name, ...) \
     EXPORTED void replay_##name(const uint64_t* slots) { invoke(quasar_##name, slots); }
-REPLAYABLE(linear_w8a8)
-REPLAYABLE(linear_w8a16)
-REPLAYABLE(linear_w4a8)
-REPLAYABLE(linear_w4a16)
-REPLAYABLE(linear_bf16)
-REPLAYABLE(linear_f32)
-REPLAYABLE(rms_norm)
-REPLAYABLE(silu_mul)
-REPLAYABLE(rotary_write)
-REPLAYABLE(attention)
+#include "functions.h"
+#undef FUNCTION
 
 EXPORTED void quasar_replay(const Call* calls, int64_t count, int64_t rows) {
     for (const Call* call = calls; call < calls + count; ++call) {

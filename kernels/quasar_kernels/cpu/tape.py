@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quasar_kernels.cpu.library import KERNELS, Library, Signature
+from quasar_kernels.cpu.functions import FUNCTIONS, Signature
+from quasar_kernels.cpu.library import Library
 
 
 class NotRecordableError(Exception):
@@ -76,9 +77,9 @@ class _Recorder(TorchDispatchMode):
     @contextmanager
     def intercepting(self) -> Iterator[None]:
         """Calls of the library are noted instead of made."""
-        functions = {name: getattr(self._library, name) for name in KERNELS}
+        functions = {name: getattr(self._library, name) for name in FUNCTIONS}
         try:
-            for name, signature in KERNELS.items():
+            for name, signature in FUNCTIONS.items():
                 setattr(self._library, name, self._noting(name, signature))
             with self:
                 yield
@@ -92,13 +93,15 @@ class _Recorder(TorchDispatchMode):
         return self._empty(args[0], (kwargs or {}).get("dtype") or torch.get_default_dtype())
 
     def _noting(self, name: str, signature: Signature) -> Callable[..., None]:
-        function = self._library.replayed(name)
+        function, place = self._library.replayed(name), signature.rows
 
         def note(*arguments: int | float | None) -> None:
-            if arguments[signature.rows] != self._max_rows:
-                raise NotRecordableError(f"{name} of {arguments[signature.rows]} rows instead of {self._max_rows}")
+            if place is None:
+                raise NotRecordableError(f"{name}, which does not work on rows")
+            if arguments[place] != self._max_rows:
+                raise NotRecordableError(f"{name} of {arguments[place]} rows instead of {self._max_rows}")
             words = [_word(value, kind) for value, kind in zip(arguments, signature.arguments, strict=True)]
-            self.calls.append(((ctypes.c_uint64 * len(words))(*words), function, signature.rows))
+            self.calls.append(((ctypes.c_uint64 * len(words))(*words), function, place))
 
         return note
 

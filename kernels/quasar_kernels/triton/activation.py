@@ -7,25 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.launch import dependent, wait
 from quasar_kernels.triton.quantize import quantized_room, store_quantized
 
 BLOCK_ELEMENTS = 1024
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """As `reference.silu_mul`. gate_up: float [M, 2 I], gate first; returns [M, I] in its dtype."""
+    """As `ops.silu_mul.silu_mul`. gate_up: float [M, 2 I], gate first; returns [M, I] in its dtype."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, BLOCK_ELEMENTS))
-    launch = dependent(gate_up.device)
     block = BLOCK_ELEMENTS
-    silu_mul_kernel[grid](gate_up, out, out, width, QUANTIZE=False, BLOCK=block, GROUP=block, num_warps=4, **launch)
+    silu_mul_kernel[grid](gate_up, out, out, width, QUANTIZE=False, BLOCK=block, GROUP=block, num_warps=4)
     return out
 
 
 def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """As `reference.silu_mul_quantize`: int8 [M, I] and float32 scales [M, G]."""
+    """As `ops.silu_mul.silu_mul_quantize`: int8 [M, I] and float32 scales [M, G]."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out, scales = quantized_room(rows, width, group_size, gate_up.device)
     block = triton.next_power_of_2(width)
@@ -38,7 +36,6 @@ def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[T
         BLOCK=block,
         GROUP=group_size or block,
         num_warps=min(16, max(1, block // 512)),
-        **dependent(gate_up.device),
     )
     return out, scales
 
@@ -52,10 +49,8 @@ def silu_mul_kernel(
     QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows, blocks of the width). Rounds where the model does: after SiLU and after the product."""
-    wait(DEPENDENT)
     dtype = gate_up.dtype.element_ty
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quasar_kernels.triton.device import interpreted, multiprocessors
 from quasar_kernels.triton.dot import multiply
-from quasar_kernels.triton.launch import dependent, wait
 
 BLOCK_SLOTS = 64
 MAX_PACKED_ROWS = 32
@@ -27,7 +26,7 @@ MERGE_ELEMENTS = 128
 def block_attention(
     q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor, splits: int | None = None
 ) -> Tensor:
-    """As `reference.block_attention`; ``start`` and the mask are read on the device. Returns [R, H * D].
+    """As `ops.block_attention.block_attention`; ``start`` and the mask are read on the device. Returns [R, H * D].
 
     splits: programs that share the context, by default from the device and the number of heads alone, so that a
     captured CUDA graph fits every context length.
@@ -56,7 +55,6 @@ def block_attention(
         WIDE=interpreted(),
         **constants,
         **options,
-        **dependent(q.device),
     )
     out = torch.empty(rows, heads * head_dim, dtype=q.dtype, device=q.device)
     merge_kernel[(rows, triton.cdiv(heads * head_dim, MERGE_ELEMENTS))](
@@ -70,7 +68,6 @@ def block_attention(
         HEAD_DIM=head_dim,
         BLOCK=MERGE_ELEMENTS,
         num_warps=4,
-        **dependent(q.device),
     )
     return out
 
@@ -107,14 +104,12 @@ def block_attention_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (KV heads, splits, blocks of packed rows). Packed row p is head p % GROUP of row p // GROUP.
 
     partial: unnormalized float32 [splits, R * H, D]; statistics: float32 [2, splits, R * H], the largest logit in
     units of log 2 and the sum of exponentials relative to it.
     """
-    wait(DEPENDENT)
     kv_head, split = tl.program_id(0), tl.program_id(1)
     packed = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row, head = packed // GROUP, kv_head * GROUP + packed % GROUP
@@ -187,13 +182,11 @@ def merge_kernel(
     PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows, blocks of the width). Adds the splits' shares, each weighted by its part of the softmax.
 
     PADDED: the splits, rounded up to a power of two; all are loaded at once.
     """
-    wait(DEPENDENT)
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     split = tl.arange(0, PADDED)[:, None]

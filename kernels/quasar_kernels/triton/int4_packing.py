@@ -8,7 +8,6 @@ runs of 16-byte loads.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quasar_kernels import reference
+from quasar_kernels.cpu.packing import float16_scale_unit
 
 OUTPUTS_PER_TILE = 16
 MIDDLE = 8
-W4A16_GROUP_SIZES = (32, 64, 128, 256)
-# An int8 tensor-core instruction takes 32 inputs, and a group is multiplied in two halves.
-W4A8_GROUP_SIZES = (64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,12 @@ class PackedInt4:
         """Bytes that a product reads."""
         return self.values.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
+    def canonical(self) -> Tensor:
+        """The 4-bit integers as `pack_int4` was given them: uint8 [N, K / 2]."""
+        rows = self.values.transpose(1, 2).flatten(0, 1)[: self.outputs]
+        groups = torch.cat([rows & 0xF, rows >> 4], dim=2) ^ MIDDLE
+        return reference.pack_int4(groups.flatten(1))
+
 
 def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> PackedInt4:
     """Repack a weight in canonical form: uint8 [N, K / 2] as in `reference.pack_int4`, scales and zeros [N, K / g].
@@ -70,9 +73,3 @@ def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> PackedInt4:
     else:
         offsets = offsets.half()
     return PackedInt4(tiled, (scales / unit).half().T.contiguous(), offsets, unit, outputs, packed.shape[1] * 2)
-
-
-def float16_scale_unit(scales: Tensor) -> float:
-    """The power of two that brings the largest scale to [2^14, 2^15): the smallest normal float16 is 2^-29 of it."""
-    largest = scales.abs().amax().item()
-    return 2.0 ** (math.frexp(largest)[1] - 15) if largest > 0 else 1.0

@@ -9,22 +9,13 @@ from torch import Tensor
 
 from quasar_kernels.triton.device import interpreted
 from quasar_kernels.triton.dot import multiply
-from quasar_kernels.triton.launch import dependent, prefetch, wait
 from quasar_kernels.triton.split_k import Workspace, arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
 
-def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
-    """``x W^T + bias``, sums in float32. x: float [M, K]; values: [N, K] in the same dtype; returns [M, N] in it."""
-    return _launch(x, values, None, bias, tiling)
-
-
-def linear_w8a16(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
-    """`linear_bf16` with int8 weights [N, K], which the dtype of x holds exactly, and float32 scales [N]."""
-    return _launch(x, values, scales, bias, tiling)
-
-
-def _launch(x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None, tiling: Tiling) -> Tensor:
+def linear_bf16(x: Tensor, values: Tensor, bias: Tensor | None, tiling: Tiling, scales: Tensor | None = None) -> Tensor:
+    """``x W^T + bias``, sums in float32. x: float [M, K]; values: [N, K] in the same dtype, or int8, which that dtype
+    holds exactly, with float32 ``scales`` [N]; returns [M, N] in the dtype of x."""
     rows, inputs = x.shape
     outputs = len(values)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
@@ -48,10 +39,8 @@ def _launch(x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | Non
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
         SPLIT_K=tiling.split_k,
-        PREFETCH=tiling.stages,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
-        **dependent(x.device),
     )
     return out
 
@@ -76,8 +65,6 @@ def linear_bf16_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (blocks of N, SPLIT_K, blocks of M)."""
     split = tl.program_id(1)
@@ -88,14 +75,6 @@ def linear_bf16_kernel(
     inside = row[:, None] < rows
     x_tile = x + row[:, None] * inputs + depth[None, :]
     value_tile = values + source[:, None] * inputs + depth[None, :]
-    if DEPENDENT:
-        # One address per 128 bytes of the first PREFETCH iterations.
-        LINE: tl.constexpr = 128 * 8 // values.dtype.element_ty.primitive_bitwidth
-        line = tl.arange(0, BLOCK_K // LINE) * LINE
-        for step in tl.static_range(PREFETCH):
-            depth_of_line = tl.minimum((step * SPLIT_K + split) * BLOCK_K + line, inputs - 1)
-            prefetch(values + source[:, None] * inputs + depth_of_line[None, :])
-    wait(DEPENDENT)
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(split * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
         if EVEN_K:

@@ -10,7 +10,6 @@ from torch import Tensor
 from quasar_kernels.triton.device import interpreted
 from quasar_kernels.triton.dot import multiply
 from quasar_kernels.triton.int4_packing import PackedInt4
-from quasar_kernels.triton.launch import dependent, prefetch, wait
 from quasar_kernels.triton.split_k import Workspace, arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
@@ -69,10 +68,8 @@ def _launch(
         BLOCK_N=tiling.block_n,
         GROUPS=tiling.block_k // weight.group_size,
         SPLIT_K=tiling.split_k,
-        PREFETCH=tiling.stages,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
-        **dependent(x.device),
     )
     return out
 
@@ -101,8 +98,6 @@ def linear_w4_kernel(
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (blocks of N, SPLIT_K, blocks of M). An iteration takes GROUPS groups, which must divide K / GROUP."""
     HALF: tl.constexpr = GROUP // 2
@@ -120,11 +115,6 @@ def linear_w4_kernel(
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     share = tl.cdiv(groups, SPLIT_K * GROUPS) * GROUPS
     begin, end = split * share, tl.minimum(split * share + share, groups)
-    if DEPENDENT:
-        # A row's share of a group is a cache line or less.
-        for step in tl.static_range(PREFETCH * GROUPS):
-            prefetch(values + (tile_row + tl.minimum(begin + step, groups - 1) * 16) * HALF)
-    wait(DEPENDENT)
     # Scales are too few to be copied to shared memory ahead of time, as weights are: the next one waits in registers.
     scale = tl.load(scales + tl.minimum(begin, groups - 1) * outputs + source)
     if INT8:

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.launch import dependent, prefetch, wait
 from quasar_kernels.triton.split_k import Workspace, arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
@@ -49,10 +48,8 @@ def linear_w8a8(
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
         SPLIT_K=tiling.split_k,
-        PREFETCH=tiling.stages,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
-        **dependent(tokens.device),
     )
     return out
 
@@ -76,8 +73,6 @@ def linear_w8a8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (blocks of N, SPLIT_K, blocks of M). Rows beyond M exist in registers only."""
     split = tl.program_id(1)
@@ -88,14 +83,6 @@ def linear_w8a8_kernel(
     depth = tl.arange(0, BLOCK_K)
     token_tile = tokens + row[:, None] * inputs + depth[None, :]
     value_tile = values + source[:, None] * inputs + depth[None, :]
-    if DEPENDENT:
-        # One address per 128 bytes of the first PREFETCH iterations.
-        LINE: tl.constexpr = 128 * 8 // values.dtype.element_ty.primitive_bitwidth
-        line = tl.arange(0, BLOCK_K // LINE) * LINE
-        for step in tl.static_range(PREFETCH):
-            depth_of_line = tl.minimum((step * SPLIT_K + split) * BLOCK_K + line, inputs - 1)
-            prefetch(values + source[:, None] * inputs + depth_of_line[None, :])
-    wait(DEPENDENT)
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
     for start in range(split * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
         if EVEN_K:

@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.launch import dependent, wait
 from quasar_kernels.triton.quantize import quantized_room, store_quantized
 
 
 def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `reference.add_rms_norm`: the normalized rows and the sum, both [M, K] in the dtype of x."""
+    """As `ops.add_rms_norm.add_rms_norm`: the normalized rows and the sum, both [M, K] in the dtype of x."""
     out = torch.empty_like(x)
     total = _launch(x, weight, eps, residual, out, None)
     return out, total
@@ -21,7 +20,7 @@ def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 def add_rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.add_rms_norm_quantize`: int8 [M, K], float32 scales [M, G] and the sum that was normalized."""
+    """As `ops.add_rms_norm.add_rms_norm_quantize`: int8 [M, K], float32 scales [M, G] and the sum."""
     out, scales = quantized_room(len(x), x.shape[1], group_size, x.device)
     total = _launch(x, weight, eps, residual, out, scales, group_size)
     return out, scales, total
@@ -53,7 +52,6 @@ def _launch(
         BLOCK=block,
         GROUP=group_size or block,
         num_warps=min(16, max(1, block // 512)),
-        **dependent(x.device),
     )
     return total
 
@@ -72,10 +70,8 @@ def rms_norm_kernel(
     QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows,). Rounds where the model does: after the addition, after the normalization and at the end."""
-    wait(DEPENDENT)
     dtype = x.dtype.element_ty
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)

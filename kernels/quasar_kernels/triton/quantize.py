@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.launch import dependent, wait
+from quasar_kernels.weights import Quantized
 
 
 def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -24,14 +24,13 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
         BLOCK=block,
         GROUP=group_size or block,
         num_warps=min(16, max(1, block // 512)),
-        **dependent(x.device),
     )
     return out, scales
 
 
-def quantizes(group_size: int | None) -> bool:
-    """Whether there are kernels for groups of this size: powers of two, or whole rows."""
-    return group_size is None or group_size & (group_size - 1) == 0
+def quantized(x: Tensor | Quantized, group_size: int | None = None) -> Quantized:
+    """Activations quantized per token or group, unless they are already."""
+    return x if isinstance(x, Quantized) else Quantized(*quantize_tokens(x.contiguous(), group_size), x.dtype)
 
 
 def quantized_room(rows: int, width: int, group_size: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -41,9 +40,8 @@ def quantized_room(rows: int, width: int, group_size: int | None, device: torch.
 
 
 @triton.jit
-def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr):
+def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """Grid: (rows,)."""
-    wait(DEPENDENT)
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.launch import dependent, wait
-
 
 def rotary_write_at(
     qkv: Tensor,
@@ -21,7 +19,7 @@ def rotary_write_at(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """As `reference.rotary_write_at`; ``start`` is read on the device. Returns the queries [R, H, D]."""
+    """As `ops.rotary_write.rotary_write_at`; ``start`` is read on the device. Returns the queries [R, H, D]."""
     rows, head_dim = len(qkv), cos.shape[1]
     kv_heads = len(keys)
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -44,7 +42,6 @@ def rotary_write_at(
         HALF=triton.next_power_of_2(head_dim // 2),
         NORM=q_norm is not None,
         num_warps=1,
-        **dependent(qkv.device),
     )
     return queries
 
@@ -67,10 +64,8 @@ def rotary_write_kernel(
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: (rows, query, key and value heads). A program holds the two halves of a head, which rotation mixes."""
-    wait(DEPENDENT)
     dtype = qkv.dtype.element_ty
     row, head = tl.program_id(0), tl.program_id(1)
     low = tl.arange(0, HALF)

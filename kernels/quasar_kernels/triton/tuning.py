@@ -22,6 +22,10 @@ from quasar_kernels.triton.device import multiprocessors
 
 MAX_ROWS = 64
 """Rows up to which these kernels are meant; larger blocks are compute-bound and belong to cuBLAS."""
+INPUTS_MULTIPLE = 16
+"""Reads of 16 bytes must not cross the end of a row."""
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.int8)
+"""Of the rows that the matmuls take; int8 if they are quantized already."""
 FEWEST_ITERATIONS = 4
 """A split of K with fewer iterations than this would spend its time filling and draining the pipeline."""
 
@@ -52,10 +56,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Shape:
-    """A product to be tuned. op: linear_w8a8, linear_w8a16, linear_w4a16, linear_w4a8 or linear_bf16.
-
-    group_size: 0 where none
-    """
+    """A matmul to be tuned. op: its name in `quasar_kernels.ops`; group_size: of the weight, 0 if it has none"""
 
     op: str
     rows: int

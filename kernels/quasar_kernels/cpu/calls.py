@@ -1,6 +1,7 @@
-"""Calls of the fused ops: everything of a decoder layer that is no product of matrices.
+"""Calls of the library's functions on tensors.
 
-All take bfloat16 tensors on the CPU; `fits` and `fits_heads` tell whether the library takes these.
+The ops between the matmuls take bfloat16 tensors on the CPU; `fits` and `fits_heads` tell whether the library takes
+these, and nothing here checks it again.
 """
 
 from __future__ import annotations
@@ -8,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quasar_kernels.cpu.library import Library
+from quasar_kernels.cpu.library import (
+    ACTIVATION_DTYPES,
+    ACTIVATIONS_BFLOAT16,
+    ACTIVATIONS_INT8,
+    BIAS_BFLOAT16,
+    Library,
+    MatmulFunction,
+)
+from quasar_kernels.cpu.packing import PackedWeight
 
 LANES = 16
 HEAD_DIM_MULTIPLE = 32
@@ -16,14 +25,8 @@ MAX_HEAD_DIM = 512
 
 
 def fits(x: Tensor, size: int, multiple: int = LANES) -> bool:
-    """Whether x is a bfloat16 tensor on the CPU that needs no gradient, and size a multiple of the vector length."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and size % multiple == 0
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    """Whether x is bfloat16, and size a multiple of the vector length."""
+    return x.dtype == torch.bfloat16 and size % multiple == 0
 
 
 def fits_heads(x: Tensor, keys: Tensor) -> bool:
@@ -31,6 +34,58 @@ def fits_heads(x: Tensor, keys: Tensor) -> bool:
     head_dim = keys.shape[2]
     fitting_cache = head_dim <= MAX_HEAD_DIM and keys.stride()[1:] == (head_dim, 1) and keys.dtype == x.dtype
     return fitting_cache and fits(x, head_dim, HEAD_DIM_MULTIPLE)
+
+
+def multiply(
+    function: MatmulFunction,
+    weight: PackedWeight,
+    x: Tensor,
+    bias: Tensor | None,
+    token_scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x W^T + bias`` with one of a library's matmuls.
+
+    x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, G] (one for int8 weights, else
+    one for each of the weight's groups) and the ``dtype`` of the result; bias: bfloat16 or float32 [N].
+    Returns [M, N] in the dtype of x.
+    Raises ValueError for other shapes, dtypes or devices: the library itself checks nothing.
+    """
+    if dtype is None:
+        dtype = x.dtype
+    flags = ACTIVATIONS_BFLOAT16 if dtype == torch.bfloat16 else 0
+    scales_pointer = bias_pointer = None
+    valid = x.dim() == 2 and x.shape[1] == weight.inputs and dtype in ACTIVATION_DTYPES and x.device.type == "cpu"
+    if token_scales is not None:
+        token_scales = token_scales.contiguous()
+        scales_pointer = token_scales.data_ptr()
+        flags |= ACTIVATIONS_INT8
+        groups = weight.inputs // (weight.group_size or weight.inputs)
+        valid = valid and x.dtype == torch.int8 and token_scales.dtype == torch.float32
+        valid = valid and token_scales.shape == (len(x), groups)
+    if not valid:
+        raise ValueError(
+            f"expected bfloat16, float32 or scaled int8 [M, {weight.inputs}] on the CPU, got {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if bias is not None:
+        if bias.shape != (weight.outputs,) or bias.dtype not in ACTIVATION_DTYPES or bias.device.type != "cpu":
+            raise ValueError(
+                f"expected a bias [{weight.outputs}] in bfloat16 or float32 on the CPU, got {bias.dtype} "
+                f"{list(bias.shape)} on {bias.device}"
+            )
+        bias = bias.contiguous()
+        bias_pointer = bias.data_ptr()
+        if bias.dtype == torch.bfloat16:
+            flags |= BIAS_BFLOAT16
+    rows = x.shape[0]
+    out = torch.empty((rows, weight.outputs), dtype=dtype)
+    function(
+        weight.address, x.data_ptr(), scales_pointer, out.data_ptr(), bias_pointer, rows, flags, torch.get_num_threads()
+    )
+    return out
 
 
 def rms_norm(
@@ -86,39 +141,31 @@ def first_maxima(library: Library, x: Tensor) -> Tensor:
 def rotary_write(
     library: Library,
     qkv: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: int | Tensor,
-    norms: tuple[Tensor, Tensor] | None,
+    start: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """start: the first slot, or int64 [1] that holds it when the kernel runs; then the caller sees to it that the rows
-    fit into the cache. Raises ValueError where they do not."""
+    """start: int64 [1], the first slot when the kernel runs, or None for 0. The rows must fit into the cache."""
     qkv = qkv.contiguous()
-    cosines, sines = rotation
     rows = len(qkv)
-    kv_heads, capacity, head_dim = keys.shape
-    offset, start_pointer = 0, None
-    if isinstance(start, Tensor):
-        start_pointer = start.data_ptr()
-    elif start + rows > capacity:
-        raise ValueError(f"rows {start} to {start + rows} do not fit into a cache of {capacity} slots")
-    else:
-        offset = start * head_dim * keys.itemsize
+    kv_heads, _, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q = torch.empty((rows, heads, head_dim), dtype=torch.bfloat16)
-    q_weight, k_weight = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
     library.rotary_write(
         qkv.data_ptr(),
-        cosines.data_ptr(),
-        sines.data_ptr(),
-        q_weight,
-        k_weight,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        None if q_norm is None else q_norm.data_ptr(),
+        None if k_norm is None else k_norm.data_ptr(),
         q.data_ptr(),
-        keys.data_ptr() + offset,
-        values.data_ptr() + offset,
-        start_pointer,
+        keys.data_ptr(),
+        values.data_ptr(),
+        None if start is None else start.data_ptr(),
         rows,
         heads,
         kv_heads,
@@ -130,11 +177,11 @@ def rotary_write(
     return q
 
 
-def attend(
-    library: Library, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, start: Tensor | None = None
+def block_attention(
+    library: Library, q: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, mask: Tensor
 ) -> Tensor:
-    """mask: bool [R, S] over the first S slots; with ``start``, int64 [1], bool [R, R] over the slots from there on,
-    and every row sees those before. Raises ValueError for a mask of another shape."""
+    """mask: bool [R, R] over the slots from ``start``, int64 [1], on, and every row sees those before; without a start
+    bool [R, S] over the first S slots. Raises ValueError for a mask of another shape."""
     q, mask = q.contiguous(), mask.contiguous()
     rows, heads, head_dim = q.shape
     kv_heads, slots = len(keys), mask.shape[1]

@@ -1,0 +1,63 @@
+"""On what the ops between the matmuls are measured and checked: the layers of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of a decoder layer. head_norms: whether queries and keys are normalized (Qwen3)."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_norms: bool
+    vocabulary: int
+
+
+LAYERS = {
+    "smollm2-135m": Layer(576, 1536, 9, 3, 64, False, 49152),
+    "qwen3-0.6b": Layer(1024, 3072, 16, 8, 128, True, 151936),
+    "qwen3-8b": Layer(4096, 12288, 32, 8, 128, True, 151936),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A block of rows in a layer. context: cached tokens before it; group_size: of quantized results, None for one
+    scale per row."""
+
+    layer: Layer
+    rows: int
+    context: int = 0
+    group_size: int | None = None
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.bfloat16
+
+    def normal(self, *shape: int) -> Tensor:
+        """Random values in the dtype of the setting."""
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of an op, and what it is measured against.
+
+    peer: PyTorch's own call that computes the same
+    moved_bytes: what the op must read and write
+    """
+
+    arguments: tuple[Any, ...]
+    peer: Callable[[], object]
+    moved_bytes: int

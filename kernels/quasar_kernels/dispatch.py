@@ -1,0 +1,89 @@
+"""How an op finds the backend that computes it. Nothing else chooses by a tensor's device."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quasar_kernels.cases import Case, Setting
+from quasar_kernels.cpu.library import backend
+from quasar_kernels.gpu import gpu_backend
+from quasar_kernels.weights import Quantized
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one backend has for an op.
+
+    supports: whether the kernel takes these arguments, which are on a device of the backend
+    run: computes the op from the same arguments
+    """
+
+    supports: Callable[..., bool]
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op with one row per backend. All take the same arguments; the first is on the device that counts.
+
+    plain: PyTorch's own operations: the definition that the kernels follow, and what serves every device, dtype and
+        size for which there is no kernel. Given float64 it computes in float64, which makes it their oracle.
+    cpu: the compiled library's kernel, whose ``run`` takes the `Library` before the arguments
+    triton: the kernel for CUDA, whose ``run`` imports Triton; None if PyTorch's operations are good enough there
+    differentiable: whether gradients may flow through it. Kernels have none, so PyTorch's operations compute the op
+        wherever gradients are recorded.
+    """
+
+    name: str
+    plain: Callable[..., Any]
+    cpu: Kernel | None
+    triton: Kernel | None
+    differentiable: bool = True
+
+    def __call__(self, *arguments: Any) -> Any:
+        first = arguments[0]
+        rows = first.values if isinstance(first, Quantized) else first
+        if not (self.differentiable and torch.is_grad_enabled()):
+            if rows.is_cpu:
+                cpu = self.cpu
+                if cpu is not None and cpu.supports(*arguments) and (library := backend()) is not None:
+                    return cpu.run(library, *arguments)
+            elif self.triton is not None and gpu_backend(rows) is not None and self.triton.supports(*arguments):
+                return self.triton.run(*arguments)
+        return self.plain(*arguments)
+
+
+@dataclass(frozen=True)
+class LayerOp(Op):
+    """An op between the matmuls.
+
+    case: arguments to measure and check it with
+    reads_cache: whether it reads the cached context, so that its time depends on the length
+    """
+
+    case: Callable[[Setting], Case] = field(kw_only=True)
+    reads_cache: bool = False
+
+
+def always(*arguments: Any) -> bool:
+    """For a kernel that takes whatever is on its device."""
+    return True
+
+
+def triton_function(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module of `quasar_kernels.triton`, which is imported when the function is first called."""
+
+    def run(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"quasar_kernels.triton.{module}"), name)(*arguments)
+
+    return run
+
+
+def triton_groups(group_size: int | None) -> bool:
+    """Whether the Triton kernels quantize groups of this size: powers of two, or whole rows."""
+    return group_size is None or group_size & (group_size - 1) == 0

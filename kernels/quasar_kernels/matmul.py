@@ -1,0 +1,98 @@
+"""What the five matmuls have in common: ``x W^T + bias`` with weights of some format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quasar_kernels.cpu.calls import multiply
+from quasar_kernels.cpu.library import ACTIVATION_DTYPES, Library
+from quasar_kernels.dispatch import Kernel, Op
+from quasar_kernels.reference import quantize_tokens
+from quasar_kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
+
+Weight = DenseWeight | Int8Weight | Int4Weight
+
+
+@dataclass(frozen=True)
+class Matmul(Op):
+    """An op of the form (x, weight, bias).
+
+    weight_bits: of a stored weight, without its scale
+    activations: "float" if they stay as they are; "int8" per token or "int8 groups" if the op quantizes them
+    round: a weight [N, K] of the op's format, from a float matrix and a group size that some formats ignore
+    """
+
+    weight_bits: int = field(kw_only=True)
+    activations: Literal["float", "int8", "int8 groups"] = "float"
+    round: Callable[[Tensor, int], Weight] = field(kw_only=True)
+
+    @property
+    def format(self) -> str:
+        """The short name: bits of weights and activations, such as w4a16."""
+        return self.name.removeprefix("linear_")
+
+    def bits(self, group_size: int) -> float:
+        """Stored per weight, with the 16-bit scales of groups."""
+        return self.weight_bits + (16 / group_size if self.weight_bits == 4 else 0)
+
+    def quantized(self, x: Tensor, group_size: int) -> Tensor | Quantized:
+        """Activations as the op before may pass them on: x itself if this op does not quantize them."""
+        if self.activations == "float":
+            return x
+        return as_quantized(x, group_size if self.activations == "int8 groups" else None)
+
+
+def as_quantized(x: Tensor | Quantized, group_size: int | None = None) -> Quantized:
+    """Activations quantized per token or group, by PyTorch's operations unless they are already."""
+    return x if isinstance(x, Quantized) else Quantized(*quantize_tokens(x, group_size), x.dtype)
+
+
+def cpu_matmul(function: str) -> Kernel:
+    """The row of a matmul that the compiled library has under this name; float16 activations are widened for it."""
+
+    def supports(x: Tensor | Quantized, weight: Weight, bias: Tensor | None = None) -> bool:
+        return weight.packed_for_kernels() is not None
+
+    def run(library: Library, x: Tensor | Quantized, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        packed = weight.packed_for_kernels()
+        assert packed is not None
+        if isinstance(x, Quantized):
+            return multiply(getattr(library, function), packed, x.values, bias, x.scales, x.dtype)
+        if x.dtype not in ACTIVATION_DTYPES:
+            wide = None if bias is None else bias.float()
+            return multiply(getattr(library, function), packed, x.float(), wide).to(x.dtype)
+        return multiply(getattr(library, function), packed, x, bias)
+
+    return Kernel(supports, run)
+
+
+def triton_matmul(run: Callable[..., Tensor], group_sizes: tuple[int, ...] | None = None) -> Kernel:
+    """The row of a matmul in Triton: few rows that can be read 16 bytes at a time.
+
+    run: takes x, weight, bias and, to try it, a tiling; group_sizes: those that it takes, None if weights have none
+
+    Float32 is the mode in which results are compared exactly; it is left to PyTorch.
+    """
+
+    def supports(x: Tensor | Quantized, weight: Weight | Tensor, bias: Tensor | None = None) -> bool:
+        from quasar_kernels.triton.tuning import ACTIVATION_DTYPES, INPUTS_MULTIPLE, MAX_ROWS
+
+        rows = x.values if isinstance(x, Quantized) else x
+        return (
+            rows.dtype in ACTIVATION_DTYPES
+            and len(rows) <= MAX_ROWS
+            and rows.shape[1] % INPUTS_MULTIPLE == 0
+            and (group_sizes is None or getattr(weight, "group_size", None) in group_sizes)
+        )
+
+    return Kernel(supports, run)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what values of a dtype are added up: float32, or float64 if they are float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,30 @@
+"""The table of all ops. One file per op: its signature, its definition, its rows in `dispatch`, and its case.
+
+The benchmark, the GPU suite and the tests go through this table.
+"""
+
+from quasar_kernels.ops import (
+    add_rms_norm,
+    block_attention,
+    first_maxima,
+    linear_bf16,
+    linear_w4a8,
+    linear_w4a16,
+    linear_w8a8,
+    linear_w8a16,
+    rotary_write,
+    silu_mul,
+)
+
+MATMULS = (linear_w8a8.OP, linear_w4a16.OP, linear_bf16.OP, linear_w4a8.OP, linear_w8a16.OP)
+"""The most important first, for those who may run out of time."""
+LAYER_OPS = (
+    add_rms_norm.OP,
+    add_rms_norm.QUANTIZING,
+    silu_mul.OP,
+    silu_mul.QUANTIZING,
+    rotary_write.OP,
+    block_attention.OP,
+    first_maxima.OP,
+)
+"""Those between the matmuls; each has a case to measure."""

@@ -1,0 +1,50 @@
+"""``x W^T + bias`` with int8 weights and activations as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from quasar_kernels.matmul import Matmul, compute_dtype, cpu_matmul, triton_matmul
+from quasar_kernels.weights import Int8Weight
+
+if TYPE_CHECKING:
+    from quasar_kernels.triton.tuning import Tiling
+
+
+def linear_w8a16(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias``, int8 weights with per-channel scales.
+
+    x: float [M, K]; weight: [N, K]; bias: [N]. Returns [M, N] in the dtype of x. The compiled kernels take activations
+    as integers of 15 bit per token, which is finer than bfloat16 is near a token's largest value.
+    """
+    out: Tensor = OP(x, weight, bias)
+    return out
+
+
+def _plain(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    computed = compute_dtype(x.dtype)
+    out = F.linear(x, weight.values.to(x.dtype)).to(computed) * weight.scales
+    return (out if bias is None else out + bias.to(computed)).to(x.dtype)
+
+
+def _triton(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
+    from quasar_kernels.triton.linear_bf16 import linear_bf16
+    from quasar_kernels.triton.tuning import Shape, tiling_for
+
+    values = weight.values
+    tiling = tiling or tiling_for(Shape(OP.name, len(x), *values.shape), x.device)
+    return linear_bf16(x.contiguous(), values, bias, tiling, weight.scales)
+
+
+OP = Matmul(
+    "linear_w8a16",
+    plain=_plain,
+    cpu=cpu_matmul("linear_w8a16"),
+    triton=triton_matmul(_triton),
+    differentiable=False,
+    weight_bits=8,
+    round=lambda values, group_size: Int8Weight.rounded(values),
+)

@@ -1,0 +1,89 @@
+"""Between the QKV projection and attention: head normalization, rotary embedding, and writing to the KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quasar_kernels.cases import EPS, Case, Setting
+from quasar_kernels.cpu import calls
+from quasar_kernels.dispatch import Kernel, LayerOp, always, triton_function
+from quasar_kernels.reference import rms_norm, rotate
+
+
+def rotary_write_at(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Split a QKV projection, normalize and rotate its queries and keys (Su et al. 2021), and write keys and values to
+    the cache.
+
+    qkv: float [R, (H + 2 H_kv) D], query heads first; cos, sin: float32 [R, D], halves repeated; keys, values:
+    [H_kv, capacity, D], written at slots ``start`` on (int64 [1], read when the kernel runs); q_norm, k_norm: weights
+    [D] of an RMS normalization of each head, or None. Returns the rotated queries [R, H, D].
+    """
+    out: Tensor = OP(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps)
+    return out
+
+
+def _plain(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    rows, head_dim = len(qkv), cos.shape[1]
+    heads = qkv.view(rows, -1, head_dim)
+    q, k, v = heads.split([heads.shape[1] - 2 * len(keys), len(keys), len(keys)], dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    slots = start + torch.arange(rows, device=qkv.device)
+    keys.index_copy_(1, slots, rotate(k, cos, sin).transpose(0, 1))
+    values.index_copy_(1, slots, v.transpose(0, 1))
+    return rotate(q, cos, sin)
+
+
+def _library_takes(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> bool:
+    return calls.fits_heads(qkv, keys) and (q_norm is None or q_norm.dtype == qkv.dtype)
+
+
+def _case(setting: Setting) -> Case:
+    layer, rows, head_dim = setting.layer, setting.rows, setting.layer.head_dim
+    qkv = setting.normal(rows, (layer.heads + 2 * layer.kv_heads) * head_dim)
+    keys, values = (setting.normal(layer.kv_heads, setting.context + 2 * rows, head_dim) for _ in range(2))
+    angles = torch.rand(rows, head_dim, device=setting.device)
+    norms = (setting.normal(head_dim), setting.normal(head_dim)) if layer.head_norms else (None, None)
+    start = torch.tensor([setting.context + rows], device=setting.device)
+    arguments = (qkv, angles.cos(), angles.sin(), keys, values, start, *norms, EPS)
+    return Case(arguments, lambda: _plain(*arguments), 2 * qkv.nbytes + 2 * angles.nbytes)
+
+
+OP = LayerOp(
+    "rotary_write",
+    plain=_plain,
+    cpu=Kernel(_library_takes, calls.rotary_write),
+    triton=Kernel(always, triton_function("rotary", "rotary_write_at")),
+    case=_case,
+)

@@ -1,0 +1,137 @@
+"""What every op of `quasar_kernels` computes, written down a second time in float64, to compare all backends with.
+
+Nothing here calls the package. Integers of quantized activations come in as they are: their format, a float32 scale per
+token or group, is part of what is compared.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def int4_values(packed: Tensor) -> Tensor:
+    """uint8 [N, K / 2], element 2 j in the low half of byte j, as float64 [N, K] in 0..15."""
+    values = torch.empty(len(packed), 2 * packed.shape[1], dtype=torch.float64, device=packed.device)
+    values[:, 0::2], values[:, 1::2] = packed % 16, packed // 16
+    return values
+
+
+def dequantized(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """float64 [N, K] of ``(q - zero) * scale``; scales, zeros: [N, G]."""
+    size = 2 * packed.shape[1] // scales.shape[1]
+    spread = (part.double().repeat_interleave(size, dim=1) for part in (zeros, scales))
+    zero, scale = spread
+    return (int4_values(packed) - zero) * scale
+
+
+def linear(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` in the dtype of x."""
+    out = x.double() @ values.double().T
+    return (out if bias is None else out + bias.double()).to(x.dtype)
+
+
+def linear_w8a8(
+    tokens: Tensor, token_scales: Tensor, dtype: torch.dtype, values: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Exact sums of int8 products, rounded to float32, scaled and shifted in float32, and rounded to ``dtype``."""
+    out = (tokens.double() @ values.double().T).float() * (token_scales * scales)
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def linear_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Int8 weights with a scale per row; activations as they are."""
+    return linear(x, values.double() * scales.double().unsqueeze(1), bias)
+
+
+def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+    """4-bit weights in groups; activations as they are."""
+    return linear(x, dequantized(packed, scales, zeros), bias)
+
+
+def linear_w4a8(
+    tokens: Tensor,
+    token_scales: Tensor,
+    dtype: torch.dtype,
+    weight: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Exact sums within a group, rounded to float32; groups are scaled and added in float32 in ascending order."""
+    packed, scales, zeros = weight
+    size = tokens.shape[1] // scales.shape[1]
+    shifted = int4_values(packed) - zeros.double().repeat_interleave(size, dim=1)
+    out = torch.zeros(len(tokens), len(packed), device=tokens.device)
+    for group in range(scales.shape[1]):
+        inputs = slice(group * size, (group + 1) * size)
+        sums = (tokens[:, inputs].double() @ shifted[:, inputs].T).float()
+        out += sums * (token_scales[:, group, None] * scales[:, group])
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def quantized(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """int8 [M, K] and float32 [M, G]: the largest magnitude of a group becomes 127, ties go to the even integer."""
+    groups = x.float().unflatten(1, (-1, group_size or x.shape[1]))
+    largest = groups.abs().amax(2).double()
+    scales = torch.where(largest > 0, largest / 127, 1.0).float()
+    return (groups / scales.unsqueeze(2)).round().to(torch.int8).flatten(1), scales
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.double().tensor_split(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [R, heads, D]; cos, sin: [R, D]. Element j turns with element j + D / 2."""
+    half, wide = x.shape[2] // 2, x.double()
+    low, high = wide[..., :half], wide[..., half:]
+    c, s = cos.double().unsqueeze(1), sin.double().unsqueeze(1)
+    out = torch.empty_like(wide)
+    out[..., :half] = low * c[..., :half] - high * s[..., :half]
+    out[..., half:] = high * c[..., half:] + low * s[..., half:]
+    return out
+
+
+def rotary_write(
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    start: int,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [R, H, D] and the keys and values of the cache after the write, all float64."""
+    keys, values = (part.double().clone() for part in cache)
+    kv_heads, _, head_dim = keys.shape
+    rows = len(qkv)
+    heads = qkv.double().unflatten(1, (-1, head_dim))
+    count = heads.shape[1] - 2 * kv_heads
+    q, k, v = heads[:, :count], heads[:, count : count + kv_heads], heads[:, count + kv_heads :]
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    keys[:, start : start + rows] = rotated(k, *rotation).transpose(0, 1)
+    values[:, start : start + rows] = v.transpose(0, 1)
+    return rotated(q, *rotation), keys, values
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Head by head. q: [R, H, D]; keys, values: [H_kv, capacity, D]; visible: bool [R, S]. Returns float64 [R, H D]."""
+    rows, heads, head_dim = q.shape
+    slots, group = visible.shape[1], heads // len(keys)
+    out = torch.empty(rows, heads, head_dim, dtype=torch.float64, device=q.device)
+    for head in range(heads):
+        k, v = (stored[head // group, :slots].double() for stored in (keys, values))
+        logits = (q[:, head].double() @ k.T / head_dim**0.5).masked_fill(~visible, -torch.inf)
+        out[:, head] = torch.softmax(logits, dim=1) @ v
+    return out.flatten(1)
+
+
+def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, block_mask: Tensor) -> Tensor:
+    """`attention` of a block that sees all slots below ``start``, and of its own what the mask [R, R] says."""
+    everything = torch.ones(len(q), start, dtype=torch.bool, device=q.device)
+    return attention(q, keys, values, torch.cat([everything, block_mask.bool()], dim=1))
