@@ -33,10 +33,11 @@ def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None =
     library = _library_for(x)
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and packed.scales is not None:
+        if x.dtype not in ACTIVATION_DTYPES:
+            wide = x._replace(dtype=torch.float32) if isinstance(x, Quantized) else x.float()
+            return linear_w8a8(wide, weight, _widened(bias)).to(x.dtype)
         if isinstance(x, Quantized):
             return multiply(library.linear_w8a8, packed, x.values, bias, x.scales, x.dtype)
-        if x.dtype not in ACTIVATION_DTYPES:
-            return linear_w8a8(x.float(), weight, _widened(bias)).to(x.dtype)
         if torch.compiler.is_compiling():
             return custom_ops.linear_w8a8(x, packed.values, packed.scales, bias)
         return multiply(library.linear_w8a8, packed, x, bias)
@@ -96,10 +97,11 @@ def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None =
     library = _library_for(x)
     packed = weight.packed_for_kernels() if library is not None else None
     if library is not None and packed is not None and packed.scales is not None:
+        if x.dtype not in ACTIVATION_DTYPES:
+            wide = x._replace(dtype=torch.float32) if isinstance(x, Quantized) else x.float()
+            return linear_w4a8(wide, weight, _widened(bias)).to(x.dtype)
         if isinstance(x, Quantized):
             return multiply(library.linear_w4a8, packed, x.values, bias, x.scales, x.dtype)
-        if x.dtype not in ACTIVATION_DTYPES:
-            return linear_w4a8(x.float(), weight, _widened(bias)).to(x.dtype)
         if torch.compiler.is_compiling():
             return custom_ops.linear_w4a8(x, packed.values, packed.scales, packed.zeros, packed.scale_unit, bias)
         return multiply(library.linear_w4a8, packed, x, bias)
