@@ -1,4 +1,4 @@
-"""The fused, padded pass that CUDA graphs are captured from, run op by op on the CPU."""
+"""The padded pass that CUDA graphs are captured from, run op by op on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quasar.decoding.sampling import Sampling
 from quasar.errors import QuasarError
 from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.execution import cuda_graph
-from quasar.model.execution.cuda_graph import BUCKETS, BlockPasses, PassInputs, bucket_for
+from quasar.model.execution.cuda_graph import BUCKETS, CudaGraphExecutor, PassInputs, bucket_for
 from quasar.model.kv_cache import KVCache
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
@@ -78,14 +78,14 @@ def scratched() -> Draft:
 )
 @pytest.mark.parametrize("kind", ["dense", "int8", "w4a8", "w4a16"])
 @pytest.mark.parametrize("config", [tiny_config(vocab_size=64), qwen3_like()], ids=["llama", "qwen3"])
-def test_padded_fused_pass_equals_the_models_own(config: ModelConfig, kind: str, draft: Draft) -> None:
+def test_padded_pass_equals_the_models_own(config: ModelConfig, kind: str, draft: Draft) -> None:
     model = with_linears(random_transformer(config, 0, torch.float32), kind)
     own, padded = caches(model)
     committed = [stored[:, :CONTEXT].clone() for stored in (*padded.keys, *padded.values)]
     inputs = draft.row_tokens(3), draft.offsets(), draft.block_mask()
     with torch.inference_mode():
         expected = model(inputs[0], own, offsets=inputs[1], block_mask=inputs[2])
-        actual = BlockPasses(model, padded)(*inputs)
+        actual = CudaGraphExecutor(model, padded)(*inputs)
     assert actual.shape == expected.shape
     # Integers behind a quantizer may differ by one step where a float differs in its last bit.
     tolerance = 1e-4 if kind in ("dense", "w4a16") else 2e-2
@@ -102,7 +102,7 @@ def test_fewer_layers_and_a_later_start(tiny: Transformer) -> None:
     own, padded = caches(tiny)
     with torch.inference_mode():
         expected = tiny(torch.tensor([9]), own, start=CONTEXT - 2, layers=[0, 2])
-        actual = BlockPasses(tiny, padded)(
+        actual = CudaGraphExecutor(tiny, padded)(
             torch.tensor([9]), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1), CONTEXT - 2, [0, 2]
         )
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
@@ -114,7 +114,7 @@ def test_padding_makes_room_in_the_cache(tiny: Transformer) -> None:
     chain = Draft.chain([1, 2, 3, 4])
     with torch.inference_mode():
         expected = tiny(chain.row_tokens(0), None)
-        actual = BlockPasses(tiny, cache)(chain.row_tokens(0), chain.offsets(), chain.block_mask())
+        actual = CudaGraphExecutor(tiny, cache)(chain.row_tokens(0), chain.offsets(), chain.block_mask())
     assert cache.capacity >= 8
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
@@ -163,7 +163,7 @@ def fake_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fake_capture")
 def test_graphs_are_captured_once_per_bucket_and_again_when_the_cache_moves(tiny: Transformer) -> None:
     _, cache = caches(tiny)
-    passes = BlockPasses(tiny, cache, capture=True)
+    passes = CudaGraphExecutor(tiny, cache, capture=True)
 
     def run(draft: Draft) -> Tensor:
         return passes(draft.row_tokens(3), draft.offsets(), draft.block_mask())
@@ -189,7 +189,7 @@ def test_failed_capture_falls_back_with_a_message(tiny: Transformer, monkeypatch
 
     monkeypatch.setattr(cuda_graph, "capture", fail)
     own, cache = caches(tiny)
-    passes = BlockPasses(tiny, cache, capture=True)
+    passes = CudaGraphExecutor(tiny, cache, capture=True)
     inputs = TREE.row_tokens(3), TREE.offsets(), TREE.block_mask()
     with torch.inference_mode():
         expected = tiny(inputs[0], own, offsets=inputs[1], block_mask=inputs[2])
@@ -205,7 +205,7 @@ def test_failed_capture_falls_back_with_a_message(tiny: Transformer, monkeypatch
 def test_verifier_decodes_with_passes_as_without(tiny: Transformer) -> None:
     """The verifier's own wiring: logits, scratch outputs and the committed path."""
     plain, fused = (FP16Verifier(tiny, Setup()) for _ in range(2))
-    fused.passes = BlockPasses(tiny, fused.cache)
+    fused.executor = CudaGraphExecutor(tiny, fused.cache)
     prompt = torch.arange(9)
     for verifier in (plain, fused):
         verifier.prefill(prompt)
@@ -224,13 +224,13 @@ def test_verifier_decodes_with_passes_as_without(tiny: Transformer) -> None:
 
 def test_passes_find_the_most_likely_tokens_themselves(tiny: Transformer) -> None:
     verifier = FP16Verifier(tiny, Setup())
-    verifier.passes = BlockPasses(tiny, verifier.cache)
+    verifier.executor = CudaGraphExecutor(tiny, verifier.cache)
     verifier.prefill(torch.arange(9))
     for draft in (TREE, scratched(), Draft()):
         size = 1 + len(draft)
         scores = verifier.verify(3, draft)
         assert scores.logits.shape == (size, 64)
-        assert scores.argmax() == verifier.passes.most_likely(size) == scores.logits.argmax(-1).tolist()
+        assert scores.argmax() == verifier.executor.most_likely(size) == scores.logits.argmax(-1).tolist()
     verifier.draft_logits(4, 0, [0, 1])  # a pass through some layers leaves them alone
     assert scores.argmax() == scores.logits.argmax(-1).tolist()
     # A block that is too large for the passes, whose tokens they do not know.
@@ -240,7 +240,7 @@ def test_passes_find_the_most_likely_tokens_themselves(tiny: Transformer) -> Non
 
 def test_broken_weights_are_reported_by_the_scores(tiny: Transformer) -> None:
     verifier = FP16Verifier(tiny, Setup())
-    verifier.passes = BlockPasses(tiny, verifier.cache)
+    verifier.executor = CudaGraphExecutor(tiny, verifier.cache)
     verifier.prefill(torch.arange(5))
     tiny.get_submodule("blocks.1.mlp.down").weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
     scores = verifier.verify(3, Draft())

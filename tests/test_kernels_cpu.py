@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, block_ops, cpu
+from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu
 from quasar_kernels.cpu import library, packing
 from quasar_kernels.cpu.levels import available_levels
 from quasar_kernels.matmul import Matmul
@@ -233,11 +233,11 @@ def test_packing_keeps_every_value(level: str) -> None:
 def test_norm_and_swiglu(level: str) -> None:
     for rows, size in [(1, 32), (3, 576), (17, 1536), (64, 2048)]:
         x, weight = normal(rows, size, dtype=torch.bfloat16), normal(size, seed=1, dtype=torch.bfloat16)
-        found = quasar_kernels.rms_norm(x, weight, 1e-5)
+        found, _ = quasar_kernels.add_rms_norm(x, weight, 1e-5)
         assert relative_error(found, definitions.rms_norm(x, weight, 1e-5)) < 4e-3
         for group_size in (None, 32):
             values, scales = definitions.quantized(found, group_size)
-            quantized = block_ops.add_rms_norm_quantize(x, weight, 1e-5, group_size=group_size)
+            quantized = quasar_kernels.add_rms_norm_quantize(x, weight, 1e-5, group_size=group_size)
             assert torch.equal(quantized[0], values)
             assert torch.equal(quantized[1], scales)
             assert torch.equal(quantized[2], x)
@@ -247,7 +247,7 @@ def test_norm_and_swiglu(level: str) -> None:
         assert relative_error(found, definitions.silu_mul(gate_up)) < 4e-3
         for group_size in (None, 32):
             values, scales = definitions.quantized(found, group_size)
-            quantized = block_ops.silu_mul_quantize(gate_up, group_size)
+            quantized = quasar_kernels.silu_mul_quantize(gate_up, group_size)
             assert torch.equal(quantized[0], values)
             assert torch.equal(quantized[1], scales)
 
@@ -290,12 +290,8 @@ def test_rotary_write(level: str, head_dim: int, normalized: bool) -> None:
         keys, values = (normal(kv_heads, capacity, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (3, 4))
         written = definitions.rotary_write(qkv, rotation, (keys, values), start, norms, 1e-6)
         expected, expected_keys, expected_values = written
-        own_keys, own_values = keys.clone(), values.clone()
-        q = quasar_kernels.rotary_write(qkv, rotation, keys, values, start, norms, 1e-6)
-        by_tensor = (own_keys, own_values, torch.tensor([start]), *(norms or (None, None)), 1e-6)
-        assert torch.equal(block_ops.rotary_write_at(qkv, *rotation, *by_tensor), q)
-        assert torch.equal(own_keys, keys)
-        assert torch.equal(own_values, values)
+        by_tensor = (keys, values, torch.tensor([start]), *(norms or (None, None)), 1e-6)
+        q = quasar_kernels.rotary_write(qkv, *rotation, *by_tensor)
         # The definition rounds at the end alone, the op after the norm, its weight and the rotation.
         assert relative_error(q, expected) < (1e-2 if normalized else 4e-3)
         assert relative_error(keys, expected_keys) < (1e-2 if normalized else 4e-3)
@@ -311,44 +307,61 @@ def test_rotary_write(level: str, head_dim: int, normalized: bool) -> None:
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_attention_over_a_cache(level: str, head_dim: int) -> None:
-    for rows, heads, kv_heads, slots in [(1, 3, 1, 1), (8, 9, 3, 300), (5, 4, 4, 129), (33, 8, 2, 140), (2, 40, 1, 16)]:
+    """Masks as trees have them; slots behind the block are never read."""
+    shapes = [(1, 3, 1, 0), (8, 9, 3, 292), (5, 4, 4, 124), (33, 8, 2, 107), (2, 40, 1, 14)]
+    for rows, heads, kv_heads, context in shapes:
         q = normal(rows, heads, head_dim, dtype=torch.bfloat16)
+        slots = context + rows
         keys, values = (normal(kv_heads, slots + 5, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
-        visible = torch.rand(rows, slots, generator=torch.Generator().manual_seed(3)) < 0.6
-        visible[torch.arange(rows), torch.arange(rows) % slots] = True
-        found = quasar_kernels.attend(q, keys, values, visible)
-        assert relative_error(found, definitions.attention(q, keys, values, visible)) < 1e-2
+        mask = torch.rand(rows, rows, generator=torch.Generator().manual_seed(3)) < 0.6
+        mask.fill_diagonal_(True)
+        found = quasar_kernels.block_attention(q, keys, values, torch.tensor([context]), mask)
+        assert relative_error(found, definitions.block_attention(q, keys, values, context, mask)) < 1e-2
 
 
 @needs_kernels
 def test_attention_of_a_row_depends_on_what_it_sees_alone(level: str) -> None:
     if level == "torch":
         pytest.skip("holds for the kernels")
-    rows, heads, kv_heads, head_dim, start = 70, 6, 2, 64, 250
+    rows, heads, kv_heads, head_dim, context = 70, 6, 2, 64, 250
     q = normal(rows, heads, head_dim, dtype=torch.bfloat16)
     keys, values = (normal(kv_heads, 400, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
-    visible = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
-    block = quasar_kernels.attend(q, keys, values, visible)
+
+    def attend(first: int, end: int) -> torch.Tensor:
+        """The rows from ``first`` to ``end`` as a block of their own, behind those before."""
+        mask = torch.ones(end - first, end - first, dtype=torch.bool).tril_()
+        return quasar_kernels.block_attention(q[first:end], keys, values, torch.tensor([context + first]), mask)
+
+    block = attend(0, rows)
     for row in range(rows):
-        end = start + row + 1
-        alone = quasar_kernels.attend(q[row : row + 1], keys, values, visible[row : row + 1, :end])
-        assert torch.equal(alone[0], block[row])
+        assert torch.equal(attend(row, row + 1)[0], block[row])
     for size in (2, 3, 8, 32, 33):
-        assert torch.equal(quasar_kernels.attend(q[:size], keys, values, visible[:size, : start + size]), block[:size])
+        assert torch.equal(attend(0, size), block[:size])
     # What lies in hidden slots has no influence, not even through its magnitude.
-    keys[:, start + 1 :], values[:, start + 1 :] = 1e4, -1e4
-    assert torch.equal(quasar_kernels.attend(q[:1], keys, values, visible[:1]), block[:1])
+    keys[:, context + 1 :], values[:, context + 1 :] = 1e4, -1e4
+    assert torch.equal(attend(0, 1), block[:1])
     torch.set_num_threads(2)
     try:
-        assert torch.equal(quasar_kernels.attend(q[:1], keys, values, visible[:1]), block[:1])
+        assert torch.equal(attend(0, 1), block[:1])
     finally:
         torch.set_num_threads(1)
 
 
 def test_gradients_take_the_way_of_pytorch() -> None:
     x = normal(3, 64, dtype=torch.bfloat16).requires_grad_()
-    quasar_kernels.rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-5).sum().backward()
+    quasar_kernels.add_rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-5)[0].sum().backward()
     assert x.grad is not None
+
+
+def test_float16_activations_that_are_quantized_already(level: str) -> None:
+    x = normal(5, 96).half()
+    int8, int4 = int8_weight(64, 96), int4_weight(64, 96, 32, "integer", torch.float16)
+    found = quasar_kernels.linear_w8a8(Quantized(*definitions.quantized(x), x.dtype), int8)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, quasar_kernels.linear_w8a8(x, int8))
+    found = quasar_kernels.linear_w4a8(Quantized(*definitions.quantized(x, 32), x.dtype), int4)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, quasar_kernels.linear_w4a8(x, int4))
 
 
 class Guarded:

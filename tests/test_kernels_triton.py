@@ -34,7 +34,7 @@ from quasar_kernels.triton.attention import block_attention
 from quasar_kernels.triton.int4_packing import pack_int4
 from quasar_kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
 from quasar_kernels.triton.quantize import quantize_tokens
-from quasar_kernels.triton.rotary import rotary_write_at
+from quasar_kernels.triton.rotary import rotary_write
 from quasar_kernels.triton.tuning import Shape, Tiling
 
 from tests import definitions
@@ -155,7 +155,7 @@ def test_attention_of_every_number_of_rows(generator: torch.Generator, rows: int
     cos, sin = normal(generator, rows, 16), normal(generator, rows, 16)
     qkv = normal(generator, rows, 5 * 16)
     expected_cache = cache.clone()
-    q = rotary_write_at(qkv, cos, sin, cache[0], cache[1], start)
+    q = rotary_write(qkv, cos, sin, cache[0], cache[1], start)
     assert_close(q, ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start))
     assert_close(cache, expected_cache)
     mask = torch.ones(rows, rows, dtype=torch.bool, device=DEVICE).tril()
@@ -323,7 +323,7 @@ def test_rotary_and_attention(
     cache = normal(generator, 2, kv_heads, context + rows + 5, head_dim, dtype=dtype)
     expected_cache = cache.clone()
     for q_norm, k_norm in ((None, None), norms):
-        q = rotary_write_at(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6)
+        q = rotary_write(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6)
         expected = ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6)
         # Rotation mixes values of a whole head, and truncation before it counts double.
         assert (q.float() - expected.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected.float().abs().max()

@@ -15,7 +15,7 @@ from quasar.model.config import ModelConfig
 from quasar.model.kv_cache import KVCache
 from quasar.model.loading import load_transformer, random_transformer, save_transformer, tiny_config
 from quasar.model.sources import Checkpoint
-from quasar.model.transformer import Transformer
+from quasar.model.transformer import ResidualStream, Rows, Transformer
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 
@@ -163,17 +163,17 @@ def test_scratch_rows_see_what_they_should_and_leave_no_trace(tiny: Transformer)
 
 def test_layer_subset_skips_the_others(tiny: Transformer) -> None:
     tokens = torch.arange(10)
-    expected = tiny.lm_head(tiny.norm(hidden_through(tiny, tokens, [0, 2])))
+    expected = tiny.lm_head(tiny.norm(hidden_through(tiny, tokens, [0, 2]))[0])
     assert torch.equal(tiny(tokens, layers=[0, 2]), expected)
     assert not torch.allclose(expected, tiny(tokens))
 
 
 def hidden_through(model: Transformer, tokens: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    visible = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-    rotation = model.rope(torch.arange(len(tokens)))
+    mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    rows = Rows(model.rope(torch.arange(len(tokens))), torch.zeros(1, dtype=torch.int64), mask)
     x = model.embedding(tokens)
     for layer in layers:
-        x = model.blocks[layer](x, rotation, visible, None)
+        x = model.blocks[layer](ResidualStream(x), rows, None).total()
     return x
 
 

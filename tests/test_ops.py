@@ -254,3 +254,56 @@ def test_the_ladder_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "backend", lambda: None)
     monkeypatch.setattr(dispatch, "gpu_backend", lambda rows: None)
     assert op(x) == op(Elsewhere()) == "plain"
+
+
+@pytest.mark.parametrize(("rows", "context", "capacity"), [(1, 0, 1), (5, 7, 12), (5, 7, 40), (130, 20, 150)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_blocks_of_any_size(dtype: torch.dtype, rows: int, context: int, capacity: int) -> None:
+    """Every row sees the context and what its mask says, and nothing behind the block."""
+    q = normal(rows, 4, 32, dtype=dtype)
+    keys, values = normal(2, capacity, 32, dtype=dtype), normal(2, capacity, 32, dtype=dtype).flip(1)
+    mask = torch.rand(rows, rows, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask.fill_diagonal_(True)
+    expected = definitions.block_attention(q, keys, values, context, mask)
+    for given in (mask, mask.long()):  # captured passes keep it beside their other integers
+        found = block_attention.OP.plain(q, keys, values, torch.tensor([context]), given)
+        assert_close(found, expected, dtype)
+
+
+def test_gradients_pass_through_a_fresh_cache() -> None:
+    """The gradient of attention over what the block itself wrote, against finite differences."""
+    with torch.inference_mode(False), torch.enable_grad():
+        angles = normal(3, 2).repeat(1, 2).double()
+        start, mask = torch.zeros(1, dtype=torch.int64), torch.ones(3, 3, dtype=torch.bool).tril()
+
+        def attended(qkv: Tensor) -> Tensor:
+            keys, values = qkv.new_empty(1, 3, 4), qkv.new_empty(1, 3, 4)
+            q = rotary_write.rotary_write(qkv, angles.cos(), angles.sin(), keys, values, start)
+            return block_attention.block_attention(q, keys, values, start, mask)
+
+        qkv = normal(3, 4 * 4, dtype=torch.float64).requires_grad_()
+        assert torch.autograd.gradcheck(attended, qkv, eps=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", LAYER_OPS, ids=lambda op: op.name)
+def test_triton_takes_16_bit_and_short_blocks_alone(op: LayerOp) -> None:
+    """Float32 is the mode in which results are compared exactly; long blocks are prompts."""
+    if op.triton is None:
+        pytest.skip("it has no kernel in Triton")
+    pytest.importorskip("triton")
+    for dtype, takes in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
+        setting = Setting(SMALL, rows=3, context=7, dtype=dtype, device=torch.device("cpu"), group_size=None)
+        assert op.triton.supports(*op.case(setting).arguments) == takes
+    if op is block_attention.OP:
+        setting = Setting(SMALL, rows=65, context=7, dtype=torch.bfloat16, device=torch.device("cpu"), group_size=None)
+        assert not op.triton.supports(*op.case(setting).arguments)
+
+
+def test_the_compiler_sees_pytorchs_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(lambda *arguments: True, lambda *arguments: "kernel")
+    op = Op("test", lambda *arguments: "plain", kernel, kernel)
+    monkeypatch.setattr(dispatch, "backend", object)
+    monkeypatch.setattr(dispatch, "gpu_backend", lambda rows: rows)
+    assert op(torch.zeros(1)) == op(Elsewhere()) == "kernel"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert op(torch.zeros(1)) == op(Elsewhere()) == "plain"

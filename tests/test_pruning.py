@@ -131,7 +131,7 @@ def test_scores_by_their_formulas(calibration: Calibration) -> None:
     for name, rows in inputs.items():
         model.blocks[1].get_submodule(name).register_forward_pre_hook(lambda _, x, rows=rows: rows.append(x[0]))
     for sequence in calibration.sequences:
-        model.hidden(sequence)
+        model(sequence)
     x, heads = torch.cat(inputs["mlp.down"]), torch.cat(inputs["attention.output"])
     down, output = model.blocks[1].mlp.down.weight, model.blocks[1].attention.output.weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from quasar.decoding.draft import Draft
 from quasar.model.config import LayerShape, ModelConfig
-from quasar.model.execution.cpu_tape import MAX_ROWS, RecordedPasses
+from quasar.model.execution.choose import executor_for
+from quasar.model.execution.cpu_tape import MAX_ROWS, CpuTapeExecutor
+from quasar.model.execution.eager import EagerExecutor
 from quasar.model.kv_cache import KVCache
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
@@ -69,12 +72,12 @@ def caches(model: Transformer, capacity: int = 128) -> tuple[KVCache, KVCache]:
 def test_every_verifier_is_recorded_from_the_start(verifier: str) -> None:
     """Nothing is left to be packed at the first product."""
     built = VERIFIERS[verifier](random_transformer(llama(), 0, torch.bfloat16))
-    assert isinstance(built.passes, RecordedPasses)
+    assert isinstance(built.executor, CpuTapeExecutor)
 
 
-def passes_of(model: Transformer, cache: KVCache) -> RecordedPasses:
-    passes = RecordedPasses.of(model, cache)
-    assert passes is not None
+def passes_of(model: Transformer, cache: KVCache) -> CpuTapeExecutor:
+    passes = executor_for(model, cache)
+    assert isinstance(passes, CpuTapeExecutor)
     return passes
 
 
@@ -83,7 +86,7 @@ def inputs(draft: Draft) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def both(model: Transformer, own: KVCache, passes: RecordedPasses, draft: Draft) -> tuple[Tensor, Tensor]:
+def both(model: Transformer, own: KVCache, passes: CpuTapeExecutor, draft: Draft) -> tuple[Tensor, Tensor]:
     tokens, offsets, mask = inputs(draft)
     return model(tokens, own, offsets=offsets, block_mask=mask), passes(tokens, offsets, mask)
 
@@ -132,24 +135,44 @@ def test_recording_follows_the_cache_and_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def test_models_with_other_operations_are_left_alone() -> None:
+def test_models_with_other_operations_are_run_op_by_op_after_a_warning_that_names_the_layer() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2
 
     model = bfloat16_model(llama(), "fp16")
     config = model.config
-    model.set_submodule("blocks.1.mlp.down", Doubled(config.layers[1].intermediate_size, config.hidden_size))
+    doubled = Doubled(config.layers[1].intermediate_size, config.hidden_size, dtype=torch.bfloat16)
+    model.set_submodule("blocks.1.mlp.down", doubled)
     cache = KVCache(config, 64, model.dtype, "cpu")
-    assert RecordedPasses.of(model, cache) is None
-    assert RecordedPasses.of(random_transformer(config, 0, torch.float32), cache) is None
+    with pytest.warns(RuntimeWarning, match=r"op by op and slower.*aten\.\w+\.\w+ in blocks\.1\.mlp\.down"):
+        executor = executor_for(model, cache)
+    assert type(executor) is EagerExecutor
+    tokens, offsets, mask = inputs(TREE)
+    with torch.inference_mode():
+        expected = model(tokens, cache, offsets=offsets, block_mask=mask)
+    assert torch.equal(executor(tokens, offsets, mask), expected)
+
+
+def test_float32_and_machines_without_kernels_are_not_worth_a_warning() -> None:
+    config = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact = random_transformer(config, 0, torch.float32)
+        assert type(executor_for(exact, KVCache(config, 64, exact.dtype, "cpu"))) is EagerExecutor
+        cpu.use_level("torch")
+        try:
+            model = random_transformer(config, 0, torch.bfloat16)
+            assert type(executor_for(model, KVCache(config, 64, model.dtype, "cpu"))) is EagerExecutor
+        finally:
+            cpu.use_level(None)
 
 
 def test_verifier_decodes_with_recorded_passes_as_without() -> None:
     """The verifier's own wiring: logits, scratch outputs and the committed path."""
     plain, recorded = (FP16Verifier(bfloat16_model(llama(), "fp16"), Setup()) for _ in range(2))
-    assert isinstance(recorded.passes, RecordedPasses)
-    plain.passes = None
+    assert isinstance(recorded.executor, CpuTapeExecutor)
+    plain.executor = EagerExecutor(plain.model, plain.cache)
     for verifier in (plain, recorded):
         verifier.prefill(torch.arange(9))
     for draft, path in ((TREE, [0, 2]), (scratched(), [0]), (Draft(), []), (Draft.chain([1] * 80), [0, 1])):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from quasar.cli import model_source
 from quasar.decoding.draft import Draft
-from quasar.model.execution.cpu_tape import RecordedPasses
+from quasar.model.execution.cpu_tape import CpuTapeExecutor
 from quasar.model.loading import load_transformer
 from quasar.model.sources import locate
 from quasar.results.environment import copy_bandwidth, device_name
@@ -108,10 +108,10 @@ def our_step(verifier: TransformerVerifier, tokens: list[int]) -> Step:
 
 def overhead_ms(verifier: TransformerVerifier, tokens: list[int]) -> float | None:
     """What a step takes beyond its kernels; None where these are not recorded."""
-    passes = verifier.passes
-    if not isinstance(passes, RecordedPasses):
+    executor = verifier.executor
+    if not isinstance(executor, CpuTapeExecutor):
         return None
-    steps: dict[str, Step] = {"step": our_step(verifier, tokens), "kernels": lambda: passes.run_kernels(len(tokens))}
+    steps: dict[str, Step] = {"step": our_step(verifier, tokens), "kernels": lambda: executor.run_kernels(len(tokens))}
     found = medians(steps)
     return found["step"] - found["kernels"]
 

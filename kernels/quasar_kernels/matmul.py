@@ -61,11 +61,11 @@ def cpu_matmul(function: str) -> Kernel:
     def run(library: Library, x: Tensor | Quantized, weight: Weight, bias: Tensor | None = None) -> Tensor:
         packed = weight.packed_for_kernels()
         assert packed is not None
+        if x.dtype not in ACTIVATION_DTYPES:
+            wide = x._replace(dtype=torch.float32) if isinstance(x, Quantized) else x.float()
+            return run(library, wide, weight, None if bias is None else bias.float()).to(x.dtype)
         if isinstance(x, Quantized):
             return multiply(getattr(library, function), packed, x.values, bias, x.scales, x.dtype)
-        if x.dtype not in ACTIVATION_DTYPES:
-            wide = None if bias is None else bias.float()
-            return multiply(getattr(library, function), packed, x.float(), wide).to(x.dtype)
         return multiply(getattr(library, function), packed, x, bias)
 
     return Kernel(supports, run)

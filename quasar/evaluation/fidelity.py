@@ -108,7 +108,9 @@ def trajectory_of(reference: Verifier, prompt: list[int], length: int, stop: fro
     answer = [int(rows[0].argmax())]
     room = reference.context_length - len(prompt)
     while len(answer) < min(length, room) and answer[-1] not in stop:
-        rows.append(reference.verify(answer[-1], Draft()).logits[0])
+        scores = reference.verify(answer[-1], Draft())
+        scores.require_finite()
+        rows.append(scores.logits[0])
         reference.keep([])
         answer.append(int(rows[-1].argmax()))
     stepwise = torch.stack(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from quasar.model.config import ModelConfig
 
@@ -51,6 +52,17 @@ class KVCache:
             grown[..., : store.shape[3], :] = store
             self._stores[index] = grown
         self._take_views()
+
+    def slots(self, end: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer, their first ``end`` slots if that is given.
+
+        Raises ValueError if there are fewer.
+        """
+        if end is None:
+            return list(zip(self.keys, self.values, strict=True))
+        if end > self.capacity:
+            raise ValueError(f"{end} slots of a cache that has {self.capacity}; reserve them first")
+        return [(keys[:, :end], values[:, :end]) for keys, values in zip(self.keys, self.values, strict=True)]
 
     def _take_views(self) -> None:
         layers = sum(map(len, self._layers.values()))

@@ -1,89 +1,26 @@
-"""The decoder: Llama, Mistral, Qwen2, Qwen3 and OpenPangu in one forward pass over one sequence (batch 1)."""
+"""The decoder: Llama, Mistral, Qwen2, Qwen3 and OpenPangu in one forward pass over one sequence (batch 1).
+
+This is the only description of the model. Prefill, verification, drafting, teacher forcing and gradients go through it,
+and `quasar.model.execution` runs it op by op, captures it as CUDA graphs or records its blocks on a CPU. For their sake
+the decoder blocks do nothing but call layers and ops of `quasar_kernels`, and no op depends on the length of
+the context: the first slot is a tensor, and the mask is that of the block alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import quasar_kernels
 import torch
+from quasar_kernels import Quantized
 from torch import Tensor, nn
 
 from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.kv_cache import KVCache
+from quasar.model.linear import Activations, Linear, QuantizedLinear
 from quasar.model.rope import Rope
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalization over the last dimension (Zhang & Sennrich 2019), computed in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return quasar_kernels.rms_norm(x, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with fused QKV projection; query head h reads KV head h // group."""
-
-    def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
-        width = (shape.num_heads + 2 * shape.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.output = nn.Linear(shape.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, slot: CacheSlot | None) -> Tensor:
-        qkv = self.qkv(x)
-        if slot is None:
-            shape = self.num_kv_heads, len(x), self.head_dim
-            keys, values, start = qkv.new_empty(shape), qkv.new_empty(shape), 0
-        else:
-            cache, layer, start = slot
-            keys, values = cache.keys[layer], cache.values[layer]
-        q = quasar_kernels.rotary_write(qkv, rotation, keys, values, start, *self._norms())
-        return self.output(quasar_kernels.attend(q, keys, values, visible))
-
-    def _norms(self) -> tuple[tuple[Tensor, Tensor] | None, float]:
-        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            return (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
-        return None, 0.0
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020) with fused gate and up projections."""
-
-    def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * shape.intermediate_size, bias=config.gate_up_bias)
-        self.down = nn.Linear(shape.intermediate_size, config.hidden_size, bias=config.down_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(quasar_kernels.silu_mul(self.gate_up(x)))
-
-
-class Block(nn.Module):
-    """One pre-norm decoder block."""
-
-    def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, shape)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config, shape)
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, slot: CacheSlot | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, visible, slot)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-CacheSlot = tuple[KVCache, int, int]
-"""Where a layer's new rows go: the cache, the layer's index in it, and the first slot."""
 
 
 class Transformer(nn.Module):
@@ -96,24 +33,16 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, shape) for shape in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
 
     def forward(
         self,
         tokens: Tensor,
         cache: KVCache | None = None,
         *,
-        start: int | None = None,
+        start: int | Tensor | None = None,
         offsets: Tensor | None = None,
         block_mask: Tensor | None = None,
         layers: Sequence[int] | None = None,
@@ -123,39 +52,182 @@ class Transformer(nn.Module):
 
         tokens:     int64 [R]
         cache:      written at slots ``start`` to ``start + R``, its length left alone; None: the block is all there is
-        start:      first slot, by default ``cache.length``; every slot below it is visible to every row
+        start:      first slot, by default ``cache.length``; every slot below it is visible to every row. As a tensor,
+                    int64 [1], it is read when the ops run, and the caller sees to it that the rows fit into the cache
         offsets:    int64 [R], position of each row relative to ``start`` (default 0, 1, 2 …)
-        block_mask: bool [R, R], True where a row sees a row of the block
+        block_mask: bool or int64 [R, R], nonzero where a row sees a row of the block
         layers:     indices of the blocks to run, in order (default all)
         outputs:    the rows whose logits are wanted (default all)
 
-        Returns float logits [len(outputs), V] in the model's dtype.
+        Returns float logits [len(outputs), V] in the model's dtype. Raises ValueError if the rows do not fit.
         """
-        hidden = self.hidden(tokens, cache, start=start, offsets=offsets, block_mask=block_mask, layers=layers)
-        return self.lm_head(self.norm(hidden[outputs]))
+        if start is None:
+            start = 0 if cache is None else cache.length
+        slots = None
+        if cache is not None:
+            # A pass whose end is known here need not look at slots behind it.
+            slots = cache.slots(None if isinstance(start, Tensor) else start + len(tokens))
+        rows = self.rows(len(tokens), start, offsets, block_mask)
+        return self.head(self.run_blocks(self.embedding(tokens), rows, slots, layers), outputs)
 
-    def hidden(
+    def rows(
         self,
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        *,
-        start: int | None = None,
+        count: int,
+        start: int | Tensor = 0,
         offsets: Tensor | None = None,
         block_mask: Tensor | None = None,
-        layers: Sequence[int] | None = None,
-    ) -> Tensor:
-        """The residual stream after the last block, before the final norm, [R, hidden_size]; see `forward`."""
-        rows = len(tokens)
-        if start is None:
-            start = cache.length if cache is not None else 0
+    ) -> Rows:
+        """What the decoder blocks have to know of ``count`` rows; arguments as in `forward`."""
+        if not isinstance(start, Tensor):
+            start = torch.full((1,), start, device=self.device)
         if offsets is None:
-            offsets = torch.arange(rows, device=tokens.device)
+            offsets = torch.arange(count, device=self.device)
         if block_mask is None:
-            block_mask = torch.ones(rows, rows, dtype=torch.bool, device=tokens.device).tril_()
-        prefix = torch.ones(rows, start, dtype=torch.bool, device=tokens.device)
-        visible = torch.cat([prefix, block_mask], dim=1)
-        rotation = self.rope(offsets + start)
-        x = self.embedding(tokens)
-        for layer in range(len(self.blocks)) if layers is None else layers:
-            x = self.blocks[layer](x, rotation, visible, None if cache is None else (cache, layer, start))
-        return x
+            block_mask = torch.ones(count, count, dtype=torch.bool, device=self.device).tril_()
+        return Rows(self.rope(offsets + start), start, block_mask)
+
+    def run_blocks(
+        self, x: Tensor, rows: Rows, slots: Sequence[Slots] | None, layers: Sequence[int] | None = None
+    ) -> ResidualStream:
+        """Embedded rows [R, hidden_size] through the decoder blocks ``layers``; slots: of every layer, or None."""
+        stream = ResidualStream(x)
+        for index in range(len(self.blocks)) if layers is None else layers:
+            stream = self.blocks[index](stream, rows, None if slots is None else slots[index])
+        return stream
+
+    def head(self, stream: ResidualStream, outputs: Tensor | slice = slice(None)) -> Tensor:
+        """Logits [len(outputs), V] of the rows ``outputs`` of the residual stream."""
+        x, update = (None if part is None else part[outputs] for part in stream)
+        logits: Tensor = self.lm_head(self.norm(x, update, self.lm_head)[0])
+        return logits
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+
+class Block(nn.Module):
+    """One pre-norm decoder block."""
+
+    def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, shape)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config, shape)
+
+    def forward(self, stream: ResidualStream, rows: Rows, slots: Slots | None) -> ResidualStream:
+        """slots: where the layer's keys and values go; None: the block of rows is all there is."""
+        x, residual = self.attention_norm(stream.value, stream.update, self.attention.qkv)
+        update = self.attention(x, rows, slots)
+        x, residual = self.mlp_norm(residual, update, self.mlp.gate_up)
+        return ResidualStream(residual, self.mlp(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; one projection gives queries, keys and values. Query head h reads KV head h // group."""
+
+    def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
+        width = (shape.num_heads + 2 * shape.num_kv_heads) * config.head_dim
+        self.qkv = Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.output = Linear(shape.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Activations, rows: Rows, slots: Slots | None) -> Tensor:
+        qkv = self.qkv(x)
+        keys, values = self._fresh_slots(qkv) if slots is None else slots
+        q_norm, k_norm, eps = self._head_norms()
+        q = quasar_kernels.rotary_write(qkv, *rows.rotation, keys, values, rows.start, q_norm, k_norm, eps)
+        update: Tensor = self.output(quasar_kernels.block_attention(q, keys, values, rows.start, rows.mask))
+        return update
+
+    def _fresh_slots(self, qkv: Tensor) -> Slots:
+        shape = self.num_kv_heads, len(qkv), self.head_dim
+        return qkv.new_empty(shape), qkv.new_empty(shape)
+
+    def _head_norms(self) -> tuple[Tensor | None, Tensor | None, float]:
+        if self.q_norm is None or self.k_norm is None:
+            return None, None, 0.0
+        return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) with one projection to gates and ups."""
+
+    def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.hidden_size, 2 * shape.intermediate_size, bias=config.gate_up_bias)
+        self.down = Linear(shape.intermediate_size, config.hidden_size, bias=config.down_bias)
+
+    def forward(self, x: Activations) -> Tensor:
+        gate_up, down = self.gate_up(x), self.down
+        product: Activations
+        if isinstance(down, QuantizedLinear) and down.int8_activations:
+            product = Quantized(*quasar_kernels.silu_mul_quantize(gate_up, down.activation_group_size), gate_up.dtype)
+        else:
+            product = quasar_kernels.silu_mul(gate_up)
+        update: Tensor = down(product)
+        return update
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization over the last dimension (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(
+        self, x: Tensor, update: Tensor | None = None, consumer: nn.Module | None = None
+    ) -> tuple[Activations, Tensor]:
+        """Add an update to the rows x and normalize the sum.
+
+        Returns the normalized rows, in int8 if that is what the layer ``consumer`` multiplies, and the sum.
+        """
+        if isinstance(consumer, QuantizedLinear) and consumer.int8_activations:
+            size = consumer.activation_group_size
+            values, scales, total = quasar_kernels.add_rms_norm_quantize(x, self.weight, self.eps, update, size)
+            return Quantized(values, scales, x.dtype), total
+        return quasar_kernels.add_rms_norm(x, self.weight, self.eps, update)
+
+
+class ResidualStream(NamedTuple):
+    """The residual stream between two decoder blocks.
+
+    value:  [R, hidden_size]
+    update: what the last block adds to it, likewise; the next norm does that in the same op. None before the first
+    """
+
+    value: Tensor
+    update: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """[R, hidden_size]."""
+        return self.value if self.update is None else self.value + self.update
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the decoder blocks have to know of the rows of a pass.
+
+    rotation: cosines and sines of their positions, float32 [R, D]
+    start:    int64 [1], the slot of the first row; every row sees every slot below it
+    mask:     bool or int64 [R, R], nonzero where a row sees a row
+    """
+
+    rotation: tuple[Tensor, Tensor]
+    start: Tensor
+    mask: Tensor
+
+
+Slots = tuple[Tensor, Tensor]
+"""Keys and values of a layer, [H_kv, capacity, D] each."""

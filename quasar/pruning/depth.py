@@ -94,12 +94,12 @@ def residual_stream(model: Transformer, sequence: Tensor) -> Tensor:
     """The residual stream before the first block and after every block, float32 [layers + 1, R, hidden_size]."""
     states: list[Tensor] = []
     hooks = [
-        block.register_forward_hook(lambda module, arguments, output: states.append(output.float()))
+        block.register_forward_hook(lambda module, arguments, output: states.append(output.total().float()))
         for block in model.blocks
     ]
     try:
         tokens = sequence.to(model.device)
-        model.hidden(tokens)
+        model(tokens, outputs=slice(-1, None))
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import quasar_kernels
 import torch
 import torch.nn.functional as F
-from quasar_kernels.reference import attend, rotate
+from quasar_kernels.reference import rotate
 from torch import Tensor, nn
 
 from quasar.model.config import LayerShape, ModelConfig
+from quasar.model.linear import Linear
 from quasar.model.transformer import Attention, Block, FeedForward, Transformer
 
 Rotation = tuple[Tensor, Tensor]
@@ -28,10 +30,12 @@ class SeparateAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, visible: Tensor) -> Tensor:
         q, k, v = (projection(x).view(len(x), -1, self.head_dim) for projection in (self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        return self.output(attend(q, k.transpose(0, 1), v.transpose(0, 1), visible))
+        start = torch.zeros(1, dtype=torch.int64, device=x.device)
+        return self.output(quasar_kernels.block_attention(q, k.transpose(0, 1), v.transpose(0, 1), start, visible))
 
 
 class SeparateFeedForward(nn.Module):
@@ -57,8 +61,8 @@ class SeparateBlock(nn.Module):
         self.mlp = SeparateFeedForward(block.mlp)
 
     def forward(self, x: Tensor, rotation: Rotation | None, visible: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, visible)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(self.attention_norm(x)[0], rotation, visible)
+        return x + self.mlp(self.mlp_norm(x)[0])
 
     @property
     def shape(self) -> LayerShape:
@@ -91,7 +95,7 @@ class SeparateTransformer(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, rotation, visible)
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(x)[0])
 
     def fused(self) -> Transformer:
         """The same function as a `Transformer`, whose config has the widths that are left."""
@@ -125,14 +129,14 @@ def _split(linear: nn.Linear, widths: list[int]) -> list[nn.Linear]:
     ]
 
 
-def _stack(parts: list[nn.Linear]) -> nn.Linear:
+def _stack(parts: list[nn.Linear]) -> Linear:
     bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
     return _linear(torch.cat([part.weight.detach() for part in parts]), bias)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
     with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        linear = Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight)
     if bias is not None:
         linear.bias = nn.Parameter(bias)

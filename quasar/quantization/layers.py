@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized
 from torch import Tensor, nn
 
+from quasar.model.linear import Activations, Linear, QuantizedLinear
 
-class _Int8Linear(nn.Module):
+
+class _Int8Linear(QuantizedLinear):
     """An int8 weight and its bias."""
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
@@ -24,21 +26,10 @@ class _Int8Linear(nn.Module):
 class W8A8Linear(_Int8Linear):
     """A linear layer with int8 weights and dynamic per-token int8 activations."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    int8_activations = True
+
+    def forward(self, x: Activations) -> Tensor:
         return quasar_kernels.linear_w8a8(x, self.weight, self.bias)
-
-    @property
-    def int8_activations(self) -> bool:
-        """Whether `forward` quantizes its input, which then may as well be quantized where it is made."""
-        return True
-
-    @property
-    def activation_group_size(self) -> int | None:
-        return None
-
-    def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, 1]; returns ``dtype``."""
-        return quasar_kernels.linear_w8a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
 
 
 class W8A16Linear(_Int8Linear):
@@ -48,7 +39,7 @@ class W8A16Linear(_Int8Linear):
         return quasar_kernels.linear_w8a16(x, self.weight, self.bias)
 
 
-class W4Linear(nn.Module):
+class W4Linear(QuantizedLinear):
     """A linear layer with 4-bit weights in groups; activations stay as they are, or become int8 in the same groups."""
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16) -> None:
@@ -56,18 +47,15 @@ class W4Linear(nn.Module):
         self.weight, self.bias = weight, bias
         self.int8_activations = activation_bits == 8
         self.activation_group_size = weight.group_size
-        self._product = quasar_kernels.linear_w4a8 if activation_bits == 8 else quasar_kernels.linear_w4a16
 
     @property
     def weight_bytes(self) -> int:
         return self.weight.nbytes + _bias_bytes(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._product(x, self.weight, self.bias)
-
-    def forward_quantized(self, tokens: Tensor, token_scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """`forward` of an input that is quantized already: int8 [M, K] and float32 [M, G]; returns ``dtype``."""
-        return quasar_kernels.linear_w4a8(Quantized(tokens, token_scales, dtype), self.weight, self.bias)
+    def forward(self, x: Activations) -> Tensor:
+        if self.int8_activations or isinstance(x, Quantized):
+            return quasar_kernels.linear_w4a8(x, self.weight, self.bias)
+        return quasar_kernels.linear_w4a16(x, self.weight, self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -87,13 +75,13 @@ class PackedLinear(nn.Module):
 
 def pack_linears(model: nn.Module) -> None:
     """Replace every plain bfloat16 linear layer by a `PackedLinear`, in place, where this machine has the kernels."""
-    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    linears = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)]
     for name, linear in linears:
         if linear.weight.dtype == torch.bfloat16 and DenseWeight.has_kernels(linear.weight):
             model.set_submodule(name, PackedLinear(linear))
 
 
-class GroupInt8Linear(nn.Module):
+class GroupInt8Linear(QuantizedLinear):
     """A linear layer with int8 weights in groups along the input, as some checkpoints store them.
 
     values: int8 [N, K]; scales: float32 [N, G]. It is dequantized in every call: right, but no faster than 16 bit.

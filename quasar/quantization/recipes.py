@@ -11,7 +11,7 @@ from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
 from quasar.errors import QuasarError, RequestError
-from quasar.model.transformer import Block, Transformer
+from quasar.model.transformer import Block, ResidualStream, Transformer
 from quasar.quantization.awq import awq_scales, clipped_grid
 from quasar.quantization.gptq import gptq_int4
 from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
@@ -182,6 +182,5 @@ def _hessians(model: Transformer, index: int, block: Block, inputs: list[Tensor]
 
 
 def _through(model: Transformer, block: Block, x: Tensor) -> Tensor:
-    rows = len(x)
-    visible = torch.ones(rows, rows, dtype=torch.bool, device=x.device).tril_()
-    return block(x, model.rope(torch.arange(rows, device=x.device)), visible, None)
+    stream: ResidualStream = block(ResidualStream(x), model.rows(len(x)), None)
+    return stream.total()

@@ -80,7 +80,7 @@ def collect(model: Transformer, sequences: Sequence[Tensor], seed: int, progress
             rows = chosen[(chosen >= first) & (chosen < first + len(sequence))] - first
             for watcher in watchers.values():
                 watcher.sampled_rows = rows
-            model.hidden(sequence.to(model.device))
+            model(sequence.to(model.device), outputs=slice(-1, None))
             first += len(sequence)
         progress(len(sequences), len(sequences))
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quasar.decoding.draft import Draft
 from quasar.decoding.scores import Scores
 from quasar.errors import QuasarError, RequestError
-from quasar.model.execution.passes import MAX_ROWS, passes_for
+from quasar.model.execution.choose import executor_for
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
@@ -24,7 +24,7 @@ PREFILL_CHUNK = 512
 class TransformerVerifier(LayeredVerifier):
     """Subclasses transform the model before they hand it over.
 
-    passes: blocks without the host's work between kernels; None where the model's own operations have to do
+    executor: how the passes of the model over its cache are run
     """
 
     def __init__(self, model: Transformer, setup: Setup) -> None:
@@ -33,7 +33,7 @@ class TransformerVerifier(LayeredVerifier):
         self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
         self.device, self.dtype, self.context_length = model.device, model.dtype, model.config.context_length
-        self.passes = passes_for(model, self.cache)
+        self.executor = executor_for(model, self.cache)
 
     @property
     def capacity(self) -> int:
@@ -57,35 +57,27 @@ class TransformerVerifier(LayeredVerifier):
                 "precision; draft with the same layers in another precision"
             )
         self.cache = owner.cache
-        self.passes = passes_for(self.model, self.cache)
+        self.executor = executor_for(self.model, self.cache)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> Scores:
         self.cache.clear()
         logits = torch.empty(0)
-        for chunk in tokens.to(self.device).split(PREFILL_CHUNK):
-            self.cache.reserve(len(chunk))
-            logits = self._finite(partial(self.model, chunk, self.cache, outputs=slice(-1, None)))
+        for chunk in tokens.split(PREFILL_CHUNK):
+            run = partial(self.executor.eagerly, chunk, outputs=slice(-1, None))
+            logits = run()
+            self._require_finite(run)
             self.cache.commit(range(len(chunk)))
         return Scores(logits)
 
     @torch.inference_mode()
     def verify(self, last: int, draft: Draft) -> Scores:
         size = len(draft) + 1
-        passes = self.passes
-        if passes is None or draft.rows > MAX_ROWS:
-            logits = self._finite(self._forward(last, draft))
-            return Scores(logits[:size], logits[size:] if draft.scratch else None)
-        logits = passes(draft.row_tokens(last), draft.offsets(), draft.block_mask(), outputs=self._outputs(draft))
-
-        def check() -> None:
-            # Looks at one number; only a broken pass is run again, by the model's own operations.
-            if not passes.last_was_finite:
-                with torch.inference_mode():
-                    self._finite(self._forward(last, draft))
-
+        block = draft.row_tokens(last), draft.offsets(), draft.block_mask()
+        logits = self.executor(*block, outputs=self._outputs(draft))
+        check = partial(self._require_finite, partial(self.executor.eagerly, *block))
         scratch = logits[size:] if draft.scratch else None
-        return Scores(logits[:size], scratch, partial(passes.most_likely, size), check)
+        return Scores(logits[:size], scratch, partial(self.executor.most_likely, size), check)
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
@@ -93,29 +85,13 @@ class TransformerVerifier(LayeredVerifier):
 
     @torch.inference_mode()
     def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
-        if self.passes is not None:
-            one = torch.ones(1, 1, dtype=torch.bool)
-            start = self.cache.length + offset
-            return self.passes(torch.tensor([token]), torch.zeros(1, dtype=torch.int64), one, start, layers)[0]
-        self.cache.reserve(offset + 1)
-        tokens = torch.tensor([token], device=self.device)
-        return self.model(tokens, self.cache, start=self.cache.length + offset, layers=layers)[0]
+        one = torch.ones(1, 1, dtype=torch.bool)
+        start = self.cache.length + offset
+        return self.executor(torch.tensor([token]), torch.zeros(1, dtype=torch.int64), one, start, layers)[0]
 
     @torch.inference_mode()
     def teacher_forced(self, tokens: Tensor, first: int) -> Tensor:
         return self.model(tokens.to(self.device), outputs=slice(first, None))
-
-    def _forward(self, last: int, draft: Draft) -> Callable[[], Tensor]:
-        """The pass by the model's own operations, for any device, dtype and size of block."""
-        self.cache.reserve(draft.rows)
-        return partial(
-            self.model,
-            draft.row_tokens(last).to(self.device),
-            self.cache,
-            offsets=draft.offsets().to(self.device),
-            block_mask=draft.block_mask().to(self.device),
-            outputs=self._outputs(draft),
-        )
 
     def _outputs(self, draft: Draft) -> Tensor | slice:
         """The rows of a pass whose logits are wanted: all but most of the scratch rows."""
@@ -124,14 +100,12 @@ class TransformerVerifier(LayeredVerifier):
         size = 1 + len(draft)
         return torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device, non_blocking=True)
 
-    def _finite(self, forward: Callable[[], Tensor]) -> Tensor:
-        """The logits of a pass. Raises QuasarError where one is NaN or infinite, naming the layer where that began."""
-        logits = forward()
-        # A sum is not finite where a term is not, and takes a tenth of the time that looking at every term does.
-        if logits.sum(dtype=torch.float32).isfinite():
-            return logits
-        layer = first_broken_layer(self.model, forward)
-        raise QuasarError(f"logits of the {self.label} are NaN or infinite, first in the output of {layer}")
+    def _require_finite(self, again: Callable[[], Tensor]) -> None:
+        """Look at one number of the last pass. Raises QuasarError if a logit is NaN or infinite, naming the layer where
+        that began, which ``again`` finds: the same pass once more, op by op."""
+        if not self.executor.last_was_finite:
+            layer = first_broken_layer(self.model, again)
+            raise QuasarError(f"logits of the {self.label} are NaN or infinite, first in the output of {layer}")
 
 
 def first_broken_layer(model: Transformer, forward: Callable[[], Tensor]) -> str:
@@ -140,7 +114,7 @@ def first_broken_layer(model: Transformer, forward: Callable[[], Tensor]) -> str
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not output.isfinite().all():
+            if not all(part.isfinite().all() for part in _tensors(output)):
                 broken.append(name)
 
         return hook
@@ -153,6 +127,15 @@ def first_broken_layer(model: Transformer, forward: Callable[[], Tensor]) -> str
         for hook in hooks:
             hook.remove()
     return broken[0] if broken else "no single layer"
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """The tensors of what a layer gives: one, or a tuple that may hold others."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple):
+        for part in output:
+            yield from _tensors(part)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ from quasar_kernels import Int4Weight, Int8Weight
 from torch import nn
 
 from quasar.model.config import ModelConfig
+from quasar.model.linear import Linear
 from quasar.model.rope import Rope
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
@@ -46,7 +47,7 @@ def _linear(linear: nn.Linear, kind: str, device: torch.device, dtype: torch.dty
     if kind == "int4":
         group_size = GROUP_SIZE if inputs % GROUP_SIZE == 0 else SMALL_GROUP_SIZE
         return W4Linear(_random_int4(outputs, inputs, group_size, device), bias)
-    dense = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=dtype)
+    dense = Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(_filled(linear.weight.shape, device, dtype), requires_grad=False)
     if bias is not None:
         dense.bias = nn.Parameter(bias, requires_grad=False)

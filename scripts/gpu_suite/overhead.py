@@ -14,7 +14,7 @@ from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits
 from quasar.decoding.stopwatch import DECODE_PHASES
 from quasar.drafters.base import Drafter
-from quasar.model.execution.cuda_graph import BlockPasses
+from quasar.model.execution.cuda_graph import CudaGraphExecutor
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from scripts.gpu_suite.models import random_model
@@ -78,6 +78,6 @@ def measure(plan: Plan, recorder: Recorder) -> list[Json]:
 
 def _graph_milliseconds(verifier: FP16Verifier) -> float | None:
     """Of the pass of a step, at the context where decoding ended; None where it runs op by op."""
-    passes = verifier.passes
-    graph = passes.graph_of(1 + DRAFT_TOKENS) if isinstance(passes, BlockPasses) else None
+    executor = verifier.executor
+    graph = executor.graph_of(1 + DRAFT_TOKENS) if isinstance(executor, CudaGraphExecutor) else None
     return None if graph is None else statistics.median(replay_milliseconds(graph.replay))

@@ -8,7 +8,7 @@ import statistics
 import torch
 
 from quasar.decoding.draft import Draft
-from quasar.model.execution.cuda_graph import BlockPasses, bucket_for
+from quasar.model.execution.cuda_graph import CudaGraphExecutor, bucket_for
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
 from quasar.verifiers.transformer import weight_bytes
@@ -48,19 +48,19 @@ def filled_cache(model: Transformer, plan: Plan) -> KVCache:
 @torch.inference_mode()
 def _measure(plan: Plan, name: str, weights: str, model: Transformer) -> list[Json]:
     cache = filled_cache(model, plan)
-    passes = BlockPasses(model, cache)
+    executor = CudaGraphExecutor(model, cache)
     rows = []
     for count in plan.rows:
         chain = Draft.chain(list(range(1, count)))
         arguments = chain.row_tokens(0), chain.offsets(), chain.block_mask()
         for context in plan.contexts:
             cache.length = context
-            logits = passes(*arguments)
-            graph = passes.graph_of(count)
+            logits = executor(*arguments)
+            graph = executor.graph_of(count)
             if graph is not None:
                 milliseconds = statistics.median(replay_milliseconds(graph.replay))
             else:
-                milliseconds = milliseconds_per_call([lambda a=arguments: passes(*a)], torch.device("cpu"))  # type: ignore[misc]
+                milliseconds = milliseconds_per_call([lambda a=arguments: executor(*a)], torch.device("cpu"))  # type: ignore[misc]
             cost = weight_bytes(model) + cache.bytes_per_token * context
             rows.append(
                 {

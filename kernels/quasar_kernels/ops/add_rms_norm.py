@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quasar_kernels.cases import EPS, Case, Setting
 from quasar_kernels.cpu import calls
-from quasar_kernels.dispatch import Kernel, LayerOp, always, triton_function, triton_groups
+from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function, triton_groups
 from quasar_kernels.reference import quantize_tokens, rms_norm
 
 
@@ -49,7 +49,7 @@ def _library_takes(
 def _triton_quantizes(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
 ) -> bool:
-    return triton_groups(group_size)
+    return in_16_bit(x) and triton_groups(group_size)
 
 
 def _case(setting: Setting) -> Case:
@@ -82,7 +82,7 @@ OP = LayerOp(
     "add_rms_norm",
     plain=_plain,
     cpu=Kernel(_library_takes, calls.rms_norm),
-    triton=Kernel(always, triton_function("norm", "add_rms_norm")),
+    triton=Kernel(in_16_bit, triton_function("norm", "add_rms_norm")),
     case=_case,
 )
 QUANTIZING = LayerOp(

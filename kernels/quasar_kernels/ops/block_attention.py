@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
-from quasar_kernels.dispatch import Kernel, LayerOp, always, triton_function
+from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
 from quasar_kernels.reference import attend
 
 
@@ -25,11 +25,24 @@ def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, bloc
 
 
 def _plain(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
-    return attend(q, keys, values, F.pad(block_mask.bool(), (int(start), 0), value=True))
+    """For blocks of any size; gradients pass through it. It does not wait for the device to learn ``start``, so it
+    reads every slot of ``keys``: a caller that knows where the block ends gives it no more."""
+    rows = len(q)
+    place = torch.arange(keys.shape[1], device=q.device) - start
+    in_block = (place >= 0) & (place < rows)
+    visible = (place < 0) | (in_block & block_mask.bool()[:, place.clamp(0, rows - 1)])
+    return attend(q, keys, values, visible)
 
 
 def _library_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> bool:
     return calls.fits_heads(q, keys) and block_mask.dtype == torch.bool
+
+
+def _triton_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> bool:
+    from quasar_kernels.triton.tuning import MAX_ROWS
+
+    # For more rows, those of a prompt, the kernel would split the context for each of them.
+    return in_16_bit(q) and len(q) <= MAX_ROWS
 
 
 def _case(setting: Setting) -> Case:
@@ -51,7 +64,7 @@ OP = LayerOp(
     "block_attention",
     plain=_plain,
     cpu=Kernel(_library_takes, calls.block_attention),
-    triton=Kernel(always, triton_function("attention", "block_attention")),
+    triton=Kernel(_triton_takes, triton_function("attention", "block_attention")),
     case=_case,
     reads_cache=True,
 )

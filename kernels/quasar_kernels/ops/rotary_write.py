@@ -7,11 +7,11 @@ from torch import Tensor
 
 from quasar_kernels.cases import EPS, Case, Setting
 from quasar_kernels.cpu import calls
-from quasar_kernels.dispatch import Kernel, LayerOp, always, triton_function
+from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
 from quasar_kernels.reference import rms_norm, rotate
 
 
-def rotary_write_at(
+def rotary_write(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -84,6 +84,6 @@ OP = LayerOp(
     "rotary_write",
     plain=_plain,
     cpu=Kernel(_library_takes, calls.rotary_write),
-    triton=Kernel(always, triton_function("rotary", "rotary_write_at")),
+    triton=Kernel(in_16_bit, triton_function("rotary", "rotary_write")),
     case=_case,
 )

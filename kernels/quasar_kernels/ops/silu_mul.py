@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
-from quasar_kernels.dispatch import Kernel, LayerOp, always, triton_function, triton_groups
+from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function, triton_groups
 from quasar_kernels.reference import quantize_tokens
 
 
@@ -40,7 +40,7 @@ def _library_takes(gate_up: Tensor, group_size: int | None = None) -> bool:
 
 
 def _triton_quantizes(gate_up: Tensor, group_size: int | None = None) -> bool:
-    return triton_groups(group_size)
+    return in_16_bit(gate_up) and triton_groups(group_size)
 
 
 def _case(setting: Setting) -> Case:
@@ -58,7 +58,7 @@ OP = LayerOp(
     "silu_mul",
     plain=_plain,
     cpu=Kernel(_library_takes, calls.silu_mul),
-    triton=Kernel(always, triton_function("activation", "silu_mul")),
+    triton=Kernel(in_16_bit, triton_function("activation", "silu_mul")),
     case=_case,
 )
 QUANTIZING = LayerOp(

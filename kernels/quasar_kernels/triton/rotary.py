@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-def rotary_write_at(
+def rotary_write(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -19,7 +19,7 @@ def rotary_write_at(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """As `ops.rotary_write.rotary_write_at`; ``start`` is read on the device. Returns the queries [R, H, D]."""
+    """As `ops.rotary_write.rotary_write`; ``start`` is read on the device. Returns the queries [R, H, D]."""
     rows, head_dim = len(qkv), cos.shape[1]
     kv_heads = len(keys)
     heads = qkv.shape[1] // head_dim - 2 * kv_heads

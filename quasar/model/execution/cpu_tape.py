@@ -5,46 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from quasar_kernels.cpu import Library, NotRecordableError, Tape, backend
+from quasar_kernels.cpu import Library, NotRecordableError, Tape
 from torch import Tensor
 
-from quasar.model.fused import fused_blocks
+from quasar.model.execution.eager import EagerExecutor, checksum, running_layers
 from quasar.model.kv_cache import KVCache
-from quasar.model.transformer import Transformer
+from quasar.model.transformer import ResidualStream, Rows, Transformer
 
 MAX_ROWS = 64
 
 
-class RecordedPasses:
-    """The passes of a model over its cache, through the same layers each as one call of the compiled library.
+class CpuTapeExecutor(EagerExecutor):
+    """Runs the decoder blocks of a bfloat16 model as one call of the compiled library, bit for bit as op by op.
 
-    Computes what `Transformer.forward` computes, bit for bit.
+    Raises NotRecordableError if a layer does anything but call the library, naming the layer and the operation.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, library: Library) -> None:
-        self._model, self._cache, self._library = model, cache, library
+        super().__init__(model, cache)
+        self._library = library
         head_dim = model.config.head_dim
-        self._residual = torch.zeros(MAX_ROWS, model.config.hidden_size, dtype=model.dtype)
-        self._rotation = torch.zeros(MAX_ROWS, head_dim), torch.zeros(MAX_ROWS, head_dim)
+        self._embedded = torch.zeros(MAX_ROWS, model.config.hidden_size, dtype=model.dtype)
+        self._rows = Rows(
+            (torch.zeros(MAX_ROWS, head_dim), torch.zeros(MAX_ROWS, head_dim)),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(MAX_ROWS, MAX_ROWS, dtype=torch.bool),
+        )
         self._rotations = model.rope(torch.arange(cache.capacity))
-        self._start = torch.zeros(1, dtype=torch.int64)
-        self._mask = torch.zeros(MAX_ROWS, MAX_ROWS, dtype=torch.bool)
         self._tapes: dict[tuple[int, ...] | None, Tape] = {}
         self._recorded_for = self._surroundings()
-        self._checksum = torch.zeros(())
-
-    @staticmethod
-    def of(model: Transformer, cache: KVCache) -> RecordedPasses | None:
-        """The passes of a model of which every operation has a kernel, else None."""
-        library = backend()
-        if library is None or model.dtype != torch.bfloat16 or model.device.type != "cpu":
-            return None
-        passes = RecordedPasses(model, cache, library)
-        try:
-            passes._tape(None)
-        except NotRecordableError:
-            return None
-        return passes
+        self._tape(None)
 
     @torch.inference_mode()
     def __call__(
@@ -56,44 +46,34 @@ class RecordedPasses:
         layers: Sequence[int] | None = None,
         outputs: Tensor | slice = slice(None),
     ) -> Tensor:
-        """See `Passes`."""
-        rows = len(tokens)
+        count = len(tokens)
+        if count > MAX_ROWS:
+            return self.eagerly(tokens, offsets, block_mask, start, layers, outputs)
         start = self._cache.length if start is None else start
-        self._cache.reserve(start - self._cache.length + rows)
-        self._residual[:rows] = self._model.embedding(tokens)
+        self._cache.reserve(start - self._cache.length + count)
+        self._embedded[:count] = self._model.embedding(tokens)
         positions = offsets + start
         if self._cache.capacity > len(self._rotations[0]):
             self._rotations = self._model.rope(torch.arange(self._cache.capacity))
-        for buffer, known in zip(self._rotation, self._rotations, strict=True):
-            torch.index_select(known, 0, positions, out=buffer[:rows])
-        self._start[0] = start
-        self._mask.view(-1)[: rows * rows].view(rows, rows).copy_(block_mask)
-        logits = self.run_kernels(rows, layers, outputs)
-        self._checksum = logits.sum(dtype=torch.float32)
+        for buffer, known in zip(self._rows.rotation, self._rotations, strict=True):
+            torch.index_select(known, 0, positions, out=buffer[:count])
+        self._rows.start[0] = start
+        self._rows.mask.view(-1)[: count * count].view(count, count).copy_(block_mask)
+        logits = self.run_kernels(count, layers, outputs)
+        self._checksum = checksum(logits)
         return logits
 
     @torch.inference_mode()
     def run_kernels(
-        self, rows: int, layers: Sequence[int] | None = None, outputs: Tensor | slice = slice(None)
+        self, count: int, layers: Sequence[int] | None = None, outputs: Tensor | slice = slice(None)
     ) -> Tensor:
         """The pass over what the buffers hold; what a call takes beyond this is overhead."""
         if (surroundings := self._surroundings()) != self._recorded_for:
             self._tapes.clear()
             self._recorded_for = surroundings
         tape = self._tape(None if layers is None else tuple(layers))
-        tape.replay(rows)
-        residual, *update = (part[:rows][outputs] for part in tape.results)
-        logits: Tensor = self._model.lm_head(self._model.norm(residual + update[0] if update else residual))
-        return logits
-
-    def most_likely(self, rows: int) -> list[int] | None:
-        """See `Passes`. On a CPU it makes no difference who looks for them."""
-        return None
-
-    @property
-    def last_was_finite(self) -> bool:
-        """See `Passes`. NaN and infinity survive a sum, which finite logits cannot overflow."""
-        return bool(self._checksum.isfinite())
+        tape.replay(count)
+        return self._model.head(ResidualStream(*(part[:count] for part in tape.results)), outputs)
 
     def _surroundings(self) -> tuple[int, int, int]:
         """What a tape holds that may change: where the cache is, and how many threads share the work."""
@@ -102,11 +82,15 @@ class RecordedPasses:
     @torch.inference_mode()
     def _tape(self, layers: tuple[int, ...] | None) -> Tape:
         if layers not in self._tapes:
-            slots = self._cache.keys, self._cache.values, self._start
+            slots = self._cache.slots()
 
             def run() -> tuple[Tensor, ...]:
-                residual, update = fused_blocks(self._model, self._residual, self._rotation, slots, self._mask, layers)
-                return (residual,) if update is None else (residual, update)
+                stream = self._model.run_blocks(self._embedded, self._rows, slots, layers)
+                return (stream.value,) if stream.update is None else (stream.value, stream.update)
 
-            self._tapes[layers] = Tape(self._library, MAX_ROWS, run)
+            with running_layers(self._model) as running:
+                try:
+                    self._tapes[layers] = Tape(self._library, MAX_ROWS, run)
+                except NotRecordableError as error:
+                    raise NotRecordableError(f"{error} in {running[-1]}") from None
         return self._tapes[layers]

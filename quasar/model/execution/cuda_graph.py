@@ -8,16 +8,14 @@ sees them.
 from __future__ import annotations
 
 import bisect
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from quasar_kernels.gpu import gpu_backend
 from torch import Tensor
 
-from quasar.model.fused import fused_pass
+from quasar.model.execution.eager import EagerExecutor, checksum, running_layers
 from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
 
@@ -26,22 +24,24 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP_PASSES = 2
 
 
-class BlockPasses:
-    """The fused passes of a model over its cache, captured as graphs where the device is a GPU.
+class CudaGraphExecutor(EagerExecutor):
+    """Runs the passes of a model as captured graphs where the device is a GPU.
 
     A pass that cannot be captured is run op by op from then on, after a warning that says why.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, capture: bool | None = None) -> None:
-        self._model, self._cache = model, cache
+        super().__init__(model, cache)
         self._capture = model.device.type == "cuda" if capture is None else capture
         self._inputs: dict[int, PassInputs] = {}
         self._graphs: dict[tuple[int, tuple[int, ...] | None], CapturedPass] = {}
         self._addresses = self._cache_addresses()
         pinned = model.device.type == "cuda"
-        self._checksum = torch.zeros((), dtype=torch.float32, pin_memory=pinned)
-        self._most_likely = torch.zeros(BUCKETS[-1], dtype=torch.int64, pin_memory=pinned)
+        self._checksum_on_host = torch.zeros((), dtype=torch.float32, pin_memory=pinned)
+        self._most_likely_on_host = torch.zeros(BUCKETS[-1], dtype=torch.int64, pin_memory=pinned)
+        self._knows_most_likely = False
 
+    @torch.inference_mode()
     def __call__(
         self,
         tokens: Tensor,
@@ -51,12 +51,12 @@ class BlockPasses:
         layers: Sequence[int] | None = None,
         outputs: Tensor | slice = slice(None),
     ) -> Tensor:
-        """Logits [len(outputs), V] of a block of at most ``BUCKETS[-1]`` rows; arguments as in `Transformer.forward`.
-
-        tokens, offsets: int64 [R]; block_mask: bool [R, R]; all on the CPU. Makes room in the cache for the padded
-        block, whose rows it writes from ``start`` (default: the cache's length) on.
-        """
+        """See `EagerExecutor`. Makes room in the cache for the padded block, whose rows it writes."""
         rows = len(tokens)
+        if layers is None:
+            self._knows_most_likely = rows <= BUCKETS[-1]
+        if rows > BUCKETS[-1]:
+            return self.eagerly(tokens, offsets, block_mask, start, layers, outputs)
         bucket = bucket_for(rows)
         start = self._cache.length if start is None else start
         self._cache.reserve(start - self._cache.length + bucket)
@@ -71,6 +71,7 @@ class BlockPasses:
         key = (bucket, None if layers is None else tuple(layers))
         if self._capture and key not in self._graphs:
             self._try_to_capture(key, inputs)
+        self._checksum = self._checksum_on_host
         graph = self._graphs.get(key)
         if graph is None:
             return self._run(inputs, key[1])[:rows][outputs]
@@ -84,41 +85,46 @@ class BlockPasses:
         captured = self._graphs.get((bucket_for(rows), None))
         return None if captured is None else captured.graph
 
-    def most_likely(self, rows: int) -> list[int]:
-        """See `Passes`: found by the graph itself, which leaves them in the host's memory."""
+    def most_likely(self, rows: int) -> list[int] | None:
+        """See `EagerExecutor`: found by the graph itself, which leaves them in the host's memory."""
+        if not self._knows_most_likely:
+            return None
         if self._model.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        found: list[int] = self._most_likely[:rows].tolist()
+        found: list[int] = self._most_likely_on_host[:rows].tolist()
         return found
 
-    @property
-    def last_was_finite(self) -> bool:
-        """Whether no logit of the last pass is NaN or infinite; valid once a result of the pass was read."""
-        return math.isfinite(self._checksum.item())
-
     def _run(self, inputs: PassInputs, layers: tuple[int, ...] | None) -> Tensor:
-        logits = fused_pass(
-            self._model, self._cache, inputs.tokens, inputs.start, inputs.offsets, inputs.block_mask, layers
+        logits: Tensor = self._model(
+            inputs.tokens,
+            self._cache,
+            start=inputs.start,
+            offsets=inputs.offsets,
+            block_mask=inputs.block_mask,
+            layers=layers,
         )
-        # NaN and infinity survive a sum, which finite logits cannot overflow; the host looks at it when it likes.
-        self._checksum.copy_(logits.sum(dtype=torch.float32), non_blocking=True)
+        # The host looks at these when it likes.
+        self._checksum_on_host.copy_(checksum(logits), non_blocking=True)
         if layers is None:
-            self._most_likely[: inputs.bucket].copy_(logits.max(-1).indices, non_blocking=True)
+            self._most_likely_on_host[: inputs.bucket].copy_(logits.max(-1).indices, non_blocking=True)
         return logits
 
     def _try_to_capture(self, key: tuple[int, tuple[int, ...] | None], inputs: PassInputs) -> None:
-        try:
-            self._graphs[key] = capture(lambda: self._run(inputs, key[1]))
-        except RuntimeError as error:
-            self._capture = False
-            self._graphs.clear()
-            reason = str(error).strip().split("\n", 1)[0]
-            warnings.warn(
-                f"no CUDA graphs, verification runs op by op and slower: capturing a pass of {key[0]} rows failed "
-                f"({reason})",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        with running_layers(self._model) as running:
+            try:
+                self._graphs[key] = capture(lambda: self._run(inputs, key[1]))
+                return
+            except RuntimeError as error:
+                reason = str(error).strip().split("\n", 1)[0]
+        self._capture = False
+        self._graphs.clear()
+        where = f" in {running[-1]}" if running and running[-1] else ""
+        warnings.warn(
+            f"verification runs op by op and slower: capturing a pass of {key[0]} rows as a CUDA graph failed{where} "
+            f"({reason})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def _cache_addresses(self) -> tuple[int, int]:
         return self._cache.keys[0].data_ptr(), self._cache.values[0].data_ptr()
@@ -177,14 +183,6 @@ def bucket_for(rows: int) -> int:
     if index == len(BUCKETS):
         raise ValueError(f"a block of {rows} rows is larger than the largest graph's {BUCKETS[-1]}")
     return BUCKETS[index]
-
-
-def can_fuse(model: Transformer) -> bool:
-    """Whether there are fused kernels for the model: 16 bit on CUDA, with Triton installed.
-
-    Float32 is the mode in which outputs are compared exactly, and is left to `Transformer.forward`.
-    """
-    return model.dtype != torch.float32 and gpu_backend(model.embedding.weight) is not None
 
 
 def capture(run: Callable[[], Tensor]) -> CapturedPass:

@@ -1,0 +1,35 @@
+"""Which executor runs a model's passes."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from quasar_kernels.cpu import NotRecordableError, backend
+from quasar_kernels.gpu import gpu_backend
+
+from quasar.model.execution.cpu_tape import CpuTapeExecutor
+from quasar.model.execution.cuda_graph import CudaGraphExecutor
+from quasar.model.execution.eager import EagerExecutor
+from quasar.model.kv_cache import KVCache
+from quasar.model.transformer import Transformer
+
+
+def executor_for(model: Transformer, cache: KVCache) -> EagerExecutor:
+    """CUDA graphs on a GPU, a tape of kernel calls on a CPU, and op by op where there are no kernels for the dtype.
+
+    Float32 is the mode in which outputs are compared exactly; it is left to PyTorch's operations. Warns if there are
+    kernels, but one of the model's layers cannot be recorded, naming the layer.
+    """
+    if model.dtype != torch.float32 and gpu_backend(model.embedding.weight) is not None:
+        return CudaGraphExecutor(model, cache)
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and (library := backend()) is not None:
+        try:
+            return CpuTapeExecutor(model, cache, library)
+        except NotRecordableError as error:
+            warnings.warn(
+                f"verification runs op by op and slower: its kernel calls cannot be recorded ({error})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return EagerExecutor(model, cache)
