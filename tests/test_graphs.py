@@ -238,6 +238,15 @@ def test_passes_find_the_most_likely_tokens_themselves(tiny: Transformer) -> Non
     assert scores.argmax() == scores.logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("layer", ["blocks.1.mlp_norm", "blocks.2.attention.qkv", "norm"])
+def test_first_broken_layer_is_named_whatever_it_gives(tiny: Transformer, layer: str) -> None:
+    """Norms give two tensors, linear layers one."""
+    verifier = FP16Verifier(tiny, Setup())
+    tiny.get_parameter(f"{layer}.weight").data.view(-1)[3] = torch.nan
+    with pytest.raises(QuasarError, match=f"in the output of {layer}$".replace(".", r"\.")):
+        verifier.prefill(torch.arange(5))
+
+
 def test_broken_weights_are_reported_by_the_scores(tiny: Transformer) -> None:
     verifier = FP16Verifier(tiny, Setup())
     verifier.executor = CudaGraphExecutor(tiny, verifier.cache)

@@ -161,6 +161,26 @@ def test_scratch_rows_see_what_they_should_and_leave_no_trace(tiny: Transformer)
     assert relative_error(after[0], tiny(torch.tensor([3, 1, 4, 9, 10, 30]))[-1]) < 1e-5
 
 
+def test_rows_that_do_not_fit_into_the_cache_are_refused(tiny: Transformer) -> None:
+    """The kernels check nothing: they would write behind it."""
+    cache = KVCache(tiny.config, 4, torch.float32, "cpu")
+    tiny(torch.arange(3), cache)
+    cache.commit(range(3))
+    tiny(torch.arange(1), cache)
+    with pytest.raises(ValueError, match="5 slots of a cache that has 4"):
+        tiny(torch.arange(2), cache)
+
+
+def test_the_first_slot_may_be_a_tensor(tiny: Transformer) -> None:
+    """As in a captured pass, which does not know where the block ends: stale slots behind it are not seen."""
+    cache = KVCache(tiny.config, 32, torch.float32, "cpu")
+    tiny(torch.arange(30), cache)
+    cache.length = 5
+    expected = tiny(torch.tensor([7, 8]), cache)
+    found = tiny(torch.tensor([7, 8]), cache, start=torch.tensor([5]))
+    assert relative_error(found, expected) < 1e-5
+
+
 def test_layer_subset_skips_the_others(tiny: Transformer) -> None:
     tokens = torch.arange(10)
     expected = tiny.lm_head(tiny.norm(hidden_through(tiny, tokens, [0, 2]))[0])
