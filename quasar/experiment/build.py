@@ -65,7 +65,7 @@ def prepare(
     capacity = min(longest + settings.decode.max_new_tokens, model.config.context_length) + BLOCK_ROOM
     calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
     with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
-        setup = Setup(capacity, checkpoint.folder, advance, calibration)
+        setup = Setup(capacity, checkpoint.folder, checkpoint.identity, advance, calibration)
         verifier: Verifier = build("verifier", settings.verifier, model, setup)
     del model
     with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:

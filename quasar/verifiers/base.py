@@ -100,12 +100,14 @@ class Setup:
 
     capacity: tokens the KV cache has room for at first
     folder: where the model's files are; None for random weights
+    identity: names the model, so that what is prepared of it can be kept between runs; None: nothing is kept
     progress: called with (done, total) while weights are transformed
     calibration: gives the text on which methods watch the model's activations, or None where the run has none
     """
 
     capacity: int = 1024
     folder: Path | None = None
+    identity: str | None = None
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
     calibration: Callable[[], Calibration | None] = field(default=lambda: None)
 

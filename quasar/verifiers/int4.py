@@ -8,6 +8,7 @@ from pydantic import ConfigDict, PositiveInt, validate_call
 
 from quasar.model.transformer import Transformer
 from quasar.quantization.recipes import Int4Format, awq_w4, gptq_w4, quantize_head, quantize_w4
+from quasar.verifiers._prepared import Found, prepared
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 
@@ -33,13 +34,27 @@ class Int4Verifier(TransformerVerifier):
         activation_bits: Literal[16, 8] = 16,
         lm_head_bits: Literal[16, 8] = 16,
     ) -> None:
-        form = Int4Format(group_size, symmetric, activation_bits, model.dtype)
-        if method == "rtn":
-            quantize_w4(model, form, clip, setup.progress)
-        elif method == "awq":
-            awq_w4(model, form, clip, setup.calibration_for(f"verifier.method={method}"), setup.progress)
-        else:
-            gptq_w4(model, form, clip, setup.calibration_for(f"verifier.method={method}"), setup.progress)
-        if lm_head_bits == 8:
-            quantize_head(model)
+        settings = {
+            "int4": method,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "clip": clip,
+            "activation_bits": activation_bits,
+            "lm_head_bits": lm_head_bits,
+        }
+
+        def quantize(model: Transformer) -> tuple[Transformer, Found]:
+            form = Int4Format(group_size, symmetric, activation_bits, model.dtype)
+            choice = f"verifier.method={method}"
+            if method == "rtn":
+                quantize_w4(model, form, clip, setup.progress)
+            elif method == "awq":
+                awq_w4(model, form, clip, setup.calibration_for(choice), setup.progress)
+            else:
+                gptq_w4(model, form, clip, setup.calibration_for(choice), setup.progress)
+            if lm_head_bits == 8:
+                quantize_head(model)
+            return model, {}
+
+        model, _ = prepared(model, setup, settings, quantize)
         super().__init__(model, setup)

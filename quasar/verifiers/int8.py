@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, validate_call
 
 from quasar.model.transformer import Transformer
 from quasar.quantization.recipes import quantize_head, quantize_w8a8, smoothquant_w8a8
+from quasar.verifiers._prepared import Found, prepared
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 
@@ -31,16 +32,22 @@ class Int8Verifier(TransformerVerifier):
         alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto",
         lm_head_bits: Literal[16, 8] = 16,
     ) -> None:
-        self.alphas: dict[str, float] = {}
-        if method == "smoothquant":
-            strength = None if alpha == "auto" else alpha
-            self.alphas = smoothquant_w8a8(
-                model, strength, setup.calibration_for("verifier.method=smoothquant"), setup.progress
-            )
-        else:
-            quantize_w8a8(model, setup.progress)
-        if lm_head_bits == 8:
-            quantize_head(model)
+        settings = {"int8": method, "alpha": alpha, "lm_head_bits": lm_head_bits}
+
+        def quantize(model: Transformer) -> tuple[Transformer, Found]:
+            alphas: dict[str, float] = {}
+            if method == "smoothquant":
+                strength = None if alpha == "auto" else alpha
+                calibration = setup.calibration_for("verifier.method=smoothquant")
+                alphas = smoothquant_w8a8(model, strength, calibration, setup.progress)
+            else:
+                quantize_w8a8(model, setup.progress)
+            if lm_head_bits == 8:
+                quantize_head(model)
+            return model, {"alphas": alphas}
+
+        model, found = prepared(model, setup, settings, quantize)
+        self.alphas: dict[str, float] = found["alphas"]
         if self.alphas:
             smoothed = [strength for strength in self.alphas.values() if strength] or [0.0]
             self.details = (f"{len(smoothed)} of {len(self.alphas)} layers smoothed, mean alpha {fmean(smoothed):.2f}",)

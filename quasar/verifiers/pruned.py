@@ -12,6 +12,7 @@ from quasar.pruning.depth import Selection, prune_depth, select_layers
 from quasar.pruning.importance import Importance
 from quasar.pruning.size import block_parameters
 from quasar.pruning.width import prune_width
+from quasar.verifiers._prepared import Found, prepared
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 
@@ -39,15 +40,28 @@ class PrunedVerifier(TransformerVerifier):
         selection: Selection = "block_influence",
         layers: list[NonNegativeInt] | None = None,
     ) -> None:
+        settings = {
+            "pruned": method,
+            "ratio": ratio,
+            "importance": importance,
+            "heads": heads,
+            "uniform": uniform,
+            "selection": selection,
+            "layers": layers,
+        }
         before = block_parameters(model)
-        if method == "width":
-            calibration = partial(setup.calibration_for, f"verifier.importance={importance}")
-            model = prune_width(model, ratio, importance, heads, uniform, calibration, setup.progress)
-        else:
+
+        def prune(model: Transformer) -> tuple[Transformer, Found]:
+            if method == "width":
+                calibration = partial(setup.calibration_for, f"verifier.importance={importance}")
+                return prune_width(model, ratio, importance, heads, uniform, calibration, setup.progress), {}
             calibration = partial(setup.calibration_for, f"verifier.selection={selection}")
-            if layers is None:
-                layers = select_layers(model, ratio, selection, calibration, setup.progress)
-            model = prune_depth(model, layers)
+            removed = layers
+            if removed is None:
+                removed = select_layers(model, ratio, selection, calibration, setup.progress)
+            return prune_depth(model, removed), {}
+
+        model, _ = prepared(model, setup, settings, prune)
         self.achieved_ratio = 1 - block_parameters(model) / before
         self.details = (f"{self.achieved_ratio:.1%} of the blocks' parameters removed",)
         super().__init__(model, setup)

@@ -1,0 +1,140 @@
+"""Prepared weights, kept between runs: what quantizing or pruning made of a model is read, not computed again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from quasar_kernels import Int4Weight, Int8Weight
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quasar.cache import Store
+from quasar.model.config import LayerShape
+from quasar.model.transformer import Transformer
+from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
+from quasar.verifiers.base import Setup
+
+Found = dict[str, Any]
+"""What preparing found out besides the weights, as JSON: smoothing strengths, the ratio that was reached."""
+
+
+def prepared(
+    model: Transformer, setup: Setup, settings: Found, prepare: Callable[[Transformer], tuple[Transformer, Found]]
+) -> tuple[Transformer, Found]:
+    """What ``prepare`` makes of a model, from the cache if an earlier run had it made.
+
+    settings: all that decides what ``prepare`` does besides model and calibration text. Neither embedding nor final
+        norm may be changed by it; the model may be changed in place.
+    """
+    if setup.identity is None:
+        return prepare(model)
+    calibration = setup.calibration()
+    key = {
+        "model": setup.identity,
+        "settings": settings,
+        "calibration": None if calibration is None else {**calibration.key, "seed": calibration.seed},
+    }
+    made: list[Transformer] = []
+
+    def make() -> _Weights:
+        result, found = prepare(model)
+        made.append(result)
+        return _Weights.of(result, found)
+
+    weights = STORE.get(key, model.device, model.dtype, make)
+    return (made[0] if made else weights.put_into(model)), weights.found
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """All weights of a model but embedding, final norm and an output layer that is in 16 bit.
+
+    shapes:  widths of the decoder blocks
+    biases:  which of the config's biases there are
+    layers:  options of every quantized layer, by name
+    tensors: by name of the layer and the weight's part
+    """
+
+    shapes: list[dict[str, int]]
+    biases: dict[str, bool]
+    layers: dict[str, Found]
+    tensors: dict[str, Tensor]
+    found: Found
+
+    @staticmethod
+    def of(model: Transformer, found: Found) -> _Weights:
+        layers: dict[str, Found] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if name in ("embedding", "norm") or (name == "lm_head" and isinstance(module, nn.Linear)):
+                continue
+            parts: dict[str, Tensor | None] = dict(module.named_parameters(recurse=False))
+            if isinstance(module, W8A8Linear | W8A16Linear):
+                layers[name] = {"kind": type(module).__name__}
+                parts = {"values": module.weight.values, "scales": module.weight.scales, "bias": module.bias}
+            elif isinstance(module, W4Linear):
+                layers[name] = {"kind": "W4Linear", "int8_activations": module.int8_activations}
+                layers[name]["symmetric"] = module.weight.symmetric
+                parts = dict(zip(("packed", "scales", "zeros"), module.weight.canonical(), strict=True))
+                parts["bias"] = module.bias
+            tensors |= {f"{name}.{part}": value.detach() for part, value in parts.items() if value is not None}
+        config = model.config
+        shapes = [dataclasses.asdict(shape) for shape in config.layers]
+        return _Weights(shapes, {name: getattr(config, name) for name in _BIASES}, layers, tensors, found)
+
+    def put_into(self, model: Transformer) -> Transformer:
+        """The model with these weights: itself, or a new one if its blocks have other widths."""
+        changes: dict[str, Any] = {"layers": tuple(LayerShape(**shape) for shape in self.shapes), **self.biases}
+        config = replace(model.config, **changes)
+        result = model
+        if config != model.config:
+            with torch.device("meta"):
+                result = Transformer(config)
+            result.rope, result.embedding, result.norm = model.rope, model.embedding, model.norm
+            result.lm_head = model.lm_head
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in self.tensors.items():
+            owner, _, part = name.rpartition(".")
+            parts.setdefault(owner, {})[part] = value.to(model.device)
+        for owner, own in parts.items():
+            if owner in self.layers:
+                result.set_submodule(owner, _layer(self.layers[owner], own, model.dtype))
+                continue
+            module = result.get_submodule(owner)
+            for part, value in own.items():
+                setattr(module, part, nn.Parameter(value, requires_grad=False))
+        return result.eval().requires_grad_(False)
+
+
+_BIASES = ("qkv_bias", "output_bias", "gate_up_bias", "down_bias")
+
+
+def _layer(options: Found, parts: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    bias = None if "bias" not in parts else nn.Parameter(parts["bias"], requires_grad=False)
+    if options["kind"] == "W4Linear":
+        weight = Int4Weight(parts["packed"], parts["scales"], parts["zeros"], options["symmetric"], dtype)
+        return W4Linear(weight, bias, 8 if options["int8_activations"] else 16)
+    kind = {"W8A8Linear": W8A8Linear, "W8A16Linear": W8A16Linear}[options["kind"]]
+    return kind(Int8Weight(parts["values"], parts["scales"]), bias)
+
+
+def _save(weights: _Weights, file: Path) -> None:
+    tensors = {name: value.cpu().contiguous() for name, value in weights.tensors.items()}
+    fields = {name: getattr(weights, name) for name in ("shapes", "biases", "layers", "found")}
+    save_file(tensors, file, metadata={"weights": json.dumps(fields)})
+
+
+def _load(file: Path) -> _Weights:
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        return _Weights(**json.loads(opened.metadata()["weights"]), tensors=tensors)
+
+
+STORE = Store("verifiers", ".safetensors", _save, _load)
