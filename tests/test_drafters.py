@@ -429,6 +429,7 @@ def test_measured_speed_leaves_out_the_first_passes(monkeypatch: pytest.MonkeyPa
         return Generation([], len(prompt), "", [], [], [], [8], [], {name: [milliseconds] for name in DECODE_PHASES})
 
     monkeypatch.setattr("quasar.drafters.layerskip.decode", decode)
+    monkeypatch.setattr(LayerSkipDrafter, "use", lambda self, verifier, lent: None)
     speed = LayerSkipDrafter()._speed(None, [[1], [2, 3]], [1])  # type: ignore[arg-type]
     assert decoded == [[2, 3], [1], [2, 3]]
     assert speed == pytest.approx(8 / 16 * 1e3)
