@@ -59,11 +59,11 @@ def test_an_op_and_its_peer_agree(layer: Layer, op: LayerOp) -> None:
         case = op.case(Setting(layer, 5, 40))
         ours, theirs = op(*case.arguments), case.peer()
         if isinstance(theirs, tuple):
-            # A value that lies on the border between two integers may fall to either side: one quantization step.
+            # A value on the border between two integers may fall to either side, and bfloat16 rounds before it does.
             (values, scale), (expected, expected_scale) = ours[:2], theirs
-            torch.testing.assert_close(scale, expected_scale, rtol=0.02, atol=0)
-            assert (values.int() - expected.int()).abs().max() <= 1
-            assert (values != expected).float().mean() < 0.05
+            error = (values * scale - expected * expected_scale).abs()
+            assert (error <= 1.01 * expected_scale + 0.01 * (expected * expected_scale).abs()).all()
+            assert error.mean() < 0.2 * expected_scale.mean()
             return
         if isinstance(ours, tuple):
             ours = ours[0]
