@@ -25,7 +25,7 @@ def turn(drafted: list[int], accepted: list[int], prompt_tokens: int = 4, **othe
 
 def environment(prompts: int) -> Environment:
     machine = Machine(None, None, "3.11", {}, "Linux", "a CPU", 2, 1, "cpu (a CPU)", 1e10)
-    return Environment(machine, ModelFiles("random weights", None, {}), [], [], "hash", prompts)
+    return Environment(machine, ModelFiles("random weights", None, {}, None), [], [], "hash", prompts)
 
 
 def facts(**others: Any) -> RunFacts:
@@ -44,5 +44,7 @@ def facts(**others: Any) -> RunFacts:
         "device": "cpu",
         "simulated": False,
         "lossy": False,
+        "model_origin": "random weights",
+        "weights_on_grid": None,
     }
     return RunFacts(**{**values, **others})

@@ -40,7 +40,12 @@ def run_of_two() -> list[PromptRecord]:
         exactness=Exactness(True, None, None, False),
     )
     second = turn(*([1], [1], 30), baselines=timings[1], exactness=Exactness(False, 1, 0.5, False))
-    answer = ForcedAnswer([5, 6, 7, 8], [2, 2], [0.1, 0.2, 0.3, 0.4], [True, True, False, True], [0.0] * 4, [True] * 4)
+    answer = ForcedAnswer(
+        *([5, 6, 7, 8], [2, 2], [0.1, 0.2, 0.3, 0.4], [True, True, False, True], [0.0] * 4, [True] * 4),
+        forced_ms=4.0,
+        ar_same_ms=8.0,
+        ar_ref_ms=10.0,
+    )
     return [PromptRecord("1", "math", [first], True, [answer]), PromptRecord("2", "chat", [second])]
 
 
@@ -51,6 +56,10 @@ EXPECTED = {
     "data": "builtin",
     "temperature": 0.0,
     "device": "cpu",
+    "model_origin": "random weights",
+    "weights_on_grid": None,
+    "reference_text_speedup": 10.0 / 4.0,
+    "reference_text_speedup_ci95": None,
     "prompts": 2,
     "tokens_generated": 8 + 3,
     "steps": 3,
@@ -107,7 +116,8 @@ def test_what_was_not_measured_is_null() -> None:
         *("top1_agreement", "kl_noise_floor", "top1_noise_floor", "exact_match_length", "distinct_4gram_ratio"),
         *("distinct_4gram_ratio_reference", "task_accuracy", "acceptance_rate", "drafter_notes", "draft_ms"),
         *("verify_ms", "overhead_ms", "step_ms", "speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95"),
-        *("exact_match_to_self", "exact_match_to_reference", "achieved_bandwidth_fraction", "mean_context"),
+        *("reference_text_speedup", "reference_text_speedup_ci95", "exact_match_to_self", "exact_match_to_reference"),
+        *("achieved_bandwidth_fraction", "weights_on_grid", "mean_context"),
     ]
     assert [named(name).text(values[name]) for name in unmeasured] == ["-"] * len(unmeasured)
 
@@ -234,3 +244,32 @@ def test_names_and_phases_fit_their_sources() -> None:
     sweep = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text())["metric"]
     better = {"maximize": "higher", "minimize": "lower"}[sweep["goal"]]
     assert named(sweep["name"]).better == better
+
+
+def forced_answer(forced_ms: float, ar_ref_ms: float | None) -> ForcedAnswer:
+    return ForcedAnswer([5, 6], [1], [0.0] * 2, [True] * 2, [0.0] * 2, [True] * 2, forced_ms, ar_ref_ms, ar_ref_ms)
+
+
+def records_with(*answers: ForcedAnswer) -> list[PromptRecord]:
+    return [PromptRecord(str(key), "math", [], None, [answer]) for key, answer in enumerate(answers)]
+
+
+def test_reference_text_speedup_is_the_ratio_of_total_times_with_an_interval_around_it() -> None:
+    times = [(1.0, 1.8), (2.0, 4.4), (4.0, 7.0), (3.0, 6.9), (1.5, 2.4)]
+    run = Measured(records_with(*(forced_answer(*pair) for pair in times)))
+    speedup = named("reference_text_speedup").compute(run)
+    assert speedup == pytest.approx(22.5 / 11.5)
+    low, high = named("reference_text_speedup_ci95").compute(run)
+    assert 1.6 < low < speedup < high < 2.3
+
+
+def test_a_run_without_baselines_has_no_reference_text_speedup() -> None:
+    run = Measured(records_with(forced_answer(1.0, None), forced_answer(2.0, None)))
+    assert named("reference_text_speedup").compute(run) is None
+    assert named("reference_text_speedup_ci95").compute(run) is None
+
+
+def test_equal_ratios_have_no_bca_interval() -> None:
+    run = Measured(records_with(forced_answer(1.0, 2.0), forced_answer(1.0, 2.0)))
+    assert named("reference_text_speedup").compute(run) == 2.0
+    assert named("reference_text_speedup_ci95").compute(run) is None

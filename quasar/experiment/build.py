@@ -20,6 +20,7 @@ from quasar.errors import RequestError
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
 from quasar.experiment.decoder import WARM_UP
+from quasar.model.grid import weights_on_grid
 from quasar.model.loading import load_transformer, random_transformer, tiny_config
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
@@ -34,7 +35,11 @@ BLOCK_ROOM = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is loaded and built; capacity is what the KV caches start with, in tokens."""
+    """Everything that is loaded and built.
+
+    capacity: what the KV caches start with, in tokens
+    weights_on_grid: see `quasar.model.grid`; None for random weights
+    """
 
     settings: RunConfig
     checkpoint: Checkpoint
@@ -42,6 +47,7 @@ class Prepared:
     drafter: Drafter
     verifier: Verifier
     capacity: int
+    weights_on_grid: float | None
 
     def build_reference(self, reporter: Reporter) -> FP16Verifier:
         """The unquantized, unpruned model in the run's dtype and on its device."""
@@ -76,7 +82,8 @@ def prepare(
         cost = measure_pass_cost(verifier, tokenizer.encode_chat(WARM_UP), verifier.capacity)
         drafter = AdaptiveLength(drafter, cost)
     gc.collect()
-    return Prepared(settings, checkpoint, tokenizer, drafter, verifier, capacity)
+    on_grid = None if checkpoint.folder is None else weights_on_grid(checkpoint.folder)
+    return Prepared(settings, checkpoint, tokenizer, drafter, verifier, capacity, on_grid)
 
 
 def choose_device(name: str) -> torch.device:

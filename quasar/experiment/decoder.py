@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -165,26 +166,50 @@ class PromptDecoder:
         trajectory = self.trajectories.get(reference, tokens, length, self.tokenizer.stop_tokens)
         found = measure(reference, self.verifier, trajectory)
         answer = trajectory.answer
-        path = self._generate(
-            tokens, self.drafter, self.verifier, key, max_new_tokens=len(answer), rule=ReferencePath(answer)
-        )
+        emitted, milliseconds = self._along(answer, tokens, key)
         return ForcedAnswer(
             token_ids=answer,
-            emitted=path.emitted,
+            emitted=emitted,
             kl=_rounded(found.kl),
             top1=found.top1,
             noise_kl=_rounded(trajectory.noise_kl),
             noise_top1=trajectory.noise_top1,
+            forced_ms=milliseconds["pair"],
+            ar_same_ms=milliseconds.get("ar_same"),
+            ar_ref_ms=milliseconds.get("ar_ref"),
         )
+
+    def _along(self, answer: list[int], tokens: list[int], key: str) -> tuple[list[int], dict[str, float]]:
+        """Walk the reference's answer with the pair, and autoregressively if baselines are asked for.
+
+        Returns the pair's tokens per step and everybody's decode time. All walk within seconds of each other, in an
+        order drawn per turn, so that a change of the machine's speed favours none.
+        """
+        arms: dict[str, tuple[Drafter, Verifier]] = {"pair": (self.drafter, self.verifier)}
+        if self.settings.evaluate.baselines:
+            arms["ar_same"] = (NoneDrafter(), self.verifier)
+            if self.reference is not None:
+                arms["ar_ref"] = (NoneDrafter(), self.reference)
+        emitted: list[int] = []
+        milliseconds: dict[str, float] = {}
+        for name in random.Random(f"{self.settings.seed} {key}").sample(list(arms), len(arms)):
+            drafter, verifier = arms[name]
+            path = self._generate(
+                tokens, drafter, verifier, key, max_new_tokens=len(answer), rule=ReferencePath(answer)
+            )
+            milliseconds[name] = _decode_ms(path)
+            if name == "pair":
+                emitted = path.emitted
+        if self.reference is None and "ar_same" in milliseconds:
+            milliseconds["ar_ref"] = milliseconds["ar_same"]
+        return emitted, milliseconds
 
     def _autoregressive(
         self, verifier: Verifier, shared: SharedBaselines | None, tokens: list[int], key: str
     ) -> Baseline:
         def decoded() -> Baseline:
             generation = self._generate(tokens, NoneDrafter(), verifier, key)
-            laps = generation.milliseconds
-            decode_ms = sum(sum(laps.get(phase, [])) for phase in DECODE_PHASES)
-            return local_baseline(generation.tokens, sum(generation.emitted), decode_ms)
+            return local_baseline(generation.tokens, sum(generation.emitted), _decode_ms(generation))
 
         return decoded() if shared is None else shared.measured(key, tokens, decoded)
 
@@ -227,3 +252,8 @@ def _rounded(values: list[float]) -> list[float]:
 
 def _seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
+
+
+def _decode_ms(generation: Generation) -> float:
+    """Time of all steps, prefill apart, rounded like everything that goes into the record."""
+    return round(sum(sum(generation.milliseconds.get(phase, [])) for phase in DECODE_PHASES), 4)

@@ -12,6 +12,9 @@ from quasar.console import Reporter
 from quasar.experiment.build import Prepared
 from quasar.results.environment import device_name
 
+MOSTLY_ON_GRID = 0.5
+"""Share of weights on a low-bit grid from which on a reference counts as dequantized."""
+
 
 def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:
     """Model, pair, machine, prompts and where the output goes; ``finished`` of the prompts are done already."""
@@ -30,6 +33,11 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
         "output": str(folder),
     }
     reporter.header(entries)
+    if parts.weights_on_grid is not None and parts.weights_on_grid > MOSTLY_ON_GRID:
+        reporter.warning(
+            f"the reference was dequantized: {parts.weights_on_grid:.0%} of its weights lie on a 4-bit or 8-bit grid; "
+            "a verifier that quantizes to the same grid is not a compression of it"
+        )
     if checkpoint.grid is not None and _on_grid(settings.verifier, checkpoint.grid):
         reporter.warning(
             f"these weights already lie on a 4-bit grid in groups of {checkpoint.grid.group_size}, which verifier=int4 "

@@ -61,7 +61,7 @@ def _environment(parts: Prepared, prompts: list[Prompt]) -> Environment:
     checkpoint = parts.checkpoint
     return Environment(
         machine=describe_machine(parts.verifier.device),
-        model=ModelFiles(checkpoint.origin, checkpoint.revision, checkpoint.file_hashes()),
+        model=ModelFiles(checkpoint.origin, checkpoint.revision, checkpoint.file_hashes(), parts.weights_on_grid),
         verifier=list(parts.verifier.details),
         drafter=list(parts.drafter.details),
         prompt_set=prompt_set_hash(prompts),
@@ -142,4 +142,6 @@ def _facts(decoder: PromptDecoder, environment: Environment) -> RunFacts:
         device=device_name(verifier.device),
         simulated=decoder.simulated,
         lossy=settings.decode.acceptance == "typical",
+        model_origin=environment.model.origin,
+        weights_on_grid=environment.model.weights_on_grid,
     )

@@ -148,6 +148,9 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
+    def names(self) -> list[str]:
+        return list(self._where)
+
     def file_of(self, name: str) -> Path:
         try:
             return self._where[name]

@@ -29,6 +29,7 @@ class RunFacts:
     """What metrics need to know of a run beside its records.
 
     model, drafter, verifier, data: their names in the configuration
+    model_origin, weights_on_grid: see `quasar.results.schema.ModelFiles`
     verifier_label: the verifier's model in words; is_reference: whether it is the reference itself
     weight_bytes: read by every verification pass; kv_bytes_per_token: read for every token of context
     copy_bandwidth: bytes per second, see `quasar.results.environment.copy_bandwidth`
@@ -50,6 +51,8 @@ class RunFacts:
     device: str
     simulated: bool
     lossy: bool
+    model_origin: str
+    weights_on_grid: float | None
 
 
 class Measured:
@@ -240,6 +243,30 @@ def speedup_ci95(run: Measured) -> list[float] | None:
     return [float(interval.low), float(interval.high)]
 
 
+def reference_text_speedup(run: Measured) -> float | None:
+    """The reference's autoregressive decode time over the pair's, both along the reference's own answers.
+
+    Both decode the same tokens, so that no difference between the texts of two models enters.
+    """
+    pairs = _reference_text_times(run)
+    return float(_time_ratio(pairs[0], pairs[1])) if pairs else None
+
+
+def reference_text_speedup_ci95(run: Measured) -> list[float] | None:
+    """95 % interval of that speedup: a BCa bootstrap (Efron 1987) over prompts. None for fewer than two."""
+    from scipy import stats
+
+    pairs = _reference_text_times(run)
+    if not pairs or len(pairs[0]) < 2:
+        return None
+    if np.ptp(pairs[1] / pairs[0]) == 0:
+        return None  # BCa has no interval if all prompts have the same ratio.
+    interval = stats.bootstrap(
+        pairs, _time_ratio, paired=True, vectorized=True, n_resamples=BOOTSTRAP_RESAMPLES, method="BCa", rng=0
+    ).confidence_interval
+    return [float(interval.low), float(interval.high)]
+
+
 def exact_match_to_self(run: Measured) -> float | None:
     """Share of the greedy outputs that equal autoregressive decoding by the same verifier."""
     return _share(run, lambda found: found.match_self)
@@ -363,6 +390,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("speedup_vs_ar_same", speedup_vs_ar_same, "ratio", "vs AR-same", _times, UP, printed=True),
     Metric("speedup_vs_ar_ref", speedup_vs_ar_ref, "ratio", "vs AR-ref", _times, UP, printed=True),
     Metric("speedup_ci95", speedup_ci95, "ratio", "95 % interval", _bounds, parts=("low", "high")),
+    Metric("reference_text_speedup", reference_text_speedup, "ratio", "on reference's text", _times, UP),
+    Metric(
+        "reference_text_speedup_ci95",
+        reference_text_speedup_ci95,
+        "ratio",
+        "its 95 % interval",
+        _bounds,
+        parts=("low", "high"),
+    ),
     Metric("exact_match_to_self", exact_match_to_self, "share", "= AR-same", _percent, UP, printed=True),
     Metric("exact_match_to_reference", exact_match_to_reference, "share", "= AR-ref", _percent, UP),
     Metric("weight_bytes", lambda run: run.facts.weight_bytes, "bytes", "weights MB", _megabytes, DOWN),
@@ -370,6 +406,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("achieved_bandwidth_fraction", achieved_bandwidth_fraction, "share", "of copy bandwidth", _percent, UP),
     Metric("peak_memory_bytes", lambda run: run.facts.peak_memory_bytes, "bytes", "peak memory MB", _megabytes, DOWN),
     Metric("device", lambda run: run.facts.device),
+    Metric("model_origin", lambda run: run.facts.model_origin),
+    Metric("weights_on_grid", lambda run: run.facts.weights_on_grid, "share", "weights on a grid", _percent),
     Metric("simulated", lambda run: run.facts.simulated),
     Metric("lossy", lambda run: run.facts.lossy),
     Metric("mean_context", mean_context, "tokens", "context", _0, in_summary=False),
@@ -444,6 +482,24 @@ def _speedup(
     tokens: np.ndarray, ms: np.ndarray, base_tokens: np.ndarray, base_ms: np.ndarray, axis: int = -1
 ) -> np.ndarray:
     return (tokens.sum(axis) / ms.sum(axis)) / (base_tokens.sum(axis) / base_ms.sum(axis))
+
+
+def _reference_text_times(run: Measured) -> list[np.ndarray]:
+    """Columns over the prompts: milliseconds along the reference's answers, by the pair and by AR-ref. Empty if the
+    run did not measure them.
+    """
+    rows = []
+    for record in run.records:
+        baselines = [answer.ar_ref_ms for answer in record.fidelity if answer.ar_ref_ms is not None]
+        forced = sum(answer.forced_ms for answer in record.fidelity)
+        if forced and baselines and len(baselines) == len(record.fidelity):
+            rows.append((forced, sum(baselines)))
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def _time_ratio(ms: np.ndarray, base_ms: np.ndarray, axis: int = -1) -> np.ndarray:
+    ratio: np.ndarray = base_ms.sum(axis) / ms.sum(axis)
+    return ratio
 
 
 def _share(run: Measured, matches: Callable[[Exactness], bool | None]) -> float | None:

@@ -69,7 +69,14 @@ def _notes(run: Measured, values: Json) -> list[str]:
         )
     notes += [_drafter_note(name, value) for name, value in (values["drafter_notes"] or {}).items()]
     if values["speedup_ci95"] is not None:
-        notes.append(f"Speedup over AR-ref: 95 % interval {_text(values, 'speedup_ci95')} (bootstrap over prompts).")
+        interval = _text(values, "speedup_ci95")
+        notes.append(f"Speedup over AR-ref, each on its own text: 95 % interval {interval} (bootstrap over prompts).")
+    if values["reference_text_speedup"] is not None:
+        interval = _text(values, "reference_text_speedup_ci95")
+        notes.append(
+            "Speedup over AR-ref along the reference's own text, so that both decode the same tokens: "
+            f"{_text(values, 'reference_text_speedup')}, 95 % interval {interval}."
+        )
     return notes + _divergences(run)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 Json = dict[str, Any]
 """An object of a JSON file whose keys are not known here."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VERSION_KEY = "schema_version"
 
 Record = TypeVar("Record")
@@ -151,6 +151,9 @@ class ForcedAnswer:
     emitted: tokens per step of the forced path, whose mean is τ_ref
     kl, top1: KL(reference || verifier) in nats and argmax agreement, per token of the answer
     noise_kl, noise_top1: the same of the reference against itself, in one pass and step by step
+    forced_ms: decode time of the forced path, prefill apart
+    ar_same_ms, ar_ref_ms: the same of autoregressive decoding along the same answer, by the verifier and by the
+        reference; None if the run measured no baselines
     """
 
     token_ids: list[int]
@@ -159,6 +162,9 @@ class ForcedAnswer:
     top1: list[bool]
     noise_kl: list[float]
     noise_top1: list[bool]
+    forced_ms: float
+    ar_same_ms: float | None
+    ar_ref_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -218,11 +224,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the reference's weights come from. files: SHA-256 by name."""
+    """Where the reference's weights come from.
+
+    files: SHA-256 by name
+    weights_on_grid: share of the weights that lie on a 4-bit or 8-bit grid; None for random weights
+    """
 
     origin: str
     revision: str | None
     files: dict[str, str]
+    weights_on_grid: float | None
 
 
 @dataclass(frozen=True)
