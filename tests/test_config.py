@@ -154,7 +154,7 @@ def test_device_and_dtype() -> None:
     assert choose_dtype("float32", torch.device("cpu")) == torch.float32
     if not torch.cuda.is_available():
         assert choose_device("auto").type == "cpu"
-        with pytest.raises(RequestError, match="device=cuda: PyTorch sees no CUDA device"):
+        with pytest.raises(RequestError, match="device=cuda: PyTorch finds no CUDA device"):
             choose_device("cuda")
 
 
