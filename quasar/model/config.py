@@ -10,7 +10,7 @@ from typing import Any
 
 from quasar.errors import RequestError
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "PanguEmbedded", "quasar")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "PanguEmbedded")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,6 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def to_json(self) -> dict[str, Any]:
-        """The form that `from_json` reads; ``model_type`` marks it as Quasar's own."""
-        return {"model_type": "quasar", **dataclasses.asdict(self)}
-
     @staticmethod
     def read(folder: Path) -> ModelConfig:
         """Read ``config.json`` of a checkpoint folder.
@@ -83,16 +79,14 @@ class ModelConfig:
 
     @staticmethod
     def from_json(raw: dict[str, Any], place: str = "config.json") -> ModelConfig:
-        """Translate a Hugging Face config (of transformers 4 or 5) or our own into a ModelConfig."""
+        """Translate a Hugging Face config (of transformers 4 or 5) into a ModelConfig."""
         kind = raw.get("model_type")
         if kind not in SUPPORTED:
-            names = ", ".join(SUPPORTED[:-1])
+            names = ", ".join(SUPPORTED)
             architecture = ", ".join(raw.get("architectures") or []) or "unnamed"
             raise RequestError(
                 f"{place}: model_type {kind!r} (architecture {architecture}) is not supported; supported are {names}"
             )
-        if kind == "quasar":
-            return _own(raw)
         activation = raw.get("hidden_act", "silu")
         if activation != "silu":
             raise RequestError(f"{place}: hidden_act {activation!r} is not supported; only 'silu' (SwiGLU) is")
@@ -115,14 +109,6 @@ class ModelConfig:
             down_bias=bool(raw.get("mlp_bias", False)),
             qk_norm=kind == "qwen3",
         )
-
-
-def _own(raw: dict[str, Any]) -> ModelConfig:
-    fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    values = {key: value for key, value in raw.items() if key in fields}
-    values["layers"] = tuple(LayerShape(**layer) for layer in raw["layers"])
-    values["rope"] = RopeConfig(**raw["rope"])
-    return ModelConfig(**values)
 
 
 def _rope(raw: dict[str, Any], place: str) -> RopeConfig:

@@ -1,15 +1,13 @@
-"""Checkpoints on disk to a `Transformer` and back: safetensors only, fused on the way in."""
+"""Checkpoints on disk to a `Transformer`: safetensors only, fused on the way in."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quasar.errors import RequestError
@@ -36,7 +34,7 @@ _BLOCK = {
 def load_transformer(
     folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Progress | None = None
 ) -> Transformer:
-    """Load a Hugging Face checkpoint of a supported architecture, or a model saved by `save_transformer`.
+    """Load a Hugging Face checkpoint of a supported architecture.
 
     Raises RequestError for an unsupported architecture, a missing tensor or a corrupt file, naming the file.
     """
@@ -45,9 +43,7 @@ def load_transformer(
         model = Transformer(config)
     model.to(dtype)
     tensors = TensorFiles(folder)
-    names = {name: [name] for name, _ in model.named_parameters()}
-    if "embedding.weight" not in tensors:
-        names = source_names(model)
+    names = source_names(model)
     for done, (name, sources) in enumerate(names.items()):
         if progress is not None:
             progress(done, len(names))
@@ -65,16 +61,6 @@ def load_transformer(
         progress(len(names), len(names))
     model.rope = type(model.rope)(config.rope, config.head_dim).to(device)
     return model.eval().requires_grad_(False)
-
-
-def save_transformer(model: Transformer, folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` under our own names; `load_transformer` reads them back."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.config.to_json(), indent=2), encoding="utf-8")
 
 
 def random_transformer(

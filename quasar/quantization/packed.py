@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from quasar_kernels import Int4Weight, Int8Weight
@@ -17,24 +16,9 @@ from quasar.model.config import ModelConfig
 from quasar.model.loading import Progress, source_names
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Quantized rows of one linear layer, ``(values - zeros) * scales``.
-
-    values: uint8 [N, K] in 0..15 for 4 bits, int8 [N, K] for 8 bits
-    scales, zeros: float32 [N, G], of G groups of consecutive inputs; zeros need not be whole numbers
-    symmetric: every zero is the middle of the range
-    quantized_inputs: 8 bits: made for int8 activations per token
-    """
-
-    bits: Literal[4, 8]
-    values: Tensor
-    scales: Tensor
-    zeros: Tensor
-    symmetric: bool
-    quantized_inputs: bool = False
+from quasar.quantization.packed_gguf import GGUFCheckpoint
+from quasar.quantization.packed_rows import PackedRows
+from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
 
 
 class PackedCheckpoint(Protocol):
@@ -59,9 +43,6 @@ def open_packed(path: Path) -> PackedCheckpoint:
 
     Raises RequestError where the path holds neither, naming it and what is supported.
     """
-    from quasar.quantization.packed_gguf import GGUFCheckpoint
-    from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
-
     if not path.exists():
         raise RequestError(f"verifier.path={path}: no such file or folder; pass a .gguf file or a checkpoint folder")
     return GGUFCheckpoint(path) if path.is_file() else SafetensorsCheckpoint(path)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
-from quasar.quantization.packed import PackedRows
+from quasar.quantization.packed_rows import PackedRows
 
 BLOCK = 32
 KEPT_PACKED = ("Q8_0", "Q4_0", "Q4_1")

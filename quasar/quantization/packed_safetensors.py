@@ -12,7 +12,7 @@ from torch import Tensor
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
 from quasar.model.loading import TensorFiles
-from quasar.quantization.packed import PackedRows
+from quasar.quantization.packed_rows import PackedRows
 
 NIBBLES = 8
 """4-bit values in an int32."""
