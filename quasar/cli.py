@@ -84,6 +84,28 @@ def collect_runs(
         raise typer.Exit(error.exit_code) from None
 
 
+@app.command("plot")
+def plot_runs(
+    folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],
+    output: Annotated[Path | None, typer.Option(help="folder of the figures; FOLDER/figures by default")] = None,
+) -> None:
+    """Draw the figures that the metrics of the runs below a folder allow, as PDF, SVG and PNG."""
+    from quasar.results.collect import Collector, tabulate
+    from quasar.results.figures.runs import draw_all
+
+    reporter = Reporter()
+    try:
+        runs = Collector(folder).runs()
+        if not runs:
+            raise RequestError(f"{folder}: there are no runs below it; pass a folder that runs were written to")
+        files = draw_all(tabulate(runs, folder), output or folder / "figures")
+    except QuasarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    for file in files:
+        reporter.line(f"wrote {file}")
+
+
 @wandb_runs.command("push")
 def push_runs(
     folder: Annotated[Path, typer.Argument(help="a run, a sweep, or any folder above runs")],

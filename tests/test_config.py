@@ -99,7 +99,7 @@ def test_every_key_is_documented_where_it_is_defined(group: str) -> None:
         ("decode.top_k=0", r"decode\.top_k=0: must be at least 1"),
         ("decode.draft_tokens=0", r"decode\.draft_tokens=0: must be at least 1"),
         ("decode.draft_tokens=-2", r"decode\.draft_tokens=-2: must be at least 1"),
-        ("decode.stop=['']", r"decode\.stop=\[''\]: must be texts of at least one character"),
+        ("decode.stop=['']", r"decode\.stop=\[''\]: must be a list of texts of at least one character"),
         ("decode.acceptance=medusa", r"decode\.acceptance=medusa: must be exact or typical"),
         ("decode.acceptance=typical", r"decode\.acceptance=typical: must be exact at decode\.temperature=0"),
         ("decode.typical_alpha=0", r"decode\.typical_alpha=0\.0: must be above 0"),
