@@ -1,4 +1,4 @@
-"""Prompts: the built-in set, and Spec-Bench JSONL files."""
+"""Prompts: the built-in set, Spec-Bench JSONL files, and benchmarks of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quasar.config.schema import DataConfig
 from quasar.errors import RequestError
+from quasar.evaluation.benchmarks import Row, benchmark_rows
 
 BUILTIN = Path(__file__).parent / "prompts"
 FAMILIES = ("chat", "code", "math", "instruction", "summarization")
@@ -36,10 +37,13 @@ def load_prompts(data: DataConfig, key: str = "data.path") -> list[Prompt]:
 
     key: the configuration's name of the path, for messages
 
-    Raises RequestError for a missing path, an empty set, or a bad line, naming file and line.
+    Raises RequestError for a missing path, a dataset that cannot be had, an empty set, or a bad line, naming its place.
     """
-    files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data, key)
-    prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
+    if data.hub is not None:
+        prompts = [_prompt(row, place, data.name, prefix=f"{data.name}/") for place, row in benchmark_rows(data)]
+    else:
+        files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data, key)
+        prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
     keys = Counter(prompt.key for prompt in prompts)
     for prompt in prompts:
         if keys[prompt.key] > 1:
@@ -67,10 +71,11 @@ def read_prompts(file: Path, by_file: bool) -> Iterator[Prompt]:
 
 
 def prompt_set_hash(prompts: list[Prompt]) -> str:
-    """SHA-256 over keys and texts: equal for equal prompt sets."""
+    """SHA-256 over keys, texts and what grades the answers: equal for equal prompt sets."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.key, prompt.family, prompt.turns]).encode())
+        values = [prompt.key, prompt.family, prompt.turns, prompt.reference, prompt.test]
+        digest.update(json.dumps(values).encode())
     return digest.hexdigest()
 
 
@@ -82,16 +87,21 @@ def _parse(line: str, file: Path, number: int, by_file: bool) -> Prompt:
         raise RequestError(f"{place}: not valid JSON ({error}); every line must be one JSON object") from None
     if not isinstance(raw, dict) or "question_id" not in raw or "turns" not in raw:
         raise RequestError(f"{place}: needs the keys question_id and turns (Spec-Bench form)")
+    family = file.stem if by_file else str(raw.get("category") or file.stem)
+    return _prompt(raw, place, family, prefix=f"{file.stem}/" if by_file else "")
+
+
+def _prompt(raw: Row, place: str, family: str, prefix: str) -> Prompt:
+    """The prompt of a row in Spec-Bench form; ``prefix`` keeps keys of several files or datasets apart."""
     turns = raw["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise RequestError(f"{place}: turns must be a list of one or more texts, found {turns!r:.80}")
-    family = file.stem if by_file else str(raw.get("category") or file.stem)
-    key = f"{file.stem}/{raw['question_id']}" if by_file else str(raw["question_id"])
     references = raw.get("reference") or []
     references = [references] if isinstance(references, str) else references
     test = raw.get("test")
     if test is not None and "entry_point" in raw:
         test = f"{test}\n\ncheck({raw['entry_point']})"
+    key = f"{prefix}{raw['question_id']}"
     return Prompt(key, family, tuple(turns), tuple(map(str, references)), place, test)
 
 
