@@ -40,6 +40,7 @@ def benchmark_rows(data: DataConfig) -> Iterator[tuple[str, Row]]:
         raise RequestError(
             f"{origin}: data={data.name} needs the columns {', '.join(form.columns)}; {', '.join(missing)} not found"
         )
+    # Only these rows are converted: a split may hold tens of thousands.
     count = len(dataset) if data.limit is None else min(data.limit, len(dataset))
     for number, row in enumerate(dataset.select(range(count))):
         yield f"{origin}:{number}", {"question_id": number, **form.convert(row)}
