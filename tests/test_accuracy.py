@@ -77,6 +77,18 @@ def test_code_with_a_test_is_graded_by_it(tmp_path: Path) -> None:
     assert graded(problem, "    return 2") is False
 
 
+def test_a_whole_function_finds_what_stands_above_it() -> None:
+    given = "import math\n\ndef half(x):\n    return x / 2\n\ndef root(x):\n    pass\n"
+    problem = prompt(given, test="assert root(8) == 2.0")
+    assert graded(problem, "```python\ndef root(x):\n    return math.sqrt(half(x))\n```") is True
+    assert graded(problem, "```python\ndef root(x):\n    return math.sqrt(x)\n```") is False
+
+
+def test_prose_above_a_function_is_not_run() -> None:
+    problem = prompt("import math\nWrite this function:\ndef root(x):\n    pass\n", test="assert root(4) == 2.0")
+    assert graded(problem, "```python\ndef root(x):\n    return math.sqrt(x)\n```") is True
+
+
 def test_other_tasks_are_not_graded() -> None:
     assert graded(prompt("Write a poem.", "Roses are red."), "Violets are blue.") is None
 

@@ -71,12 +71,23 @@ class DecodeConfig:
 
 
 @dataclass
+class HubDataset:
+    """A dataset of the Hugging Face hub: repository, commit, configuration (null: the only one) and split."""
+
+    repo: str = MISSING
+    revision: str = MISSING
+    subset: Optional[str] = None
+    split: str = MISSING
+
+
+@dataclass
 class DataConfig:
     """conf/data/*.yaml"""
 
     name: str = MISSING
     path: Optional[str] = None
     limit: Optional[int] = MISSING
+    hub: Optional[HubDataset] = None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import re
 from decimal import Decimal, InvalidOperation
@@ -55,12 +56,22 @@ def solution(given: str, output: str) -> str:
     """Return a whole program: the code of the output, after the given code if the output only continues it."""
     fenced = _FENCE.search(output)
     code = fenced.group(1) if fenced else output
-    name = re.search(r"def (\w+)", given)
-    if name and re.search(rf"^def {name.group(1)}\b", code, re.MULTILINE):
-        imports = "\n".join(re.findall(r"^(?:from|import) .*$", given, re.MULTILINE))
-        return f"{imports}\n{code}"
+    names = re.findall(r"^def (\w+)", given, re.MULTILINE)
+    if names and re.search(rf"^def (?:{'|'.join(names)})\b", code, re.MULTILINE):
+        return f"{_helpers(given)}\n{code}"
     body = code if code.startswith((" ", "\t")) else "\n".join(f"    {line}" for line in code.splitlines())
     return f"{given.rstrip()}\n{body}"
+
+
+def _helpers(given: str) -> str:
+    """What the last function of ``given``, the one to be completed, may use: imports, and all code above it."""
+    imports = "\n".join(re.findall(r"^(?:from|import) .*$", given, re.MULTILINE))
+    last = [found.start() for found in re.finditer(r"^(?:@.*\n)*def ", given, re.MULTILINE)][-1]
+    try:
+        ast.parse(given[:last])
+    except SyntaxError:  # prose between the imports and the function
+        return imports
+    return f"{given[:last]}\n{imports}"
 
 
 def examples_as_test(given: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Reads prompts: the built-in set, or Spec-Bench JSONL files."""
+"""Reads prompts: the built-in set, Spec-Bench JSONL files, or benchmarks of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quasar.config.schema import DataConfig
 from quasar.errors import RequestError
+from quasar.evaluation.benchmarks import Row, benchmark_rows
 
 BUILTIN = Path(__file__).parent / "prompts"
 FAMILIES = ("chat", "code", "math", "instruction", "summarization")
@@ -40,10 +41,14 @@ def load_prompts(data: DataConfig, key: str = "data.path") -> list[Prompt]:
 
     key: configuration key of the path, for error messages
 
-    Raises RequestError for a missing path, an empty set or an invalid line; the message names the file and the line.
+    Raises RequestError for a missing path, a dataset that is not available, an empty set or an invalid line; the
+    message names the file and the line.
     """
-    files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data, key)
-    prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
+    if data.hub is not None:
+        prompts = [_prompt(row, place, data.name, prefix=f"{data.name}/") for place, row in benchmark_rows(data)]
+    else:
+        files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data, key)
+        prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
     keys = Counter(prompt.key for prompt in prompts)
     for prompt in prompts:
         if keys[prompt.key] > 1:
@@ -73,10 +78,11 @@ def read_prompts(file: Path, by_file: bool) -> Iterator[Prompt]:
 
 
 def prompt_set_hash(prompts: list[Prompt]) -> str:
-    """Return a SHA-256 over keys, task families and texts, which is equal for equal prompt sets."""
+    """Return a SHA-256 over keys, task families, texts and what grades the answers, equal for equal prompt sets."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.key, prompt.family, prompt.turns]).encode())
+        values = [prompt.key, prompt.family, prompt.turns, prompt.reference, prompt.test]
+        digest.update(json.dumps(values).encode())
     return digest.hexdigest()
 
 
@@ -88,16 +94,21 @@ def _parse(line: str, file: Path, number: int, by_file: bool) -> Prompt:
         raise RequestError(f"{place}: not valid JSON ({error}); every line must be one JSON object") from None
     if not isinstance(raw, dict) or "question_id" not in raw or "turns" not in raw:
         raise RequestError(f"{place}: needs the keys question_id and turns (Spec-Bench format)")
+    family = file.stem if by_file else str(raw.get("category") or file.stem)
+    return _prompt(raw, place, family, prefix=f"{file.stem}/" if by_file else "")
+
+
+def _prompt(raw: Row, place: str, family: str, prefix: str) -> Prompt:
+    """Return the prompt of a row in Spec-Bench form; ``prefix`` keeps keys of several files or datasets apart."""
     turns = raw["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise RequestError(f"{place}: turns must be a list of one or more texts, found {turns!r:.80}")
-    family = file.stem if by_file else str(raw.get("category") or file.stem)
-    key = f"{file.stem}/{raw['question_id']}" if by_file else str(raw["question_id"])
     references = raw.get("reference") or []
     references = [references] if isinstance(references, str) else references
     test = raw.get("test")
     if test is not None and "entry_point" in raw:
         test = f"{test}\n\ncheck({raw['entry_point']})"
+    key = f"{prefix}{raw['question_id']}"
     return Prompt(key, family, tuple(turns), tuple(map(str, references)), place, test)
 
 

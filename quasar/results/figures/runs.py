@@ -101,7 +101,10 @@ def draw_inflation(axes: Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_pareto(axes: Axes, runs: pd.DataFrame) -> None:
-    """Bytes of a pass against KL on a log axis, so without the reference itself, with the front of runs that no other beats in both."""
+    """Bytes of a pass against KL, with the front of runs that no other beats in both.
+
+    The axis of KL is logarithmic, so that the reference itself has no place on it.
+    """
     runs = runs[runs["kl_to_reference"] > 0]
     for run in runs.to_dict("records"):
         colour = style.colour(run["verifier"])
