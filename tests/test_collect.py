@@ -127,7 +127,7 @@ def test_machines_and_versions_are_marked(tmp_path: Path, monkeypatch: pytest.Mo
     notes = remarks(Collector(tmp_path).runs())
     assert notes[0].startswith("runs on 2 machines (alpha, beta)")
     assert notes[1].startswith("1 runs were continued on another machine")
-    assert notes[2].startswith("runs by 2 versions of the code")
+    assert notes[2].startswith("runs used 2 versions of the code")
 
 
 def test_tables_stay_short(tmp_path: Path) -> None:

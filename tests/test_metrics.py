@@ -223,7 +223,7 @@ def test_the_experiments_tables_are_made_of_metrics(tmp_path: Path, monkeypatch:
 
 
 def test_metrics_of_a_run_need_to_know_it() -> None:
-    with pytest.raises(ValueError, match="cannot be computed from records alone"):
+    with pytest.raises(ValueError, match="records alone are not enough"):
         named("weight_bytes").compute(Measured(run_of_two()))
 
 

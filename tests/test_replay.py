@@ -140,17 +140,17 @@ LENGTHS = json.dumps(PromptRecord("1", "chat", [turn([1], [1])]).to_json()).repl
     ("content", "message"),
     [
         (None, r"missing\.jsonl: cannot be read .*generations\.jsonl"),
-        ("", "holds no decoding step"),
-        (WITHOUT_TURNS, "holds no decoding step"),
+        ("", "contains no decoding step"),
+        (WITHOUT_TURNS, "contains no decoding step"),
         (WITHOUT_TURNS + "not json\n", "line 2: not a line of generations.jsonl"),
         (
             f'{{"schema_version": {SCHEMA_VERSION}, "question_id": 1}}\n',
             "line 1: not a line of generations.jsonl .*turns",
         ),
         ('{"question_id": 1, "turns": []}\n', "line 1: not a line of generations.jsonl .*no schema_version"),
-        ("[1]\n", "line 1: not a line of generations.jsonl .*no object"),
-        (WITHOUT_TURNS.replace("[]", "[3]", 1), "line 1: not a line of generations.jsonl .*Turn is no object"),
-        (WITHOUT_TURNS.rstrip(), "line 1: not a line of generations.jsonl .*cut short"),
+        ("[1]\n", "line 1: not a line of generations.jsonl .*not a JSON object"),
+        (WITHOUT_TURNS.replace("[]", "[3]", 1), "line 1: not a line of generations.jsonl .*Turn is not a JSON object"),
+        (WITHOUT_TURNS.rstrip(), "line 1: not a line of generations.jsonl .*incomplete or damaged"),
         (LENGTHS + "\n", "differ in length"),
     ],
 )

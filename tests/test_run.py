@@ -225,10 +225,10 @@ def test_folder_of_another_run_is_left_alone(run: Run, prompt_file: Path, tmp_pa
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     other = run(*small(prompt_file), "drafter=ngram")
     assert other.returncode == 2
-    assert "holds a run with another configuration" in other.stderr
+    assert "contains a run with another configuration" in other.stderr
     again = run(*small(prompt_file), "resume=false")
     assert again.returncode == 2
-    assert "already holds this run" in again.stderr
+    assert "already contains this run" in again.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 

@@ -218,7 +218,7 @@ def test_a_server_that_never_answers_holds_no_run(
         code, output = run("logger=wandb", "logger.wait=3600", "hydra.run.dir=o")
         assert code == 0
         assert (tmp_path / "o/summary.json").exists()
-        assert "W&B: still at work in the background; quasar wandb push" in output
+        assert "W&B: still uploading in the background; quasar wandb push" in output
         assert processes[0].poll() is None
 
 
@@ -232,7 +232,7 @@ def test_out_of_reach_it_falls_back_to_offline(
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     code, output = run("logger=wandb", "logger.wait=3600", "hydra.run.dir=o")
     assert code == 0
-    assert "W&B: still at work in the background; quasar wandb push" in output
+    assert "W&B: still uploading in the background; quasar wandb push" in output
     assert processes[0].wait(timeout=120) == 0
     outcome = json.loads((tmp_path / "o/wandb/outcome.json").read_text())
     assert (outcome["mode"], outcome["ended"]) == ("offline", True)
@@ -254,7 +254,7 @@ def test_a_file_in_the_way_of_wandb_is_a_warning(run: Run, tmp_path: Path) -> No
     code, output = run("logger=wandb", "hydra.run.dir=o")
     assert code == 0
     assert "warning: logger=wandb: [Errno 20] Not a directory" in output
-    assert "quasar wandb push can make up for it later" in output
+    assert "quasar wandb push can log the run later" in output
     assert json.loads((tmp_path / "o/status.json").read_text())["status"] == "done"
 
 
@@ -269,7 +269,7 @@ def test_a_disk_that_is_full_for_wandb_is_a_remark(run: Run, tmp_path: Path) -> 
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
     assert code == 0
-    assert "W&B: ended without a word; quasar wandb push" in output
+    assert "W&B: the logging process crashed; quasar wandb push" in output
     assert json.loads((tmp_path / "o/status.json").read_text())["status"] == "done"
     assert json.loads((tmp_path / "o/summary.json").read_text())["prompts"] == 3
 

@@ -1,1 +1,1 @@
-"""What runs leave behind, and what is made of it."""
+"""The files that runs write, and the tables, reports and logs that are made from them."""

@@ -1,4 +1,4 @@
-"""Autoregressive baselines of a sweep: each decoded once, by the first job that needs it, and shared through files."""
+"""Autoregressive baselines of a sweep. The first job that needs one decodes it; the other jobs read it from a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ LOCK_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Baseline:
-    """Autoregressive decoding of one turn. tokens: the new ones; the first belongs to the prefill and is not timed."""
+    """Autoregressive decoding of one turn.
+
+    tokens: the generated tokens; the first one comes from the prefill and is not timed
+    decoded_tokens, decode_ms: number of tokens after the first, and the time that they took in milliseconds
+    machine: host name of the machine that decoded them
+    """
 
     tokens: list[int]
     decoded_tokens: int
@@ -34,10 +39,10 @@ class Baseline:
 class SharedBaselines:
     """The baselines of one verifier in a sweep's folder, by turn and prompt.
 
-    A job decodes while it holds a lock, which falls with its process; other jobs that need the same wait for it. All
-    are measured on one type of device.
+    A job holds a file lock while it decodes a baseline. Jobs that need the same verifier wait for the lock, which the
+    operating system releases if the job's process dies. All baselines are measured on one type of device.
 
-    identity: what determines the verifier and its decoding, `baseline_identity`
+    identity: everything that the verifier and its decoding depend on, see `baseline_identity`
     device: name of the device that this job decodes on
     """
 
@@ -50,9 +55,9 @@ class SharedBaselines:
         self._read_bytes = 0
 
     def measured(self, turn: str, prompt: Sequence[int], decode: Callable[[], Baseline]) -> Baseline:
-        """The baseline of one turn, from the folder or else by ``decode``.
+        """Return the baseline of one turn: the stored one if there is one, else the result of ``decode``.
 
-        Raises RequestError where the sweep's other jobs decode on another type of device.
+        Raises RequestError if other jobs of the sweep decode on another type of device.
         """
         key = f"{turn} {hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:16]}"
         self._read()
@@ -63,11 +68,14 @@ class SharedBaselines:
             with self._lock.acquire(timeout=LOCK_SECONDS):
                 return self._decode(key, decode)
         except Timeout:
-            # The holder neither ends nor dies. This job's own measurement is as good as any.
+            # The job that holds the lock hangs. A measurement by this job is just as valid.
             return decode()
 
     def _decode(self, key: str, decode: Callable[[], Baseline]) -> Baseline:
-        """Under the lock: another job may have been first, or have died while it wrote."""
+        """Decode and store a baseline; the caller holds the lock.
+
+        Another job may have stored the same baseline meanwhile, or may have died while it wrote a line.
+        """
         self._read()
         if key not in self._known:
             baseline = decode()
@@ -81,7 +89,7 @@ class SharedBaselines:
         return self._known[key]
 
     def _read(self) -> None:
-        """Take in the lines that are new since the last time."""
+        """Read the lines that were added since the last call."""
         if not self._file.exists():
             return
         with self._file.open("rb") as stream:
@@ -100,9 +108,10 @@ class SharedBaselines:
 
 
 def baseline_identity(settings: RunConfig, is_reference: bool, dtype: str) -> Json:
-    """Everything but prompt and device that an autoregressive baseline depends on.
+    """Return everything that an autoregressive baseline depends on, apart from the prompt and the device.
 
-    Jobs with drafters of their own share it; so do AR-ref of every verifier and AR-same of the reference.
+    It does not contain the drafter, so jobs with different drafters share their baselines. AR-ref is the same for every
+    verifier, and equals AR-same of the reference.
     """
     values = asdict(settings)
     kept = {key: values[key] for key in ("model", "decode", "seed", "threads")}
@@ -114,5 +123,5 @@ def baseline_identity(settings: RunConfig, is_reference: bool, dtype: str) -> Js
 
 
 def local_baseline(tokens: list[int], decoded_tokens: int, decode_ms: float) -> Baseline:
-    """A baseline that this machine has just measured."""
+    """Return a baseline that was measured on this machine."""
     return Baseline(tokens, decoded_tokens, round(decode_ms, 4), socket.gethostname())

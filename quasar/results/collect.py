@@ -1,4 +1,4 @@
-"""All runs below a folder as one tidy table: a row per run, whatever its state, a column per key that varies."""
+"""One tidy table of all runs below a folder: one row per run in any state, one column per key that varies."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from quasar.results.schema import Json
 
 READERS = 8
 IDENTITY = {metric.name: metric.config_key for metric in metrics.METRICS if metric.config_key is not None}
-"""Columns that every run has, finished or not, and the configuration's keys behind them."""
+"""The columns that every run has, finished or not, with the configuration keys that they are read from."""
 JOINED = " + "
 
 _NULLABLE = {bool: "boolean", int: "Int64", float: "Float64", str: "string"}
 
 
 class Collector:
-    """Reads the runs below a folder; again and again without reading finished ones twice.
+    """Reads the runs below a folder. It can be asked repeatedly and reads each finished run only once.
 
-    Raises RequestError where the folder does not exist.
+    Raises RequestError if the folder does not exist.
     """
 
     def __init__(self, root: Path) -> None:
@@ -56,17 +56,18 @@ class Collector:
 
 @dataclass(frozen=True)
 class Written:
-    """Where a table was written."""
+    """The files that a table was written to."""
 
     parquet: Path
     csv: Path
 
 
 def tabulate(runs: Sequence[StoredRun], root: Path) -> pd.DataFrame:
-    """A row per run: its folder, state and machine, the configuration's keys that vary, the keys of its summary.
+    """Return a table with one row per run: folder, state, machine, varying configuration keys and summary keys.
 
-    Keys of the configuration keep their dots (``decode.max_new_tokens``), those of summary.json have none. A key that a
-    run's configuration lacks (another drafter's option) is null. Only finished runs have a summary.
+    Keys of the configuration contain dots (``decode.max_new_tokens``), keys of summary.json do not. A key that is
+    missing from a run's configuration, such as an option of another drafter, is null. Only finished runs have a
+    summary.
     """
     flat = [flatten(run.config) for run in runs]
     varying = varying_keys([keys for keys in flat if keys])
@@ -91,7 +92,10 @@ def tabulate(runs: Sequence[StoredRun], root: Path) -> pd.DataFrame:
 
 
 def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys of flat configurations that have more than one value, null where absent, in order of appearance."""
+    """Return the keys of flat configurations that have more than one value, in order of appearance.
+
+    A key that is missing from a configuration counts as null there.
+    """
     values: dict[str, set[str]] = {}
     counts: Counter[str] = Counter()
     for config in configs:
@@ -103,7 +107,7 @@ def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write(table: pd.DataFrame, stem: Path) -> Written:
-    """``stem``.parquet and ``stem``.csv; lists are JSON in the latter."""
+    """Write ``stem``.parquet and ``stem``.csv. Lists are written as JSON text in the CSV file."""
     written = Written(stem.with_suffix(".parquet"), stem.with_suffix(".csv"))
     table.to_parquet(_partial(written.parquet), index=False)
     text = table.copy()
@@ -116,7 +120,7 @@ def write(table: pd.DataFrame, stem: Path) -> Written:
 
 
 def _metrics(summary: Json) -> Json:
-    """The columns of the metrics that a run's summary has. Keys that the table does not know come last, as they are."""
+    """Return the columns of a run's summary. Keys that are not in the table of metrics come last and stay unchanged."""
     table = {metric.name: metric for metric in metrics.METRICS}
     columns: Json = {}
     for name in [*table, *(key for key in summary if key not in table)]:
@@ -126,13 +130,13 @@ def _metrics(summary: Json) -> Json:
 
 
 def _describes(key: str) -> bool:
-    """Whether a configuration's key says what was computed, in words that no other column has."""
+    """Whether a configuration key affects the results and is not already shown in another column."""
     top = key.split(".", 1)[0]
     return top not in NOT_HASHED and not key.endswith("_target_") and key not in IDENTITY.values()
 
 
 def _series(values: list[Any]) -> pd.Series:
-    """A column of one nullable type; lists stay lists, and what has several types becomes JSON text."""
+    """Return a column of one nullable type. Lists stay lists; values of several types become JSON text."""
     types = {type(value) for value in values if value is not None}
     if types == {int, float}:
         types = {float}

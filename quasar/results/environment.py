@@ -1,4 +1,4 @@
-"""On what a run was measured: code, packages, machine, model files, prompts."""
+"""Description of the machine, code and packages that a run is measured on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "triton", "bitsa
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """The machine, and the code and packages that are at work on it."""
+    """Describe this machine and the installed code and packages; measures the copy bandwidth of ``device``."""
     commit, dirty = _git()
     return Machine(
         git_commit=commit,
@@ -38,7 +38,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocated on a GPU, resident in a process on a CPU."""
+    """Return the peak memory in bytes so far: allocated memory on a GPU, resident memory of the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import resource
@@ -47,7 +47,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """The commit and whether tracked files differ from it; None where there is no repository of this code."""
+    """Return the commit and whether tracked files differ from it; both are None if this code is in no repository."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -57,7 +57,7 @@ def _git() -> tuple[str | None, bool | None]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # The packages of an installed wheel may lie inside somebody else's repository.
+    # An installed wheel may be inside a repository of another project.
     if git("ls-files", "--error-unmatch", __file__) is None:
         return None, None
     changes = git("status", "--porcelain", "--untracked-files=no")

@@ -1,4 +1,4 @@
-"""The only reader of generations.jsonl. Imports little, so that it works where only PyTorch is installed."""
+"""The only reader of generations.jsonl. It has few imports, so that it works with only PyTorch installed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ GENERATIONS = "generations.jsonl"
 
 
 class GenerationsFile:
-    """Reads a generations.jsonl, also while it grows.
+    """Reads a generations.jsonl, also while a run appends to it.
 
-    records: those of the lines read so far
-    whole_bytes: the bytes of these lines; what follows them is cut short or damaged
+    records: the records of all lines read so far
+    whole_bytes: size of these lines in bytes; anything after them is an incomplete or damaged line
     """
 
     def __init__(self, file: Path) -> None:
@@ -25,10 +25,10 @@ class GenerationsFile:
         self.whole_bytes = 0
 
     def read_on(self) -> list[PromptRecord]:
-        """The records of the whole lines that are new since the last call; none where there is no file.
+        """Return the records of the complete lines added since the last call, or no records if there is no file.
 
-        Raises RequestError for a line that does not follow the schema, with the version that was found or the key that
-        is missing.
+        Raises RequestError for a line that does not follow the schema; the message names the version that was found or
+        the key that is missing.
         """
         if not self.file.exists():
             return []
@@ -45,19 +45,19 @@ class GenerationsFile:
             return PromptRecord.from_json(line)
         except ValueError as error:
             raise RequestError(
-                f"{self.file}, line {number}: not a line of generations.jsonl as this code writes it ({error}); decode "
-                "the prompts again in another hydra.run.dir (of a sweep: in another hydra.sweep.dir, or without "
+                f"{self.file}, line {number}: not a line of generations.jsonl in the current schema ({error}); decode "
+                "the prompts again in another hydra.run.dir (for a sweep: in another hydra.sweep.dir, or without "
                 "sweep.any_code=true)"
             ) from None
 
 
 def read_records(folder: Path) -> list[PromptRecord]:
-    """The records of a run's finished prompts. Raises RequestError where they follow another schema."""
+    """Return the records of a run's finished prompts. Raises RequestError if they follow another schema."""
     return GenerationsFile(folder / GENERATIONS).read_on()
 
 
 def whole_lines(content: bytes) -> tuple[list[Any], int]:
-    """The values of JSON lines up to the first that is cut short or damaged, and the bytes that they take."""
+    """Return the values of the JSON lines before the first incomplete or damaged line, and their size in bytes."""
     values: list[Any] = []
     whole = 0
     while (end := content.find(b"\n", whole)) >= 0:

@@ -1,4 +1,4 @@
-"""Tables of runs for experiments/: Markdown whose headings and formats come from the table of metrics."""
+"""Markdown tables of runs for experiments/. Their headings and formats come from the table of metrics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from quasar.results.schema import Json
 
 @dataclass(frozen=True)
 class Column:
-    """A column that is no metric of a single run. cell: what a run's row, null as None, shows in it."""
+    """A column that is not a metric of a single run. cell: returns the text for a run's row, in which null is None."""
 
     heading: str
     cell: Callable[[Json], str]
 
 
 def markdown(label: str, rows: Sequence[Json], columns: Sequence[str | Column]) -> list[str]:
-    """The lines of a table with a row per run; what a run has no value for is shown as missing.
+    """Return the lines of a table with one row per run. A value that a run does not have is shown as missing.
 
-    label: heading of the first column, and the key under which the rows have its text
-    columns: names of metrics, or columns of their own
+    label: heading of the first column, and the key of its text in each row
+    columns: names of metrics, or `Column` objects for columns that are not metrics
     """
     known = [_of_metric(column) if isinstance(column, str) else column for column in columns]
     lines = [
@@ -34,7 +34,7 @@ def markdown(label: str, rows: Sequence[Json], columns: Sequence[str | Column]) 
 
 
 def rows_of(runs: pd.DataFrame) -> list[Json]:
-    """The rows of a table of runs, with None for null."""
+    """Return the rows of a table of runs, with None for null."""
     plain = runs.astype(object)
     plain = plain.where(plain.notna(), None)
     return [dict(zip(map(str, plain.columns), values, strict=True)) for values in plain.itertuples(index=False)]

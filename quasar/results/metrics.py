@@ -1,4 +1,4 @@
-"""The one table of metrics, and how each is computed from the records of a run.
+"""The table of all metrics, and the functions that compute them from the records of a run.
 
 The run's printed table, summary.json, the columns of ``quasar collect``, the curves in Weights & Biases and the tables
 of experiments/ are all derived from `METRICS`. To add a metric, write a function of `Measured`, give it a row in the
@@ -18,7 +18,7 @@ from quasar.results.schema import DECODE_PHASES, PHASES, Exactness, ForcedAnswer
 
 BOOTSTRAP_RESAMPLES = 2000
 MISSING = "-"
-"""How tables show what was not measured."""
+"""Tables show this in place of a value that was not measured."""
 
 
 Better = Literal["higher", "lower"]
@@ -26,14 +26,16 @@ Better = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What metrics need to know of a run beside its records.
+    """The facts about a run that metrics need in addition to its records.
 
     model, drafter, verifier, data: their names in the configuration
-    verifier_label: the verifier's model in words; is_reference: whether it is the reference itself
-    weight_bytes: read by every verification pass; kv_bytes_per_token: read for every token of context
-    copy_bandwidth: bytes per second, see `quasar.results.environment.copy_bandwidth`
-    simulated: whether acceptance was replayed, so that the text means nothing
-    lossy: whether the acceptance rule follows no model's distribution, whatever the verifier
+    verifier_label: description of the verifier's model
+    is_reference: whether the verifier is the reference
+    weight_bytes: bytes of weights that every verification pass reads
+    kv_bytes_per_token: bytes of keys and values that a pass reads per token of context
+    copy_bandwidth: bytes per second, see `quasar_kernels.bandwidth.copy_bandwidth`
+    simulated: whether acceptance was replayed, so that the generated text is meaningless
+    lossy: whether the acceptance rule does not preserve the verifier's distribution
     """
 
     model: str
@@ -53,10 +55,11 @@ class RunFacts:
 
 
 class Measured:
-    """The records that metrics are computed from, with the sums over them; `add` takes in one more.
+    """The records that metrics are computed from, and sums over them. `add` adds one record.
 
-    records: of finished prompts
-    steps, drafted, accepted, emitted, context: sums over all steps of all turns
+    records: the records of finished prompts
+    steps: number of steps in all turns
+    drafted, accepted, emitted, context: sums over these steps
     """
 
     def __init__(self, records: Iterable[PromptRecord] = (), facts: RunFacts | None = None) -> None:
@@ -80,9 +83,9 @@ class Measured:
 
     @property
     def facts(self) -> RunFacts:
-        """What is known of the run. Raises ValueError where only records were given."""
+        """The facts about the run. Raises ValueError if this object was built from records alone."""
         if self._facts is None:
-            raise ValueError("this metric is one of a whole run; it cannot be computed from records alone")
+            raise ValueError("this metric needs facts about the whole run; records alone are not enough")
         return self._facts
 
     @property
@@ -91,14 +94,14 @@ class Measured:
 
     @property
     def answers(self) -> list[ForcedAnswer]:
-        """The reference's answers, along which fidelity was measured."""
+        """The reference's answers that fidelity was measured on."""
         return [answer for record in self.records for answer in record.fidelity]
 
     def milliseconds(self, *phases: str) -> float:
         return sum(sum(self._phases[phase]) for phase in phases)
 
     def of_family(self, family: str) -> Measured:
-        """The same run's prompts of one task family."""
+        """Return the prompts of one task family in the same run."""
         return Measured([record for record in self.records if record.family == family], self._facts)
 
 
@@ -107,7 +110,7 @@ def tokens_generated(run: Measured) -> int:
 
 
 def tokens_per_second(run: Measured) -> float | None:
-    """Total tokens over total time, prefill apart; the first token of a turn belongs to its prefill."""
+    """Total tokens divided by total decode time. The prefill and its token, the first of each turn, are excluded."""
     return _ratio(run.emitted * 1e3, run.milliseconds(*DECODE_PHASES))
 
 
@@ -121,64 +124,67 @@ def mean_acceptance_length(run: Measured) -> float | None:
 
 
 def mean_acceptance_length_ref(run: Measured) -> float | None:
-    """τ_ref: tokens emitted per step while the sequence is forced along the reference's answers."""
+    """τ_ref: tokens emitted per step while decoding is forced along the reference's answers."""
     return _mean([count for answer in run.answers for count in answer.emitted])
 
 
 def kl_to_reference(run: Measured) -> float | None:
-    """Mean over all tokens of the reference's answers, as the three that follow."""
+    """Mean KL divergence in nats over all tokens of the reference's answers."""
     return _mean([value for answer in run.answers for value in answer.kl])
 
 
 def top1_agreement(run: Measured) -> float | None:
+    """Share of the tokens of the reference's answers at which the verifier and the reference have the same argmax."""
     return _mean([float(value) for answer in run.answers for value in answer.top1])
 
 
 def kl_noise_floor(run: Measured) -> float | None:
-    """The reference against itself, in one pass and step by step."""
+    """Mean KL divergence between the reference in one pass and the reference step by step: the effect of rounding."""
     return _mean([value for answer in run.answers for value in answer.noise_kl])
 
 
 def top1_noise_floor(run: Measured) -> float | None:
+    """Argmax agreement between the reference in one pass and the reference step by step."""
     return _mean([float(value) for answer in run.answers for value in answer.noise_top1])
 
 
 def exact_match_length(run: Measured) -> float | None:
-    """Tokens of an answer before the first at which the verifier's argmax differs, mean over answers."""
+    """Mean number of tokens of an answer before the first token at which the verifier's argmax differs."""
     return _mean([[*answer.top1, False].index(False) for answer in run.answers])
 
 
 def distinct_4gram_ratio(run: Measured) -> float | None:
-    """Mean over the free-running outputs; a simulation has no text."""
+    """Mean over the free-running outputs; None for a simulated run, whose text is meaningless."""
     return None if run.facts.simulated else _repetition(turn.token_ids for turn in run.turns)
 
 
 def distinct_4gram_ratio_reference(run: Measured) -> float | None:
-    """Mean over the reference's own answers."""
+    """Mean over the reference's answers."""
     return _repetition(answer.token_ids for answer in run.answers)
 
 
 def task_accuracy(run: Measured) -> float | None:
-    """Share of the graded answers that are right."""
+    """Share of the graded answers that are correct."""
     return _mean([record.correct for record in run.records if record.correct is not None])
 
 
 def acceptance_rate(run: Measured) -> float | None:
-    """Accepted draft tokens over proposed ones."""
+    """Accepted draft tokens divided by proposed draft tokens."""
     return _ratio(run.accepted, run.drafted)
 
 
 def acceptance_by_position(run: Measured) -> list[float]:
-    """Share of the drafts that reached each depth whose accepted path did, from depth 1 on."""
+    """Acceptance per depth, from depth 1 on: of the drafts at least that deep, the share accepted to that depth."""
     depth, accepted = _column(run, "depth"), _column(run, "accepted")
     deepest = int(depth.max(initial=0))
     return [float((accepted >= position).sum() / (depth >= position).sum()) for position in range(1, deepest + 1)]
 
 
 def drafter_notes(run: Measured) -> Json | None:
-    """The drafter's notes over all steps: means of numbers; counts and τ per value of text. None where it has none.
+    """Summarize the drafter's notes over all steps; None if it made no notes.
 
-    For example ``{"chosen_length": 3.2, "member": {"ngram": {"steps": 80, "drafted": 310, …}}}``.
+    A column of numbers becomes its mean. A column of text becomes counts and τ for each of its values, for example
+    ``{"chosen_length": 3.2, "member": {"ngram": {"steps": 80, "drafted": 310, …}}}``.
     """
     names = dict.fromkeys(name for turn in run.turns for name in turn.steps.notes)
     notes: Json = {}
@@ -200,35 +206,40 @@ def drafter_notes(run: Measured) -> Json | None:
 
 
 def draft_ms(run: Measured) -> float | None:
-    """Per step: proposing, and the drafter's learning from the step."""
+    """Milliseconds per step for proposing a draft and for the drafter's `observe`."""
     return _ratio(run.milliseconds("draft") + run.milliseconds("observe"), run.steps)
 
 
 def verify_ms(run: Measured) -> float | None:
+    """Milliseconds per step for the verification pass."""
     return _ratio(run.milliseconds("verify"), run.steps)
 
 
 def overhead_ms(run: Measured) -> float | None:
-    """Per step: accepting and bookkeeping."""
+    """Milliseconds per step for acceptance and bookkeeping."""
     return _ratio(run.milliseconds("overhead"), run.steps)
 
 
 def step_ms(run: Measured) -> float | None:
+    """Milliseconds per step in total."""
     return _ratio(run.milliseconds(*DECODE_PHASES), run.steps)
 
 
 def speedup_vs_ar_same(run: Measured) -> float | None:
-    """Throughput over that of autoregressive decoding by the same verifier, on the same prompts."""
+    """Throughput divided by the throughput of autoregressive decoding with the same verifier on the same prompts."""
     return _speedup_over(run, "ar_same")
 
 
 def speedup_vs_ar_ref(run: Measured) -> float | None:
-    """Throughput over that of autoregressive decoding by the reference, on the same prompts."""
+    """Throughput divided by the throughput of autoregressive decoding with the reference on the same prompts."""
     return _speedup_over(run, "ar_ref")
 
 
 def speedup_ci95(run: Measured) -> list[float] | None:
-    """95 % interval of the speedup over AR-ref: a percentile bootstrap over prompts. None for fewer than two."""
+    """95 % confidence interval of the speedup over AR-ref by a percentile bootstrap over prompts.
+
+    None for fewer than two prompts.
+    """
     from scipy import stats
 
     pairs = _paired(run.records, "ar_ref")
@@ -241,27 +252,27 @@ def speedup_ci95(run: Measured) -> list[float] | None:
 
 
 def exact_match_to_self(run: Measured) -> float | None:
-    """Share of the greedy outputs that equal autoregressive decoding by the same verifier."""
+    """Share of the greedy outputs that equal autoregressive decoding with the same verifier."""
     return _share(run, lambda found: found.match_self)
 
 
 def exact_match_to_reference(run: Measured) -> float | None:
-    """Share of the greedy outputs that equal autoregressive decoding by the reference."""
+    """Share of the greedy outputs that equal autoregressive decoding with the reference."""
     return _share(run, lambda found: found.match_reference)
 
 
 def mean_context(run: Measured) -> float | None:
-    """Cached tokens that a verification pass read."""
+    """Mean number of cached tokens that a verification pass reads."""
     return _ratio(float(run.context), run.steps)
 
 
 def bytes_per_step(run: Measured) -> float:
-    """Weights, and keys and values of the mean context, that a verification pass has to read."""
+    """Bytes that a verification pass has to read: the weights, and the keys and values of the mean context."""
     return run.facts.weight_bytes + run.facts.kv_bytes_per_token * (mean_context(run) or 0)
 
 
 def achieved_bandwidth_fraction(run: Measured) -> float | None:
-    """Bytes per step over the pass's time, as a share of the measured copy bandwidth."""
+    """Bytes per step divided by the time of the verification pass, as a share of the measured copy bandwidth."""
     milliseconds = verify_ms(run)
     return bytes_per_step(run) / (milliseconds / 1e3) / run.facts.copy_bandwidth if milliseconds else None
 
@@ -271,14 +282,15 @@ class Metric:
     """A row of the table.
 
     name: its key in summary.json and its column in a table of runs
-    compute: from the records; None where the run did not measure it
-    heading: of its column in printed tables; form: how a value is written there
-    better: which direction is better, where one is
-    printed: whether it is a column of the run's own table
-    in_summary: whether it enters summary.json; the others serve the run's closing lines
-    curve: its name among the live curves in Weights & Biases
-    config_key: where the configuration of a run that has not ended says the same
-    parts: names of a list's entries, each of which is a column of its own in a table of runs
+    compute: computes it from the records; returns None if the run did not measure it
+    heading: heading of its column in printed tables
+    form: formats a value for printed tables
+    better: whether higher or lower values are better; None if neither is
+    printed: whether it is a column of the table that a run prints
+    in_summary: whether it is in summary.json; the others appear only in the notes below a run's table
+    curve: name of its live curve in Weights & Biases
+    config_key: configuration key with the same value, for runs that have not ended
+    parts: names of the entries if the value is a list; each entry is a separate column in a table of runs
     """
 
     name: str
@@ -294,11 +306,11 @@ class Metric:
     parts: tuple[str, ...] = ()
 
     def text(self, value: Any) -> str:
-        """A value as printed tables show it."""
+        """Return a value as printed tables show it."""
         return MISSING if value is None else self.form(value)
 
     def columns(self, value: Any) -> Json:
-        """The columns of a table of runs, with their values."""
+        """Return the metric's columns in a table of runs, with their values."""
         if not self.parts:
             return {self.name: value}
         values = [None] * len(self.parts) if value is None else value
@@ -380,22 +392,22 @@ METRICS: tuple[Metric, ...] = (
 
 
 def compute(run: Measured) -> Json:
-    """Every metric of the table, by name."""
+    """Compute every metric of the table, by name."""
     return {metric.name: metric.compute(run) for metric in METRICS}
 
 
 def summary_of(values: Json) -> Json:
-    """The content of summary.json: flat, null where the run did not measure a metric."""
+    """Return the content of summary.json: a flat object, null for each metric that the run did not measure."""
     return {metric.name: values[metric.name] for metric in METRICS if metric.in_summary}
 
 
 def named(name: str) -> Metric:
-    """The metric of that name. Raises KeyError where the table has none."""
+    """Return the metric with this name. Raises KeyError if there is none."""
     return {metric.name: metric for metric in METRICS}[name]
 
 
 def _decode_ms(record: PromptRecord) -> float:
-    """Time in which a prompt was decoded, prefill apart."""
+    """Return the decode time of a prompt in milliseconds, without the prefill."""
     return sum(_phase_ms(turn, phase) for turn in record.turns for phase in DECODE_PHASES)
 
 
@@ -418,8 +430,9 @@ def _noted_steps(steps: Sequence[int], columns: dict[str, list[int]]) -> Json:
 
 
 def _paired(records: Sequence[PromptRecord], baseline: str) -> list[np.ndarray]:
-    """Columns over the prompts that decoded tokens both ways: tokens and milliseconds, with drafting and in the
-    baseline. Empty where there are none.
+    """Return four columns over prompts: tokens and milliseconds of the run, tokens and milliseconds of the baseline.
+
+    Prompts are left out if the run or the baseline decoded no token. The list is empty if no prompt is left.
     """
     rows = []
     for record in records:

@@ -1,4 +1,4 @@
-"""What ``quasar collect`` says and writes, once or again and again while a sweep runs."""
+"""The command ``quasar collect``: writes a table of runs and prints their states, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ERROR_WIDTH = 90
 def collect(root: Path, stem: Path, reporter: Reporter) -> None:
     """Write the table of all runs below ``root`` and print their states.
 
-    Raises RequestError where there are none.
+    Raises RequestError if there are no runs.
     """
     runs = Collector(root).runs()
     if not runs:
-        raise RequestError(f"{root}: holds no run; pass a folder that runs were written to, such as multirun")
+        raise RequestError(f"{root}: contains no runs; pass a folder that runs were written to, such as multirun")
     written = write(tabulate(runs, root), stem)
     print_states(runs, root, reporter)
     reporter.line(f"wrote {written.parquet}")
@@ -37,7 +37,7 @@ def collect(root: Path, stem: Path, reporter: Reporter) -> None:
 
 
 def follow(root: Path, seconds: float, reporter: Reporter) -> None:
-    """Show the runs' states until none is running or to come; Ctrl-C ends it earlier."""
+    """Show the states of the runs until no run is running or pending, or until the user presses Ctrl-C."""
     collector = Collector(root)
     try:
         with Live(console=reporter.console, auto_refresh=False) as live:
@@ -59,7 +59,7 @@ def print_states(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> N
 
 
 def tables(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> list[Table]:
-    """Runs by state, and the failed and partial ones where there are any."""
+    """Return a table of the runs by state and, if there are any, a table of the failed and partial runs."""
     found = [reporter.build_table(str(root), *status_rows(runs))]
     columns, rows = unfinished_rows(runs, root)
     if rows:
@@ -68,11 +68,11 @@ def tables(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> list[Ta
 
 
 def status_rows(runs: Sequence[StoredRun]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a table of states by verifier and drafter, short however many runs there are."""
+    """Return columns and rows of a table of states by verifier and drafter, with at most `STATUS_ROWS` groups."""
     groups: dict[str, Counter[str]] = {}
     for run in runs:
         groups.setdefault(_group(run), Counter())[run.status] += 1
-    # What is not done comes first: it is what a reader looks for.
+    # Unfinished groups come first, because the user looks for them.
     ordered = sorted(groups.items(), key=lambda item: item[1]["done"] == item[1].total())
     shown, rest = ordered[:STATUS_ROWS], ordered[STATUS_ROWS:]
     if rest:
@@ -84,31 +84,31 @@ def status_rows(runs: Sequence[StoredRun]) -> tuple[list[str], list[list[str]]]:
 
 
 def unfinished_rows(runs: Sequence[StoredRun], root: Path) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the failed and partial runs, the first `LISTED` of them."""
+    """Return columns and rows of a table with the first `LISTED` failed and partial runs."""
     unfinished = [run for run in runs if run.status in ("failed", "partial")]
     rows = [
         [os.path.relpath(run.folder, root), run.status, _prompts(run), _last_line(run.error)]
         for run in unfinished[:LISTED]
     ]
     if len(unfinished) > LISTED:
-        rows.append([f"... {len(unfinished) - LISTED} more", "", "", "see the column status of the table"])
+        rows.append([f"... {len(unfinished) - LISTED} more", "", "", "see column status of the written table"])
     return ["run", "state", "prompts", "error"], rows
 
 
 def remarks(runs: Sequence[StoredRun]) -> list[str]:
-    """What keeps runs from being compared: several machines, several versions of the code."""
+    """Return warnings if runs are not comparable because they used several machines or versions of the code."""
     notes = []
     machines = sorted({machine for run in runs for machine in run.machines})
     if len(machines) > 1:
         notes.append(
-            f"runs on {len(machines)} machines ({_some(machines)}): compare timings within a machine (column machine)"
+            f"runs on {len(machines)} machines ({_some(machines)}): compare timings per machine (column machine)"
         )
     moved = sum(len(run.machines) > 1 for run in runs)
     if moved:
-        notes.append(f"{moved} runs were continued on another machine: their own timings are mixed")
+        notes.append(f"{moved} runs were continued on another machine: their timings come from several machines")
     versions = sorted({version for run in runs for version in run.code_versions})
     if len(versions) > 1:
-        notes.append(f"runs by {len(versions)} versions of the code ({_some(versions)}; column code_version)")
+        notes.append(f"runs used {len(versions)} versions of the code ({_some(versions)}; column code_version)")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""The table and the closing lines of a run."""
+"""The table that a run prints at its end, and the notes below it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from quasar.results.schema import Json
 
 
 def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) -> None:
-    """A row per task family and one for all, what the figures mean, where the files are, and one greppable line.
+    """Print the table of a run, notes on its numbers, the paths of its files, and one line that is easy to grep.
 
-    values: every metric over all of the run's records
+    The table has one row per task family and one row for all prompts.
+
+    values: every metric over all records of the run
     """
     facts = run.facts
     printed = [metric for metric in metrics.METRICS if metric.printed]
@@ -35,7 +37,7 @@ def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) 
 
 
 def acceptance_line(values: Json) -> str:
-    """For example ``acceptance=0.645 (167/259) mean_len=2.92 per_pos=(.81,.63,.48)``."""
+    """Return one line such as ``acceptance=0.645 (167/259) mean_len=2.92 per_pos=(.81,.63,.48)``."""
     rate, length = (
         "n/a" if values[name] is None else _text(values, name) for name in ("acceptance_rate", "mean_acceptance_length")
     )
@@ -55,17 +57,18 @@ def _notes(run: Measured, values: Json) -> list[str]:
     notes = [*_validity(run)]
     if values["kl_to_reference"] is not None:
         notes.append(
-            "KL and top-1: against the reference along its own answers, which the output matches for "
-            f"{_text(values, 'exact_match_length')} tokens. "
-            "The reference against itself, in one pass and step by step: "
+            "KL and top-1 compare the verifier with the reference on the reference's answers; the verifier's argmax "
+            f"matches them for {_text(values, 'exact_match_length')} tokens on average. "
+            "Noise floor (the reference in one pass against the reference step by step): "
             f"KL {_text(values, 'kl_noise_floor')}, top-1 {_text(values, 'top1_noise_floor')}."
         )
     if values["task_accuracy"] is not None:
         notes.append(f"Task accuracy: {_accuracies(run)}.")
     if values["distinct_4gram_ratio_reference"] is not None and values["distinct_4gram_ratio"] is not None:
         notes.append(
-            f"Distinct 4-grams: {_text(values, 'distinct_4gram_ratio')} of the output, "
-            f"{_text(values, 'distinct_4gram_ratio_reference')} of the reference's; repetition inflates τ, not τ_ref."
+            f"Distinct 4-grams: {_text(values, 'distinct_4gram_ratio')} in the output, "
+            f"{_text(values, 'distinct_4gram_ratio_reference')} in the reference's answers; repetition inflates τ, "
+            "not τ_ref."
         )
     notes += [_drafter_note(name, value) for name, value in (values["drafter_notes"] or {}).items()]
     if values["speedup_ci95"] is not None:
@@ -74,21 +77,21 @@ def _notes(run: Measured, values: Json) -> list[str]:
 
 
 def _validity(run: Measured) -> list[str]:
-    """What the output can be trusted for, where that is not everything."""
+    """Return notes on limits of the output: simulated acceptance, a lossy rule, or a verifier that is approximate."""
     if run.facts.simulated:
         return [
-            "SIMULATED: step times are measured, acceptance is replayed from a recorded run; the text means nothing, "
+            "SIMULATED: step times are measured, acceptance is replayed from an earlier run; the text is meaningless, "
             "and no speedup here was achieved by decoding."
         ]
     if run.facts.lossy:
-        return ["The output is LOSSY: typical acceptance follows no model's distribution."]
+        return ["The output is LOSSY: typical acceptance does not preserve the verifier's distribution."]
     if not run.facts.is_reference:
         return [f"The output is lossless with respect to the {run.facts.verifier_label} only, not to the reference."]
     return []
 
 
 def _divergences(run: Measured) -> list[str]:
-    """Outputs that rounding made differ from autoregressive decoding, as (gap, place)."""
+    """Return a note on the outputs that differ from autoregressive decoding because of rounding, if there are any."""
     found = [
         (turn.exactness.top2_gap, turn.exactness.first_divergence)
         for turn in run.turns
@@ -99,14 +102,14 @@ def _divergences(run: Measured) -> list[str]:
     if not found:
         return []
     return [
-        f"{len(found)} outputs differ from autoregressive decoding by rounding (earliest at token "
-        f"{min(place for _, place in found)}; largest gap between the two best logits there "
+        f"{len(found)} outputs differ from autoregressive decoding because of rounding (earliest at token "
+        f"{min(place for _, place in found)}; largest gap between the top two logits there "
         f"{max(gap for gap, _ in found):.3f})."
     ]
 
 
 def _drafter_note(name: str, value: float | Json | None) -> str:
-    """One of the drafter's own notes: a mean over steps, or what each value of a text came to."""
+    """Return a sentence on one of the drafter's notes: a mean over steps, or counts for each text value."""
     title = name.replace("_", " ").capitalize()
     if not isinstance(value, dict):
         return f"{title}: {MISSING if value is None else f'{value:.2f}'} (mean over steps)."

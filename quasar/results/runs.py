@@ -1,4 +1,4 @@
-"""Reading run folders back, whatever state a killed job or a full disk left them in."""
+"""Reads run folders, including incomplete ones that a killed job or a full disk left behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from quasar.results.schema import Json, Status
 from quasar.results.store import LOCK, read_json, read_status
 
 STATES = ("done", "running", "partial", "failed", "pending")
-"""running: a process is at work on it; partial: begun, and nobody is any more; pending: of a sweep, not begun."""
+"""The states of a run.
+
+running: a process is working on it
+partial: it has begun, but no process is working on it
+pending: a sweep has submitted it, but it has not begun
+"""
 MANIFEST = "sweep.json"
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -24,9 +29,12 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What a run's folder holds. ``overrides``: of a sweep's job. ``prompts``: finished ones; total: None if unknown.
+    """The content of a run's folder.
 
-    config: the resolved configuration, empty where the run ended before it was written
+    config: the resolved configuration; empty if the run ended before it was written
+    summary: the content of summary.json; empty if the run is not done
+    prompts, total: number of finished prompts and of all prompts; the latter is None if unknown
+    overrides: command-line overrides of a sweep's job
     """
 
     folder: Path
@@ -43,7 +51,7 @@ class StoredRun:
 
 
 def read_run(folder: Path, overrides: tuple[str, ...] = ()) -> StoredRun:
-    """A run from its files. Missing, cut and damaged files make it partial or failed; none of them raises."""
+    """Read a run from its files. Missing or damaged files make it partial or failed; this function never raises."""
     status = read_status(folder)
     config = read_config(folder / "config.yaml")
     summary = read_json(folder / "summary.json")
@@ -67,9 +75,9 @@ def read_run(folder: Path, overrides: tuple[str, ...] = ()) -> StoredRun:
 
 
 def run_folders(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """Every run folder below ``root``, itself included, in a natural order; with its overrides where a sweep tells.
+    """Yield every run folder below and including ``root`` in natural order, with the overrides of a sweep's job.
 
-    Jobs that a sweep has submitted and that have not begun are among them.
+    Jobs that a sweep has submitted but that have not begun are included.
     """
     found: dict[Path, tuple[str, ...]] = {}
     for path, folders, files in os.walk(root):
@@ -85,7 +93,7 @@ def run_folders(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process is at work on the run; looks without touching the lock."""
+    """Whether a process is working on the run. This check does not take the process's lock away."""
     try:
         with (folder / LOCK).open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -97,7 +105,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def read_config(file: Path) -> Json | None:
-    """The configuration in a run's config.yaml; None where there is none or it is damaged."""
+    """Return the configuration in a run's config.yaml; None if the file is missing or damaged."""
     try:
         content = yaml.load(file.read_bytes(), Loader=_Loader)
     except (OSError, ValueError, yaml.YAMLError):
@@ -106,7 +114,7 @@ def read_config(file: Path) -> Json | None:
 
 
 def flatten(config: Json, prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots, as the command line writes them; lists stay whole."""
+    """Join nested keys by dots, as on the command line. Lists are not flattened."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -127,12 +135,12 @@ def _state(folder: Path, status: Status | None, config: Json | None, summary: Js
     if status.status == "failed":
         return "failed", status.error
     return (
-        ("running", None) if is_locked(folder) else ("partial", "ended without a word: killed, or its machine failed")
+        ("running", None) if is_locked(folder) else ("partial", "ended without an error: killed, or its machine failed")
     )
 
 
 def _progress(folder: Path) -> tuple[int, int | None]:
-    """Finished prompts, by whole lines, and all of them."""
+    """Return the number of finished prompts, counted by complete lines, and the number of all prompts."""
     try:
         finished = (folder / GENERATIONS).read_bytes().count(b"\n")
     except OSError:
@@ -141,5 +149,5 @@ def _progress(folder: Path) -> tuple[int, int | None]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts 10 after 9."""
+    """Sort key that puts 10 after 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]

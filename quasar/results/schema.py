@@ -1,8 +1,8 @@
-"""What a run leaves behind, as dataclasses: lines of generations.jsonl, environment.json and status.json.
+"""Dataclasses for the files of a run: lines of generations.jsonl, environment.json and status.json.
 
-A line of generations.jsonl is a `PromptRecord`. It names the version of this schema, so that a folder which other code
-began is recognized when it is opened. Raise `SCHEMA_VERSION` whenever a key of these classes comes, goes or changes its
-meaning. The keys of summary.json are those of the table in `quasar.results.metrics`.
+A line of generations.jsonl is a `PromptRecord`. It contains the version of this schema, so that a folder written by
+another version of the code is recognized when it is opened. Increase `SCHEMA_VERSION` whenever a key of these classes
+is added or removed or changes its meaning. The keys of summary.json are those of the table in `quasar.results.metrics`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 Json = dict[str, Any]
-"""An object of a JSON file whose keys are not known here."""
+"""A JSON object whose keys are not described by a dataclass."""
 
 SCHEMA_VERSION = 1
 VERSION_KEY = "schema_version"
@@ -22,14 +22,14 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Steps:
-    """A turn's steps: every column has one entry per step.
+    """The steps of a turn: every column has one entry per step.
 
-    drafted: proposed tokens, all branches of a tree counted
-    depth: longest path of the draft, in tokens
-    accepted: draft tokens that were kept
-    emitted: tokens that the step added to the answer, the bonus token included
-    context: cached tokens that the verification pass read
-    notes: the drafter's own columns, by name; in the file they stand beside the others
+    drafted: number of proposed tokens in all branches of the draft tree
+    depth: length of the draft's longest path in tokens
+    accepted: number of accepted draft tokens
+    emitted: number of tokens that the step added to the answer, including the bonus token
+    context: number of cached tokens that the verification pass read
+    notes: additional columns of the drafter, by name; in the file they are keys next to the other columns
     """
 
     drafted: list[int]
@@ -54,12 +54,12 @@ class Steps:
 
 
 STEP_COUNTS = ("drafted", "depth", "accepted", "emitted", "context")
-"""The columns of `Steps` that every run has; others are the drafter's notes."""
+"""The columns of `Steps` that every run has. All other columns are the drafter's notes."""
 
 
 @dataclass(frozen=True)
 class Milliseconds:
-    """Durations by phase. ``prefill`` has one entry, the others have one per step."""
+    """Durations by phase in milliseconds. ``prefill`` has one entry, the other phases have one entry per step."""
 
     prefill: list[float]
     draft: list[float]
@@ -70,12 +70,12 @@ class Milliseconds:
 
 PHASES = tuple(entry.name for entry in fields(Milliseconds))
 DECODE_PHASES = PHASES[1:]
-"""The phases of a step, prefill apart."""
+"""The phases of a step, which are all phases except the prefill."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long autoregressive decoding of one turn took, prefill and its token apart, and on which machine."""
+    """Time of autoregressive decoding of one turn, without the prefill and its token, and the machine's host name."""
 
     decoded_tokens: int
     decode_ms: float
@@ -84,7 +84,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Autoregressive decoding of one turn: by the run's verifier (AR-same) and by the reference (AR-ref)."""
+    """Autoregressive decoding of one turn with the run's verifier (AR-same) and with the reference (AR-ref)."""
 
     ar_same: Timing
     ar_ref: Timing
@@ -94,10 +94,10 @@ class Baselines:
 class Exactness:
     """A greedy output compared with autoregressive decoding.
 
-    match_self: whether it equals that of the same verifier
-    first_divergence: index of the first token at which it does not
-    top2_gap: difference of the verifier's two largest logits there
-    match_reference: whether it equals that of the reference; None where the reference was not decoded
+    match_self: whether it equals the output of autoregressive decoding with the same verifier
+    first_divergence: index of the first token that differs; None if the outputs are equal
+    top2_gap: difference between the verifier's two largest logits at that token
+    match_reference: whether it equals the output of the reference; None if the reference was not decoded
     """
 
     match_self: bool
@@ -108,7 +108,7 @@ class Exactness:
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer. baselines, exactness: None where they were not measured, an empty object in the file."""
+    """One answer. baselines and exactness are None, and an empty object in the file, if they were not measured."""
 
     prompt_tokens: int
     token_ids: list[int]
@@ -145,12 +145,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class ForcedAnswer:
-    """The verifier along the reference's own answer to one turn.
+    """The verifier compared with the reference on the reference's answer to one turn.
 
-    token_ids: the answer
-    emitted: tokens per step of the forced path, whose mean is τ_ref
+    token_ids: the reference's answer
+    emitted: tokens emitted per step of forced decoding; their mean is τ_ref
     kl, top1: KL(reference || verifier) in nats and argmax agreement, per token of the answer
-    noise_kl, noise_top1: the same of the reference against itself, in one pass and step by step
+    noise_kl, noise_top1: the same two values for the reference in one pass against the reference step by step
     """
 
     token_ids: list[int]
@@ -165,8 +165,8 @@ class ForcedAnswer:
 class PromptRecord:
     """A line of generations.jsonl.
 
-    correct: whether the answer solves its task; None where it was not graded
-    fidelity: an entry per turn; empty where fidelity was not measured
+    correct: whether the answer solves its task; None if it was not graded
+    fidelity: one entry per turn; empty if fidelity was not measured
     """
 
     question_id: str
@@ -185,9 +185,9 @@ class PromptRecord:
 
     @classmethod
     def from_json(cls, content: object) -> PromptRecord:
-        """The record in a line. Raises ValueError where it was written by another version or lacks a key."""
+        """Return the record in a line. Raises ValueError if its schema version differs or a key is missing."""
         if not isinstance(content, Mapping):
-            raise ValueError("it holds no object")
+            raise ValueError("it is not a JSON object")
         if content.get(VERSION_KEY) != SCHEMA_VERSION:
             found = f"{VERSION_KEY} {content[VERSION_KEY]!r}" if VERSION_KEY in content else f"no {VERSION_KEY}"
             raise ValueError(f"it has {found}, this code reads version {SCHEMA_VERSION}")
@@ -202,7 +202,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run was measured: the machine, and the code and packages on it."""
+    """The machine that a run was measured on, with its code and packages."""
 
     git_commit: str | None
     git_dirty: bool | None
@@ -218,7 +218,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the reference's weights come from. files: SHA-256 by name."""
+    """The source of the reference's weights. files: SHA-256 by file name."""
 
     origin: str
     revision: str | None
@@ -227,10 +227,11 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Environment:
-    """environment.json: the machine, whose keys stand beside the others, and what was loaded on it.
+    """The content of environment.json. The keys of ``machine`` are at its top level.
 
-    verifier, drafter: what they settled while they were built, a sentence each
-    prompt_set: hash of all prompts; prompts: their number
+    verifier, drafter: sentences on what was decided while the verifier and the drafter were built
+    prompt_set: hash of all prompts
+    prompts: number of prompts
     """
 
     machine: Machine
@@ -248,10 +249,13 @@ class Environment:
 
 @dataclass(frozen=True)
 class Status:
-    """status.json. Code versions and machines gather over a run's attempts.
+    """The content of status.json.
 
-    status: running, done or failed; error: of a failed attempt
-    time: of the last change, ISO 8601; pid: of the process that wrote it
+    status: running, done or failed
+    error: the error of a failed attempt
+    time: time of the last change, ISO 8601
+    code_versions, machines: all versions of the code and all machines that have worked on the run
+    pid: id of the process that wrote the file
     """
 
     status: str
@@ -267,7 +271,7 @@ class Status:
 
     @classmethod
     def from_json(cls, content: Json | None) -> Status | None:
-        """None where the file was missing or damaged, or lacks a key."""
+        """Return the status, or None if the file was missing or damaged or lacks a key."""
         try:
             return None if content is None else _built(cls, content)
         except ValueError:
@@ -279,9 +283,9 @@ def _built(cls: type[Record], content: Mapping[str, Any]) -> Record:
 
 
 def _values(cls: type[Any], content: Mapping[str, Any]) -> Json:
-    """The values of the class's fields. Raises ValueError where the content is no object or lacks one of them."""
+    """Return the values of the class's fields. Raises ValueError if ``content`` is not an object or lacks a field."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{cls.__name__} is no object")
+        raise ValueError(f"{cls.__name__} is not a JSON object")
     names = [entry.name for entry in fields(cls)]
     missing = [name for name in names if name not in content]
     if missing:

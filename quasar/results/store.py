@@ -21,18 +21,18 @@ from quasar.results.generations import GENERATIONS, GenerationsFile
 from quasar.results.schema import Environment, Json, PromptRecord, Status
 
 LOCK = ".lock"
-# Long enough to outlast a reader that looks whether the lock is held.
+# `is_locked` in another process holds the lock for a moment while it checks the folder; this is long enough to wait.
 LOCK_SECONDS = 5.0
 
 
 class RunFolder:
-    """One run's files. Opening checks that the folder is fresh, or belongs to the same configuration and schema; it
-    writes nothing.
+    """The files of one run.
 
-    From `begin` until the status is done or failed the process holds a lock on the folder, which falls with the
-    process: a folder that is "running" without it was killed.
+    The constructor checks that the folder is new or belongs to the same configuration and schema. It writes nothing.
+    The process holds a lock on the folder from `begin` until the status is done or failed. The lock is released if the
+    process dies, so a run whose status is "running" and whose folder is not locked was killed.
 
-    Raises RequestError where the folder holds another run's results, or records of another schema.
+    Raises RequestError if the folder contains results of another configuration or records of another schema.
     """
 
     def __init__(self, path: Path, config: DictConfig, resume: bool) -> None:
@@ -43,25 +43,25 @@ class RunFolder:
         previous = self._previous_hash()
         if previous is not None and previous != self.hash:
             raise RequestError(
-                f"{path} holds a run with another configuration (hash {previous}, this one has {self.hash}); "
+                f"{path} contains a run with another configuration (hash {previous}, this one has {self.hash}); "
                 "choose another hydra.run.dir"
             )
         if previous is not None and not resume:
             raise RequestError(
-                f"{path} already holds this run; pass resume=true to continue it, or another hydra.run.dir"
+                f"{path} already contains this run; pass resume=true to continue it, or another hydra.run.dir"
             )
         GenerationsFile(path / GENERATIONS).read_on()
 
     def begin(self, command: list[str], environment: Environment) -> list[PromptRecord]:
-        """Write what is known before the first prompt; return the finished prompts' records of an earlier attempt.
+        """Write config, environment and status; return the records of prompts that an earlier attempt finished.
 
-        Raises RequestError where another process is at work in the folder.
+        Raises RequestError if another process is working on the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            raise RequestError(f"{self.path}: another process is at work on this run; wait for it or stop it") from None
+            raise RequestError(f"{self.path}: another process is working on this run; wait for it or stop it") from None
         try:
             return self._begin(command, environment)
         except BaseException:
@@ -70,7 +70,7 @@ class RunFolder:
 
     @contextmanager
     def failures_recorded(self) -> Iterator[None]:
-        """Leave status.json as ``failed`` when what runs inside fails, except for requests refused before `begin`."""
+        """Set the status to ``failed`` if the body raises, except for a RequestError before `begin`."""
         try:
             yield
         except KeyboardInterrupt:
@@ -85,7 +85,7 @@ class RunFolder:
             raise
 
     def append(self, record: PromptRecord) -> None:
-        """Add one prompt's record; it is on disk when this returns. Where it cannot be, the file stays as it was."""
+        """Append one prompt's record and flush it to disk. If writing fails, the file is left unchanged."""
         line = (json.dumps(record.to_json(), ensure_ascii=False) + "\n").encode()
         descriptor = os.open(self.path / GENERATIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -104,11 +104,11 @@ class RunFolder:
         self.status("done")
 
     def status(self, state: str, error: str | None = None) -> None:
-        """``state``: running, done or failed; the last two end the attempt."""
+        """Write the state: running, done or failed. Done and failed release the lock."""
         try:
             write_status(self.path, state, error, self.hash)
         except OSError:
-            # A disk too full for the error's text: the error itself is on its way to the user.
+            # If the disk is too full to store the error, the user still sees it: the caller raises it again.
             if state != "failed":
                 raise
         finally:
@@ -137,7 +137,7 @@ class RunFolder:
         return first.removeprefix("# config hash: ").strip()
 
     def _recover(self) -> list[PromptRecord]:
-        """Records of whole lines; what a crash left behind them is dropped from the file."""
+        """Return the records of the complete lines, and remove an incomplete line that a crash left after them."""
         file = self.path / GENERATIONS
         generations = GenerationsFile(file)
         records = generations.read_on()
@@ -147,7 +147,7 @@ class RunFolder:
 
 
 def write_status(folder: Path, state: str, error: str | None, config_hash: str) -> None:
-    """status.json. Machines and code versions gather over a run's attempts: more than one of either is worth a look."""
+    """Write status.json. This machine and code version are added to those of earlier attempts."""
     previous = read_status(folder)
     status = Status(
         status=state,
@@ -162,12 +162,12 @@ def write_status(folder: Path, state: str, error: str | None, config_hash: str) 
 
 
 def read_status(folder: Path) -> Status | None:
-    """None where status.json is missing or damaged."""
+    """Return the content of status.json; None if it is missing or damaged."""
     return Status.from_json(read_json(folder / "status.json"))
 
 
 def read_json(file: Path) -> Json | None:
-    """The object in a file; None where the file is missing or holds none."""
+    """Return the JSON object in a file; None if the file is missing or contains no object."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -176,7 +176,7 @@ def read_json(file: Path) -> Json | None:
 
 
 def write_atomically(file: Path, content: str) -> None:
-    """Readers see the old content or the new, never a part; where writing fails, the old content stays."""
+    """Replace a file's content at once, so that readers see the old or the new content; if writing fails, the old."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         with temporary.open("w", encoding="utf-8") as stream:

@@ -1,4 +1,4 @@
-"""Acceptance traces: what a run's ``generations.jsonl`` says of how many tokens were drafted and kept at every step."""
+"""Acceptance traces: how many tokens a run drafted and accepted at every step, read from its ``generations.jsonl``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from quasar.results.generations import GenerationsFile
 
 @dataclass(frozen=True)
 class TracedTurn:
-    """One answer. Step s drafted ``drafted[s]`` tokens, of which ``accepted[s]`` were kept; scratch rows of a drafter
-    (Lookahead's window) are not recorded.
+    """One answer. Step s drafted ``drafted[s]`` tokens and ``accepted[s]`` of them were accepted.
+
+    Scratch rows of a drafter, such as Lookahead's window, are not counted.
     """
 
     prompt_tokens: int
@@ -21,9 +22,9 @@ class TracedTurn:
 
 
 def read_trace(path: Path) -> list[TracedTurn]:
-    """All turns with at least one step, in order.
+    """Return all turns with at least one step, in order.
 
-    Raises RequestError where the file is missing, is no ``generations.jsonl`` of this schema or holds no step.
+    Raises RequestError if the file is missing, does not follow the schema of ``generations.jsonl`` or has no step.
     """
     generations = GenerationsFile(path)
     try:
@@ -33,8 +34,8 @@ def read_trace(path: Path) -> list[TracedTurn]:
         raise RequestError(f"{path}: cannot be read ({error}); name the generations.jsonl of a finished run") from None
     if rest:
         raise RequestError(
-            f"{path}, line {len(records) + 1}: not a line of generations.jsonl (cut short or damaged); name that of a "
-            "finished run"
+            f"{path}, line {len(records) + 1}: not a line of generations.jsonl (incomplete or damaged); name the file "
+            "of a finished run"
         )
     turns = [
         TracedTurn(turn.prompt_tokens, tuple(turn.steps.drafted), tuple(turn.steps.accepted))
@@ -43,5 +44,5 @@ def read_trace(path: Path) -> list[TracedTurn]:
         if turn.steps.drafted
     ]
     if not turns:
-        raise RequestError(f"{path}: holds no decoding step; name the generations.jsonl of a run that drafted")
+        raise RequestError(f"{path}: contains no decoding step; name the generations.jsonl of a run that drafted")
     return turns

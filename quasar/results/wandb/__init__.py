@@ -1,5 +1,5 @@
-"""Runs in Weights & Biases, made from their files alone: while they run or at any time after.
+"""Logs runs to Weights & Biases (W&B) from their files alone, while they run or at any later time.
 
-The files are the truth. Whatever W&B does (fail, hang, be missing) happens in a process of its own or in
-``quasar wandb push``; a run neither fails nor waits for it.
+All calls to wandb are made in a separate process or in ``quasar wandb push``. A run does not fail or wait if wandb
+fails, hangs or is not installed.
 """

@@ -1,4 +1,4 @@
-"""Starting the process beside a run, and saying in the end what became of it (``logger=wandb``)."""
+"""Starts the process that logs a run to W&B, and prints its outcome at the end (``logger=wandb``)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quasar.results.wandb.target import FOLDER, choose_mode
 
 @contextmanager
 def logged(settings: LoggerConfig, folder: Path, reporter: Reporter) -> Iterator[None]:
-    """Keep W&B up to date with the run in ``folder`` while the body carries it out; W&B's errors stay with W&B."""
+    """Log the run in ``folder`` to W&B while the body executes it. Errors of W&B become warnings."""
     if settings.name != "wandb":
         yield
         return
@@ -39,7 +39,7 @@ def _start(settings: LoggerConfig, folder: Path, before: int, reporter: Reporter
     if settings.mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
         return None
     if importlib.util.find_spec("wandb") is None:
-        reporter.warning("logger=wandb: the package wandb is not installed; quasar wandb push can make up for it later")
+        reporter.warning("logger=wandb: the package wandb is not installed; quasar wandb push can log the run later")
         return None
     target = {name: getattr(settings, name) for name in ("mode", "project", "entity")}
     target["tags"] = list(settings.tags)
@@ -56,16 +56,16 @@ def _start(settings: LoggerConfig, folder: Path, before: int, reporter: Reporter
             start_new_session=True,
         )
     except OSError as error:
-        reporter.warning(f"logger=wandb: {error}; quasar wandb push can make up for it later")
+        reporter.warning(f"logger=wandb: {error}; quasar wandb push can log the run later")
         return None
 
 
 def _finish(
     process: subprocess.Popen[bytes], settings: LoggerConfig, folder: Path, before: int, reporter: Reporter
 ) -> None:
-    """Say what became of the W&B run, where that is known within ``logger.wait`` seconds.
+    """Print the outcome of logging if it is known within ``logger.wait`` seconds.
 
-    A server that has not answered by now is not waited for: the process goes on without the run.
+    If the W&B server has not answered yet, this does not wait: the process continues in the background.
     """
     if stamp(folder) == before:
         # The run never began.
@@ -77,11 +77,11 @@ def _finish(
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     outcome = read_json(folder / FOLDER / OUTCOME) or {}
-    remedy = f"quasar wandb push {folder} makes the run again from its files"
+    remedy = f"quasar wandb push {folder} logs the run again from its files"
     if "error" in outcome:
         reporter.warning(f"W&B: {outcome['error']}; {remedy}")
     elif not outcome.get("ended"):
-        state = "still at work in the background" if process.poll() is None else "ended without a word"
+        state = "still uploading in the background" if process.poll() is None else "the logging process crashed"
         reporter.line(f"W&B: {state}; {remedy}")
     elif outcome["mode"] == "online":
         reporter.line(f"W&B: {outcome['url']}")

@@ -1,4 +1,4 @@
-"""The W&B run of one run folder."""
+"""Creates the W&B run of one run folder."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ POLL_SECONDS = 2.0
 
 
 def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = None) -> Json:
-    """Make the W&B run of a run folder, anew or for the first time; where it is to be found.
+    """Create or update the W&B run of a run folder; return its mode, URL and local directory.
 
-    begun: told the same once W&B has answered; if given, keep pace with the run until it ends. Pushing again makes the
-    same run again, not another: its id follows from the folder, and W&B drops history that it has already. Raises what
-    wandb raises.
+    Pushing again updates the same W&B run, because its id is derived from the folder and W&B ignores history that it
+    already has. Errors of wandb are passed on.
+
+    begun: if given, it is called with the same values once W&B has answered, and `push` follows the run until it ends
     """
     import wandb
 
@@ -43,11 +44,12 @@ def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = No
     try:
         handle = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **options)
     except wandb.errors.CommError:
-        # Out of reach: what is written now can be uploaded later. wandb's service holds on to the id that it tried.
+        # The server cannot be reached, so write an offline run that can be uploaded later. wandb's background service
+        # would not accept the same id again without the teardown.
         wandb.teardown(exit_code=1)
         handle = wandb.init(mode="offline", **options)
     place = {"mode": "offline" if handle.offline else "online", "url": None if handle.offline else handle.url}
-    # The run's own directory has its media; wandb sync wants the one above.
+    # handle.dir is the folder of media files; wandb sync needs its parent.
     place["directory"] = str(Path(handle.dir).parent)
     try:
         if begun is not None:
@@ -67,13 +69,13 @@ def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = No
         handle.summary.update(run.summary or {"status": run.status, "error": run.error})
         handle.log_artifact(_artifact(folder, identity))
     finally:
-        # Without this the next run of the same process would go on in this one.
+        # Without this the next run in the same process would be logged to this W&B run.
         handle.finish(exit_code=0 if run.status == "done" else 1)
     return place
 
 
 def run_id(run: StoredRun) -> str:
-    """The id of a run in W&B: what an agent of a W&B sweep gave it, else made from its place and configuration."""
+    """Return the id of a run in W&B: the id set by a W&B sweep agent, else a hash of its folder and configuration."""
     kept = run.folder / FOLDER / "id"
     if kept.exists():
         return kept.read_text().strip()
@@ -112,13 +114,13 @@ def _options(run: StoredRun, target: Target, identity: str) -> Json:
 
 
 def _keep_in(directory: Path) -> None:
-    """Have wandb keep everything below the run's folder, its own logs and staged artifacts too."""
+    """Make wandb write everything below the run's folder, including its logs and staged artifacts."""
     for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ[variable] = str(directory / STAGING)
 
 
 def _remove_offline(directory: Path, identity: str) -> None:
-    """An earlier offline copy that was never uploaded would only be uploaded beside the new one."""
+    """Remove earlier offline copies that were never uploaded; the new copy replaces them."""
     shutil.rmtree(directory / STAGING, ignore_errors=True)
     for copy in directory.glob(f"offline-run-*-{identity}"):
         if not list(copy.glob("*.synced")):
@@ -126,7 +128,7 @@ def _remove_offline(directory: Path, identity: str) -> None:
 
 
 def _history(record: PromptRecord, so_far: Measured) -> Json:
-    """What one prompt adds: its own figures, those so far, and the distributions over its steps."""
+    """Return the W&B history entry of one prompt: its metrics, the metrics so far, and histograms over its steps."""
     turns = record.turns
     steps: dict[str, list[float]] = {
         "accepted": [count for turn in turns for count in turn.steps.accepted],
@@ -144,7 +146,7 @@ def _curves(prefix: str, measured: Measured) -> Json:
 
 
 def _histogram(values: Sequence[float]) -> Any:
-    """Of times, 64 even bins; of counts, one bin each."""
+    """Return a histogram: 64 bins of equal width for times, one bin per value for counts."""
     import numpy as np
     import wandb
 

@@ -1,4 +1,4 @@
-"""The process beside a run that keeps its W&B run up to date: ``python -m quasar.results.wandb.process FOLDER …``."""
+"""The process that logs a run to W&B while it runs: ``python -m quasar.results.wandb.process FOLDER …``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from quasar.results.wandb.log import POLL_SECONDS, push
 from quasar.results.wandb.target import FOLDER, Target
 
 OUTCOME = "outcome.json"
-"""In a run's W&B folder: what became of the W&B run."""
+"""File in a run's W&B folder with the outcome of logging."""
 BEGIN_SECONDS = 3600.0
-# A process that W&B keeps from ending is ended.
+# If wandb hangs, this process ends itself so many seconds after the run has ended.
 LAST_SECONDS = 900.0
 
 
 def stamp(folder: Path) -> int:
-    """When a run last said how it fares: changes when it begins, and again when it ends. 0: never."""
+    """Return when status.json was last written, which happens when a run begins and when it ends; 0 if never."""
     try:
         return (folder / "status.json").stat().st_mtime_ns
     except OSError:
@@ -33,14 +33,14 @@ def stamp(folder: Path) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The process beside a run: wait until it begins, keep pace with it, leave word of the outcome."""
+    """Wait until the run begins, log it until it ends, and write the outcome."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--before", type=int, required=True, help="stamp of the run before this attempt")
     parser.add_argument("--target", type=json.loads, required=True)
     chosen = parser.parse_args(arguments)
-    # The run's own threads come first.
+    # The threads of the run have priority.
     os.nice(19)
     if not _begun(chosen.folder, chosen.parent, chosen.before):
         return
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _begun(folder: Path, parent: int, before: int) -> bool:
-    """Wait until the run is at work, or was; False where its process ends before."""
+    """Wait until the run has begun. Return False if its process ends without beginning it, or after `BEGIN_SECONDS`."""
     deadline = time.monotonic() + BEGIN_SECONDS
     while (alive := os.getppid() == parent and time.monotonic() < deadline) and stamp(folder) == before:
         time.sleep(0.2)
@@ -81,7 +81,7 @@ def _end_late(folder: Path) -> None:
 
 
 def _adopt_agents_id(directory: Path) -> None:
-    """An agent of a W&B sweep looks for the run under an id of its own choice."""
+    """Store the id that a W&B sweep agent chose, because the agent looks for the run under this id."""
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         write_atomically(directory / "id", os.environ["WANDB_RUN_ID"])
 

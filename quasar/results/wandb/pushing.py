@@ -1,4 +1,4 @@
-"""What ``quasar wandb push`` does: the W&B runs of all run folders below one."""
+"""The command ``quasar wandb push``: logs all run folders below a folder to W&B."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from quasar.results.wandb.target import Target, choose_mode
 
 
 def push_all(root: Path, given: dict[str, str], reporter: Reporter) -> int:
-    """Push every run that has ended; how many could not be.
+    """Push every run that has ended; return how many failed.
 
-    given: keys of `Target` that override the runs' own. Raises RequestError where there is nothing to push or wandb is
-    not installed.
+    given: values of `Target` that replace those in the runs' configurations
+
+    Raises RequestError if there is no run to push or wandb is not installed.
     """
     try:
         import wandb  # noqa: F401
@@ -27,7 +28,7 @@ def push_all(root: Path, given: dict[str, str], reporter: Reporter) -> int:
         raise RequestError(f"--mode={given['mode']}: must be one of auto, online, offline")
     ended = [run for run in Collector(root).runs() if run.status not in ("running", "pending")]
     if not ended:
-        raise RequestError(f"{root}: holds no run that has ended")
+        raise RequestError(f"{root}: contains no run that has ended")
     failed, offline, reached = 0, [], True
     for run in ended:
         target = _target(run, given)
@@ -38,7 +39,7 @@ def push_all(root: Path, given: dict[str, str], reporter: Reporter) -> int:
             reporter.warning(f"{run.folder}: {type(error).__name__}: {error}")
             failed += 1
             continue
-        # A server out of reach is not tried again for every run: that takes half a minute each.
+        # If the server could not be reached once, later runs do not try again: every attempt takes half a minute.
         reached = reached and place["mode"] == mode
         if place["mode"] == "online":
             reporter.line(f"{run.folder}: {place['url']}")
@@ -51,7 +52,7 @@ def push_all(root: Path, given: dict[str, str], reporter: Reporter) -> int:
 
 
 def _target(run: StoredRun, given: dict[str, str]) -> Target:
-    """Where the run's own configuration sends it, but for what is given."""
+    """Return the target in the run's configuration, with the given values replaced."""
     own = run.config.get("logger", {})
     known = {key: own[key] for key in ("mode", "project", "entity") if own.get(key) is not None}
     return Target(**{**known, **given}, tags=tuple(own.get("tags", ())))

@@ -1,4 +1,4 @@
-"""Where runs go in W&B, and whether it can be reached with a key."""
+"""The W&B project that runs are logged to, and whether an API key is configured."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 from urllib.parse import urlparse
 
 FOLDER = "wandb"
-"""Below a run's folder: everything that wandb writes."""
+"""Name of the folder, in a run's folder, for everything that wandb writes."""
 DEFAULT_HOST = "https://api.wandb.ai"
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where runs go. mode: auto, online or offline."""
+    """The W&B project, entity and tags of a run. mode: auto, online or offline."""
 
     mode: str = "auto"
     project: str = "quasar"
@@ -24,14 +24,14 @@ class Target:
 
 
 def choose_mode(chosen: str) -> Literal["online", "offline"]:
-    """What ``auto`` comes to: what the variable WANDB_MODE says, else online where there is a key."""
+    """Resolve ``auto``: use the environment variable WANDB_MODE if it is set, else online if a key is configured."""
     if chosen == "auto":
         chosen = os.environ.get("WANDB_MODE") or ("online" if key_is_configured() else "offline")
     return "online" if chosen == "online" else "offline"
 
 
 def key_is_configured() -> bool:
-    """Whether wandb would find a key: in the environment or in the file that ``wandb login`` writes. It is not read."""
+    """Whether wandb would find an API key in the environment or in the file that ``wandb login`` writes."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", DEFAULT_HOST)).hostname or ""
