@@ -154,7 +154,7 @@ def test_device_and_dtype() -> None:
     assert choose_dtype("float32", torch.device("cpu")) == torch.float32
     if not torch.cuda.is_available():
         assert choose_device("auto").type == "cpu"
-        with pytest.raises(RequestError, match="device=cuda: PyTorch sees no CUDA device"):
+        with pytest.raises(RequestError, match="device=cuda: PyTorch finds no CUDA device"):
             choose_device("cuda")
 
 
@@ -232,7 +232,7 @@ def test_model_sources_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(RequestError, match=r"broken\.gguf: not a readable GGUF file"):
         locate(model_source("path", str(tmp_path / "broken.gguf")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(QuasarError, match=r"model=qwen3_8b: .* could not be had from the hub"):
+    with pytest.raises(QuasarError, match=r"model=qwen3_8b: .* could not be downloaded from the hub"):
         locate(model_source("qwen3_8b"))
 
 

@@ -167,13 +167,13 @@ def test_a_new_sweep_is_not_a_resumed_one(sweep: Sweep, tmp_path: Path) -> None:
     assert refused.returncode == 0
     refused = sweep("seed=0", "hydra.sweep.dir=s", "resume=false")
     assert refused.returncode == 2
-    assert "already holds a sweep; pass resume=true" in refused.stderr
+    assert "already contains a sweep; pass resume=true" in refused.stderr
 
 
 def test_added_jobs_get_folders_of_their_own(sweep: Sweep, tmp_path: Path) -> None:
     assert sweep("hydra.sweep.dir=s", "seed=1").returncode == 0
     done = sweep("hydra.sweep.dir=s", "seed=0,1,2,0")
-    assert "4 jobs: 1 done already, 1 the same as others, 2 to begin" in done.stdout
+    assert "4 jobs: 1 done already, 1 identical to another job, 2 to begin" in done.stdout
     seeds = {name: read_run(tmp_path / "s" / name).config["seed"] for name in "012"}
     assert seeds == {"0": 1, "1": 0, "2": 2}
     assert not (tmp_path / "s/3").exists()
@@ -186,7 +186,7 @@ def test_other_code_runs_again(sweep: Sweep, tmp_path: Path, monkeypatch: pytest
     kept = sweep("hydra.sweep.dir=s", "sweep.any_code=true", "sweep.dry_run=true")
     assert "1 jobs: 1 done already" in kept.stdout
     again = sweep("hydra.sweep.dir=s")
-    assert "1 to begin (1 of them computed by other code before" in again.stdout
+    assert "1 to begin (1 have results of other code versions" in again.stdout
     assert status(tmp_path / "s/0")["code_versions"] == ["0123456789ab"]
     (aside,) = (tmp_path / "s/.superseded").iterdir()
     assert read_run(aside).status == "done"

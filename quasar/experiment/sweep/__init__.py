@@ -1,1 +1,1 @@
-"""Multiruns that survive: planned, resumed, launched and reported as one. Hydra's side is hydra_plugins/."""
+"""Sweeps (Hydra multiruns): plans, resumes and reports all jobs of a sweep. The Hydra plugins are in hydra_plugins/."""

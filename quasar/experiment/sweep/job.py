@@ -1,4 +1,4 @@
-"""One job of a multirun: a run whose failure stays in its own folder."""
+"""One job of a sweep: a run whose failure does not end the other jobs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from quasar.results.wandb.live import logged
 
 DONE, FAILED = 0, 1
 BASELINES = "baselines"
-"""Folder below a sweep's for what its jobs share."""
+"""Name of the folder, in a sweep's folder, for the baselines that its jobs share."""
 
 
 def run_job(config: DictConfig) -> int:
-    """Carry out the job that Hydra has composed; its exit code. status.json holds the traceback of what went wrong.
+    """Execute the job that Hydra has composed and return its exit code. A failure's traceback is in status.json.
 
-    A job that another submission has finished in the meantime is left as it is.
+    A job that another submission has finished in the meantime is not executed again.
     """
 
     from quasar.experiment import run
@@ -43,17 +43,17 @@ def run_job(config: DictConfig) -> int:
         with logged(config.logger, folder, reporter):
             run.run(config, folder, command, reporter, shared)
     except QuasarError as error:
-        _record(folder, key)
+        _write_traceback(folder, key)
         return report(error)
     except Exception:
-        _record(folder, key)
+        _write_traceback(folder, key)
         traceback.print_exc()
         return FAILED
     return DONE
 
 
-def _record(folder: Path, key: str) -> None:
-    """Leave the traceback, unless the folder belongs to a process that is at work in it."""
+def _write_traceback(folder: Path, key: str) -> None:
+    """Write the traceback to status.json, unless another process is working on the run."""
     if is_locked(folder):
         return
     try:

@@ -1,4 +1,4 @@
-"""What a multirun has to do: every job against what an earlier attempt left in the sweep's folder."""
+"""Plans a sweep: compares every job with the results of earlier attempts in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from quasar.results.schema import Json
 from quasar.results.store import read_json, write_atomically
 
 SUPERSEDED = ".superseded"
-"""Folder below a sweep's that keeps what other versions of the code left behind."""
+"""Name of the folder, in a sweep's folder, for results that were computed by other versions of the code."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A job as the command line asks for it."""
+    """A job that the command line requests."""
 
     overrides: tuple[str, ...]
     config_hash: str
@@ -29,11 +29,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """A request and what becomes of it.
+    """A request and the action planned for it.
 
-    folder: its name below the sweep's folder
+    folder: name of its folder in the sweep's folder
     action: new | continue (after its last finished prompt) | again (it failed) | done | running | same (as another job)
-    replaces: whether the folder holds what another version of the code computed, which is put aside first
+    replaces: whether the folder contains results of another version of the code, which are moved away first
     """
 
     request: Request
@@ -48,14 +48,17 @@ class Job:
 
 
 def plan(requests: Sequence[Request], root: Path, resume: bool, any_code: bool) -> list[Job]:
-    """The jobs of a sweep in ``root``; a job is known by the hash of its configuration and the version of the code.
+    """Plan the jobs of a sweep in ``root``. A job is identified by its configuration hash and the version of the code.
 
-    any_code: take what other versions of the code computed for this one's. Raises RequestError where the folder holds
-    some of the jobs already and ``resume`` is off.
+    any_code: also accept results that were computed by other versions of the code
+
+    Raises RequestError if the folder already contains a sweep and ``resume`` is off.
     """
     known = {entry["config_hash"]: entry["folder"] for entry in _entries(root)}
     if known and not resume:
-        raise RequestError(f"{root} already holds a sweep; pass resume=true to continue it, or another hydra.sweep.dir")
+        raise RequestError(
+            f"{root} already contains a sweep; pass resume=true to continue it, or another hydra.sweep.dir"
+        )
     numbers = _free_numbers(root, set(known.values()))
     jobs: list[Job] = []
     planned: dict[str, str] = {}
@@ -71,7 +74,7 @@ def plan(requests: Sequence[Request], root: Path, resume: bool, any_code: bool) 
 
 
 def begin(jobs: Sequence[Job], root: Path, command: Sequence[str]) -> None:
-    """Make the sweep's folder ready for the jobs: their list on disk, replaced results put aside."""
+    """Prepare the sweep's folder: move replaced results away and write the list of jobs."""
     root.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if job.replaces and (root / job.folder).exists():
@@ -93,7 +96,7 @@ def begin(jobs: Sequence[Job], root: Path, command: Sequence[str]) -> None:
 
 
 def newest_sweep(root: Path, hashes: Iterable[str]) -> Path | None:
-    """The newest sweep beside ``root`` that has any of these jobs; None where there is none."""
+    """Return the newest sweep in the parent folder of ``root`` that has any of these jobs; None if there is none."""
     wanted = set(hashes)
     found = [
         file.parent
@@ -110,11 +113,11 @@ def put_aside(root: Path, folder: str) -> None:
 
 
 def summary_line(jobs: Sequence[Job]) -> str:
-    """For example ``12 jobs: 7 done already, 1 to continue, 4 to begin``."""
+    """Return one line such as ``12 jobs: 7 done already, 1 to continue, 4 to begin``."""
     words = {
         "done": "done already",
         "running": "running elsewhere",
-        "same": "the same as others",
+        "same": "identical to another job",
         "continue": "to continue",
         "again": "failed, to run again",
         "new": "to begin",
@@ -122,7 +125,7 @@ def summary_line(jobs: Sequence[Job]) -> str:
     counts = Counter(job.action for job in jobs)
     parts = [f"{counts[action]} {text}" for action, text in words.items() if counts[action]]
     replaced = sum(job.replaces for job in jobs)
-    note = f" ({replaced} of them computed by other code before; sweep.any_code=true keeps those)" if replaced else ""
+    note = f" ({replaced} have results of other code versions; sweep.any_code=true keeps those)" if replaced else ""
     return f"{len(jobs)} jobs: {', '.join(parts)}{note}"
 
 

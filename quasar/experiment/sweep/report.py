@@ -1,4 +1,4 @@
-"""What a multirun tells before and after its jobs."""
+"""The tables that a sweep prints before and after its jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OVERRIDES_WIDTH = 110
 
 
 def print_plan(jobs: Sequence[Job], root: Path, reporter: Reporter) -> None:
-    """Every job, what becomes of it, the prompts it has finished, and what sets it apart from the others."""
+    """Print every job with its planned action, its finished prompts, and the overrides that not all jobs share."""
     common = set.intersection(*(set(job.request.overrides) for job in jobs)) if len(jobs) > 1 else set()
     rows = []
     for job in jobs:
@@ -27,7 +27,7 @@ def print_plan(jobs: Sequence[Job], root: Path, reporter: Reporter) -> None:
 
 
 def print_outcome(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> None:
-    """The jobs that are not done, if any, and how to go on."""
+    """Print how many jobs are done, the unfinished ones if there are any, and the commands to use next."""
     unfinished = [run for run in runs if run.status in ("failed", "partial")]
     done = sum(run.status == "done" for run in runs)
     reporter.line()
@@ -36,5 +36,5 @@ def print_outcome(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> 
         columns, rows = unfinished_rows(unfinished, root)
         title = f"{len(unfinished)} jobs failed (tracebacks in their status.json)"
         reporter.console.print(reporter.build_table(title, columns, rows, text=(0, 1, 3)))
-        reporter.line("the same command with resume=true runs them again")
+        reporter.line("pass resume=true to the same command to run them again")
     reporter.line(f"quasar collect {root}")

@@ -1,4 +1,4 @@
-"""A copy of conf/ per submission: Hydra reads YAML again when a job starts, which may be hours after an edit."""
+"""Copies conf/ for every submission, because Hydra reads the YAML files again when a queued job starts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SCHEME = "file://"
 
 
 def freeze(loader: ConfigLoader, root: Path) -> None:
-    """Copy every configuration folder that ``loader`` reads to ``root``/.conf, and have it read the copies.
+    """Copy every configuration folder that ``loader`` reads to ``root``/.conf, and make it read the copies.
 
-    A copy's name is the hash of its content, so that jobs of an earlier submission, still queued, keep theirs.
+    The name of a copy is the hash of its content, so that queued jobs of an earlier submission keep their own copy.
     """
     assert isinstance(loader, ConfigLoaderImpl)
     search_path = loader.get_search_path()
