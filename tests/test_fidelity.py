@@ -206,7 +206,7 @@ def test_overlap_of_thirteen_words_is_refused_by_name() -> None:
     with pytest.raises(RequestError, match=r"calibration prompt cal \(cal.jsonl:1\) overlaps evaluation prompt eval"):
         refuse_overlap([prompt("cal", f"Now ONE {words.removeprefix('one ')}!? {words}")], evaluated)
     refuse_overlap([prompt("cal", words.removesuffix(" thirteen") + " fourteen")], evaluated)
-    with pytest.raises(RequestError, match="both hold 'hello there'"):
+    with pytest.raises(RequestError, match="both contain 'hello there'"):
         refuse_overlap([prompt("cal", "Hello there")], [prompt("eval", "hello THERE")])
 
 

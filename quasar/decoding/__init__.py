@@ -1,1 +1,1 @@
-"""The decode loop and what it is made of: drafts, acceptance, sampling, stop criteria."""
+"""The decode loop and its parts: drafts, acceptance rules, sampling, stop criteria."""

@@ -1,4 +1,4 @@
-"""Acceptance rules: which path of a draft the verifier's logits keep, and which bonus token follows it."""
+"""Acceptance rules: given a draft and the verifier's logits, they choose the accepted path and the bonus token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quasar.decoding.scores import Scores
 
 @dataclass(frozen=True)
 class Accepted:
-    """path: indices of the accepted draft tokens, root first; bonus: the token that follows them."""
+    """The decision on a draft. path: indices of the accepted draft tokens, root first; bonus: the token after them."""
 
     path: list[int]
     bonus: int
@@ -23,12 +23,12 @@ class Accepted:
 
 class AcceptanceRule(Protocol):
     def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
-        """Decide on a draft of T tokens, given the verifier's scores of it."""
+        """Choose the accepted path and the bonus token, given the verifier's scores of the draft."""
         ...
 
 
 class Greedy:
-    """Follow the verifier's argmax: the output is the verifier's own greedy decoding, whatever the draft."""
+    """Follows the verifier's argmax. The output equals the verifier's greedy decoding for every draft."""
 
     def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
         targets = scores.argmax()
@@ -46,11 +46,15 @@ class Greedy:
 class RejectionSampling:
     """Speculative sampling (Leviathan et al. 2023, algorithm 1; on trees recursively, SpecInfer, Miao et al. 2024).
 
-    The output follows the verifier's sampling distribution p exactly. A drafted token x from distribution q is
-    kept with probability min(1, p(x) / q(x)); on rejection p becomes its residual max(0, p - q), normalized,
-    against which the next sibling is tried. A deterministic draft has a one-hot q: x is kept with probability
-    p(x), and its residual is p without x. Siblings drawn without replacement (Sequoia, Chen et al. 2024) keep p too:
-    each one's q is the distribution it was drawn from, without the siblings before it.
+    The output follows the verifier's sampling distribution p exactly. A draft token x that was drawn from q is accepted
+    with probability min(1, p(x) / q(x)). If it is rejected, p is replaced by the normalized residual max(0, p - q), and
+    the next sibling is tried with this p. A deterministic draft has a one-hot q: x is accepted with probability p(x),
+    and the residual is p without x. This also holds for siblings drawn without replacement (Sequoia, Chen et al. 2024)
+    if the q of each sibling is the distribution that it was drawn from, which excludes the earlier siblings.
+
+    Example: p = (0.5, 0.3, 0.2), and token 0 was drawn from q = (0.8, 0.1, 0.1). It is accepted with probability
+    0.5 / 0.8 = 0.625. If it is rejected, the bonus token is drawn from max(0, p - q) = (0, 0.2, 0.1), normalized to
+    (0, 2/3, 1/3).
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -60,7 +64,7 @@ class RejectionSampling:
         logits = scores.logits
         if logits.is_cuda and draft.is_chain:
             return self.accept_chain(draft, scores, generator)
-        # A distribution of NaN cannot be drawn from.
+        # Drawing from a distribution with NaN would raise an obscure error.
         scores.require_finite()
         path: list[int] = []
         node = ROOT
@@ -81,9 +85,9 @@ class RejectionSampling:
             node = following
 
     def accept_chain(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
-        """`accept` for a chain without a look at any result before the last: on a GPU the host waits once.
+        """Same as `accept`, but for drafts without branches, and with a single synchronization of host and GPU.
 
-        Computes the distributions after all drafted tokens, where `accept` stops at the first that is rejected.
+        It computes the distributions after all draft tokens, whereas `accept` stops at the first rejected token.
         """
         logits = scores.logits
         target, size = self.sampling.probabilities(logits), len(draft)
@@ -94,7 +98,7 @@ class RejectionSampling:
             proposal = draft.probabilities
         keep = (target[:size].gather(1, tokens) / proposal.gather(1, tokens)).squeeze(1)
         kept = (torch.rand(size, generator=generator, device=logits.device) < keep).cumprod(0).sum().view(1)
-        # Behind the last token nothing was rejected, and the residual is the distribution itself.
+        # If all tokens are accepted, nothing is subtracted, and the residual is the distribution itself.
         rejected = torch.cat([proposal, torch.zeros_like(target[:1])])
         final = target.index_select(0, kept)
         residual = (final - rejected.index_select(0, kept)).clamp_(min=0.0)
@@ -104,11 +108,12 @@ class RejectionSampling:
 
 
 class Typical:
-    """Typical acceptance (Medusa, Cai et al. 2024, section 2.3.1): **lossy**, the output has no model's distribution.
+    """Typical acceptance (Medusa, Cai et al. 2024, section 2.3.1). **Lossy**: it does not preserve the distribution.
 
-    A drafted token x counts as typical where p(x) > min(threshold, alpha * exp(-H(p))), with H the entropy of the
-    verifier's sampling distribution p in nats: a likely token always, an unlikely one where p is flat. The longest
-    path of typical tokens is kept, of equal ones the first; the bonus token is drawn from p over its typical tokens.
+    A draft token x is typical if p(x) > min(threshold, alpha * exp(-H(p))), where H is the entropy in nats of the
+    verifier's sampling distribution p. A likely token is always typical, an unlikely token only if p is flat. The
+    longest path of typical tokens is accepted, and the first one if several are equally long. The bonus token is drawn
+    from p restricted to typical tokens.
     """
 
     def __init__(self, sampling: Sampling, threshold: float, alpha: float) -> None:
@@ -124,23 +129,24 @@ class Typical:
         kept = typical[rows, torch.tensor(draft.tokens, dtype=torch.int64)].tolist()
         path = _longest_kept_path(draft, kept)
         row = path[-1] + 1 if path else 0
-        # The most likely token is below the bound in rounding only, or on it (a flat p with alpha 1).
+        # The most likely token is always typical in exact arithmetic, unless alpha is 1 and p is flat. With rounding
+        # there may be no typical token at all.
         candidates = target[row].where(typical[row], 0.0)
         return Accepted(path, draw(candidates if candidates.any() else target[row], generator))
 
     def _bounds(self, target: Tensor) -> Tensor:
-        """The probability above which a token is typical, per row of ``target`` [T + 1, V]."""
+        """Return the probability above which a token is typical, for each row of ``target`` [T + 1, V]."""
         entropy = -torch.special.xlogy(target, target).sum(-1)
         return (self.alpha * (-entropy).exp()).clamp(max=self.threshold)
 
 
 def rule_for(sampling: Sampling) -> AcceptanceRule:
-    """The exact rule for a sampling setting: greedy at temperature 0, else rejection sampling."""
+    """Return the exact rule for a sampling setting: `Greedy` at temperature 0, else `RejectionSampling`."""
     return Greedy() if sampling.greedy else RejectionSampling(sampling)
 
 
 def _longest_kept_path(draft: Draft, kept: list[bool]) -> list[int]:
-    """The deepest path from the root along which every token is kept, the first of several."""
+    """Return the longest path from the root on which every token is kept; the first one if several are equally long."""
     paths: dict[int, list[int]] = {ROOT: []}
     for node, parent in enumerate(draft.parents):
         if kept[node] and parent in paths:
@@ -159,5 +165,5 @@ def _residual(target: Tensor, proposal: Tensor | None, token: int) -> Tensor:
     else:
         residual = (target - proposal).clamp_(min=0.0)
     mass = residual.sum()
-    # The mass vanishes only where rounding rejected a token although p = q: then p itself is the residual.
+    # The mass is 0 only if p = q and rounding rejected a token all the same. The residual is p then.
     return residual / mass if mass > 0 else target

@@ -1,4 +1,4 @@
-"""What drafters and verifiers exchange: the draft (a token tree), the context and the result of a step."""
+"""Data that drafters and verifiers exchange: the draft (a token tree), the context and the result of a step."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class Scratch:
-    """Extra rows that ride in the verification pass and leave no trace in the KV cache (Lookahead's window).
+    """Extra rows of the verification pass that are not kept in the KV cache (Lookahead's window).
 
-    A scratch row sees the committed context, the last emitted token and the scratch rows of its row of
-    ``mask``; never a draft token.
+    A scratch row attends to the committed context, the last emitted token and the scratch rows that ``mask`` allows. It
+    never attends to a draft token.
 
     tokens:  int64 [S]
     offsets: int64 [S], position of each row relative to the last emitted token (1 = directly after it)
-    mask:    bool [S, S], True where row (first axis) sees scratch row (second axis); includes itself
-    outputs: int64 [O], the rows whose logits come back through ``Drafter.observe``
+    mask:    bool [S, S], True if the row (first axis) attends to the scratch row (second axis), itself included
+    outputs: int64 [O], the rows whose logits are returned to the drafter in ``Drafter.observe``
     """
 
     tokens: Tensor
@@ -37,13 +37,17 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Draft:
-    """A tree of guessed tokens after the last emitted token; a chain is the common case.
+    """A tree of guessed tokens after the last emitted token. In the common case it is a chain.
 
-    tokens:  list of T token ids, every parent before its children
+    tokens:  list of T token ids; every parent comes before its children
     parents: list of T indices into ``tokens``; ``ROOT`` for tokens that follow the last emitted token
-    probabilities: float32 [T, V] or None. Row t is the distribution from which token t was drawn, given the siblings
-        before it: of siblings drawn without replacement a later one's row lacks the earlier tokens and is normalized
-        again. None means that every token was chosen deterministically (a one-hot distribution)
+    probabilities: float32 [T, V] or None. Row t is the distribution that token t was drawn from. If siblings were drawn
+        without replacement, the row of a later sibling excludes the earlier ones and is normalized again. None means
+        that every token was chosen deterministically (a one-hot distribution)
+    scratch: extra rows of the verification pass, or None
+
+    Example: after "the cat" the paths "sat on" and "sat down" share their first token. They are the tree with
+    ``tokens=[sat, on, down]`` and ``parents=[ROOT, 0, 0]``.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -53,7 +57,7 @@ class Draft:
 
     @staticmethod
     def chain(tokens: list[int], probabilities: Tensor | None = None) -> Draft:
-        """A draft without branches: each token follows the one before it."""
+        """Build a draft without branches, in which each token follows the previous one."""
         return Draft(tokens, list(range(-1, len(tokens) - 1)), probabilities)
 
     def __len__(self) -> int:
@@ -61,7 +65,7 @@ class Draft:
 
     @property
     def rows(self) -> int:
-        """Rows of the verification pass: the last token, the draft and the scratch rows."""
+        """Number of rows of the verification pass: the last token, the draft tokens and the scratch rows."""
         return 1 + len(self.tokens) + (len(self.scratch.tokens) if self.scratch else 0)
 
     @property
@@ -69,28 +73,28 @@ class Draft:
         return all(parent == index - 1 for index, parent in enumerate(self.parents))
 
     def depths(self) -> list[int]:
-        """Distance of every draft token from the last emitted token, 1 for its direct successors."""
+        """Return the distance of every draft token from the last emitted token, 1 for its direct successors."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         return depths
 
     def children(self, node: int) -> list[int]:
-        """Indices of the tokens that follow ``node``, in the order in which they are to be tried."""
+        """Return the indices of the tokens that follow ``node``, in the order in which acceptance tries them."""
         return [index for index, parent in enumerate(self.parents) if parent == node]
 
     def offsets(self) -> Tensor:
-        """Position of every row relative to the last emitted token, int64 [rows]."""
+        """Return the position of every row relative to the last emitted token, int64 [rows]."""
         own = _chain_offsets(1 + len(self)) if self.is_chain else torch.tensor([0, *self.depths()], dtype=torch.int64)
         return torch.cat([own, self.scratch.offsets]) if self.scratch else own
 
     def row_tokens(self, last: int) -> Tensor:
-        """Token ids of all rows of the verification pass, int64 [rows]."""
+        """Return the token ids of all rows of the verification pass, int64 [rows]."""
         own = torch.tensor([last, *self.tokens], dtype=torch.int64)
         return torch.cat([own, self.scratch.tokens]) if self.scratch else own
 
     def block_mask(self) -> Tensor:
-        """Which row of the block sees which, bool [rows, rows]: a draft token sees its ancestors and itself."""
+        """Return the pass's attention mask, bool [rows, rows]. A draft token attends to its ancestors and itself."""
         size = 1 + len(self.tokens)
         if self.is_chain:
             tree = _chain_mask(size)
@@ -110,7 +114,7 @@ class Draft:
 
 @dataclass
 class Context:
-    """The sequence so far, as drafters see it: prompt and emitted tokens, the last one not yet in the KV cache."""
+    """The sequence so far: prompt and emitted tokens. The last token is not in the KV cache yet."""
 
     tokens: list[int]
     prompt_length: int
@@ -124,9 +128,9 @@ class Context:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step decided.
+    """The result of one step.
 
-    emitted:        tokens appended to the context, the bonus token last
+    emitted:        tokens appended to the context; the bonus token is last, unless the limits cut it off
     path:           indices of the accepted draft tokens, root first
     logits:         float [T + 1, V], the verifier's logits after the last token and after each draft token
     scratch_logits: float [O, V] for ``Scratch.outputs``, or None
@@ -150,7 +154,7 @@ def _chain_mask(size: int) -> Tensor:
 
 
 def merge_into_tree(paths: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
-    """Tokens and parents of the tree that holds every path, shared prefixes once, earlier paths first."""
+    """Return tokens and parents of the tree that contains every path, with shared prefixes once and paths in order."""
     tokens: list[int] = []
     parents: list[int] = []
     nodes: dict[tuple[int, int], int] = {}

@@ -1,4 +1,4 @@
-"""The decode loop: draft, verify, accept, until the sequence ends. Knows no concrete drafter or verifier."""
+"""The decode loop: draft, verify, accept, until the sequence ends. It depends on no concrete drafter or verifier."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from quasar.decoding.stopwatch import Stopwatch
 
 @dataclass
 class Generation:
-    """What decoding one prompt left behind. Step s proposed ``drafted[s]`` tokens up to ``depth[s]`` deep, of which
-    ``accepted[s]`` were kept; it emitted ``emitted[s]`` tokens and read a context of ``context[s]`` cached tokens.
+    """The result of decoding one prompt.
 
-    tokens: the new tokens, the first of which belongs to the prefill and to no step
-    milliseconds: duration of every lap by phase: prefill, draft, verify, overhead
+    Step s proposed ``drafted[s]`` tokens in a tree of depth ``depth[s]``, and ``accepted[s]`` of them were accepted. It
+    emitted ``emitted[s]`` tokens, and its verification pass read ``context[s]`` cached tokens.
+
+    tokens: the generated tokens; the first one comes from the prefill and belongs to no step
+    milliseconds: duration of every lap by phase: prefill, draft, verify, overhead, observe
     """
 
     tokens: list[int]
@@ -45,8 +47,14 @@ def decode(
     generator: torch.Generator,
     on_step: Callable[[StepResult], None] | None = None,
 ) -> Generation:
-    """Generate from a prompt of token ids; the output depends on drafter and draft length in speed only."""
-    record = Generation([], len(prompt), "", [], [], [], [], [], {})
+    """Generate from a prompt of token ids.
+
+    With an exact rule, the drafter and the draft length affect the speed and the random numbers drawn, but not the
+    distribution of the output. Raises QuasarError if a logit is NaN or infinite.
+
+    on_step: called after every step, outside the timed phases
+    """
+    result = Generation([], len(prompt), "", [], [], [], [], [], {})
     clock = Stopwatch(verifier.device)
     tokens = torch.tensor(prompt, dtype=torch.int64)
     first = rule.accept(Draft(), verifier.prefill(tokens), generator).bonus
@@ -64,18 +72,18 @@ def decode(
         verifier.keep(accepted.path)
         emitted = limits.cut(context, [draft.tokens[node] for node in accepted.path] + [accepted.bonus])
         step = StepResult(draft, emitted, accepted.path, scores.logits, scores.scratch)
-        record.context.append(len(context.tokens) - 1)
+        result.context.append(len(context.tokens) - 1)
         context.tokens += emitted
-        record.drafted.append(len(draft))
-        record.depth.append(max(draft.depths(), default=0))
-        record.accepted.append(len(accepted.path))
-        record.emitted.append(len(emitted))
+        result.drafted.append(len(draft))
+        result.depth.append(max(draft.depths(), default=0))
+        result.accepted.append(len(accepted.path))
+        result.emitted.append(len(emitted))
         clock.lap("overhead")
         drafter.observe(step)
         clock.lap("observe")
         if on_step is not None:
             on_step(step)
 
-    record.tokens, record.finish_reason = context.tokens[len(prompt) :], finish_reason
-    record.milliseconds = clock.milliseconds()
-    return record
+    result.tokens, result.finish_reason = context.tokens[len(prompt) :], finish_reason
+    result.milliseconds = clock.milliseconds()
+    return result

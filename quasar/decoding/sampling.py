@@ -1,4 +1,4 @@
-"""From logits to the distribution that decoding samples from: temperature, top-k, top-p."""
+"""Turns logits into the distribution that decoding samples from, with temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy decoding; ``top_k`` None and ``top_p`` 1 leave the distribution whole."""
+    """Sampling settings. Temperature 0 means greedy decoding; ``top_k`` None and ``top_p`` 1 remove no tokens."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -22,11 +22,11 @@ class Sampling:
         return self.temperature == 0.0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The sampling distribution of each row, float32, the shape of ``logits`` [..., V].
+        """Return the sampling distribution of each row: float32, same shape as ``logits`` [..., V].
 
-        The order is the one of transformers' logits processors: temperature, then top-k, then top-p. Top-p
-        (Holtzman et al. 2020) keeps the smallest set of most likely tokens whose mass reaches ``top_p``.
-        A greedy setting gives the one-hot distribution of the first maximum.
+        The order is the same as in transformers' logits processors: temperature, then top-k, then top-p. Top-p
+        (Holtzman et al. 2020) keeps the smallest set of most likely tokens whose total probability reaches ``top_p``.
+        Greedy decoding gives a one-hot distribution at the first maximum.
         """
         logits = logits.float()
         if self.greedy:
@@ -47,18 +47,21 @@ class Sampling:
 
 
 def most_likely(logits: Tensor) -> list[int]:
-    """The token of the first maximum of every row. logits: [R, V]."""
+    """Return the index of the first maximum of every row of ``logits`` [R, V]."""
     found: list[int] = first_maxima(logits).tolist()
     return found
 
 
 def draw_on_device(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """As `draw`, with the same result, but int64 [1] on the device: ``multinomial`` itself makes the host wait for a
-    look at its argument. Of exponential clocks with these rates, the first to ring is distributed like them."""
+    """Same as `draw` with the same result, but returns int64 [1] on the device without a host synchronization.
+
+    ``torch.multinomial`` synchronizes to check its argument. Instead, this draws an exponential variable with rate p_i
+    for each token i; the index of the smallest one is distributed like p.
+    """
     clocks = torch.empty_like(probabilities).exponential_(1.0, generator=generator)
     return (probabilities / clocks).argmax(-1, keepdim=True)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:
-    """One token id drawn from an unnormalized distribution [V]."""
+    """Draw one token id from an unnormalized distribution [V]."""
     return int(torch.multinomial(probabilities, 1, generator=generator))

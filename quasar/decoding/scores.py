@@ -10,13 +10,14 @@ from quasar.decoding.sampling import most_likely
 
 
 class Scores:
-    """What a pass says of a draft of T tokens.
+    """The logits of a verification pass over a draft of T tokens.
 
-    logits:  float [T + 1, V]; row 0 follows the last token of the context, row t + 1 follows draft token t
+    logits:  float [T + 1, V]; row 0 predicts the token after the context, row t + 1 the token after draft token t
     scratch: float [O, V], the logits of ``Scratch.outputs``, or None if the draft has no scratch rows
-    found:   gives the argmax of every row of ``logits``, if the pass found it, which saves the host a wait; None where
-             it did not look
-    check:   raises QuasarError if a logit is NaN or infinite, naming the layer; None if that is known already
+    found:   returns the argmax of every row of ``logits`` if the pass has computed it, which saves a synchronization,
+             else None
+    check:   raises QuasarError with the name of the layer if a logit is NaN or infinite; None if the logits have been
+             checked already
     """
 
     def __init__(
@@ -30,14 +31,14 @@ class Scores:
         self._found, self._check = found, check
 
     def argmax(self) -> list[int]:
-        """The most likely token after every row of ``logits``, the first of equal ones. Waits for the pass."""
+        """Return the argmax of every row of ``logits``, the first one of equal maxima. Waits for the pass to finish."""
         found = None if self._found is None else self._found()
         return most_likely(self.logits) if found is None else found
 
     def require_finite(self) -> None:
-        """Raises QuasarError if a logit is NaN or infinite, naming the first layer whose output is.
+        """Raise QuasarError if a logit is NaN or infinite; the message names the first layer with such an output.
 
-        Must come before the verifier's next pass. On a GPU it waits for this one, unless something of it was read.
+        Must be called before the verifier's next pass. On a GPU it waits for the pass, unless a result has been read.
         """
         if self._check is not None:
             self._check()

@@ -1,7 +1,7 @@
-"""What the decode loop asks of a drafter and of a verifier.
+"""The methods that the decode loop calls on a drafter and on a verifier.
 
-Their base classes, `quasar.drafters.base.Drafter` and `quasar.verifiers.base.Verifier`, say what each method means and
-hold what a run needs besides. The loop imports neither, so that both can be built on what decoding offers.
+The base classes `quasar.drafters.base.Drafter` and `quasar.verifiers.base.Verifier` document these methods and declare
+the others that a run needs. The loop does not import them, because both packages are built on top of this one.
 """
 
 from __future__ import annotations

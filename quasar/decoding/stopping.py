@@ -1,4 +1,4 @@
-"""Where a sequence ends: its length, the context window, stop tokens and stop strings."""
+"""Stop criteria: maximum length, context window, stop tokens and stop strings."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 from quasar.decoding.draft import Context
 
-# Tokens in front of a stop string that are decoded with it: some tokenizers treat the first one of a text differently.
+# This many tokens before a stop string are decoded with it, because some tokenizers decode the first token of a text
+# differently.
 LEAD = 8
 
 
 class StopStrings:
-    """Texts that end the output with the token that completes one of them.
+    """Texts that end the output. The output ends with the token that completes one of them.
 
-    decode: token ids to text. A token holds at least one byte, so that only as many tokens as the longest text has
-        bytes need to be decoded at a time: ``reach``, with the lead.
+    decode: converts token ids to text
+    reach: number of tokens to decode at a time. A token has at least one byte, so the bytes of the longest text plus
+        `LEAD` are enough
     """
 
     def __init__(self, texts: Sequence[str], decode: Callable[[list[int]], str]) -> None:
@@ -24,16 +26,16 @@ class StopStrings:
         self.reach = max(len(text.encode()) for text in texts) + LEAD
 
     def completed_by_last(self, tokens: list[int]) -> bool:
-        """Whether one of the texts stands in the output ``tokens``; no shorter output may have held it."""
+        """Whether the last token of the output completes a stop string. The output must not contain an earlier one."""
         tail = self._decode(tokens[-self.reach :])
         return any(text in tail for text in self.texts)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a sequence ends: after ``max_new_tokens``, at a stop token or string, or when the context is full.
+    """The stop criteria: ``max_new_tokens``, a stop token or stop string, or a full context window.
 
-    draft_tokens: cap on a draft's depth, or None to leave it to the drafter.
+    draft_tokens: maximum depth of a draft, or None if the drafter decides
     """
 
     max_new_tokens: int
@@ -43,17 +45,17 @@ class Limits:
     stop_strings: StopStrings | None = None
 
     def room(self, context: Context) -> int:
-        """Tokens that may still be emitted."""
+        """Return how many tokens may still be emitted."""
         emitted = len(context.tokens) - context.prompt_length
         return min(self.max_new_tokens - emitted, self.context_length - len(context.tokens))
 
     def budget(self, context: Context) -> int:
-        """Deepest useful draft: the bonus token takes one place of the room."""
+        """Return the draft budget, the maximum depth of a draft. One token of the room is left for the bonus token."""
         budget = self.room(context) - 1
         return budget if self.draft_tokens is None else min(budget, self.draft_tokens)
 
     def cut(self, context: Context, emitted: list[int]) -> list[int]:
-        """The part of a step's tokens up to the first one that ends the output, and within its room."""
+        """Return the tokens of a step that fit the room, up to and including the first one that ends the output."""
         emitted = emitted[: self.room(context)]
         output = self._tail(context)
         for index, token in enumerate(emitted):
@@ -63,7 +65,7 @@ class Limits:
         return emitted
 
     def finished(self, context: Context) -> str | None:
-        """Why the sequence is over ("stop", "length", "context"), or None."""
+        """Return why the sequence has ended ("stop", "length" or "context"), or None if it has not."""
         if self._stops(self._tail(context)):
             return "stop"
         if self.room(context) > 0:
@@ -71,7 +73,7 @@ class Limits:
         return "length" if len(context.tokens) - context.prompt_length >= self.max_new_tokens else "context"
 
     def _tail(self, context: Context) -> list[int]:
-        """The last tokens of the output, as many as decide whether it ends: no step copies all of it."""
+        """Return only the last tokens of the output that the stop criteria need, so that no step copies all of them."""
         reach = 1 if self.stop_strings is None else self.stop_strings.reach
         return context.tokens[max(context.prompt_length, len(context.tokens) - reach) :]
 

@@ -1,4 +1,4 @@
-"""Where a decode's time goes, without a device synchronization per step."""
+"""Measures the time of each decoding phase without a device synchronization per step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections import defaultdict
 import torch
 
 DECODE_PHASES = ("draft", "verify", "overhead", "observe")
-"""Phases of a step: proposing, the verification pass, deciding and bookkeeping, the drafter's learning from it."""
+"""Phases of a step: propose, verification pass, acceptance and bookkeeping, the drafter's observe."""
 PHASES = ("prefill", *DECODE_PHASES)
 
 
 class Stopwatch:
-    """Laps of named phases, one after the other; read once at the end.
+    """Measures consecutive laps of named phases; the durations are read once at the end.
 
-    On a CPU a lap is a clock reading. On CUDA it is an event recorded in the stream, so that a phase's time is
-    the device's, and reading waits for the device once.
+    On a CPU each lap reads the clock. On CUDA each lap records an event in the stream, so that the durations are
+    measured on the device, and only reading them waits for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,11 +25,11 @@ class Stopwatch:
         self._start = self._now()
 
     def lap(self, phase: str) -> None:
-        """End the running phase, which began at the previous lap, and name it."""
+        """End the phase that began at the previous lap and give it a name."""
         self._marks.append((phase, self._now()))
 
     def milliseconds(self) -> dict[str, list[float]]:
-        """Duration of every lap, by phase, in order."""
+        """Return the duration of every lap in milliseconds, by phase, in order."""
         if self._cuda:
             torch.cuda.synchronize()
         laps: dict[str, list[float]] = defaultdict(list)

@@ -1,1 +1,1 @@
-"""What is decoded, and what the outcome is measured against."""
+"""Prompts, calibration text, and measures of the output: fidelity, task accuracy, exactness."""

@@ -1,4 +1,4 @@
-"""Task accuracy: is the answer to a math problem right, does generated code do what its examples say?"""
+"""Task accuracy: whether the answer to a math problem is correct, and whether generated code passes its tests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CODE_START = re.compile(r"^(?:from |import |def |class |@)", re.MULTILINE)
 
 
 def graded(prompt: Prompt, output: str) -> bool | None:
-    """Whether the output of the prompt's first turn solves its task; None for tasks that have no such answer.
+    """Whether the output of the prompt's first turn solves its task; None if the task cannot be graded.
 
-    A reference that ends in ``#### N`` asks for that number (GSM8K, Cobbe et al. 2021): the last one of the output
-    counts, or the one behind its own ``####``. Code with ``test``, or with docstring examples, is run (HumanEval,
+    If the reference answer ends in ``#### N`` (GSM8K, Cobbe et al. 2021), the output must end with the same number, see
+    `final_number`. A code prompt with ``test`` or with docstring examples is graded by running the code (HumanEval,
     pass@1, Chen et al. 2021).
     """
     if prompt.reference and "####" in prompt.reference[0]:
@@ -34,7 +34,7 @@ def graded(prompt: Prompt, output: str) -> bool | None:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The last number of a text, after its last ``####`` where it has one; commas between digits are ignored."""
+    """Return the last number of a text, or of the part after its last ``####`` if there is one. Commas are ignored."""
     numbers = _NUMBER.findall(text.rsplit("####", 1)[-1]) or _NUMBER.findall(text)
     try:
         return Decimal(numbers[-1].replace(",", "").rstrip(".")) if numbers else None
@@ -43,7 +43,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def code_of(text: str) -> str | None:
-    """The Python that a prompt shows: its fenced block, or everything from the first line of code on."""
+    """Return the Python code of a prompt: its fenced code, or everything from the first line of code on."""
     fenced = _FENCE.search(text)
     if fenced:
         return fenced.group(1)
@@ -52,7 +52,7 @@ def code_of(text: str) -> str | None:
 
 
 def solution(given: str, output: str) -> str:
-    """A whole program: the output's code, behind what was given where the output only continues it."""
+    """Return a whole program: the code of the output, after the given code if the output only continues it."""
     fenced = _FENCE.search(output)
     code = fenced.group(1) if fenced else output
     name = re.search(r"def (\w+)", given)
@@ -64,7 +64,7 @@ def solution(given: str, output: str) -> str:
 
 
 def examples_as_test(given: str) -> str | None:
-    """Code that fails unless the docstring examples of ``given`` come out as written; None where it has none."""
+    """Return code that fails unless the docstring examples of ``given`` are correct; None if there are no examples."""
     texts = [text for _, text in _DOCSTRING.findall(given)]
     found = [example for text in texts for example in doctest.DocTestParser().get_examples(text)]
     examples = [example for example in found if example.want]

@@ -1,4 +1,4 @@
-"""Calibration text: prompts that are none of the evaluation's, as token ids."""
+"""Calibration text: token ids of prompts that are not in the evaluation set."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from quasar.model.sources import Checkpoint
 from quasar.model.tokenizer import Tokenizer
 from quasar.quantization.statistics import Calibration
 
-# Two texts overlap where they share this many words in a row, the usual measure of test-set contamination
-# (Brown et al. 2020, appendix C).
+# Two texts overlap if they share this many consecutive words, a common measure of test-set contamination (Brown et al.
+# 2020, appendix C).
 OVERLAP_WORDS = 13
 
 
 def prepare_calibration(
     chosen: CalibrationConfig, evaluated: Sequence[Prompt], tokenizer: Tokenizer, checkpoint: Checkpoint
 ) -> Calibration | None:
-    """The text that ``calibration`` in the configuration names; None where it asks for no prompts.
+    """Tokenize the text that ``calibration`` in the configuration names; None if ``calibration.prompts`` is 0.
 
-    Raises RequestError where it shares text with the prompts to be evaluated, naming both.
+    Raises RequestError if a calibration prompt overlaps an evaluated prompt; the message names both.
     """
     if chosen.prompts == 0:
         return None
@@ -44,7 +44,7 @@ def prepare_calibration(
 
 
 def calibration_prompts(chosen: CalibrationConfig) -> list[Prompt]:
-    """``calibration.prompts`` of the set, drawn at random with ``calibration.seed``, in the set's order."""
+    """Draw ``calibration.prompts`` prompts at random with ``calibration.seed``; they keep their order in the set."""
     if chosen.path is None:
         everything = list(read_prompts(BUILTIN / "calibration.jsonl", by_file=False))
     else:
@@ -55,14 +55,14 @@ def calibration_prompts(chosen: CalibrationConfig) -> list[Prompt]:
 
 
 def refuse_overlap(calibration: Sequence[Prompt], evaluated: Sequence[Prompt]) -> None:
-    """Raises RequestError where a calibration prompt shares `OVERLAP_WORDS` words in a row with an evaluated one."""
+    """Raise RequestError if a calibration prompt shares `OVERLAP_WORDS` consecutive words with an evaluated prompt."""
     seen = {passage: prompt for prompt in evaluated for passage in _passages(prompt)}
     for prompt in calibration:
         for passage in _passages(prompt):
             if passage in seen:
                 raise RequestError(
                     f"calibration prompt {prompt.key} ({_name(prompt)}) overlaps evaluation prompt {seen[passage].key} "
-                    f"({_name(seen[passage])}): both hold {passage!r}; calibrate on other text (calibration.path)"
+                    f"({_name(seen[passage])}): both contain {passage!r}; calibrate on other text (calibration.path)"
                 )
 
 

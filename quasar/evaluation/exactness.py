@@ -1,4 +1,4 @@
-"""Is the speculative output the verifier's own autoregressive output, and if not, how close was the tie?"""
+"""Compares speculative output with autoregressive output, and measures how close the logits are where they differ."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from quasar.verifiers.base import Verifier
 
 @dataclass(frozen=True)
 class Comparison:
-    """A greedy output against autoregressive decoding.
+    """A greedy output compared with autoregressive decoding.
 
-    match_self: whether they are equal
-    first_divergence: index of the first token that differs; None where one is the beginning of the other
-    top2_gap: difference of the verifier's two largest logits there
+    match_self: whether the two outputs are equal
+    first_divergence: index of the first token that differs; None if one output is a prefix of the other
+    top2_gap: difference between the verifier's two largest logits at that token
     """
 
     match_self: bool
@@ -27,10 +27,10 @@ class Comparison:
 def compare(
     prompt: Sequence[int], output: Sequence[int], autoregressive: Sequence[int], verifier: Verifier
 ) -> Comparison:
-    """Greedy output against greedy autoregressive output of the same verifier.
+    """Compare a greedy output with the greedy autoregressive output of the same verifier.
 
-    In 16 bit a block of several rows rounds differently from a single row, so ties within rounding may fall either way;
-    in float32 they do not.
+    If they differ, this runs one more prefill to measure ``top2_gap``. A gap as small as a rounding error means that
+    rounding decided between two tokens.
     """
     divergence = next(
         (index for index, (ours, theirs) in enumerate(zip(output, autoregressive, strict=False)) if ours != theirs),

@@ -1,8 +1,8 @@
-"""How close a verifier is to the reference: on the reference's own text, token by token, and in τ_ref.
+"""Fidelity: how close a verifier is to the reference, measured token by token on the reference's text, and in τ_ref.
 
 The reference's greedy answers (trajectories) are computed once per model, prompt set and length, and cached. A
-verifier is then teacher-forced along them, in one pass per prompt, so that every verifier is judged on the same
-tokens, whatever it would have written itself.
+verifier is then teacher-forced along them in one pass per prompt. All verifiers are therefore compared on the same
+tokens, and not on the text that each of them would generate.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from quasar.decoding.draft import ROOT, Draft
 from quasar.decoding.scores import Scores
 from quasar.verifiers.base import Verifier
 
-# Rows of logits compared at a time: bounds memory at large vocabularies.
+# Rows of logits that are compared at a time. This bounds the memory for large vocabularies.
 COMPARE_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The reference's greedy answer to one prompt, and how far its own two ways of computing it differ there.
+    """The reference's greedy answer to one prompt, and its noise floor.
 
     prompt, answer: token ids
-    noise_kl: KL(one pass || step by step) of the reference with itself at every answer token, nats
-    noise_top1: whether their argmaxes agree, per answer token
+    noise_kl: KL(reference in one pass || reference step by step) in nats, per answer token
+    noise_top1: whether the two argmaxes agree, per answer token
     """
 
     prompt: list[int]
@@ -47,19 +47,19 @@ class Fidelity:
 
 
 def measure(reference: Verifier, verifier: Verifier, trajectory: Trajectory) -> Fidelity:
-    """Teacher-force both along the trajectory, each in one pass."""
+    """Teacher-force both models along the trajectory in one pass each, and compare their logits."""
     kl, top1 = divergence(answer_logits(reference, trajectory), answer_logits(verifier, trajectory))
     return Fidelity(kl, top1)
 
 
 def answer_logits(verifier: Verifier, trajectory: Trajectory) -> Tensor:
-    """Logits [A, V] from which the A answer tokens are predicted, in one pass over prompt and answer."""
+    """Return the logits [A, V] that predict the A answer tokens, from one pass over prompt and answer."""
     tokens = torch.tensor([*trajectory.prompt, *trajectory.answer[:-1]])
     return verifier.teacher_forced(tokens, len(trajectory.prompt) - 1)
 
 
 def divergence(reference: Tensor, verifier: Tensor) -> tuple[list[float], list[bool]]:
-    """KL(reference || verifier) in nats and argmax agreement, per row of logits [A, V]; computed in float32."""
+    """Return KL(reference || verifier) in nats and argmax agreement, per row of logits [A, V], computed in float32."""
     kl: list[float] = []
     top1: list[bool] = []
     for ours, theirs in zip(reference.split(COMPARE_ROWS), verifier.split(COMPARE_ROWS), strict=True):
@@ -70,10 +70,10 @@ def divergence(reference: Tensor, verifier: Tensor) -> tuple[list[float], list[b
 
 
 class ReferencePath:
-    """Acceptance rule of τ_ref: the sequence follows the reference's answer whatever the verifier says.
+    """Acceptance rule of τ_ref: the sequence always follows the reference's answer.
 
-    A drafted token is accepted where it is the verifier's argmax *and* the answer's next token; the bonus token is
-    the answer's. A degenerate verifier, which agrees with repetitive drafts, gains nothing by it.
+    A draft token is accepted if it is the verifier's argmax *and* the next token of the answer. The bonus token is
+    taken from the answer. A degenerate verifier that agrees with repetitive drafts therefore does not increase τ_ref.
     """
 
     def __init__(self, answer: Sequence[int]) -> None:
@@ -84,7 +84,7 @@ class ReferencePath:
         targets = scores.argmax()
         path: list[int] = []
         node = ROOT
-        # The last answer token is always the bonus: what would follow it is not known.
+        # The last answer token is always the bonus token, because the token after it is unknown.
         while self._position < len(self._answer) - 1 and targets[node + 1] == self._answer[self._position]:
             target = targets[node + 1]
             following = next((child for child in draft.children(node) if draft.tokens[child] == target), None)
@@ -99,10 +99,10 @@ class ReferencePath:
 
 
 def trajectory_of(reference: Verifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
-    """Greedy autoregressive decoding by the reference, at most ``length`` tokens, with its noise floor.
+    """Decode at most ``length`` tokens greedily and autoregressively with the reference, and measure its noise floor.
 
-    In 16 bit the reference differs from itself between one pass over many tokens and one token at a time: no
-    verifier can be asked to come closer than that.
+    The noise floor is the difference between the reference in one pass over all tokens and the reference step by step.
+    It is not zero if a backend rounds the two differently, and no verifier can be expected to be closer than that.
     """
     rows = [reference.prefill(torch.tensor(prompt)).logits[0].clone()]
     answer = [int(rows[0].argmax())]
@@ -120,7 +120,7 @@ def trajectory_of(reference: Verifier, prompt: list[int], length: int, stop: fro
 
 
 class Trajectories:
-    """The reference's answers, computed once for all runs that need the same.
+    """The reference's answers, which are computed once and cached for all runs that need them.
 
     model: identity of the reference's checkpoint
     """
@@ -129,7 +129,7 @@ class Trajectories:
         self._model, self._device, self._dtype = model, device, dtype
 
     def get(self, reference: Verifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
-        """The trajectory of a prompt: see `trajectory_of`."""
+        """Return the trajectory of a prompt from the cache, or compute it with `trajectory_of`."""
         key = {"model": self._model, "prompt": prompt, "length": length, "stop": sorted(stop)}
         found = STORE.get(key, self._device, self._dtype, lambda: vars(trajectory_of(reference, prompt, length, stop)))
         return Trajectory(**found)

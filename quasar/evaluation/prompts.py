@@ -1,4 +1,4 @@
-"""Prompts: the built-in set, and Spec-Bench JSONL files."""
+"""Reads prompts: the built-in set, or Spec-Bench JSONL files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ FAMILIES = ("chat", "code", "math", "instruction", "summarization")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation's user turns. ``key`` is unique in its set; ``place`` says where the prompt was read.
+    """The user turns of a conversation.
 
-    reference: model answers; test: Python that raises where the code asked for is wrong
+    key: unique name within the prompt set
+    family: task family
+    reference: correct answers
+    place: file and line that the prompt was read from
+    test: Python code that raises if the requested code is wrong
     """
 
     key: str
@@ -32,11 +36,11 @@ class Prompt:
 
 
 def load_prompts(data: DataConfig, key: str = "data.path") -> list[Prompt]:
-    """The prompts of ``data``, at most ``data.limit`` per task family, in file order.
+    """Return the prompts of ``data``, at most ``data.limit`` per task family, in file order.
 
-    key: the configuration's name of the path, for messages
+    key: configuration key of the path, for error messages
 
-    Raises RequestError for a missing path, an empty set, or a bad line, naming file and line.
+    Raises RequestError for a missing path, an empty set or an invalid line; the message names the file and the line.
     """
     files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data, key)
     prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
@@ -47,15 +51,17 @@ def load_prompts(data: DataConfig, key: str = "data.path") -> list[Prompt]:
                 f"{prompt.place}: question_id {prompt.key} occurs {keys[prompt.key]} times; make it unique"
             )
     if not prompts:
-        raise RequestError(f"{key}={data.path}: the prompt files hold no prompt")
+        raise RequestError(f"{key}={data.path}: the prompt files contain no prompt")
     return _limited(prompts, data.limit)
 
 
 def read_prompts(file: Path, by_file: bool) -> Iterator[Prompt]:
-    """Prompts of one Spec-Bench JSONL file (``question_id``, ``category``, ``turns``; optional ``reference``,
-    and HumanEval's ``test`` and ``entry_point``).
+    """Yield the prompts of one Spec-Bench JSONL file.
 
-    by_file: the file's name is the task family (a folder of one file per task); otherwise the category is.
+    Its keys are ``question_id``, ``category`` and ``turns``, optionally ``reference``, and HumanEval's ``test`` and
+    ``entry_point``.
+
+    by_file: whether the file's name is the task family (for a folder with one file per task) instead of ``category``
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -67,7 +73,7 @@ def read_prompts(file: Path, by_file: bool) -> Iterator[Prompt]:
 
 
 def prompt_set_hash(prompts: list[Prompt]) -> str:
-    """SHA-256 over keys and texts: equal for equal prompt sets."""
+    """Return a SHA-256 over keys, task families and texts, which is equal for equal prompt sets."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.key, prompt.family, prompt.turns]).encode())
@@ -81,7 +87,7 @@ def _parse(line: str, file: Path, number: int, by_file: bool) -> Prompt:
     except json.JSONDecodeError as error:
         raise RequestError(f"{place}: not valid JSON ({error}); every line must be one JSON object") from None
     if not isinstance(raw, dict) or "question_id" not in raw or "turns" not in raw:
-        raise RequestError(f"{place}: needs the keys question_id and turns (Spec-Bench form)")
+        raise RequestError(f"{place}: needs the keys question_id and turns (Spec-Bench format)")
     turns = raw["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise RequestError(f"{place}: turns must be a list of one or more texts, found {turns!r:.80}")
@@ -105,7 +111,7 @@ def _files(data: DataConfig, key: str) -> list[Path]:
         raise RequestError(f"{key}={path}: no such file or folder; pass a .jsonl file or a folder of them")
     files = sorted(path.glob("*.jsonl"))
     if not files:
-        raise RequestError(f"{key}={path}: no *.jsonl file there")
+        raise RequestError(f"{key}={path}: this folder contains no *.jsonl file")
     return files
 
 

@@ -1,7 +1,7 @@
-"""Running generated Python in a process of its own: limited time and memory, no network, a temporary folder.
+"""Runs generated Python in a separate process with limited time and memory, without network, in a temporary folder.
 
-This keeps honest mistakes of a model (endless loops, huge lists, files written anywhere) from hurting a run. It is no
-defence against an attacker: run untrusted models in a container.
+This protects a run against mistakes of a model, such as endless loops, huge lists or files written to wrong places. It
+does not protect against an attacker: run untrusted models in a container.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 PASSED = 57
-"""Exit code after the last line: a program that leaves early has not passed."""
+"""Exit code after the last line of the program. A program that exits early returns another code and fails."""
 
 _BOOT = """
 import ctypes, os, resource, sys
@@ -54,7 +54,7 @@ leave(int(sys.argv[3]))
 
 
 def passes(program: str, seconds: int = 5, megabytes: int = 512) -> bool:
-    """Whether a Python program runs to its end without an exception, within ``seconds`` of wall and CPU time."""
+    """Whether a Python program runs to its end without an exception within ``seconds`` of elapsed and of CPU time."""
     with tempfile.TemporaryDirectory(prefix="quasar-sandbox-") as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _BOOT, str(seconds), str(megabytes), str(PASSED)],
