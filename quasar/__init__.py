@@ -1,3 +1,3 @@
-"""Quasar: speculative decoding with cheap verification, measured so that a reviewer trusts it."""
+"""Quasar: an experiment framework for speculative decoding with quantized and pruned verifiers."""
 
 __version__ = "0.1.0"

@@ -1,10 +1,10 @@
-"""What is expensive to compute and kept between runs, each entry under everything that it depends on.
+"""The cache of results that are expensive to compute. The key of an entry contains everything that it depends on.
 
-An entry of kind ``calibration``, say, is two files below ``$QUASAR_CACHE/calibration``: the content, and beside it its
-key and checksum. Both are named by the hash of the key, so that other inputs make another entry and nothing is ever
-replaced. What is read is checked against the checksum; an entry that does not fit is made anew, with one warning.
-A process that makes an entry holds its lock, and others that need the same one wait. Where nothing can be written, the
-run goes on without the cache, with one warning.
+For example, an entry of the kind ``calibration`` consists of two files in ``$QUASAR_CACHE/calibration``: the content,
+and a card with the key and the checksum. Both are named by the hash of the key, so that different inputs have different
+entries, and no entry is ever replaced. The checksum is verified when an entry is read. A damaged entry is computed
+again, with a warning. A process that computes an entry holds its lock, and other processes that need the entry wait.
+If the cache folder is not writable, the run continues without the cache, with a warning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 LOCK_SECONDS = 3600.0
-"""How long a process waits for another one that makes the same entry."""
+"""How long a process waits for another process that computes the same entry."""
 
 _PACKAGES = ("quasar", "quasar_kernels")
 _SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh", ".jsonl")
@@ -41,10 +41,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Store(Generic[T]):
-    """How values of one kind are kept. ``save`` and ``load`` may raise whatever a broken file makes them raise.
+    """Stores the values of one kind.
 
-    kind:   the folder's name below `cache_folder`
-    suffix: of the content's file, with the dot
+    kind:   name of the folder in `cache_folder`
+    suffix: suffix of the content files, with the dot
+    save, load: write and read a value; ``load`` may raise any exception for a damaged file
     """
 
     kind: str
@@ -53,11 +54,12 @@ class Store(Generic[T]):
     load: Callable[[Path], T]
 
     def get(self, key: Mapping[str, Any], device: torch.device, dtype: torch.dtype, make: Callable[[], T]) -> T:
-        """The value of a key, made and kept if it is not there or does not fit its checksum.
+        """Return the value of a key. If it is missing or damaged, ``make`` computes it, and it is stored.
 
-        key: all that the value depends on, as JSON, besides device and dtype, the versions of torch and of this program
+        Errors of ``make`` are passed on.
 
-        Raises what ``make`` raises.
+        key: everything that the value depends on, as JSON values. Device, dtype and the versions of torch and of the
+            code are added
         """
         whole = {
             **key,
@@ -70,7 +72,7 @@ class Store(Generic[T]):
         name = hashlib.sha256(text.encode()).hexdigest()[:24]
         content = cache_folder() / self.kind / f"{name}{self.suffix}"
         with _locked(content) as writable:
-            # The key in the file is compared too: a hash of 24 digits is a name, not a proof.
+            # The stored key is compared too, because two keys might have the same hash of 24 digits.
             found = self._read(content, json.loads(text))
             if found is not None:
                 return found[0]
@@ -82,16 +84,16 @@ class Store(Generic[T]):
     def _read(self, content: Path, key: dict[str, Any]) -> tuple[T] | None:
         card = card_of(content)
         if not (content.exists() and card.exists()):
-            return None  # never made, or its process died
+            return None  # it was never computed, or the process died
         try:
             known = json.loads(card.read_text(encoding="utf-8"))
             if known["key"] != key:
-                raise ValueError("it was made for another key")
+                raise ValueError("it belongs to another key")
             if known["sha256"] != _sha256(content):
-                raise ValueError("its checksum does not fit")
+                raise ValueError("its checksum is wrong")
             return (self.load(content),)
         except Exception as error:  # a damaged file may raise anything
-            _warn(f"{content} is damaged ({error}); it is made anew")
+            _warn(f"{content} is damaged ({error}); it is computed again")
             return None
 
     def _write(self, content: Path, value: T, key: str) -> None:
@@ -99,40 +101,40 @@ class Store(Generic[T]):
         try:
             self.save(value, scratch)
             card = {"key": json.loads(key), "sha256": _sha256(scratch), "made": int(time.time())}
-            # The card last: content without a card counts as not made.
+            # The card is written last, because content without a card is treated as missing.
             card_of(content).unlink(missing_ok=True)
             scratch.replace(content)
             unfinished = scratch.with_suffix(".card")
             unfinished.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
             unfinished.replace(card_of(content))
         except OSError as error:
-            _warn(f"{content.parent} takes no files ({error.strerror or error}); the run goes on without")
+            _warn(f"{content.parent} is not writable ({error.strerror or error}); the run continues without the cache")
         finally:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
 
 
 def json_store(kind: str) -> Store[Any]:
-    """A store of JSON values."""
+    """Return a store of JSON values."""
     return Store(kind, ".json", _save_json, lambda file: json.loads(file.read_text(encoding="utf-8")))
 
 
 def cache_folder() -> Path:
-    """``$QUASAR_CACHE``, or the user's cache folder for Quasar."""
-    # Its package imports torch, which ``run.py --help`` must not wait for.
+    """Return ``$QUASAR_CACHE``, or by default the user's cache folder for Quasar."""
+    # The package imports torch, which would slow down ``run.py --help``.
     from quasar_kernels.folder import cache_folder
 
     return cache_folder()
 
 
 def card_of(content: Path) -> Path:
-    """The file that holds the key and checksum of an entry."""
+    """Return the path of the card, the file with the key and the checksum of an entry."""
     return content.with_suffix(".card")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of entries in the cache: calibration, trajectories, models, kernels, …"""
+    """A kind of entries in the cache (calibration, trajectories, models, kernels, …), their number and size."""
 
     name: str
     entries: int
@@ -140,19 +142,19 @@ class Kind:
 
 
 def kinds() -> list[Kind]:
-    """What the cache holds, by kind, in alphabetical order."""
+    """Return the kinds in the cache in alphabetical order."""
     folders = sorted(folder for folder in _children(cache_folder()) if folder.is_dir())
     return [Kind(folder.name, len(_entries(folder)), _bytes_below(folder)) for folder in folders]
 
 
 def clear(kind: str | None = None) -> int:
-    """Delete the entries of one kind, or all; the bytes that were freed. Raises ValueError for a kind it has not.
+    """Delete the entries of one kind, or of all kinds, and return the number of freed bytes.
 
-    An entry that a running process is making stays, with its lock.
+    Entries that a running process is computing are not deleted. Raises ValueError for an unknown kind.
     """
     names = [found.name for found in kinds()]
     if kind is not None and kind not in names:
-        raise ValueError(f"cache kind {kind!r}: there are {', '.join(names) or 'none yet'}")
+        raise ValueError(f"cache kind {kind!r} does not exist; existing kinds: {', '.join(names) or 'none'}")
     freed = 0
     for name in [kind] if kind is not None else names:
         folder = cache_folder() / name
@@ -166,7 +168,7 @@ def clear(kind: str | None = None) -> int:
 
 
 def device_identity(device: torch.device) -> str:
-    """What tells apart devices on which the same computation may round differently: a GPU's model, a CPU's kernels."""
+    """Return the name of a GPU, or the level of the CPU kernels. Devices with another name may round differently."""
     import torch
 
     if device.type == "cuda":
@@ -179,9 +181,9 @@ def device_identity(device: torch.device) -> str:
 
 @cache
 def code_version() -> str:
-    """Twelve hex digits over every source file of the packages, as they were when first asked for.
+    """Return a hash of twelve hex digits over all source files of the packages, read at the first call.
 
-    The same in a checkout, with or without git, and where the packages were copied: it tells uncommitted edits apart.
+    It does not depend on git or on the location of the packages, and it changes with uncommitted edits.
     """
     digest = hashlib.sha256()
     for package in _PACKAGES:
@@ -198,14 +200,14 @@ def code_version() -> str:
 
 @contextmanager
 def _locked(content: Path) -> Iterator[bool]:
-    """Hold the entry's lock; whether the entry can be written."""
+    """Hold the entry's lock. Yields whether the entry can be written."""
     lock = FileLock(content.with_suffix(".lock"))
     try:
         content.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_SECONDS)
     except (OSError, Timeout) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        _warn(f"{content.parent} takes no files ({reason}); the run goes on without")
+        _warn(f"{content.parent} is not writable ({reason}); the run continues without the cache")
         yield False
         return
     try:
@@ -246,7 +248,7 @@ def _children(folder: Path) -> list[Path]:
 def _bytes_below(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
-        # Files may vanish meanwhile.
+        # Other processes may delete files meanwhile.
         with contextlib.suppress(OSError):
             total += file.stat().st_size
     return total

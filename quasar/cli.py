@@ -1,4 +1,4 @@
-"""The ``quasar`` command: everything around runs."""
+"""The ``quasar`` command: starts runs, collects their results, and manages models, the cache and W&B runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from quasar.config.schema import CONF, ModelSource, register
 from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Quasar's tools around runs.")
-models = typer.Typer(no_args_is_help=True, help="Models that conf/model names.")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Start runs and manage their results.")
+models = typer.Typer(no_args_is_help=True, help="The models in conf/model.")
 app.add_typer(models, name="models")
 kept = typer.Typer(
-    no_args_is_help=True, help="What is kept between runs: models, calibration statistics, answers, kernels."
+    no_args_is_help=True, help="The cache of models, calibration statistics, reference answers and kernels."
 )
 app.add_typer(kept, name="cache")
-wandb_runs = typer.Typer(no_args_is_help=True, help="Weights & Biases.")
+wandb_runs = typer.Typer(no_args_is_help=True, help="Runs in Weights & Biases.")
 app.add_typer(wandb_runs, name="wandb")
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context) -> None:
-    """Decode prompts and measure: takes what run.py takes, verifier=int4 drafter=lookahead for example."""
+    """Decode prompts and measure. Takes the arguments of run.py, for example verifier=int4 drafter=lookahead."""
     from quasar.main import main
 
     sys.argv = ["quasar run", *context.args]
@@ -37,10 +37,10 @@ def run(context: typer.Context) -> None:
 
 @models.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="a file of conf/model, without .yaml")],
-    path: Annotated[str | None, typer.Option(help="a folder or GGUF file instead of the model's own source")] = None,
+    name: Annotated[str, typer.Argument(help="a file in conf/model, without .yaml")],
+    path: Annotated[str | None, typer.Option(help="a folder or GGUF file to use instead of the model's source")] = None,
 ) -> None:
-    """Download and prepare a model ahead of its first run."""
+    """Download and prepare a model before its first run."""
     reporter = Reporter()
     try:
         source = model_source(name, path)
@@ -57,7 +57,7 @@ def fetch(
 
 @models.command("list")
 def list_models() -> None:
-    """Name every model of conf/model and where it comes from."""
+    """List every model in conf/model and its source."""
     reporter = Reporter()
     for name in model_names():
         source = model_source(name)
@@ -71,7 +71,7 @@ def collect_runs(
     watch: Annotated[bool, typer.Option(help="refresh a table of states until every run has ended")] = False,
     every: Annotated[float, typer.Option(help="seconds between refreshes")] = 5.0,
 ) -> None:
-    """Gather all runs below a folder into one table, as Parquet and CSV; list what failed or was cut short."""
+    """Write a table of all runs below a folder, as Parquet and CSV, and list the failed and partial runs."""
     from quasar.results.overview import collect, follow
 
     reporter = Reporter()
@@ -110,12 +110,12 @@ def plot_runs(
 def push_runs(
     folder: Annotated[Path, typer.Argument(help="a run, a sweep, or any folder above runs")],
     mode: Annotated[
-        str | None, typer.Option(help="auto, online or offline; by default as the run was configured")
+        str | None, typer.Option(help="auto, online or offline; default: the mode in the run's configuration")
     ] = None,
-    project: Annotated[str | None, typer.Option(help="another project than the run's")] = None,
-    entity: Annotated[str | None, typer.Option(help="another user or team than the run's")] = None,
+    project: Annotated[str | None, typer.Option(help="use this project instead of the run's")] = None,
+    entity: Annotated[str | None, typer.Option(help="use this user or team instead of the run's")] = None,
 ) -> None:
-    """Make the W&B runs of run folders from their files; doing it again makes the same runs again."""
+    """Log run folders to W&B. Pushing a run again updates the same W&B run."""
     from quasar.results.wandb.pushing import push_all
 
     given = {"mode": mode, "project": project, "entity": entity}
@@ -129,7 +129,7 @@ def push_runs(
 
 @kept.command("list")
 def list_cache() -> None:
-    """Name what the cache holds, by kind."""
+    """List the kinds of entries in the cache, with their number and size."""
     from quasar.cache import cache_folder, kinds
 
     reporter = Reporter()
@@ -139,7 +139,7 @@ def list_cache() -> None:
 
 @kept.command("size")
 def cache_size() -> None:
-    """Print the bytes of all that the cache holds."""
+    """Print the size of the cache in bytes."""
     from quasar.cache import kinds
 
     Reporter().line(str(sum(kind.bytes for kind in kinds())))
@@ -147,9 +147,9 @@ def cache_size() -> None:
 
 @kept.command("clear")
 def clear_cache(
-    kind: Annotated[str | None, typer.Argument(help="one kind of quasar cache list; default: all")] = None,
+    kind: Annotated[str | None, typer.Argument(help="one kind that quasar cache list shows; default: all")] = None,
 ) -> None:
-    """Delete what the cache holds, except what a running process is making."""
+    """Delete the entries of the cache, except those that a running process is computing."""
     from quasar.cache import clear
 
     try:
@@ -165,14 +165,14 @@ def model_names() -> list[str]:
 
 
 def model_source(name: str, path: str | None = None) -> ModelSource:
-    """The model node of the configuration. Raises RequestError for an unknown name."""
+    """Return the model node of the configuration. Raises RequestError for an unknown name."""
     register()
     overrides = [f"model={name}"] + ([f"model.path={path}"] if path else [])
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", overrides=overrides)
     except MissingConfigException:
-        raise RequestError(f"model {name!r} is not in conf/model; there are {', '.join(model_names())}") from None
+        raise RequestError(f"model {name!r} is not in conf/model; choose one of {', '.join(model_names())}") from None
     source = OmegaConf.to_object(config.model)
     assert isinstance(source, ModelSource)
     return source

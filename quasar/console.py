@@ -1,4 +1,4 @@
-"""What a user sees: header, progress, tables. Plain lines where the output is no terminal."""
+"""Console output: header, progress bars and tables. If the output is not a terminal, it consists of plain lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Advance = Callable[[int, int], None]
 
 
 class Reporter:
-    """Writes to standard output: bars and boxes on a terminal, lines without control characters elsewhere."""
+    """Writes to standard output: progress bars and boxes on a terminal, else lines without control characters."""
 
     def __init__(self) -> None:
         console = Console(highlight=False)
@@ -38,13 +38,13 @@ class Reporter:
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Advance]:
-        """A bar for one piece of work; the caller reports (done, total)."""
+        """Show a progress bar for one task. The body calls the yielded function with (done, total)."""
         with self.live(what) as update:
             yield lambda done, total: update(done, total, "")
 
     @contextmanager
     def stages(self) -> Iterator[Callable[[str, int, int], None]]:
-        """Pieces of work that become known as they begin; the caller reports (what, done, total)."""
+        """Show progress bars for consecutive tasks. The body calls the yielded function with (what, done, total)."""
         with ExitStack() as stack:
             bars: dict[str, Advance] = {}
 
@@ -60,7 +60,7 @@ class Reporter:
 
     @contextmanager
     def live(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
-        """Like `progress`, with a text that changes as the work goes on."""
+        """Same as `progress`, but the body calls the yielded function with (done, total, note)."""
         if self.interactive:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console) as bars:
@@ -78,13 +78,13 @@ class Reporter:
         yield update
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The first column is text, the others are numbers."""
+        """Print a table whose first column is text and whose other columns are numbers."""
         self.console.print(self.build_table(title, columns, rows))
 
     def build_table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)
     ) -> Table:
-        """``text``: columns that hold words; the others are numbers and stand to the right."""
+        """Build a table. text: indices of the columns with text; the others are numbers, aligned to the right."""
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if self.interactive else box.ASCII2)
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index in text else "right", no_wrap=True)

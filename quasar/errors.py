@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet, and the exit code of each."""
+"""The errors that users see, and their exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RequestError(QuasarError):
 
 
 def report(error: QuasarError) -> int:
-    """Say what went wrong in one line, or with HYDRA_FULL_ERROR=1 where too; the exit code."""
+    """Print the error in one line, and with HYDRA_FULL_ERROR=1 also its traceback. Returns the exit code."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
     print(f"error: {error}", file=sys.stderr)

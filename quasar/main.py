@@ -1,4 +1,4 @@
-"""The command line of ``run.py``: Hydra composes, `quasar.experiment` runs, errors become messages and exit codes."""
+"""The command line of ``run.py``: composes the configuration, executes the run, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DONE, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
 
 
 def main() -> int:
-    """Run what ``sys.argv`` asks for; the exit code is the worst of its jobs'."""
+    """Execute the run or sweep in ``sys.argv`` and return the exit code, the largest one of all jobs."""
     register()
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> int:
-        # A sweep's job may run in another process: its code is what it returns.
+        # A job of a sweep may run in another process, which gets the code as the return value.
         codes.append(_run(config))
         return codes[-1]
 
@@ -33,7 +33,7 @@ def main() -> int:
     except SweepEnded as ended:
         return ended.exit_code
     except SystemExit as stop:
-        # Hydra has said what is wrong with the request before any job started.
+        # If no job has started, Hydra has printed what is wrong with the request.
         return WRONG_REQUEST if stop.code and not codes else int(stop.code or DONE)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -45,7 +45,7 @@ def _run(config: DictConfig) -> int:
         from quasar.experiment.sweep.job import run_job
 
         return run_job(config)
-    # Heavy imports wait until a job runs, so that --help answers at once.
+    # Heavy packages are imported only when a job runs, so that --help is fast.
     from quasar.console import Reporter
     from quasar.experiment import run
     from quasar.results.wandb.live import logged

@@ -1,4 +1,4 @@
-"""What every drafter and verifier must do, as checks that a package of your own can call from its tests.
+"""Conformance tests for drafters and verifiers. Call them from the tests of a package that implements one:
 
     from quasar.testing import check_drafter, check_verifier
 
@@ -8,7 +8,7 @@
     def test_my_verifier() -> None:
         check_verifier(MyVerifier(tiny_model(), Setup()))
 
-A check raises AssertionError, and says what was expected.
+A check raises AssertionError with a message on what was expected.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from quasar.verifiers.fp16 import FP16Verifier
 
 VOCABULARY = 64
 PROMPTS = ([5], [1, 2, 3, 1, 2, 3, 1, 2], [7, 7, 7, 7], list(range(40)))
-"""Some repeat themselves, so that drafters find something to say."""
+"""Some prompts repeat themselves, so that drafters have something to propose."""
 NEW_TOKENS = 24
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> Transformer:
-    """A random Llama of 4 layers over 64 tokens, the same at every call."""
+    """Return a random Llama with 4 layers and a vocabulary of 64 tokens, the same at every call."""
     return random_transformer(tiny_config(vocab_size=VOCABULARY), 0, dtype)
 
 
 def tiny_setup() -> Setup:
-    """What a run gives to a verifier, with a little random calibration text."""
+    """Return the `Setup` that a run gives to a verifier, with a small random calibration text."""
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(0, VOCABULARY, (length,), generator=generator) for length in (50, 90, 30)]
     calibration = Calibration(sequences, {"model": "quasar.testing"})
@@ -54,13 +54,13 @@ def tiny_setup() -> Setup:
 
 
 def check_drafter(drafter: Drafter, verifier: Verifier | None = None) -> None:
-    """Draft, verify and observe with it over several sequences.
+    """Decode several sequences with a drafter and check what it does.
 
-    verifier: the one to draft for; by default the tiny model's
+    It checks that greedy output equals the verifier's autoregressive output (unless the drafter has an acceptance
+    rule), that no draft is deeper than its budget, that notes have one value per step, that `begin` starts a repeated
+    sequence from scratch, and that the probabilities of sampled drafts are valid distributions.
 
-    Checks that greedy output is the verifier's own autoregressive output (unless the drafter decides what is accepted),
-    that no draft is deeper than its budget, that notes have a value per step, that a sequence that comes again starts
-    afresh, and that sampled drafts carry distributions that fit them.
+    verifier: the verifier to draft for; by default one with the tiny model
     """
     verifier = verifier or FP16Verifier(tiny_model(), Setup())
     drafter.prepare(_resources(verifier))
@@ -79,10 +79,10 @@ def check_drafter(drafter: Drafter, verifier: Verifier | None = None) -> None:
 
 
 def check_verifier(verifier: Verifier, tolerance: float = 1e-4) -> None:
-    """Read, score and roll back with it: every way to the same sequence gives the same logits.
+    """Prefill, verify and roll back with a verifier, and check that the logits depend only on the sequence.
 
-    verifier:  over a vocabulary of at least 64 tokens
-    tolerance: relative error of the logits between one pass and another; 1e-4 suits float32, 0.05 bfloat16
+    verifier:  a verifier with a vocabulary of at least 64 tokens
+    tolerance: allowed relative error between the logits of two passes: 1e-4 for float32, 0.05 for bfloat16
     """
     same = partial(_assert_close, tolerance=tolerance)
     prompt, drafted = [3, 1, 4, 1, 5], [10, 11, 12]
@@ -110,13 +110,13 @@ def check_verifier(verifier: Verifier, tolerance: float = 1e-4) -> None:
     verifier.keep([])
     _check_scratch(verifier, [*kept, 22], same)
     same(verifier.prefill(torch.tensor(prompt)).logits[0], alone[4], "prefill after another sequence")
-    assert verifier.label, "label is empty: tables name by it what the output is lossless with respect to"
+    assert verifier.label, "label must not be empty: messages say that the output is lossless with respect to it"
     assert verifier.cost.weight_bytes > 0, "cost.weight_bytes must be the bytes of all weights that a pass reads"
-    assert verifier.context_length >= len(kept), "context_length is shorter than what was read"
+    assert verifier.context_length >= len(kept), "context_length is less than the number of tokens that were read"
 
 
 def _check_scratch(verifier: Verifier, context: list[int], same: Any) -> None:
-    """Scratch rows see the context, the last token and each other as their mask says, and leave no trace."""
+    """Check that scratch rows attend to context, last token and each other by their mask, and are not cached."""
     scratch = Scratch(
         tokens=torch.tensor([30, 31, 32]),
         offsets=torch.tensor([1, 2, 2]),
@@ -133,7 +133,7 @@ def _check_scratch(verifier: Verifier, context: list[int], same: Any) -> None:
 
 
 class _Watched(Drafter):
-    """Looks at every draft before the loop gets it."""
+    """Checks every draft before the decode loop gets it."""
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
@@ -153,7 +153,7 @@ class _Watched(Drafter):
             found = draft.probabilities.float()
             assert found.shape[0] == len(draft), f"probabilities has {found.shape[0]} rows for {len(draft)} tokens"
             assert torch.allclose(found.sum(-1), torch.ones(len(draft)), atol=1e-3), "probabilities must sum to 1"
-            assert (found[range(len(draft)), draft.tokens] > 0).all(), "a token was drawn that has no probability"
+            assert (found[range(len(draft)), draft.tokens] > 0).all(), "a draft token has probability 0"
         return draft
 
     def observe(self, step: Any) -> None:
@@ -194,6 +194,6 @@ def _last(verifier: Verifier, tokens: list[int]) -> Tensor:
 
 
 def _assert_close(found: Tensor, expected: Tensor, what: str, tolerance: float) -> None:
-    assert found.shape == expected.shape, f"{what}: logits {tuple(found.shape)} where {tuple(expected.shape)} are due"
+    assert found.shape == expected.shape, f"{what}: logits have shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     error = float((found.float() - expected.float()).norm() / expected.float().norm())
     assert error <= tolerance, f"{what}: logits differ from those of one pass over the same tokens by {error:.2g}"

@@ -89,7 +89,7 @@ def test_a_damaged_entry_is_made_anew_with_one_warning(folder: Path, damage: str
 def test_a_folder_that_takes_nothing_costs_the_cache_and_not_the_run(folder: Path) -> None:
     folder.write_text("in the way")
     make = Counting()
-    with pytest.warns(RuntimeWarning, match="takes no files"):
+    with pytest.warns(RuntimeWarning, match="is not writable"):
         assert ANSWERS.get({}, CPU, torch.float32, make) == [1]
 
 

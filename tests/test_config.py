@@ -232,7 +232,7 @@ def test_model_sources_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(RequestError, match=r"broken\.gguf: not a readable GGUF file"):
         locate(model_source("path", str(tmp_path / "broken.gguf")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(QuasarError, match=r"model=qwen3_8b: .* could not be had from the hub"):
+    with pytest.raises(QuasarError, match=r"model=qwen3_8b: .* could not be downloaded from the hub"):
         locate(model_source("qwen3_8b"))
 
 

@@ -167,7 +167,7 @@ def test_rows_that_do_not_fit_into_the_cache_are_refused(tiny: Transformer) -> N
     tiny(torch.arange(3), cache)
     cache.commit(range(3))
     tiny(torch.arange(1), cache)
-    with pytest.raises(ValueError, match="5 slots of a cache that has 4"):
+    with pytest.raises(ValueError, match="the cache has 4 slots, but 5 are needed"):
         tiny(torch.arange(2), cache)
 
 

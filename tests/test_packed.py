@@ -227,7 +227,7 @@ def test_what_cannot_be_read_is_named(dense: LlamaForCausalLM, dense_folder: Pat
     with pytest.raises(RequestError, match=r"cut\.gguf: not a readable GGUF file"):
         verifier(tmp_path / "cut.gguf", dense_folder)
     write_gguf(tmp_path / "q5.gguf", dense, GGMLQuantizationType.Q5_0)
-    with pytest.raises(RequestError, match=r"attn_q\.weight is Q5_0; kept packed are Q8_0, Q4_0, Q4_1"):
+    with pytest.raises(RequestError, match=r"attn_q\.weight is Q5_0; only Q8_0, Q4_0, Q4_1 can stay quantized"):
         verifier(tmp_path / "q5.gguf", dense_folder)
     values, scales, zeros = grid(torch.randn(128, 128), symmetric=True)
     tensors = dict(dense.state_dict())

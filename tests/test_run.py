@@ -127,7 +127,7 @@ def test_drafters_that_ask_for_resources(run: Run, prompt_file: Path, tmp_path: 
     assert pruned.returncode == 0, pruned.stderr
     wrong = run(*small(prompt_file, "wrong"), "drafter=chain", "drafter.members=[ngrams]")
     assert wrong.returncode == 2
-    assert "drafter 'ngrams' is not in conf/drafter; there are chain, " in wrong.stderr
+    assert "drafter 'ngrams' is not in conf/drafter; choose one of chain, " in wrong.stderr
 
 
 def test_auto_draft_length_and_its_gain_are_recorded(run: Run, prompt_file: Path, tmp_path: Path) -> None:

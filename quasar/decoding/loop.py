@@ -54,7 +54,7 @@ def decode(
 
     on_step: called after every step, outside the timed phases
     """
-    record = Generation([], len(prompt), "", [], [], [], [], [], {})
+    result = Generation([], len(prompt), "", [], [], [], [], [], {})
     clock = Stopwatch(verifier.device)
     tokens = torch.tensor(prompt, dtype=torch.int64)
     first = rule.accept(Draft(), verifier.prefill(tokens), generator).bonus
@@ -72,18 +72,18 @@ def decode(
         verifier.keep(accepted.path)
         emitted = limits.cut(context, [draft.tokens[node] for node in accepted.path] + [accepted.bonus])
         step = StepResult(draft, emitted, accepted.path, scores.logits, scores.scratch)
-        record.context.append(len(context.tokens) - 1)
+        result.context.append(len(context.tokens) - 1)
         context.tokens += emitted
-        record.drafted.append(len(draft))
-        record.depth.append(max(draft.depths(), default=0))
-        record.accepted.append(len(accepted.path))
-        record.emitted.append(len(emitted))
+        result.drafted.append(len(draft))
+        result.depth.append(max(draft.depths(), default=0))
+        result.accepted.append(len(accepted.path))
+        result.emitted.append(len(emitted))
         clock.lap("overhead")
         drafter.observe(step)
         clock.lap("observe")
         if on_step is not None:
             on_step(step)
 
-    record.tokens, record.finish_reason = context.tokens[len(prompt) :], finish_reason
-    record.milliseconds = clock.milliseconds()
-    return record
+    result.tokens, result.finish_reason = context.tokens[len(prompt) :], finish_reason
+    result.milliseconds = clock.milliseconds()
+    return result

@@ -50,7 +50,7 @@ class Limits:
         return min(self.max_new_tokens - emitted, self.context_length - len(context.tokens))
 
     def budget(self, context: Context) -> int:
-        """Return the draft budget: the maximum depth of a draft. The bonus token needs one token of the room."""
+        """Return the draft budget, the maximum depth of a draft. One token of the room is left for the bonus token."""
         budget = self.room(context) - 1
         return budget if self.draft_tokens is None else min(budget, self.draft_tokens)
 

@@ -1,1 +1,1 @@
-"""Drafters: propose a token tree for the current context. One file and one YAML each."""
+"""Drafters, which propose a token tree for the current context. Each has one file here and one YAML file in conf/."""

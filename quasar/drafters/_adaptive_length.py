@@ -1,4 +1,4 @@
-"""``decode.draft_tokens=auto``: each step's draft as long as acceptance so far and the verifier's cost make it pay."""
+"""``decode.draft_tokens=auto``: chooses the draft length of each step from recent acceptance and measured costs."""
 
 from __future__ import annotations
 
@@ -21,54 +21,56 @@ from quasar.verifiers.base import Verifier
 
 MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 REPEATS = 7
-"""Passes per number of rows, whose median counts."""
+"""Passes timed per number of rows; the median is used."""
 LONG_CONTEXT = 1024
 
 LONGEST = 32
 DRAFT_TIMES = 9
 FREE_DRAFTS = 1
 FREE_EVERY = 500
-"""Latest drafts whose lower median time per position counts, how many free ones it begins with, and after how many
-steps without a draft another free one is put among them.
+"""Estimate of the drafting time per position: the lower median of the last `DRAFT_TIMES` drafts. It starts with
+`FREE_DRAFTS` entries of zero time, and another zero entry is added after every `FREE_EVERY` steps without a draft.
 
-A mean lets one stall (a first call that allocates, a disturbance) end drafting for good, as without drafts no time
-corrects it: in simulations on recorded acceptance 200 ms more for the first draft cost prompt lookup 24 % and an INT4
-draft model 11 % of their speed. Behind a free draft the first one says nothing; medians of five drafts followed noise
-and cost the model 0.5 %. Whatever nine drafts took, drafting is free again after 2,500 steps without; with a free
-draft every 200 steps layer-skip, which never pays, lost 0.2 % more.
+With a mean, a single slow draft (a first call that allocates, a disturbance) can stop drafting forever, because no
+later draft corrects it. In simulations on recorded acceptance, 200 ms more for the first draft cost prompt lookup 24 %
+and an INT4 draft model 11 % of their speed. With one zero entry the lower median ignores the first draft. Medians of
+five drafts followed noise and cost the model 0.5 %. However slow nine drafts were, the median is zero again after 2,500
+steps without a draft. With a zero entry every 200 steps, layer-skip, which is never faster, lost another 0.2 %.
 """
 DECAY = 0.95
-"""Weight of a step's acceptance after each later one that is counted with it: the last twenty count."""
+"""Factor on the weight of older steps for every new step with a draft. About the last twenty steps count."""
 REST_DECAY = 0.98
-"""The same for a step that was not to draft.
+"""The same factor for a step that was chosen to have no draft.
 
-Where drafts are right with a probability p too low to pay, and would pay from q on, they are tried again whenever
-evidence has faded so far that (n p + PRIOR_WEIGHT PRIOR_RATE) / (n + PRIOR_WEIGHT) reaches q. A try adds one to n, a
-step takes the share 1 - REST_DECAY, so that n (1 - REST_DECAY) tries are made per step, which lose
+Suppose drafts are accepted with probability p and are worth their cost only from probability q > p on. A draft is tried
+again when the weight n of the evidence has decayed so far that (n p + PRIOR_WEIGHT PRIOR_RATE) / (n + PRIOR_WEIGHT)
+reaches q. A try adds 1 to n, and every step removes the share 1 - REST_DECAY of n, so that there are
+n (1 - REST_DECAY) tries per step. They cost
 
     n (q - p) (1 - REST_DECAY) = PRIOR_WEIGHT (PRIOR_RATE - q) (1 - REST_DECAY)
 
-tokens, however bad they are, and little where drafts are dear (q close to PRIOR_RATE). Slower fading loses less of
-that, but gives up longer after bad luck: in simulations on recorded acceptance 0.95, 0.98 and 0.99 gave layer-skip,
-which never pays, 0.979, 0.985 and 0.988 of the speed without drafts, and an INT4 draft model, which just pays, 0.984,
-0.981 and 0.976 of that at its best fixed length.
+tokens per step. This does not depend on p, and it is small if drafts are expensive (q close to PRIOR_RATE). A slower
+decay costs less, but stops drafting for longer after bad luck. In simulations on recorded acceptance, the decays 0.95,
+0.98 and 0.99 gave layer-skip, which is never faster, 0.979, 0.985 and 0.988 of the speed without drafts. They gave an
+INT4 draft model, which is slightly faster, 0.984, 0.981 and 0.976 of the speed at its best fixed length.
 """
 PRIOR_WEIGHT = 4.0
 PRIOR_RATE = 0.9
-"""What is believed of the first position before anything is known; each later position begins like the one before.
+"""Prior acceptance rate of the first position, and its weight in steps. The prior of each later position is the rate of
+the position before.
 
-Too much rather than too little: what is believed wrongly of drafts that are made is soon corrected, of drafts that are
-not made never.
+The prior is optimistic, because drafts soon correct an estimate that is too high. An estimate that is too low leads to
+no drafts and is never corrected.
 """
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """Milliseconds of a verification pass by its number of rows and the context behind which it runs, t(M).
+    """Milliseconds t(M) of a verification pass as a function of its number of rows M and the context length.
 
     rows: the measured numbers of rows, ascending
-    contexts: the measured contexts in tokens, ascending, at least one
-    milliseconds: for every context the durations by number of rows
+    contexts: the measured context lengths in tokens, ascending, at least one
+    milliseconds: for every context length, the durations by number of rows
     """
 
     rows: Sequence[int]
@@ -76,11 +78,11 @@ class PassCost:
     milliseconds: Sequence[Sequence[float]]
 
     def __call__(self, rows: np.ndarray, context: int) -> np.ndarray:
-        """t(M) of every number of rows, which need not be whole: linear between and beyond what was measured."""
+        """Return t(M) for every number of rows, which may be fractional; linear between and beyond measured points."""
         times = self._behind(0, rows)
         if len(self.contexts) == 1:
             return times
-        # Attention reads the whole context, so that the cost of a row grows with it.
+        # Attention reads the whole context, so the cost of a row grows with the context length.
         share = (context - self.contexts[0]) / (self.contexts[-1] - self.contexts[0])
         return np.maximum(times + share * (self._behind(-1, rows) - times), min(self.milliseconds[0]))
 
@@ -91,11 +93,11 @@ class PassCost:
 
 
 def measure_pass_cost(verifier: Verifier, prompt: Sequence[int], capacity: int) -> PassCost:
-    """Time passes of 1 to 32 rows behind a prompt, and behind its repetition up to a long context.
+    """Measure passes of 1 to 32 rows after a prompt, and after the prompt repeated up to a long context.
 
-    Leaves the verifier's cache with the prompt alone.
+    The verifier's cache contains only the prompt afterwards.
 
-    capacity: tokens that the verifier has room for; where a long context does not fit, the prompt's own counts alone
+    capacity: size of the verifier's cache in tokens; if a long context does not fit, only the prompt is measured
     """
     long = min(LONG_CONTEXT, capacity - MEASURED_ROWS[-1])
     contexts = [len(prompt), long] if long > 2 * len(prompt) else [len(prompt)]
@@ -108,7 +110,7 @@ def _pass_milliseconds(verifier: Verifier, prompt: Sequence[int]) -> list[float]
     drafts = [Draft.chain([prompt[-1]] * (rows - 1)) for rows in MEASURED_ROWS]
     laps: list[list[float]] = [[] for _ in drafts]
     for _ in range(REPEATS + 1):
-        # Interleaved, so that a disturbance does not fall on one number of rows alone.
+        # The numbers of rows are interleaved, so that a disturbance does not affect only one of them.
         for index, draft in enumerate(drafts):
             clock = Stopwatch(verifier.device)
             verifier.verify(prompt[-1], draft)
@@ -119,19 +121,19 @@ def _pass_milliseconds(verifier: Verifier, prompt: Sequence[int]) -> list[float]
 
 
 class RunningAcceptance:
-    """Which share of the drafts that were right up to a position were right there too, over the last steps."""
+    """Acceptance rate per position over the last steps, among the drafts that were accepted up to that position."""
 
     def __init__(self) -> None:
         self._tried = np.zeros(LONGEST)
         self._kept = np.zeros(LONGEST)
 
     def rest(self) -> None:
-        """A step that was not to draft: evidence fades, so that what once did not pay is tried again, but rarely."""
+        """Count a step that was chosen to have no draft. Evidence decays, so that drafts are rarely tried again."""
         self._tried *= REST_DECAY
         self._kept *= REST_DECAY
 
     def add(self, depth: int, accepted: int) -> None:
-        """A draft ``depth`` tokens deep (0 where the drafter had none), ``accepted`` of which were kept."""
+        """Count a draft of ``depth`` tokens (0 if the drafter offered none), of which ``accepted`` were accepted."""
         self._tried *= DECAY
         self._kept *= DECAY
         reached = min(depth, accepted + 1, LONGEST)
@@ -139,9 +141,9 @@ class RunningAcceptance:
         self._kept[: min(accepted, LONGEST)] += 1
 
     def reach(self, longest: int = LONGEST) -> list[float]:
-        """Probability that a draft is right up to each position, from 1 to ``longest``.
+        """Return the probability that a draft is accepted up to each position, from 1 to ``longest``.
 
-        Evidence fades where no drafts reach, so that lengths which once did not pay are tried again.
+        Evidence also decays at positions that no recent draft reaches, so that long drafts are tried again.
         """
         rate, probability, reached = PRIOR_RATE, 1.0, []
         for tried, kept in zip(self._tried[:longest].tolist(), self._kept[:longest].tolist(), strict=True):
@@ -152,9 +154,9 @@ class RunningAcceptance:
 
 
 class StepCost:
-    """What a step costs by the depth of its draft: drafting as in the last drafts, and a verification pass.
+    """Time of a step as a function of its draft's depth: drafting, estimated from recent drafts, and verification.
 
-    The pass takes what was measured, times how much slower the last steps were than that: machines change their speed.
+    The measured time of a pass is multiplied by the slowdown of recent steps, because a machine's speed may change.
     """
 
     def __init__(self, cost: PassCost) -> None:
@@ -166,7 +168,7 @@ class StepCost:
         self._passed_ms, self._expected_ms = 0.0, 0.0
 
     def milliseconds(self, longest: int, context: int) -> np.ndarray:
-        """Of steps behind ``context`` tokens whose drafts are 0 to ``longest`` tokens deep."""
+        """Return the time of a step after ``context`` tokens, for drafts of depth 0 to ``longest``."""
         lengths = np.arange(longest + 1)
         rows = 1 + (self._drafted / self._depths if self._depths else 1.0) * lengths + self._scratch_rows
         rows[0] = 1
@@ -174,7 +176,7 @@ class StepCost:
         return slowdown * self.cost(rows, context) + statistics.median_low(self._draft_ms) * lengths
 
     def add(self, draft: Draft, context: int, draft_ms: float, pass_ms: float) -> None:
-        """A step behind ``context`` tokens: the time that its draft took, and everything after that."""
+        """Count a step after ``context`` tokens. pass_ms: time of the whole step after drafting."""
         self._passed_ms = DECAY * self._passed_ms + pass_ms
         self._expected_ms = DECAY * self._expected_ms + float(self.cost(np.array([draft.rows]), context)[0])
         if draft.scratch is not None:
@@ -191,20 +193,23 @@ class StepCost:
 
 
 class AdaptiveLength(Drafter):
-    """A drafter whose drafts are capped, step by step, at the length L that maximizes expected tokens per second:
+    """Wraps a drafter and limits each draft to the length L that maximizes the expected tokens per second:
 
         (1 + a_1 + … + a_L) / (c t(1 + r L + s) + d L)
 
-    with a_i the running share of drafts that are right up to position i, t the verifier's measured cost, c how much
-    slower the last steps were than measured, r draft rows per position (1 for a chain), s the scratch rows, and d the
-    drafter's time per position. L = 0 drafts nothing. The expected gain is that rate over the rate of L = 0.
+    Here a_i is the recent probability that a draft is accepted up to position i, t the measured time of a pass, c the
+    slowdown of recent steps, r the draft rows per position (1 without branches), s the scratch rows, and d the
+    drafting time per position. L = 0 means no draft. The expected gain is this rate divided by the rate for L = 0.
 
-    Text is bursty: in the middle of a copied passage drafts go on being right. So acceptance is counted apart for
-    drafts that follow one which was accepted whole, and for all others. What is learned carries over from prompt to
-    prompt. As the choice depends on measured times, two runs that sample may draw different texts; greedy output never
-    depends on it.
+    Example: if t = 10 ms for any number of rows, d = 1 ms, c = 1, s = 0 and a = (0.8, 0.4, 0.1), the rates for L = 0 to
+    3 are 1 / 10, 1.8 / 11, 2.2 / 12 and 2.3 / 13 tokens per ms, so L = 2 is chosen with a gain of 1.83.
 
-    clock: seconds that have passed since any fixed time
+    Acceptance is bursty: in the middle of a copied passage, one accepted draft follows another. Acceptance is therefore
+    counted separately for drafts after a completely accepted draft and for all others. The estimates are kept from
+    prompt to prompt. Because the choice depends on measured times, two runs that sample may draw different texts.
+    Greedy output does not depend on it.
+
+    clock: returns seconds since any fixed time
     """
 
     def __init__(self, drafter: Drafter, cost: PassCost, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -256,13 +261,13 @@ class AdaptiveLength(Drafter):
         self.drafter.observe(step)
 
     def notes(self) -> dict[str, list[int | float | str]]:
-        """The chosen length and its expected gain, and what the drafter itself notes."""
+        """Return the chosen length and its expected gain, in addition to the wrapped drafter's notes."""
         return {"chosen_length": self._chosen, "expected_gain": self._gains, **self.drafter.notes()}
 
     def choose(self, budget: int, context: int) -> tuple[int, float]:
-        """The best length behind ``context`` tokens and its expected gain.
+        """Return the best length after ``context`` tokens and its expected gain.
 
-        At most ``budget``, and one more than the drafter ever offered.
+        The length is at most ``budget``, and at most one more than the deepest draft so far.
         """
         longest = min(budget, self._deepest + 1, LONGEST)
         emitted = np.cumsum([1.0, *self._acceptance.reach(longest)])

@@ -1,4 +1,4 @@
-"""Drafting token by token with a model: what layer-skip and draft models share."""
+"""Drafts token by token with a model, for both layer-skip and draft models."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from quasar.decoding.draft import Context, Draft
 from quasar.decoding.sampling import draw, most_likely
 
 NextLogits = Callable[[int, int], Tensor]
-"""Logits [V] after (token, its offset behind the cached context)."""
+"""Returns the logits [V] after a token, given (the token, its offset after the cached context)."""
 
 
 def draft_chain(next_logits: NextLogits, context: Context, length: int, confidence: float = 0.0) -> Draft:
-    """A chain of at most ``length`` tokens: the argmaxes for greedy decoding, else drawn from the run's sampling
-    distribution of the logits, which the draft then carries.
+    """Draft at most ``length`` tokens without branches.
 
-    confidence: the chain ends with the first token whose probability is lower. That token is still offered, as the
-        pass that found it is paid for.
+    In greedy decoding every token is the argmax. Otherwise it is drawn from the sampling distribution of the logits,
+    and the draft contains these distributions.
+
+    confidence: drafting ends with the first token whose probability is lower. This token is still part of the draft,
+        because its pass has already been run
     """
     tokens: list[int] = []
     distributions: list[Tensor] = []

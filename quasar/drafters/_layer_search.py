@@ -1,4 +1,4 @@
-"""Which layers to leave out when drafting: a bounded search for the set that decodes fastest."""
+"""A bounded search for the set of skipped layers that makes decoding with layer-skip drafts fastest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ START_RATIOS = (0.2, 0.35, 0.5)
 
 @dataclass(frozen=True)
 class SearchResult:
-    """skipped: the best set, ascending; tokens_per_second: its speed; tried: sets that were measured."""
+    """skipped: the fastest set, ascending; tokens_per_second: its speed; tried: number of measured sets."""
 
     skipped: list[int]
     tokens_per_second: float
@@ -21,13 +21,14 @@ class SearchResult:
 def search_skipped_layers(
     speed: Callable[[list[int]], float], num_layers: int, sets: int, seed: int, progress: Callable[[int, int], None]
 ) -> SearchResult:
-    """Hill climbing over at most ``sets`` sets of layers; the goal is that of SWIFT (Xia et al. 2025), measured ahead.
+    """Find a fast set of skipped layers by hill climbing over at most ``sets`` sets.
 
-    speed: measured tokens per second of a set of skipped layers, ascending
+    SWIFT (Xia et al. 2025) has the same goal, but searches while it decodes. The search starts with evenly spread sets
+    of three sizes. Then it changes the fastest set so far at random: it skips one layer more, one fewer, or exchanges
+    one. Every set is measured once, and every set skips at least one layer and keeps at least one. The search ends
+    early if it finds no new change of the fastest set.
 
-    Begins with evenly spread sets of three sizes; then changes the best set so far at random: one layer more, one
-    fewer, or one for another. Every set is measured once, and at least one layer is kept and one skipped. Ends early
-    where no such change of the best set is left to try.
+    speed: measures the tokens per second of a set of skipped layers, ascending
     """
     choose = random.Random(seed)
     speeds: dict[frozenset[int], float] = {}
@@ -44,7 +45,7 @@ def search_skipped_layers(
 
 
 def spread(num_layers: int, ratio: float) -> list[int]:
-    """A share of the layers, at least one, spread evenly over the second to the last but one where there are such."""
+    """Return a share of the layers, at least one, spread evenly without first and last; of two layers, the first."""
     inner = range(1, num_layers - 1) if num_layers > 2 else range(num_layers - 1)
     count = min(max(1, round(ratio * num_layers)), len(inner))
     return [inner[int((index + 0.5) * len(inner) / count)] for index in range(count)]

@@ -1,4 +1,4 @@
-"""A suffix automaton that grows token by token: the longest match of a text's end inside a text."""
+"""A suffix automaton that grows token by token and finds the longest suffix of a text that occurs in a text."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SEPARATOR = -1
-"""Stands between sequences of one automaton; no token of a model's vocabulary."""
+"""Separates the sequences of one automaton. It is not in any model's vocabulary."""
 
 PLACES = 16
-"""Places remembered per state, the latest ones."""
+"""Number of places kept per state; only the latest ones are kept."""
 
 REFRESHED_LINKS = 32
-"""Shorter matches whose places a new token refreshes. Texts have chains of some ten; only runs of one token are
-longer, where an older place is as good as a newer one."""
+"""Number of suffix links along which a new token updates the places of shorter matches. Usual texts need about ten.
+Only repetitions of a single token need more, and there an older place is as good as a newer one."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """The ``length`` last tokens stand in ``text`` too; ``places``: where what followed them begins, latest first.
+    """The last ``length`` tokens of the context also occur in ``text``.
 
-    loops: whether a continuation that reaches the end of ``text`` goes on from its own beginning
+    places: indices in ``text`` of the tokens after these occurrences, latest first
+    loops: whether a continuation that reaches the end of ``text`` starts again from its beginning
     """
 
     length: int
@@ -30,12 +31,14 @@ class Match:
 
 
 class AutomatonIndex:
-    """Matches in the sequence itself and in a memory of other sequences; the longer one wins, the sequence's own on a
-    tie (SAM-Decoding's dynamic and static automaton; SuffixDecoding's tree per request and tree of outputs).
+    """Finds matches in the current sequence and in a memory of other sequences.
 
-    remember_outputs: every sequence's output enters the memory once a prompt comes that does not continue its
-        conversation. Until then it stays out, and of several outputs for one prompt only the first enters: measuring
-        the same prompt twice must not find its own answer.
+    The longer match is used, and the one in the current sequence if both are equally long. These are the dynamic and
+    the static automaton of SAM-Decoding, or the request tree and the output tree of SuffixDecoding.
+
+    remember_outputs: whether the output of every sequence is added to the memory. It is added when a prompt comes that
+        does not continue its conversation. Only the first of several outputs for the same prompt is added, so that a
+        prompt that is decoded twice does not find its own answer
     """
 
     def __init__(self, remember_outputs: bool = False) -> None:
@@ -47,7 +50,7 @@ class AutomatonIndex:
         self._waiting: dict[tuple[int, ...], list[int]] = {}
 
     def memorize(self, tokens: Iterable[int]) -> None:
-        """Enter a text that matches may come from in all sequences."""
+        """Add a text to the memory, which all sequences are matched against."""
         self._memory.extend([*tokens, SEPARATOR])
 
     def begin(self, prompt: list[int]) -> None:
@@ -58,7 +61,7 @@ class AutomatonIndex:
         self.extend(prompt)
 
     def extend(self, tokens: list[int]) -> None:
-        """Learn the tokens that the sequence has beyond those it had."""
+        """Add the new tokens of the sequence, which are those after the known ones."""
         for token in tokens[len(self._own.tokens) :]:
             self._own.append(token)
             if self._memory.tokens:
@@ -80,10 +83,14 @@ class AutomatonIndex:
 
 
 class SuffixAutomaton:
-    """All substrings of a growing token sequence (Blumer et al. 1985), as in SAM-Decoding (Hu et al. 2024).
+    """An automaton of all substrings of a growing token sequence (Blumer et al. 1985; SAM-Decoding, Hu et al. 2024).
 
-    `append` takes amortized constant time; the automaton has at most two states per token. A state stands for the
-    substrings that end at the same places; its link leads to their longest suffix that also ends elsewhere.
+    `append` takes amortized constant time, and the automaton has at most two states per token. A state represents all
+    substrings that end at the same places. Its link points to the state of their longest suffix that also ends at other
+    places.
+
+    Example: in the sequence a b c a b, the suffix "a b" occurred before, followed by c, so `own_match` has length 2 and
+    the place 2.
     """
 
     def __init__(self) -> None:
@@ -106,7 +113,7 @@ class SuffixAutomaton:
         if state != -1:
             self._link[current] = self._longest_within(state, token)
         self._last = current
-        # Read before this occurrence enters: a match is somewhere else.
+        # The places are copied before this occurrence is added, because a match must be an earlier occurrence.
         self._seen = list(self._ends[self._link[current]])
         self._refresh(self._link[current], end)
 
@@ -115,13 +122,13 @@ class SuffixAutomaton:
             self.append(token)
 
     def own_match(self) -> Match:
-        """The longest end of the sequence itself that occurred in it before."""
+        """Return the longest suffix of the sequence that occurred in it before."""
         return Match(self._length[self._link[self._last]] if self._last else 0, self.tokens, self._seen[::-1], True)
 
     def step(self, state: int, length: int, token: int) -> tuple[int, int]:
-        """Follow another text: state and length of its longest end inside this sequence, after one more token.
+        """Add one token of another text; return state and length of its longest suffix that occurs in this sequence.
 
-        Begin with (0, 0). Takes amortized constant time.
+        The first call takes state and length (0, 0). A call takes amortized constant time.
         """
         while state and token not in self._next[state]:
             state = self._link[state]
@@ -130,7 +137,7 @@ class SuffixAutomaton:
         return (0, 0) if following is None else (following, length + 1)
 
     def match(self, state: int, length: int) -> Match:
-        """The match that `step` has reached."""
+        """Return the match for a state and length that `step` has returned."""
         return Match(length, self.tokens, self._ends[state][::-1] if state else [])
 
     def _state(self, length: int, following: dict[int, int], link: int, ends: list[int]) -> int:
@@ -141,7 +148,10 @@ class SuffixAutomaton:
         return len(self._length) - 1
 
     def _longest_within(self, state: int, token: int) -> int:
-        """The state of ``state``'s longest substring followed by ``token``, split off where others share its state."""
+        """Return the state of ``state``'s longest substring followed by ``token``.
+
+        If longer substrings share that state, it is split.
+        """
         target = self._next[state][token]
         if self._length[target] == self._length[state] + 1:
             return target

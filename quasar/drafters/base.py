@@ -1,4 +1,4 @@
-"""The drafter's seam: a base class whose defaults do nothing, so that a drafter writes only what it needs."""
+"""The base class of all drafters. Its methods do nothing by default, so a drafter implements only what it needs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run gives to a drafter before the first sequence.
+    """The objects that a run gives to a drafter before the first sequence.
 
-    verifier: the run's own verifier
-    encode: token ids of plain text
-    build_verifier: one more verifier of the run's model. Takes a name of conf/verifier or such a file's content; the
-        model's weights are loaded anew, in the run's dtype where ``dtype`` is auto
-    calibration: text that is none of the evaluation's, or None where the run has none
-    identity: names model, verifier, precision and device, for what is cached between runs
-    progress: called with (done, total) while something is prepared that takes long
+    verifier: the run's verifier
+    encode: returns the token ids of plain text
+    build_verifier: builds another verifier of the run's model, given a name in conf/verifier or the content of such a
+        file. The model's weights are loaded again, with the run's dtype if ``dtype`` is auto
+    calibration: returns text that is not evaluated, or None if the run has none
+    identity: model, verifier, dtype and device, as a key for results that are cached between runs
+    progress: called with (done, total) during long preparations
     """
 
     verifier: Verifier
@@ -38,11 +38,11 @@ class Resources:
 
 
 class Drafter:
-    """Guesses the tokens that follow a context. Only `propose` has to be written; the rest does nothing by default.
+    """Guesses the tokens that follow a context. Only `propose` must be implemented.
 
-    details: what `prepare` settled beyond the configuration, in words, for the run's header and environment.json
-    rule:    the drafter's own acceptance rule, or None to leave acceptance to the run. A drafter that decides what is
-             accepted makes the run a simulation: the times of its steps are real, its text is not
+    details: sentences on what `prepare` decided beyond the configuration, for the run's header and environment.json
+    rule:    an acceptance rule of the drafter, or None to use the run's rule. A drafter with its own rule makes the run
+             a simulation: the measured times are real, but the text is not
     """
 
     details: tuple[str, ...] = ()
@@ -52,18 +52,24 @@ class Drafter:
         return None
 
     def prepare(self, resources: Resources) -> None:
-        """Called once, before the first sequence. Raises RequestError if the drafter cannot draft for the verifier."""
+        """Prepare the drafter. Called once, before the first sequence.
+
+        Raises RequestError if the drafter cannot draft for the verifier.
+        """
 
     def begin(self, prompt: Tensor) -> None:
-        """A new sequence starts; the verifier has just read the prompt, int64 [P]."""
+        """Start a new sequence. The verifier has just read the prompt, int64 [P]."""
 
     def propose(self, context: Context, budget: int) -> Draft:
-        """A draft at most ``budget`` tokens deep (0 or more) for the current context; an empty one is fine."""
+        """Return a draft for the current context, at most ``budget`` tokens deep (0 or more). It may be empty."""
         raise NotImplementedError(f"{type(self).__name__} does not implement propose(context, budget)")
 
     def observe(self, step: StepResult) -> None:
-        """What became of the last draft; ``step.emitted`` is already part of the context."""
+        """Learn from the result of the last draft. ``step.emitted`` is already part of the context."""
 
     def notes(self) -> dict[str, list[int | float | str]]:
-        """Columns by name for the run's records, each with one value per step since `begin`. Text groups steps."""
+        """Return columns by name for the run's records, with one value per step since `begin`.
+
+        A column of numbers is summarized by its mean. A column of text groups the steps by its values.
+        """
         return {}

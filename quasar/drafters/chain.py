@@ -1,4 +1,4 @@
-"""Several drafters in a row: the first one that offers a draft wins."""
+"""Combines several drafters: the first one that offers a draft is used."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 
 NOBODY = "none"
-"""The member that a step without a draft is noted under."""
+"""The value in the notes for a step without a draft."""
 
 
 class ChainDrafter(Drafter):
-    """Asks its members in order and stops at the first draft with a token in it: cheap, seldom right ones come first.
+    """Asks its members in order and uses the first draft that has a token. Cheap drafters should come first.
 
-    members: names of conf/drafter, or nodes ``{name: ngram, num_tokens: 8}`` whose other values are the file's
+    The members after the first draft are not asked and do not observe the step. If a member offers scratch rows but no
+    token, its scratch rows are added to the next member's draft. If a member has an acceptance rule (replay), the rule
+    decides on the drafts of this member, and the greedy rule on the drafts of the others, because the text is
+    meaningless anyway. The notes contain the member whose draft was used in every step.
 
-    A member with an acceptance rule of its own (replay) decides on its own drafts; the greedy rule then decides on the
-    others', as the text means nothing any more. A member that was not asked does not learn from the step. Scratch rows
-    of a member that offers no token ride along with the next one's draft. Notes the winner of every step. Costs what
-    the members cost that are asked.
+    members: names in conf/drafter, or nodes such as ``{name: ngram, num_tokens: 8}`` that replace values of such a file
     """
 
     @validate_call
@@ -48,7 +48,7 @@ class ChainDrafter(Drafter):
 
     @property
     def winner(self) -> Drafter:
-        """The member whose draft the last step verified: the last one asked."""
+        """The last member that was asked, whose draft the last step verified."""
         return self.members[len(self._drafts) - 1]
 
     def prepare(self, resources: Resources) -> None:
@@ -86,17 +86,17 @@ class ChainDrafter(Drafter):
         return {"member": self._winners}
 
     def _scratch_owner(self) -> int | None:
-        """Index of the first asked member with scratch rows."""
+        """Return the index of the first asked member with scratch rows."""
         return next((index for index, draft in enumerate(self._drafts) if draft.scratch is not None), None)
 
 
 class _WinnersRule:
-    """Decides by the rule of the member whose draft it is, or greedily."""
+    """Uses the rule of the member that made the draft, or the greedy rule if it has none."""
 
     def __init__(self, chain: ChainDrafter) -> None:
         self._chain = chain
 
     def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
-        # Before the first draft, of the prefill, nobody has been asked yet.
+        # After the prefill, before the first draft, no member has been asked yet.
         rule = self._chain.winner.rule if len(draft) else None
         return (rule or Greedy()).accept(draft, scores, generator)

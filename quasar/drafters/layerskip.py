@@ -1,4 +1,4 @@
-"""Self-speculation: a subset of the verifier's own layers drafts, on the verifier's KV cache."""
+"""Self-speculation: drafts with a subset of the verifier's layers and with the verifier's KV cache."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 from quasar.verifiers.base import LayeredVerifier
 
-# Enough for blocks of every size.
+# This is long enough for verification passes of every size to occur.
 WARM_UP_TOKENS = 16
 
 STORE = json_store("layerskip")
 
 
 class LayerSkipDrafter(Drafter):
-    """Draft & Verify (Zhang et al. 2024) with chosen layers left out, or LayerSkip's early exit (Elhoushi et al. 2024).
+    """Draft & Verify (Zhang et al. 2024) with skipped layers, or LayerSkip's early exit (Elhoushi et al. 2024).
 
-    Draft steps run one token each through the kept layers, read the keys and values that verification wrote for
-    them, and add tentative ones of their own, which verification overwrites. Where decoding samples, the draft
-    is sampled too and carries its distributions. Costs ``num_tokens`` passes over the kept layers and the head.
+    A draft step runs one token through the kept layers. It attends to the keys and values of the verified tokens and
+    appends tentative ones, which the verification pass overwrites. If decoding samples, the draft tokens are sampled
+    too, and the draft contains their distributions. The cost is ``num_tokens`` passes over kept layers and head.
 
-    num_tokens:   tokens per draft, at most
+    num_tokens:   maximum number of tokens per draft
+    method:       fixed uses the layers of the next three options. search ignores them and looks for the fastest set of
+                  skipped layers (see `search_skipped_layers`)
     exit_layer:   draft with the first ``exit_layer`` layers
-    skip_layers:  leave out exactly these layers
-    skip_ratio:   otherwise leave out this share of the layers, spread evenly over the second to last but one
-    method:       search looks for the layers itself, whatever these three say (the goal of SWIFT, Xia et al. 2025): it
-                  measures tokens per second over ``search_tokens`` tokens of each of ``search_prompts`` calibration
-                  prompts for ``search_sets`` sets, drawn by ``seed``, and caches the best one by model, verifier and
-                  device
+    skip_layers:  skip exactly these layers
+    skip_ratio:   if neither of the two is set, skip this share of the layers, spread evenly between the first and the
+                  last layer
     confidence:   a draft ends with the first token whose probability is lower
-    draft_verifier: name of a verifier whose layers draft in the place of the run's own, in a cheaper precision, on the
-                  same keys and values
+    draft_verifier: name of a verifier of the same model, in a cheaper format, whose layers draft instead of the
+                  run's verifier. They use the same keys and values
+    search_sets, search_prompts, search_tokens, seed: the search measures ``search_sets`` sets, drawn with ``seed``, by
+                  decoding ``search_tokens`` tokens for each of ``search_prompts`` calibration prompts. It caches the
+                  best set by model, verifier and device
     """
 
     @validate_call
@@ -76,7 +78,7 @@ class LayerSkipDrafter(Drafter):
         self._layers: list[int] = []
 
     def prepare(self, resources: Resources) -> None:
-        """Build the verifier that drafts, and search for the layers, where the settings ask for it."""
+        """Build ``draft_verifier`` and search for the layers, if the settings request it."""
         verifier = resources.verifier
         if not isinstance(verifier, LayeredVerifier):
             raise RequestError(
@@ -94,9 +96,9 @@ class LayerSkipDrafter(Drafter):
             )
 
     def use(self, verifier: LayeredVerifier, lent: LayeredVerifier | None = None) -> None:
-        """Draft with this verifier's layers, or with those of ``lent`` on this verifier's cache.
+        """Draft with this verifier's layers, or with the layers of ``lent`` on this verifier's cache.
 
-        Raises RequestError as `kept_layers`, and if the two cannot share a cache.
+        Raises RequestError for the same reasons as `kept_layers`, and if the two cannot share a cache.
         """
         self._layers = self.kept_layers(verifier.num_layers)
         if lent is not None:
@@ -104,9 +106,9 @@ class LayerSkipDrafter(Drafter):
         self._lent, self._verifier = lent, lent or verifier
 
     def kept_layers(self, num_layers: int) -> list[int]:
-        """The layers that draft, ascending.
+        """Return the layers that draft, ascending.
 
-        Raises RequestError where the settings name layers the model lacks or leave none.
+        Raises RequestError if the settings name layers that the model does not have, or keep no layer or all of them.
         """
         if self.exit_layer is not None:
             if self.exit_layer >= num_layers:
@@ -134,12 +136,12 @@ class LayerSkipDrafter(Drafter):
 
     def propose(self, context: Context, budget: int) -> Draft:
         if self._verifier is None:
-            raise RuntimeError("LayerSkipDrafter.propose: no layers to draft with yet; call prepare or use first")
+            raise RuntimeError("LayerSkipDrafter.propose: there are no layers yet; call prepare or use first")
         logits = partial(self._verifier.draft_logits, layers=self._layers)
         return draft_chain(logits, context, min(self.num_tokens, budget), self.confidence)
 
     def _searched(self, resources: Resources, verifier: LayeredVerifier) -> SearchResult:
-        """The best set of layers, from the user's cache where the same search was made before."""
+        """Return the fastest set of skipped layers, from the cache if the same search was done before."""
         calibration = resources.calibration()
         if calibration is None:
             raise RequestError("drafter.method=search needs calibration text; set calibration.prompts above 0")
@@ -162,7 +164,7 @@ class LayerSkipDrafter(Drafter):
         return SearchResult(**STORE.get(key, verifier.device, verifier.dtype, search))
 
     def _speed(self, verifier: LayeredVerifier, prompts: list[list[int]], skipped: list[int]) -> float:
-        """Greedy tokens per second without these layers, over all prompts."""
+        """Measure greedy tokens per second over all prompts when drafts skip these layers."""
         drafter = LayerSkipDrafter(self.num_tokens, skip_layers=skipped, confidence=self.confidence)
         drafter.use(verifier, self._lent)
 
@@ -170,7 +172,7 @@ class LayerSkipDrafter(Drafter):
             limits = Limits(length, len(prompt) + length, frozenset())
             return decode(prompt, drafter, verifier, Greedy(), Sampling(), limits, torch.Generator())
 
-        # Not counted: the first passes through these layers compile, record or capture them, and the cache may grow.
+        # This decode is not timed, because the first passes compile, record or capture, and the cache may grow.
         generate(max(prompts, key=len), WARM_UP_TOKENS)
         tokens, milliseconds = 0, 0.0
         for prompt in prompts:

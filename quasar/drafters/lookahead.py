@@ -1,4 +1,4 @@
-"""Lookahead decoding: Jacobi iterations beside the verification pass fill a pool of n-grams to guess from."""
+"""Lookahead decoding: Jacobi iterations in the verification pass fill a pool of n-grams, which are the drafts."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from quasar.drafters.base import Drafter
 
 
 class LookaheadDrafter(Drafter):
-    """Lookahead decoding (Fu et al. 2024), window W, n-gram size N, at most G guesses per step.
+    """Lookahead decoding (Fu et al. 2024) with window W, n-gram size N and at most G guesses per step.
 
-    The window holds N - 1 Jacobi iterates of the positions after the last token, the oldest first. Its rows ride
-    in every verification pass as scratch rows, and the argmaxes of the newest iterate's rows are the next one.
-    Column i then spells an n-gram along its diagonal (oldest iterate at position i, the next one at i + 1, …),
-    which enters the pool under its first token. The guesses are the pool's n-grams that begin with the last
-    emitted token, merged into a tree. As in the authors' code the window moves one position per step, however
-    many tokens were accepted.
+    The window contains N - 1 Jacobi iterates of the positions after the last token, the oldest first. Its rows are
+    scratch rows of every verification pass, and the argmaxes of the newest iterate's rows are the next iterate. The
+    diagonal of column i (the oldest iterate at position i, the next one at i + 1, …) is an n-gram, which is added to
+    the pool under its first token. The guesses are the n-grams in the pool that begin with the last emitted token,
+    merged into a tree. As in the authors' code, the window moves by one position per step, regardless of how many
+    tokens were accepted.
+
+    The cost per pass is (N - 1) W - 1 scratch rows and up to G (N - 1) draft rows. There are no additional passes.
 
     window, ngram, guesses: W, N and G
-    pool_capacity: n-grams kept per first token, the most recently seen ones; by default G
-    pool_from_prompt: the n-grams of prompt and output enter the pool too
-    window_from_prompt: the first iterate is tokens of the prompt at random, drawn by ``seed``; else the prompt's last
-        token, repeated
-
-    Costs (N - 1) W - 1 scratch rows and up to G (N - 1) draft rows per pass, and no pass of its own.
+    pool_capacity: number of n-grams kept per first token, the most recently seen ones; by default G
+    pool_from_prompt: whether the n-grams of the prompt and the output are added to the pool too
+    window_from_prompt: whether the first iterate consists of random tokens of the prompt, drawn with ``seed``;
+        otherwise it repeats the last token of the prompt
     """
 
     @validate_call
@@ -59,8 +59,8 @@ class LookaheadDrafter(Drafter):
     def begin(self, prompt: Tensor) -> None:
         self._pool.clear()
         self._indexed = 0
-        # Random tokens of the prompt at least belong to the subject. The first iterate is longer than the window,
-        # because each warm-up step uses up one column.
+        # Tokens of the prompt are more likely to fit than arbitrary tokens. The first iterate is longer than the
+        # window, because each warm-up step removes one column.
         choose = random.Random(self.seed)
         tokens: list[int] = prompt.tolist() if self.window_from_prompt else prompt[-1:].tolist()
         self._levels = [[choose.choice(tokens) for _ in range(self.window + self.ngram - 3)]]
@@ -81,8 +81,8 @@ class LookaheadDrafter(Drafter):
         iterate = most_likely(step.scratch_logits)
         levels = self._levels
         if len(levels) < self.ngram - 1:
-            # Warm-up: one more iterate, and the window moves on by one position. The first iterate's predictions
-            # already lie one position further than its own tokens.
+            # Warm-up: add an iterate and move the window by one position. The predictions of the first iterate are
+            # already one position after its tokens.
             self._levels = [level[1:] for level in levels] + [iterate if len(levels) == 1 else iterate[1:]]
             return
         first = [self._last, *levels[0]]
@@ -96,7 +96,7 @@ class LookaheadDrafter(Drafter):
         return Scratch(torch.tensor(tokens), offsets, mask, outputs)
 
     def _remember(self, ngram: tuple[int, ...]) -> None:
-        """Enter an n-gram as its key's most recent; the oldest one makes room."""
+        """Add an n-gram as the most recent one of its first token; if the pool is full, remove the oldest one."""
         tails = self._pool.setdefault(ngram[0], OrderedDict())
         tails[ngram[1:]] = None
         tails.move_to_end(ngram[1:])
@@ -111,10 +111,11 @@ class LookaheadDrafter(Drafter):
 
 @functools.lru_cache(maxsize=64)
 def window_layout(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets [S], mask bool [S, S] and output rows of a window whose iterates have these lengths.
+    """Return offsets [S], mask bool [S, S] and output rows [O] of a window whose iterates have these lengths.
 
-    Column c of iterate l stands at offset c + 1 for the oldest iterate (l = 0) and c + l for the others. It sees
-    the oldest iterate before its diagonal and its own column of iterates 1 to l. The newest iterate's rows put out.
+    Column c of iterate l has offset c + 1 for the oldest iterate (l = 0) and offset c + l for the others. It attends to
+    the oldest iterate up to its diagonal and to the same column of iterates 1 to l. The outputs are the rows of the
+    newest iterate.
     """
     starts = [sum(lengths[:level]) for level in range(len(lengths))]
     offsets = [column + max(level, 1) for level, length in enumerate(lengths) for column in range(length)]

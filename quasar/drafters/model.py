@@ -1,4 +1,4 @@
-"""A draft model: any verifier of the run's vocabulary, with a KV cache of its own."""
+"""Drafts with a separate model: any verifier with the same vocabulary and its own KV cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from quasar.verifiers.base import LayeredVerifier
 class ModelDrafter(Drafter):
     """Speculative decoding with a draft model (Leviathan et al. 2023; Chen et al. 2023).
 
-    draft: a verifier's node: the run's own model in another precision or pruned, or with ``packed`` another checkpoint
-        of the same vocabulary
-    num_tokens: tokens per draft, at most
-    confidence: a draft ends with the first token whose probability is lower
+    The draft model reads the prompt during the prefill. Its cache keeps the keys and values of the accepted draft
+    tokens. The first pass of a draft reads all tokens that the model has not read yet. The cost per step is
+    ``num_tokens`` passes of the draft model.
 
-    The draft model reads the prompt in the prefill. Its cache keeps the keys and values of the draft tokens that were
-    accepted; a draft begins with the tokens it has not read yet, all in one pass. Costs ``num_tokens`` passes of the
-    draft model per step.
+    draft: node of a verifier: the run's model in another precision or pruned, or another checkpoint with the same
+        vocabulary (verifier ``packed``)
+    num_tokens: maximum number of tokens per draft
+    confidence: a draft ends with the first token whose probability is lower
     """
 
     @validate_call
@@ -47,12 +47,12 @@ class ModelDrafter(Drafter):
         self.use(model)
 
     def use(self, model: LayeredVerifier) -> None:
-        """Draft with this model."""
+        """Draft with this model from now on."""
         self._model = model
 
     def begin(self, prompt: Tensor) -> None:
         if self._model is None:
-            raise RuntimeError("ModelDrafter.begin: no draft model yet; call prepare or use first")
+            raise RuntimeError("ModelDrafter.begin: there is no draft model yet; call prepare or use first")
         self._model.prefill(prompt)
         self._read = len(prompt)
         self._proposed = 0
@@ -67,14 +67,14 @@ class ModelDrafter(Drafter):
         if not self._proposed:
             return
         assert self._model is not None
-        # The cache holds what was unread and all draft tokens but the last; keep them as far as they were right.
+        # The cache contains the unread tokens and all draft tokens except the last one; keep the accepted ones.
         accepted = min(len(step.path), self._proposed - 1)
         self._model.keep(range(self._unread - 1 + accepted))
         self._read += self._unread + accepted
         self._proposed = 0
 
     def _logits(self, unread: list[int], token: int, offset: int) -> Tensor:
-        """Logits [V] after the draft token at ``offset``, where 0 is the last of the tokens not read yet."""
+        """Return the logits [V] after the draft token at ``offset``; offset 0 is the last of the unread tokens."""
         assert self._model is not None
         if offset == 0 and len(unread) > 1:
             return self._model.verify(unread[0], Draft.chain(unread[1:])).logits[-1]

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last few tokens when they occurred before."""
+"""Prompt lookup: drafts the tokens that followed an earlier occurrence of the last few tokens."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from quasar.drafters._suffix_automaton import SEPARATOR, AutomatonIndex, Match
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 
-# Places of an n-gram that lookup remembers, the latest ones: they bound the cost of a step.
+# Number of latest places that lookup keeps per n-gram. This bounds the cost of a step.
 LOOKUP_PLACES = 64
 
 
 class NgramDrafter(Drafter):
-    """Prompt lookup decoding (Saxena 2023): a suffix of the context that occurred before, in prompt or output, offers
-    the tokens that followed it there.
+    """Prompt lookup decoding (Saxena 2023).
 
-    num_tokens: tokens per draft, at most
-    method:  lookup: the longest suffix of n_max down to n_min tokens. One dictionary lookup per n and step, n_max
-             insertions per new token. suffix_automaton: the longest suffix of any length from n_min on (SAM-Decoding,
-             Hu et al. 2024; SuffixDecoding, Oliaro et al. 2024), amortized constant time per new token. No model pass.
-    match:   of several places, recent: the latest that has a full continuation, or else the longest continuation;
-             frequent: token by token what followed most often, the latest where that is a tie
-    branches: so many different continuations, merged into a tree
-    scope:   where suffix_automaton looks besides prompt and output. session: earlier outputs of the run; corpus: the
-             text file ``corpus``, whose automaton takes some 10 µs and 1 kB per token
-    length_factor: suffix_automaton drafts at most so many tokens per matched token, and at most ``num_tokens``
+    It finds a suffix of the context that occurred before in the prompt or the output, and drafts the tokens that
+    followed it there. It needs no model pass.
+
+    Example with n_max = 3: the context is "the cat sat . the cat". The suffix "the cat" (n = 2) occurred before and was
+    followed by "sat . the cat", which is the draft.
+
+    num_tokens: maximum number of tokens per draft
+    method:  lookup matches the longest suffix of n_max down to n_min tokens, with one dictionary lookup per n and step,
+             and n_max insertions per new token. suffix_automaton matches the longest suffix of at least n_min tokens
+             (SAM-Decoding, Hu et al. 2024; SuffixDecoding, Oliaro et al. 2024) in amortized constant time per new token
+    match:   choice among several places. recent takes the latest place with a full continuation, or else the longest
+             continuation. frequent takes the most frequent continuation token by token, and the latest one on a tie
+    branches: number of different continuations that are merged into a tree
+    scope:   additional texts that suffix_automaton searches. session: earlier outputs of the run; corpus: the text file
+             ``corpus``, whose automaton takes about 10 µs and 1 kB per token
+    length_factor: suffix_automaton drafts at most this many tokens per matched token, and at most ``num_tokens``
     """
 
     @validate_call
@@ -67,7 +72,7 @@ class NgramDrafter(Drafter):
             self._index = AutomatonIndex(remember_outputs=scope == "session")
 
     def prepare(self, resources: Resources) -> None:
-        """Read the corpus. Raises RequestError where it is no text file."""
+        """Read the corpus. Raises RequestError if it is not a text file."""
         if self.corpus is not None and isinstance(self._index, AutomatonIndex):
             try:
                 text = Path(self.corpus).expanduser().read_text(encoding="utf-8")
@@ -91,7 +96,7 @@ class NgramDrafter(Drafter):
         return Draft(*merge_into_tree(self._continuations(match, length)))
 
     def _continuations(self, match: Match, length: int) -> list[tuple[int, ...]]:
-        """Up to ``branches`` continuations of at most ``length`` tokens, none the beginning of an earlier one."""
+        """Return up to ``branches`` continuations of at most ``length`` tokens; none is a prefix of an earlier one."""
         found = [path for place in match.places if (path := _follow(match, place, length))]
         # Sorting is stable: among equally long continuations the latest stays first.
         found.sort(key=len, reverse=True)
@@ -103,7 +108,7 @@ class NgramDrafter(Drafter):
 
 
 class LookupIndex:
-    """Where the follower of every n-gram of the sequence stands, for n in ``sizes``, the preferred first."""
+    """Places of the tokens after every n-gram of the sequence, for n in ``sizes``. Preferred sizes come first."""
 
     def __init__(self, sizes: range) -> None:
         self._sizes = sizes
@@ -116,7 +121,7 @@ class LookupIndex:
         self.extend(prompt)
 
     def extend(self, tokens: list[int]) -> None:
-        """Learn the tokens that the sequence has beyond those it had."""
+        """Add the new tokens of the sequence, which are those after the known ones."""
         for position in range(max(len(self._tokens), 1), len(tokens)):
             for size in self._sizes:
                 if size <= position:
@@ -136,7 +141,10 @@ class LookupIndex:
 
 
 def most_frequent(paths: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Token by token what most of the paths that agree so far go on with; the first such path's token on a tie."""
+    """Return the path that follows, token by token, the majority of the paths that agree with it so far.
+
+    On a tie it takes the token of the path that comes first.
+    """
     path: tuple[int, ...] = ()
     while paths:
         counts = Counter(candidate[len(path)] for candidate in paths)

@@ -1,11 +1,11 @@
-"""No drafting: plain autoregressive decoding through the same loop, the baseline of every speedup."""
+"""No drafting: autoregressive decoding in the same loop. It is the baseline of every speedup."""
 
 from quasar.decoding.draft import Context, Draft
 from quasar.drafters.base import Drafter
 
 
 class NoneDrafter(Drafter):
-    """Proposes nothing; every step emits the bonus token alone, τ = 1."""
+    """Proposes nothing. Every step emits only the bonus token, so τ = 1."""
 
     def propose(self, context: Context, budget: int) -> Draft:
         return Draft()

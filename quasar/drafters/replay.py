@@ -1,4 +1,4 @@
-"""Simulation: a recorded run's acceptance on top of this machine's step times."""
+"""Simulation: combines the acceptance of an earlier run with the step times of this machine."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from quasar.results.trace import TracedTurn, read_trace
 
 
 class ReplayDrafter(Drafter):
-    """Drafts as many tokens as a recorded run did and has as many of them accepted, whatever the verifier says.
+    """Drafts and accepts as many tokens per step as an earlier run did, regardless of the verifier's logits.
 
-    Turns the step times of a model, random weights included, into the tokens per second that it would reach at the
-    recorded acceptance. The tokens themselves mean nothing, and neither does anything computed from the text.
-    Trees are replayed as chains of as many rows.
+    This measures the tokens per second that a model, even one with random weights, would reach with the acceptance of
+    the earlier run. The generated tokens are meaningless, and so is everything computed from the text. A tree is
+    replayed as a draft without branches that has the same number of tokens.
 
-    trace: ``generations.jsonl`` of the recorded run; a prompt replays the turn whose prompt is closest in length
+    trace: ``generations.jsonl`` of the earlier run; each prompt replays the turn whose prompt is closest in length
     """
 
     @validate_call
     def __init__(self, trace: Path | None = None) -> None:
         if trace is None:
-            raise RequestError("drafter=replay needs drafter.trace=FILE, the generations.jsonl of a recorded run")
+            raise RequestError("drafter=replay needs drafter.trace=FILE, the generations.jsonl of an earlier run")
         self._turns = read_trace(trace)
         self._turn: TracedTurn = self._turns[0]
         self._step = 0
@@ -37,12 +37,12 @@ class ReplayDrafter(Drafter):
 
     @property
     def rule(self) -> AcceptanceRule:
-        """Accepts what the trace says."""
+        """The rule that accepts as many tokens as the trace."""
         return _ReplayedAcceptance(self)
 
     @property
     def accepted(self) -> int:
-        """Tokens of the last draft that the trace says were kept."""
+        """Number of tokens of the last draft that the trace accepted."""
         return self._accepted
 
     def begin(self, prompt: Tensor) -> None:
@@ -50,7 +50,7 @@ class ReplayDrafter(Drafter):
         self._step = 0
 
     def propose(self, context: Context, budget: int) -> Draft:
-        """The next step of the turn; a turn that is over begins again."""
+        """Replay the next step of the turn. After its last step the turn starts again."""
         step = self._step % len(self._turn.drafted)
         self._step += 1
         drafted = min(self._turn.drafted[step], budget)
@@ -59,7 +59,7 @@ class ReplayDrafter(Drafter):
 
 
 class _ReplayedAcceptance:
-    """Keeps the first tokens of a draft, as many as the drafter was told; the bonus token is the likeliest."""
+    """Accepts the number of draft tokens that the drafter gives. The bonus token is the argmax."""
 
     def __init__(self, drafter: ReplayDrafter) -> None:
         self._drafter = drafter

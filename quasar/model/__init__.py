@@ -1,1 +1,1 @@
-"""A lean decoder-only transformer for the Llama family, its static KV cache, and where weights come from."""
+"""A decoder-only transformer for the Llama family, its KV cache, its tokenizer, and the sources of its weights."""

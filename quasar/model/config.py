@@ -1,4 +1,4 @@
-"""The shape of a model, and how a checkpoint's ``config.json`` describes it."""
+"""The shape of a model, and reading it from a checkpoint's ``config.json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "PanguEmbedded")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one decoder block; pruned models have narrower ones."""
+    """Widths of one decoder block. The blocks of a pruned model may have different widths."""
 
     num_heads: int
     num_kv_heads: int
@@ -24,7 +24,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: ``type`` default, linear, llama3 or yarn; ``parameters`` are the scaling's own."""
+    """Rotary embedding. type: default, linear, llama3 or yarn; parameters: the parameters of this scaling."""
 
     theta: float = 10_000.0
     type: str = "default"
@@ -35,8 +35,8 @@ class RopeConfig:
 class ModelConfig:
     """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 
-    context_length: longest sequence in tokens; for sliding-window attention at most the window, within which
-    it equals full attention.
+    context_length: length of the longest sequence in tokens. For sliding-window attention it is at most the window,
+        because the result equals full attention only within the window
     """
 
     vocab_size: int
@@ -61,17 +61,17 @@ class ModelConfig:
     def read(folder: Path) -> ModelConfig:
         """Read ``config.json`` of a checkpoint folder.
 
-        Raises RequestError where the file is missing or broken, or the architecture is not supported.
+        Raises RequestError if the file is missing or damaged, or if the architecture is not supported.
         """
         path = folder / "config.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RequestError(
-                f"{folder}: no config.json there; name a folder with a Hugging Face checkpoint"
+                f"{folder}: contains no config.json; name a folder with a Hugging Face checkpoint"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from None
+            raise RequestError(f"{path}: not valid JSON ({error}); download the checkpoint again") from None
         try:
             return ModelConfig.from_json(raw, place=str(path))
         except KeyError as missing:
@@ -79,7 +79,7 @@ class ModelConfig:
 
     @staticmethod
     def from_json(raw: dict[str, Any], place: str = "config.json") -> ModelConfig:
-        """Translate a Hugging Face config (of transformers 4 or 5) into a ModelConfig."""
+        """Convert a config of transformers 4 or 5 to a ModelConfig."""
         kind = raw.get("model_type")
         if kind not in SUPPORTED:
             names = ", ".join(SUPPORTED)
@@ -103,7 +103,7 @@ class ModelConfig:
             context_length=_context_length(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias or kind == "qwen2",
-            # Qwen2 has biases on q, k and v only; Llama's and Pangu's flag covers the output projection too.
+            # Qwen2 has biases for q, k and v only. The flag of Llama and Pangu includes the output projection.
             output_bias=attention_bias and kind != "qwen2",
             gate_up_bias=bool(raw.get("mlp_bias", False)),
             down_bias=bool(raw.get("mlp_bias", False)),
@@ -112,7 +112,7 @@ class ModelConfig:
 
 
 def _rope(raw: dict[str, Any], place: str) -> RopeConfig:
-    # transformers 5 writes one rope_parameters; before, rope_theta stood beside an optional rope_scaling.
+    # transformers 5 writes rope_parameters. Earlier versions write rope_theta and, optionally, rope_scaling.
     settings = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = float(settings.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0)
     kind = str(settings.pop("rope_type", None) or settings.pop("type", None) or "default")
@@ -129,7 +129,7 @@ def _rope(raw: dict[str, Any], place: str) -> RopeConfig:
 def _context_length(raw: dict[str, Any]) -> int:
     length = int(raw.get("max_position_embeddings", 2048))
     window = raw.get("sliding_window")
-    # Qwen2 and Qwen3 name a window that they use only where use_sliding_window says so.
+    # The configs of Qwen2 and Qwen3 contain a window that is used only if use_sliding_window is true.
     if window and raw.get("use_sliding_window", raw.get("model_type") == "mistral"):
         return min(length, int(window))
     return length

@@ -1,4 +1,4 @@
-"""The static KV cache: rollback sets a length, an accepted tree path is compacted in place."""
+"""The static KV cache. A rollback sets its length, and an accepted path of a tree is compacted in place."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from quasar.model.config import ModelConfig
 class KVCache:
     """Keys and values of every layer, [num_kv_heads, capacity, head_dim] each, allocated once.
 
-    Slots below ``length`` are committed. Rows written at or above it are tentative until `commit` keeps them.
+    Slots below ``length`` are committed. Slots from ``length`` on are tentative until `commit` keeps them.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.capacity = capacity
         self.length = 0
-        # Layers of the same shape share a tensor [2, layers, num_kv_heads, capacity, head_dim], so that moving rows of
-        # all of them is one operation, not two per layer.
+        # Layers of the same shape share a tensor [2, layers, num_kv_heads, capacity, head_dim], so that one operation
+        # moves the rows of all these layers, instead of two operations per layer.
         heads = [layer.num_kv_heads for layer in config.layers]
         self._layers = {
             count: [layer for layer, own in enumerate(heads) if own == count] for count in dict.fromkeys(heads)
@@ -37,31 +37,31 @@ class KVCache:
         if list(rows) != list(range(count)):
             source = torch.tensor(rows).to(self.keys[0].device, non_blocking=True) + start
             for store in self._stores:
-                # Indexing copies before the assignment, so overlapping slots are safe.
+                # Indexing makes a copy before the assignment, so the slots may overlap.
                 store[..., start : start + count, :] = store[..., source, :]
         self.length = start + count
 
     def reserve(self, rows: int) -> None:
-        """Make room for ``rows`` more rows; grows by doubling, so that it allocates seldom."""
+        """Make room for ``rows`` rows after ``length``. The capacity at least doubles, so that growing is rare."""
         if self.length + rows <= self.capacity:
             return
         self.capacity = max(2 * self.capacity, self.length + rows)
         for index, store in enumerate(self._stores):
             grown = store.new_zeros(*store.shape[:3], self.capacity, store.shape[4])
-            # Tentative rows move too: a drafter may be in the middle of a draft.
+            # Tentative rows are copied too, because a drafter may be in the middle of a draft.
             grown[..., : store.shape[3], :] = store
             self._stores[index] = grown
         self._take_views()
 
     def slots(self, end: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, their first ``end`` slots if that is given.
+        """Return keys and values of every layer, only the first ``end`` slots if it is given.
 
-        Raises ValueError if there are fewer.
+        Raises ValueError if the cache has fewer slots.
         """
         if end is None:
             return list(zip(self.keys, self.values, strict=True))
         if end > self.capacity:
-            raise ValueError(f"{end} slots of a cache that has {self.capacity}; reserve them first")
+            raise ValueError(f"the cache has {self.capacity} slots, but {end} are needed; reserve them first")
         return [(keys[:, :end], values[:, :end]) for keys, values in zip(self.keys, self.values, strict=True)]
 
     def _take_views(self) -> None:

@@ -1,4 +1,4 @@
-"""The linear layers that `quasar.model.transformer` is built from, and the base of those that replace them."""
+"""The linear layers of `quasar.model.transformer`, and the base class of the quantized layers that replace them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from quasar_kernels import Quantized
 from torch import Tensor, nn
 
 Activations = Tensor | Quantized
-"""Rows [R, K]: floats, or int8 with their scales and the dtype that a product with them has."""
+"""Rows [R, K]: floats, or int8 values with their scales and the dtype of the matmul's output."""
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by the kernel for few rows, where the device has one."""
+    """`nn.Linear` that uses the kernel for few rows if the device has one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return quasar_kernels.linear_dense(x, self.weight, self.bias)
 
 
 class QuantizedLinear(nn.Module):
-    """Base of the linear layers with low-bit weights.
+    """Base class of the linear layers with low-bit weights.
 
-    int8_activations:      whether `forward` rounds its input to int8. It then takes `Quantized` input too, and the op
-                           that computes the input does the rounding.
-    activation_group_size: elements of a row that share a scale; None: all
+    int8_activations:      whether `forward` quantizes its input to int8. It then also accepts `Quantized` input, which
+                           the op before has already quantized
+    activation_group_size: number of elements of a row that share a scale; None if the whole row does
     """
 
     int8_activations: bool = False
@@ -30,5 +30,5 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that one pass reads: weights in their format, scales, bias."""
+        """Bytes that one pass reads: weights in their storage format, scales and bias."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Checkpoints on disk to a `Transformer`: safetensors only, fused on the way in."""
+"""Loads a `Transformer` from safetensors. Loading stacks q, k and v in one weight, and so gate and up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quasar.model.transformer import Transformer
 Progress = Callable[[int, int], None]
 """Called with (done, total) in units of the caller's choice."""
 
-# Our name of a tensor -> the checkpoint's names whose rows it stacks.
+# Name of a tensor in `Transformer` -> names of the checkpoint's tensors whose rows are stacked.
 _TOP = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
 _BLOCK = {
     "attention_norm.weight": ["input_layernorm.weight"],
@@ -36,7 +36,7 @@ def load_transformer(
 ) -> Transformer:
     """Load a Hugging Face checkpoint of a supported architecture.
 
-    Raises RequestError for an unsupported architecture, a missing tensor or a corrupt file, naming the file.
+    Raises RequestError for an unsupported architecture, a missing tensor or a corrupt file; the message names the file.
     """
     config = ModelConfig.read(folder)
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def load_transformer(
         expected = model.get_parameter(name).shape
         if stacked.shape != expected:
             raise RequestError(
-                f"{tensors.file_of(sources[0])}: {sources[0]} has shape {tuple(stacked.shape)} where config.json "
+                f"{tensors.file_of(sources[0])}: {sources[0]} has shape {tuple(stacked.shape)}, but config.json "
                 f"implies {tuple(expected)}; config and weights do not belong together"
             )
         _set_parameter(model, name, stacked.to(device=device, dtype=dtype))
@@ -66,10 +66,10 @@ def load_transformer(
 def random_transformer(
     config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """A model with random weights drawn from a fixed seed, the same on every machine.
+    """Return a model with random weights, which are the same for a seed on every machine.
 
-    Weights are normal with standard deviation 1 / sqrt(fan-in), so that activations keep their scale and the
-    logits are as peaked as a small trained model's.
+    Weights are normally distributed with standard deviation 1 / sqrt(fan-in), so that activations keep their scale and
+    the logits are as peaked as those of a small trained model.
     """
     model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +83,7 @@ def random_transformer(
 
 
 def tiny_config(vocab_size: int = 512, num_layers: int = 4, context_length: int = 16384) -> ModelConfig:
-    """The shape of ``model=tiny``: small enough for tests, with grouped heads and widths that low-bit groups divide."""
+    """Return the config of ``model=tiny``. It is small, has grouped heads, and low-bit groups divide its widths."""
     shape = LayerShape(num_heads=4, num_kv_heads=2, intermediate_size=256)
     return ModelConfig(
         vocab_size=vocab_size,
@@ -96,7 +96,10 @@ def tiny_config(vocab_size: int = 512, num_layers: int = 4, context_length: int 
 
 
 def source_names(model: Transformer) -> dict[str, list[str]]:
-    """Every parameter of the model with the tensors of a Hugging Face checkpoint that it stacks, tied weights once."""
+    """Map every parameter of the model to the tensors of a Hugging Face checkpoint that are stacked in it.
+
+    Tied weights occur once.
+    """
     names: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
         if name in _TOP:
@@ -118,7 +121,7 @@ def _set_parameter(model: Transformer, name: str, value: Tensor) -> None:
 
 
 class TensorFiles:
-    """The tensors of all ``*.safetensors`` of a folder, by name."""
+    """The tensors of all ``*.safetensors`` files of a folder, by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -126,7 +129,7 @@ class TensorFiles:
         self._open: dict[Path, Any] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise RequestError(f"{folder}: no *.safetensors there; only safetensors and GGUF files are read")
+            raise RequestError(f"{folder}: contains no *.safetensors; only safetensors and GGUF files are supported")
         for file in files:
             for name in self._handle(file).keys():  # noqa: SIM118 (safe_open is no mapping)
                 self._where[name] = file
@@ -160,4 +163,4 @@ class TensorFiles:
 
 
 def _corrupt(file: Path, error: Exception) -> RequestError:
-    return RequestError(f"{file}: corrupt or truncated ({error}); delete it and fetch the model again")
+    return RequestError(f"{file}: corrupt or truncated ({error}); delete it and download the model again")

@@ -11,7 +11,7 @@ from quasar.model.config import RopeConfig
 
 
 class Rope(nn.Module):
-    """Cosines and sines of positions, computed per block: a table would have to know the longest sequence."""
+    """Cosines and sines of positions. They are computed for every pass, so no maximum length has to be known."""
 
     frequencies: Tensor
 
@@ -21,14 +21,14 @@ class Rope(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: int64 [R]. Returns cosines and sines, float32 [R, head_dim], halves repeated."""
+        """Return cosines and sines, float32 [R, head_dim], whose two halves are equal. positions: int64 [R]."""
         angles = torch.outer(positions.float(), self.frequencies.float())
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * self.scale, angles.sin() * self.scale
 
 
 def _frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies [head_dim / 2] and the factor on cosines and sines."""
+    """Return the inverse frequencies [head_dim / 2] and the factor on cosines and sines."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / config.theta**exponents
     parameters = config.parameters
@@ -42,7 +42,7 @@ def _frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
 
 
 def _llama3(frequencies: Tensor, parameters: dict[str, float]) -> Tensor:
-    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, a ramp between."""
+    """Llama 3.1: divide the frequencies of long wavelengths by the factor, keep short ones, interpolate in between."""
     original = parameters["original_max_position_embeddings"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     wavelengths = 2 * math.pi / frequencies
@@ -51,7 +51,7 @@ def _llama3(frequencies: Tensor, parameters: dict[str, float]) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, theta: float, head_dim: int, parameters: dict[str, float]) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023), section 3.2: interpolate slow dimensions, keep fast ones, warm the attention."""
+    """YaRN (Peng et al. 2023, section 3.2): interpolate slow dimensions, keep fast ones, change the attention scale."""
     factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
 
     def dimension(rotations: float) -> float:

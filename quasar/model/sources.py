@@ -1,4 +1,4 @@
-"""Where a model comes from: the Hugging Face hub, a package that carries it, a local path, or a random seed."""
+"""Sources of a model: the Hugging Face hub, a Python package that contains it, a local path, or random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError
 
 Status = Callable[[str, int, int], None]
-"""Called with (what is being done, done, total) while a model is fetched."""
+"""Called with (description, done, total) while a model is downloaded or converted."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
@@ -37,16 +37,16 @@ MODEL_FILES = (
     "tokenizer.model",
     "*.jinja",
 )
-"""Weights, architecture with RoPE and stop tokens, tokenizer and chat template."""
+"""The files that affect results: weights, architecture with RoPE, stop tokens, tokenizer and chat template."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model ready to load.
+    """A model that is ready to load.
 
-    folder: config.json, safetensors and tokenizer files; None for a random model
-    origin: where the weights came from, for people
-    grid:   the quantization grid on which the weights already lie, where it is known
+    folder: folder with config.json, safetensors and tokenizer files; None for a random model
+    origin: description of the source of the weights
+    grid:   the quantization grid that the weights are already on, or None if it is not known
     """
 
     name: str
@@ -59,11 +59,11 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """Differs between any two models: SHA-256 of weights, configs and tokenizer, or the seed of random ones."""
+        """A text that is unique to the model: SHA-256 of its files, or the seed of random weights."""
         return ",".join(self.file_hashes().values()) or f"random {self.seed}"
 
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of every file that decides what the model computes or where it stops, by name."""
+        """Return the SHA-256 of every file that affects the model's output, by file name."""
         if self.folder is None:
             return {}
         files = [file for pattern in MODEL_FILES for file in sorted(self.folder.glob(pattern))]
@@ -71,9 +71,9 @@ class Checkpoint:
 
 
 def locate(source: ModelSource, status: Status | None = None) -> Checkpoint:
-    """Find a model, fetching it first where needed; a second call finds it in the cache.
+    """Find a model. If necessary, it is downloaded, and later calls find it in the cache.
 
-    Raises RequestError where the source names nothing usable, QuasarError where fetching fails.
+    Raises RequestError if the source is not usable, and QuasarError if the download fails.
     """
     status = status or (lambda what, done, total: None)
     template = dict(source.chat_template)
@@ -91,14 +91,14 @@ def locate(source: ModelSource, status: Status | None = None) -> Checkpoint:
         reason = found
     if source.package is None or source.source == "hub":
         raise QuasarError(
-            f"model={source.name}: {source.repo} could not be had from the hub ({reason}) and is not in its local "
-            "cache. Connect, or download it elsewhere and pass model.path=FOLDER"
+            f"model={source.name}: {source.repo} could not be downloaded from the hub ({reason}) and is not in its "
+            "local cache. Connect to the internet, or download it elsewhere and pass model.path=FOLDER"
         )
     return _package(source, status, template)
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file; files of the hub's cache are named by it and need not be read."""
+    """Return the SHA-256 of a file. It is the name of files in the hub's cache, so these are not read."""
     blob = file.resolve().name
     if len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
         return blob
@@ -122,7 +122,7 @@ def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Che
 
 
 def _hub(source: ModelSource, template: dict[str, Any]) -> Checkpoint | str:
-    """The model from the hub or its local cache, or the reason why not."""
+    """Return the model from the hub or its local cache, or the reason why it is not available."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -133,14 +133,14 @@ def _hub(source: ModelSource, template: dict[str, Any]) -> Checkpoint | str:
     except LocalEntryNotFoundError as error:
         return str(error).splitlines()[0]
     except HfHubHTTPError as error:
-        return f"the hub refused: {str(error).splitlines()[0]}"
+        return f"the hub rejected the request: {str(error).splitlines()[0]}"
     except OSError as error:
         return f"no connection: {error}"
     return Checkpoint(source.name, folder, f"Hugging Face hub, {source.repo}", folder.name, chat_template=template)
 
 
 def _package(source: ModelSource, status: Status, template: dict[str, Any]) -> Checkpoint:
-    """The GGUF file that a Python package carries, dequantized once and cached."""
+    """Return the model in the GGUF file of a Python package, which is dequantized once and cached."""
     package = source.package
     assert package is not None
     folder = cache_folder() / "models" / f"{source.name}-{package.sha256[:12]}"
@@ -155,7 +155,7 @@ def _package(source: ModelSource, status: Status, template: dict[str, Any]) -> C
 
 
 def _download_package(package: PackageSource, scratch: Path, status: Status) -> Path:
-    # Only the wheel is wanted: the package's own dependencies compile C++ for minutes.
+    # Only the wheel is needed. Its dependencies would compile C++ code for minutes.
     command = [
         sys.executable,
         "-m",
@@ -167,7 +167,7 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
         "--quiet",
     ]
     command += ["--disable-pip-version-check", "--dest", str(scratch), package.requirement]
-    # pip's own progress bars cannot be read by programs before version 24; its files in its TMPDIR can be watched.
+    # Programs cannot read the progress bars of pip before version 24, so the sizes of the files in its TMPDIR are used.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(scratch)}
     )
@@ -178,7 +178,7 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
     output = process.communicate()[0].strip().splitlines()
     if process.returncode != 0:
         raise QuasarError(
-            f"could not download {package.requirement}: {output[-1] if output else 'pip said nothing'}. "
+            f"could not download {package.requirement}: {output[-1] if output else 'pip printed no error'}. "
             "Connect to a package index, or pass model.path=FOLDER_OR_GGUF_FILE"
         )
     status(what, package.download_bytes, package.download_bytes)
@@ -196,14 +196,14 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
 def _bytes_below(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
-        # Files may vanish while pip moves them.
+        # Files may disappear while pip moves them.
         with contextlib.suppress(OSError):
             total += file.stat().st_size
     return total
 
 
 def _converted(gguf: Path, name: str, status: Status) -> Path:
-    """Dequantize a GGUF file to BF16 safetensors with config and tokenizer, once, safe against concurrent runs."""
+    """Dequantize a GGUF file to BF16 safetensors with config and tokenizer. Concurrent runs wait for the first one."""
     folder = cache_folder() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -225,7 +225,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # The loader draws progress bars of its own, in a log file too.
+    # The loader prints progress bars, even to a log file.
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             model = AutoModelForCausalLM.from_pretrained(

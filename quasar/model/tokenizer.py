@@ -1,4 +1,4 @@
-"""Text and token ids: the checkpoint's own tokenizer, chat template and stop tokens."""
+"""Converts text to token ids and back, with the checkpoint's tokenizer, chat template and stop tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TINY_CHAT_TEMPLATE = (
 
 
 class Tokenizer:
-    """stop_tokens: ids that end an answer, from the generation config."""
+    """A tokenizer with its chat template. stop_tokens: ids that end an answer, from the generation config."""
 
     def __init__(self, inner: PreTrainedTokenizerBase, stop_tokens: frozenset[int], template: dict[str, Any]) -> None:
         self._inner = inner
@@ -34,9 +34,9 @@ class Tokenizer:
         return self._inner.chat_template is not None
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+        """Return the token ids of a conversation, up to the place where the assistant's answer begins.
 
-        A base model without a chat template reads the messages' text, one paragraph each.
+        For a base model without a chat template, every message becomes one paragraph.
         """
         if not self.has_chat_template:
             return list(self._inner.encode("\n\n".join(message["content"] for message in messages)))
@@ -53,7 +53,7 @@ class Tokenizer:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer of a checkpoint; never runs code that comes with it."""
+    """Load the tokenizer of a checkpoint. Code in the checkpoint is never executed."""
     if checkpoint.folder is None:
         return Tokenizer(_byte_tokenizer(), frozenset({256}), {})
     folder = checkpoint.folder
@@ -61,12 +61,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
     try:
         if _read(folder / "config.json").get("model_type") == "PanguEmbedded":
-            # Its own tokenizer class is remote code around a SentencePiece model, which Llama's class reads too.
+            # The checkpoint's tokenizer class is remote code for a SentencePiece model. Llama's class reads it as well.
             inner = LlamaTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         else:
             inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise RequestError(f"{folder}: no usable tokenizer there ({str(error).splitlines()[0]})") from None
+        raise RequestError(f"{folder}: contains no usable tokenizer ({str(error).splitlines()[0]})") from None
     return Tokenizer(inner, _stop_tokens(folder, inner.eos_token_id), checkpoint.chat_template)
 
 
@@ -85,7 +85,7 @@ def _read(file: Path) -> dict[str, object]:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerBase:
-    """256 bytes and four markers, for the random model."""
+    """Build the tokenizer of the random model, which has 256 bytes and four special tokens."""
     from tokenizers import Tokenizer as Core
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,9 +1,9 @@
-"""The decoder: Llama, Mistral, Qwen2, Qwen3 and OpenPangu in one forward pass over one sequence (batch 1).
+"""The decoder: one forward pass over one sequence (batch 1) for Llama, Mistral, Qwen2, Qwen3 and OpenPangu.
 
-This is the only description of the model. Prefill, verification, drafting, teacher forcing and gradients go through it,
-and `quasar.model.execution` runs it op by op, captures it as CUDA graphs or records its blocks on a CPU. For their sake
-the decoder blocks do nothing but call layers and ops of `quasar_kernels`, and no op depends on the length of
-the context: the first slot is a tensor, and the mask is that of the block alone.
+This is the only description of the model. It is used for prefill, verification, drafting, teacher forcing and
+gradients. `quasar.model.execution` runs it op by op, captures it as CUDA graphs, or records its decoder blocks on a
+CPU. To make this possible, the decoder blocks only call layers and ops of `quasar_kernels`, and no op depends on the
+length of the context: the first slot is a tensor, and the mask covers only the rows of the pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quasar.model.rope import Rope
 
 
 class Transformer(nn.Module):
-    """Token ids in, logits out; knows nothing of drafting."""
+    """Computes logits from token ids. It does not depend on drafting."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,16 +48,17 @@ class Transformer(nn.Module):
         layers: Sequence[int] | None = None,
         outputs: Tensor | slice = slice(None),
     ) -> Tensor:
-        """Logits of a block of rows after the cached context; causal inside the block unless a mask is given.
+        """Return the logits of R new rows after the cached context.
 
         tokens:     int64 [R]
-        cache:      written at slots ``start`` to ``start + R``, its length left alone; None: the block is all there is
-        start:      first slot, by default ``cache.length``; every slot below it is visible to every row. As a tensor,
-                    int64 [1], it is read when the ops run, and the caller sees to it that the rows fit into the cache
+        cache:      keys and values are written to slots ``start`` to ``start + R``, its length is not changed; None if
+                    the rows have no context
+        start:      first slot, by default ``cache.length``; every row attends to all slots below it. If it is a tensor,
+                    int64 [1], the ops read it when they run, and the caller must ensure that the rows fit the cache
         offsets:    int64 [R], position of each row relative to ``start`` (default 0, 1, 2 …)
-        block_mask: bool or int64 [R, R], nonzero where a row sees a row of the block
-        layers:     indices of the blocks to run, in order (default all)
-        outputs:    the rows whose logits are wanted (default all)
+        block_mask: bool or int64 [R, R], nonzero if a row attends to another of these rows (default causal)
+        layers:     indices of the decoder blocks to run, in order (default all)
+        outputs:    the rows whose logits are returned (default all)
 
         Returns float logits [len(outputs), V] in the model's dtype. Raises ValueError if the rows do not fit.
         """
@@ -65,7 +66,7 @@ class Transformer(nn.Module):
             start = 0 if cache is None else cache.length
         slots = None
         if cache is not None:
-            # A pass whose end is known here need not look at slots behind it.
+            # If the last slot is known here, the pass does not have to read the slots after it.
             slots = cache.slots(None if isinstance(start, Tensor) else start + len(tokens))
         rows = self.rows(len(tokens), start, offsets, block_mask)
         return self.head(self.run_blocks(self.embedding(tokens), rows, slots, layers), outputs)
@@ -77,7 +78,7 @@ class Transformer(nn.Module):
         offsets: Tensor | None = None,
         block_mask: Tensor | None = None,
     ) -> Rows:
-        """What the decoder blocks have to know of ``count`` rows; arguments as in `forward`."""
+        """Return positions and mask of ``count`` rows for the decoder blocks; the arguments are those of `forward`."""
         if not isinstance(start, Tensor):
             start = torch.full((1,), start, device=self.device)
         if offsets is None:
@@ -89,14 +90,17 @@ class Transformer(nn.Module):
     def run_blocks(
         self, x: Tensor, rows: Rows, slots: Sequence[Slots] | None, layers: Sequence[int] | None = None
     ) -> ResidualStream:
-        """Embedded rows [R, hidden_size] through the decoder blocks ``layers``; slots: of every layer, or None."""
+        """Run the embedded rows [R, hidden_size] through the decoder blocks ``layers``.
+
+        slots: keys and values of every layer, or None if the rows have no context
+        """
         stream = ResidualStream(x)
         for index in range(len(self.blocks)) if layers is None else layers:
             stream = self.blocks[index](stream, rows, None if slots is None else slots[index])
         return stream
 
     def head(self, stream: ResidualStream, outputs: Tensor | slice = slice(None)) -> Tensor:
-        """Logits [len(outputs), V] of the rows ``outputs`` of the residual stream."""
+        """Return the logits [len(outputs), V] of the rows ``outputs`` of the residual stream."""
         x, update = (None if part is None else part[outputs] for part in stream)
         logits: Tensor = self.lm_head(self.norm(x, update, self.lm_head)[0])
         return logits
@@ -121,7 +125,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config, shape)
 
     def forward(self, stream: ResidualStream, rows: Rows, slots: Slots | None) -> ResidualStream:
-        """slots: where the layer's keys and values go; None: the block of rows is all there is."""
+        """Run the block. slots: the layer's keys and values in the cache, or None if the rows have no context."""
         x, residual = self.attention_norm(stream.value, stream.update, self.attention.qkv)
         update = self.attention(x, rows, slots)
         x, residual = self.mlp_norm(residual, update, self.mlp.gate_up)
@@ -129,7 +133,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; one projection gives queries, keys and values. Query head h reads KV head h // group."""
+    """Grouped-query attention with one projection for q, k and v. Query head h uses KV head h // group."""
 
     def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -160,7 +164,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020) with one projection to gates and ups."""
+    """SwiGLU (Shazeer 2020) with one projection for gate and up."""
 
     def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -189,9 +193,9 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, update: Tensor | None = None, consumer: nn.Module | None = None
     ) -> tuple[Activations, Tensor]:
-        """Add an update to the rows x and normalize the sum.
+        """Add ``update`` to the rows x and normalize the sum.
 
-        Returns the normalized rows, in int8 if that is what the layer ``consumer`` multiplies, and the sum.
+        Returns the normalized rows and the sum. The rows are quantized to int8 if the layer ``consumer`` needs that.
         """
         if isinstance(consumer, QuantizedLinear) and consumer.int8_activations:
             size = consumer.activation_group_size
@@ -204,24 +208,25 @@ class ResidualStream(NamedTuple):
     """The residual stream between two decoder blocks.
 
     value:  [R, hidden_size]
-    update: what the last block adds to it, likewise; the next norm does that in the same op. None before the first
+    update: [R, hidden_size], the output of the last block, which the op of the next norm adds to ``value``; None before
+            the first block
     """
 
     value: Tensor
     update: Tensor | None = None
 
     def total(self) -> Tensor:
-        """[R, hidden_size]."""
+        """Return the sum, [R, hidden_size]."""
         return self.value if self.update is None else self.value + self.update
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the decoder blocks have to know of the rows of a pass.
+    """Positions and mask of the rows of a pass, for the decoder blocks.
 
     rotation: cosines and sines of their positions, float32 [R, D]
-    start:    int64 [1], the slot of the first row; every row sees every slot below it
-    mask:     bool or int64 [R, R], nonzero where a row sees a row
+    start:    int64 [1], the slot of the first row; every row attends to all slots below it
+    mask:     bool or int64 [R, R], nonzero if a row attends to another of these rows
     """
 
     rotation: tuple[Tensor, Tensor]

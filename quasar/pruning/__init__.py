@@ -1,1 +1,1 @@
-"""Structured pruning: narrower blocks (width) through torch-pruning's dependency graph, or fewer blocks (depth)."""
+"""Structured pruning: narrower decoder blocks (width), with torch-pruning's dependency graph, or fewer (depth)."""

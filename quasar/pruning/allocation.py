@@ -1,4 +1,4 @@
-"""Which structures leave which block, for a given share of the blocks' parameters."""
+"""Chooses which structures to remove from each decoder block, for a given share of the blocks' parameters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from quasar.model.transformer import Block, Transformer
 from quasar.pruning.importance import BlockScores
 from quasar.pruning.size import block_parameters
 
-# Widths that are left are multiples of this, so that the low-bit kernels and 4-bit groups still fit.
+# Remaining widths are multiples of this, so that low-bit kernels and 4-bit groups can still be used.
 WIDTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What leaves one block: indices of MLP channels and of KV groups, ascending."""
+    """The structures to remove from one block: indices of MLP channels and of KV groups, ascending."""
 
     channels: list[int]
     groups: list[int]
@@ -28,14 +28,14 @@ class Removal:
 def removals(
     model: Transformer, scores: Sequence[BlockScores], ratio: float, heads: bool, uniform: bool
 ) -> list[Removal]:
-    """The least important structures of every block that hold ``ratio`` of the blocks' parameters together.
+    """Return the least important structures of every block that together have ``ratio`` of the blocks' parameters.
 
-    heads: KV groups give up the same share as MLP channels; otherwise channels alone pay
-    uniform: every block loses equally many channels; otherwise blocks of less important channels lose more, their
-        scores being standardized within each block (An et al. 2024, section 3.3)
+    heads: whether the same share of KV groups is removed as of MLP channels; otherwise only channels are removed
+    uniform: whether every block loses the same number of channels. Otherwise channels are ranked over all blocks by
+        scores that are standardized within each block (An et al. 2024, section 3.3)
 
-    Raises RequestError where that would leave a block without a KV group or with fewer than `WIDTH_MULTIPLE`
-    channels, naming the largest valid ratio.
+    Raises RequestError if a block would be left without a KV group or with fewer than `WIDTH_MULTIPLE` channels; the
+    message names the largest valid ratio.
     """
     blocks = [block for block in model.blocks if isinstance(block, Block)]
     total = block_parameters(model)
@@ -51,7 +51,7 @@ def removals(
             f"use at most {int(largest * 100) / 100}, or verifier.method=depth"
         )
     share = round(ratio * sum(block.attention.num_kv_heads for block in blocks)) if heads else 0
-    # Where the channels alone cannot make up for it, more groups than their share go.
+    # If there are not enough channels for the rest, more groups than their share are removed.
     needed = -int(-(ratio * total - sum(spare_channels) * per_channel) // per_group)
     count = min(max(share, needed, 0), sum(spare_groups))
     groups = _weakest([block.groups for block in scores], spare_groups, count)
@@ -74,9 +74,10 @@ def _standardized(scores: Tensor) -> Tensor:
 
 
 def _weakest(groups: Sequence[Tensor], spare: Sequence[int], count: int) -> list[list[int]]:
-    """The ``count`` groups that matter least beside their block's average group, at most ``spare`` of each block.
+    """Return the ``count`` groups of least importance relative to their block's mean, at most ``spare`` per block.
 
-    A block has too few of them for standardized scores: of two, one always lies one deviation below the other.
+    Scores are not standardized here, because a block has too few groups: the standardized scores of two groups are the
+    same for any two values.
     """
     ranked = sorted(
         (float(score), layer, group)
@@ -96,7 +97,7 @@ def _even(target: float, spare: Sequence[int]) -> list[float]:
 
 
 def _ranked(target: float, channels: Sequence[Tensor]) -> list[float]:
-    """How many of the ``target`` channels of least standardized score lie in each block."""
+    """Return how many of the ``target`` channels with the least standardized scores are in each block."""
     standardized = [_standardized(of_layer) for of_layer in channels]
     everything = torch.cat(standardized)
     count = min(round(target), len(everything))
@@ -107,9 +108,10 @@ def _ranked(target: float, channels: Sequence[Tensor]) -> list[float]:
 
 
 def _rounded(widths: Sequence[int], gone: Sequence[float], target: float) -> list[int]:
-    """Widths to keep: multiples of `WIDTH_MULTIPLE`, at least one, as close to ``target`` removed in all as they get.
+    """Return the widths to keep, multiples of `WIDTH_MULTIPLE`, so that about ``target`` channels are removed in total.
 
-    Blocks are rounded to the nearest multiple; then those that were rounded furthest give or take one more multiple.
+    The width of each block is rounded to the nearest multiple, at least one. Then the widths with the largest rounding
+    errors are changed by one more multiple until the total fits.
     """
     wanted = [(width - of_layer) / WIDTH_MULTIPLE for width, of_layer in zip(widths, gone, strict=True)]
     most = [width // WIDTH_MULTIPLE for width in widths]

@@ -1,4 +1,4 @@
-"""Depth pruning: whole decoder blocks leave the model."""
+"""Depth pruning: removes whole decoder blocks from the model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Selection = Literal["block_influence", "angular", "deepest"]
 
 
 def prune_depth(model: Transformer, layers: Sequence[int]) -> Transformer:
-    """The model without the blocks ``layers``; shares all other weights.
+    """Remove the decoder blocks ``layers`` from the model, in place, and return it.
 
-    Raises RequestError for layers the model lacks, or where none would be left.
+    Raises RequestError if the model does not have one of the layers, or if no layer would be left.
     """
     count = model.config.num_layers
     missing = sorted(layer for layer in layers if not 0 <= layer < count)
@@ -41,13 +41,15 @@ def select_layers(
     calibration: Callable[[], Calibration],
     progress: Progress,
 ) -> list[int]:
-    """The layers to remove for a ratio, ascending.
+    """Return the layers to remove for a ratio, ascending. ``selection`` is one of
 
-    block_influence: those that change the residual stream least, ``1 - cos(x_l, x_l+1)`` (Men et al. 2024, ShortGPT)
-    angular:  the contiguous block across which the last token's angle changes least (Gromov et al. 2024, section 3.2)
-    deepest:  the contiguous ones before the last, which is nearly as good and needs no data (ibid., section 4.4)
+    block_influence: the layers that change the residual stream least, by ``1 - cos(x_l, x_l+1)`` (ShortGPT, Men et al.
+        2024)
+    angular: the consecutive layers over which the angle of the last token changes least (Gromov et al. 2024, section
+        3.2)
+    deepest: the consecutive layers before the last one, which is nearly as good and needs no data (ibid., section 4.4)
 
-    Raises RequestError where fewer than two layers would be left, naming the largest valid ratio.
+    Raises RequestError if fewer than two layers would be left; the message names the largest valid ratio.
     """
     layers = model.config.num_layers
     count = round(ratio * layers)
@@ -68,7 +70,10 @@ def select_layers(
 
 @torch.inference_mode()
 def block_influence(model: Transformer, sequences: Sequence[Tensor], progress: Progress) -> Tensor:
-    """Mean of ``1 - cos(x_l, x_l+1)`` over all tokens, for the residual stream x before and after block l. [layers]"""
+    """Return the mean of ``1 - cos(x_l, x_l+1)`` over all tokens, [layers].
+
+    x_l and x_l+1 are the residual stream before and after layer l.
+    """
     total = torch.zeros(model.config.num_layers)
     for done, sequence in enumerate(sequences):
         progress(done, len(sequences))
@@ -80,7 +85,10 @@ def block_influence(model: Transformer, sequences: Sequence[Tensor], progress: P
 
 @torch.inference_mode()
 def angular_distance(model: Transformer, sequences: Sequence[Tensor], count: int, progress: Progress) -> Tensor:
-    """Mean of ``arccos(cos(x_l, x_l+count)) / π`` at the sequences' last tokens, [layers - count + 1]."""
+    """Return the mean of ``arccos(cos(x_l, x_l+count)) / π`` over the last tokens of the sequences.
+
+    The shape is [layers - count + 1].
+    """
     total = torch.zeros(model.config.num_layers - count + 1)
     for done, sequence in enumerate(sequences):
         progress(done, len(sequences))
@@ -91,7 +99,7 @@ def angular_distance(model: Transformer, sequences: Sequence[Tensor], count: int
 
 
 def residual_stream(model: Transformer, sequence: Tensor) -> Tensor:
-    """The residual stream before the first block and after every block, float32 [layers + 1, R, hidden_size]."""
+    """Return the residual stream before the first layer and after every layer, float32 [layers + 1, R, hidden_size]."""
     states: list[Tensor] = []
     hooks = [
         block.register_forward_hook(lambda module, arguments, output: states.append(output.total().float()))

@@ -1,7 +1,7 @@
-"""How much each MLP channel and each KV group of every block matters: what width pruning ranks by.
+"""Importance scores of the MLP channels and KV groups of every decoder block, for width pruning.
 
-A channel is a row of gate and of up together with a column of down. A KV group is a KV head with the query heads that
-read it, and their columns of the output projection.
+A channel consists of a row of gate, a row of up and a column of down. A KV group consists of a KV head, the query heads
+that use it, and their columns of the output projection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Importance = Literal["magnitude", "taylor", "wanda", "flap"]
 
 @dataclass(frozen=True)
 class BlockScores:
-    """Importance within one block, float32: channels [intermediate_size], groups [num_kv_heads]."""
+    """Importance scores of one block, float32: channels [intermediate_size], groups [num_kv_heads]."""
 
     channels: Tensor
     groups: Tensor
@@ -31,11 +31,11 @@ class BlockScores:
 def scores(
     model: Transformer, importance: Importance, calibration: Callable[[], Calibration], progress: Progress
 ) -> list[BlockScores]:
-    """The scores of every block.
+    """Return the importance scores of every block. ``importance`` is one of
 
-    magnitude: products (channels) and sums (groups) of the L2 norms of a structure's weights; needs no data
+    magnitude: product (channels) or sum (groups) of the L2 norms of a structure's weights; it needs no data
     wanda:     ``sum over outputs |W_ic| · rms(x_c)`` of the input columns c (Sun et al. 2024, in its structured form)
-    flap:      ``var(x_c) · ||W_c||²``: what replacing x_c by its mean loses (An et al. 2024, equation 5)
+    flap:      ``var(x_c) · ||W_c||²``, the error of replacing x_c by its mean (An et al. 2024, equation 5)
     taylor:    squared first-order change of the loss, ``(sum x_c · dL/dx_c)²`` (Molchanov et al. 2019, equation 8)
     """
     blocks = [block for block in model.blocks if isinstance(block, Block)]
@@ -55,7 +55,7 @@ def scores(
 
 
 def input_means(statistics: Statistics, index: int) -> tuple[Tensor, Tensor]:
-    """Mean inputs [K] of block ``index``'s output and down projections: FLAP's bias compensation puts them back."""
+    """Return the mean inputs [K] of a block's output and down projections, for FLAP's bias compensation."""
     return statistics[f"blocks.{index}.attention.output"].mean, statistics[f"blocks.{index}.mlp.down"].mean
 
 
@@ -84,7 +84,7 @@ def _flap(linear: nn.Linear, statistics: LinearStatistics) -> Tensor:
 def _taylor(
     model: Transformer, blocks: Sequence[Block], sequences: Sequence[Tensor], progress: Progress
 ) -> list[BlockScores]:
-    """One backward pass per sequence, to the inputs of the down and output projections only: no weight gradients."""
+    """Run one backward pass per sequence. It computes gradients of the projections' inputs, but not of weights."""
     channels = [torch.zeros(block.mlp.down.in_features, device=model.device) for block in blocks]
     groups = [torch.zeros(block.attention.num_kv_heads, device=model.device) for block in blocks]
     inputs: dict[nn.Module, Tensor] = {}
@@ -116,11 +116,11 @@ def _taylor(
 
 
 def _first_order(x: Tensor) -> Tensor:
-    """Change of the loss where a column of x [R, K] is set to zero, to first order and up to its sign."""
+    """Return the change of the loss if a column of x [R, K] is set to zero, to first order and up to its sign."""
     assert x.grad is not None
     return (x.detach().float() * x.grad.float()).sum(0)
 
 
 def _by_group(columns: Tensor, block: Block) -> Tensor:
-    """Sums [num_kv_heads] over the columns of the output projection that belong to each KV group."""
+    """Return the sums [num_kv_heads] over the columns of the output projection that belong to each KV group."""
     return columns.view(block.attention.num_kv_heads, -1).sum(1)

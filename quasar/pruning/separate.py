@@ -1,4 +1,4 @@
-"""The decoder with separate q, k, v, gate and up projections: the layout whose dependencies torch-pruning can trace."""
+"""The decoder with separate q, k, v, gate and up projections, whose dependencies torch-pruning can trace."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class SeparateAttention(nn.Module):
-    """`Attention` with one linear layer per projection; widths follow the weights."""
+    """`Attention` with separate q, k and v projections. The number of heads follows from the weights' shapes."""
 
-    def __init__(self, fused: Attention) -> None:
+    def __init__(self, stacked: Attention) -> None:
         super().__init__()
-        self.head_dim = fused.head_dim
-        widths = [heads * fused.head_dim for heads in (fused.num_heads, fused.num_kv_heads, fused.num_kv_heads)]
-        self.q, self.k, self.v = _split(fused.qkv, widths)
-        self.output = fused.output
-        self.q_norm, self.k_norm = fused.q_norm, fused.k_norm
+        self.head_dim = stacked.head_dim
+        widths = [heads * self.head_dim for heads in (stacked.num_heads, stacked.num_kv_heads, stacked.num_kv_heads)]
+        self.q, self.k, self.v = _split(stacked.qkv, widths)
+        self.output = stacked.output
+        self.q_norm, self.k_norm = stacked.q_norm, stacked.k_norm
 
     def forward(self, x: Tensor, rotation: Rotation | None, visible: Tensor) -> Tensor:
         q, k, v = (projection(x).view(len(x), -1, self.head_dim) for projection in (self.q, self.k, self.v))
@@ -41,18 +41,18 @@ class SeparateAttention(nn.Module):
 class SeparateFeedForward(nn.Module):
     """`FeedForward` with separate gate and up projections."""
 
-    def __init__(self, fused: FeedForward) -> None:
+    def __init__(self, stacked: FeedForward) -> None:
         super().__init__()
-        width = fused.down.in_features
-        self.gate, self.up = _split(fused.gate_up, [width, width])
-        self.down = fused.down
+        width = stacked.down.in_features
+        self.gate, self.up = _split(stacked.gate_up, [width, width])
+        self.down = stacked.down
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class SeparateBlock(nn.Module):
-    """`Block` over separate projections."""
+    """`Block` with separate projections."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class SeparateBlock(nn.Module):
 
 
 class SeparateTransformer(nn.Module):
-    """The whole decoder over separate projections; shares embedding, norms and head with the model it came from."""
+    """The whole decoder with separate projections. It shares embedding, norms and head with the original model."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -84,10 +84,10 @@ class SeparateTransformer(nn.Module):
         self.blocks = nn.ModuleList(SeparateBlock(block) for block in model.blocks if isinstance(block, Block))
 
     def forward(self, tokens: Tensor, rotate_heads: bool = True) -> Tensor:
-        """Logits [R, V] of a whole sequence, int64 [R], causal.
+        """Return the logits [R, V] of a whole sequence, int64 [R], with a causal mask.
 
-        Without the rotation, which mixes dimensions of a head only, the widths depend on each other just the same;
-        torch-pruning cannot follow its slices.
+        rotate_heads: False leaves out the rotary embedding, whose slices torch-pruning cannot trace. The dependencies
+            between widths are the same without it, because it mixes only dimensions within a head
         """
         rows = len(tokens)
         visible = torch.ones(rows, rows, dtype=torch.bool, device=tokens.device).tril_()
@@ -98,7 +98,7 @@ class SeparateTransformer(nn.Module):
         return self.lm_head(self.norm(x)[0])
 
     def fused(self) -> Transformer:
-        """The same function as a `Transformer`, whose config has the widths that are left."""
+        """Return an equivalent `Transformer` with stacked projections, whose config has the remaining widths."""
         blocks = [block for block in self.blocks if isinstance(block, SeparateBlock)]
         config: ModelConfig = replace(
             self.config,

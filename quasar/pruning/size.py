@@ -1,9 +1,9 @@
-"""How many parameters a decoder's blocks hold: what a pruning ratio is a fraction of."""
+"""Counts the parameters of the decoder blocks. A pruning ratio is a fraction of this number."""
 
 from torch import nn
 
 
 def block_parameters(model: nn.Module) -> int:
-    """Parameters of all decoder blocks; embedding, final norm and head do not count."""
+    """Return the number of parameters of all decoder blocks, without embedding, final norm and head."""
     blocks = model.get_submodule("blocks")
     return sum(parameter.numel() for parameter in blocks.parameters())

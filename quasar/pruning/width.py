@@ -1,4 +1,4 @@
-"""Width pruning: the least important MLP channels and KV groups leave, through torch-pruning's dependency graph."""
+"""Width pruning: removes the least important MLP channels and KV groups with torch-pruning's dependency graph."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def prune_width(
     calibration: Callable[[], Calibration],
     progress: Progress,
 ) -> Transformer:
-    """Remove ``ratio`` of the blocks' parameters; see `scores` for ``importance``, `removals` for the allocation.
+    """Remove ``ratio`` of the decoder blocks' parameters and return the pruned model.
 
-    flap also puts the removed channels' mean contribution back as a bias (An et al. 2024, section 3.4).
+    See `scores` for ``importance``, and `removals` for ``heads`` and ``uniform``. With flap, the mean contribution of
+    the removed structures is added as a bias (An et al. 2024, section 3.4).
     """
     found = scores(model, importance, calibration, progress)
     chosen = removals(model, found, ratio, heads, uniform)
@@ -43,9 +44,10 @@ def remove(
     means: Sequence[tuple[Tensor, Tensor]] | None,
     progress: Progress,
 ) -> Transformer:
-    """The model without the chosen structures of each block.
+    """Return the model without the chosen structures of each block.
 
-    means: of every block, the mean inputs of its output and down projections, put back as biases; None: nothing is
+    means: for every block, the mean inputs of its output and down projections. The contribution of the removed inputs
+        is added as a bias; None if it is not
     """
     separate = SeparateTransformer(model)
     blocks = [block for block in separate.blocks if isinstance(block, SeparateBlock)]
@@ -71,7 +73,7 @@ def remove(
 
 
 class _Couplings:
-    """torch-pruning's dependency graph of the model: which layers have to shrink together."""
+    """torch-pruning's dependency graph of the model. It says which layers must be pruned together."""
 
     def __init__(self, model: SeparateTransformer) -> None:
         import torch_pruning
@@ -80,19 +82,19 @@ class _Couplings:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         tokens = torch.arange(8, device=model.embedding.weight.device)
-        # It traces through autograd, whatever the caller has switched off.
+        # torch-pruning traces with autograd, which the caller may have disabled.
         with torch.enable_grad(), warnings.catch_warnings():
-            # It reports the norms' weights, which it then treats as what they are: vectors over the hidden size.
+            # torch-pruning warns about the weights of the norms, but it handles them correctly.
             warnings.simplefilter("ignore", UserWarning)
             self._graph = torch_pruning.DependencyGraph().build_dependency(
                 model, example_inputs=tokens, forward_fn=lambda traced, example: traced(example, rotate_heads=False)
             )
 
     def prune(self, dimensions: dict[nn.Linear, list[int]], last: nn.Linear) -> None:
-        """Remove dimensions of the layers that feed each other and end in the inputs of ``last``.
+        """Remove dimensions of ``last``'s inputs and of the layers that produce them.
 
-        The graph says which layers those are; which dimensions of each belong together is said here, because the
-        graph does not follow indices through grouped-query attention.
+        The graph is used to check that ``dimensions`` has all these layers. The caller says which dimensions belong
+        together, because the graph cannot follow indices through grouped-query attention.
         """
         group = self._graph.get_pruning_group(
             last, self._library.prune_linear_in_channels, idxs=sorted(dimensions[last])
@@ -101,7 +103,7 @@ class _Couplings:
             dependency.target.module for dependency, _ in group if isinstance(dependency.target.module, nn.Linear)
         }
         if coupled != set(dimensions):
-            raise RuntimeError(f"torch-pruning couples {len(coupled)} layers where {len(dimensions)} share dimensions")
+            raise RuntimeError(f"torch-pruning couples {len(coupled)} layers, but {len(dimensions)} share dimensions")
         for layer, indices in dimensions.items():
             prune = self._library.prune_linear_in_channels if layer is last else self._library.prune_linear_out_channels
             prune(layer, idxs=indices)
@@ -115,12 +117,12 @@ def _compensate(linear: nn.Linear, columns: list[int], mean: Tensor) -> None:
 
 
 def _head_rows(attention: SeparateAttention, groups: Sequence[int]) -> list[int]:
-    """Rows of the k and v projections that belong to KV groups."""
+    """Return the rows of the k and v projections that belong to the KV groups."""
     size = attention.head_dim
     return [row for group in groups for row in range(group * size, (group + 1) * size)]
 
 
 def _query_columns(attention: SeparateAttention, groups: Sequence[int]) -> list[int]:
-    """Rows of the q projection, and columns of the output projection, that belong to KV groups."""
+    """Return the rows of the q projection, which are also the columns of output, that belong to the KV groups."""
     size = attention.q.out_features // (attention.k.out_features // attention.head_dim)
     return [column for group in groups for column in range(group * size, (group + 1) * size)]

@@ -1,1 +1,1 @@
-"""Quantizers: pure functions on weights and statistics, and the layers that hold their results."""
+"""Quantization: functions on weights and calibration statistics, and linear layers with quantized weights."""

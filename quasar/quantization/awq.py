@@ -1,4 +1,4 @@
-"""AWQ (Lin et al. 2024): enlarge the weights that meet large activations, then clip each group's range."""
+"""AWQ (Lin et al. 2024): scale up the weights of channels with large activations, then clip the range of each group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quasar.quantization.smoothing import foldable
 from quasar.quantization.statistics import LinearStatistics
 
 EXPONENTS = tuple(step / 10 for step in range(11))
-# Output rows per clipping search: bounds its memory.
+# Output rows per clipping search. This bounds its memory.
 CLIPPED_ROWS = 512
 
 
@@ -23,9 +23,9 @@ def awq_scales(
     block: Block,
     layer: str,
 ) -> Tensor:
-    """Scales ``mean|x|^alpha`` [K] with the alpha in 0 to 1 of least output error on the samples (equation 5).
+    """Return scales ``mean|x|^alpha`` [K], with the alpha in 0 to 1 of least output error on the samples (equation 5).
 
-    weight: float [N, K] of ``layer`` of ``block``.
+    weight: float [N, K], the weight of ``layer`` in ``block``
     """
     x, dense = statistics.samples.to(weight.device), weight.float()
     magnitude = statistics.mean_absolute.to(weight.device).clamp(min=1e-6)
@@ -44,10 +44,12 @@ def awq_scales(
 
 
 def clipped_grid(weight: Tensor, samples: Tensor, group_size: int, symmetric: bool) -> Grid4:
-    """The grid whose groups are clipped where that lowers each group's output error on the samples.
+    """Return a grid in which the range of each group is clipped if this reduces its output error on the samples.
 
-    weight: float [N, K]; samples: float [S, K] of the layer's inputs. The error of a group is
-    ``sum over samples of (x_group · (w - q(w)))²``, through the Gram matrix of its inputs.
+    The error of a group is ``sum over samples of (x_group · (w - q(w)))²``, computed from the Gram matrix of x_group.
+
+    weight: float [N, K]
+    samples: float [S, K], inputs of the layer
     """
     columns = weight.shape[1]
     inputs = samples.to(weight.device).float().view(len(samples), columns // group_size, group_size)

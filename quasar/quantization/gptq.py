@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2023): quantize column by column, correcting the columns to come for the error made."""
+"""GPTQ (Frantar et al. 2023): quantize column by column, and correct later columns for the error of earlier ones."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from torch import Tensor
 from quasar.errors import QuasarError
 from quasar.quantization.rounding import INT4_LEVELS, Grid4
 
-# Columns corrected at once; the updates of later columns are batched (section 3.3, step 2).
+# Columns that are corrected immediately. The corrections of later columns are batched (section 3.3, step 2).
 BLOCK_COLUMNS = 128
-# The paper's 0.01 suits 128 long calibration texts; from a few thousand tokens the Hessian is known less well.
+# The paper's 0.01 is for 128 long calibration texts. A few thousand tokens give a less accurate Hessian.
 DAMPING = 0.05
 
 
 def gptq_int4(weight: Tensor, hessian: Tensor, grid: Grid4, damping: float = DAMPING, reorder: bool = True) -> Tensor:
-    """4-bit integers of ``weight`` on a fixed grid, minimizing the output error ``tr((Q - W) H (Q - W)^T)``.
+    """Quantize ``weight`` to 4-bit integers on a fixed grid, minimizing the output error ``tr((Q - W) H (Q - W)^T)``.
 
-    weight: float [N, K]; hessian: float32 [K, K], ``X^T X`` over calibration inputs X; grid: scales and zeros
-    [N, K / group_size]. damping: share of the mean diagonal added to it (section 3.3, step 3). reorder: quantize
-    columns of large curvature first, on the grid of their own group. Returns uint8 [N, K] in 0..15.
+    Returns uint8 [N, K] in 0..15. Raises QuasarError if the Hessian is not finite.
 
-    Raises QuasarError where the Hessian is not finite.
+    weight: float [N, K]
+    hessian: float32 [K, K], ``X^T X`` of the calibration inputs X
+    grid: scales and zeros [N, K / group_size]
+    damping: share of the mean diagonal that is added to the diagonal (section 3.3, step 3)
+    reorder: whether columns with a large diagonal entry are quantized first, each on the grid of its group
     """
     if not hessian.isfinite().all():
         raise QuasarError("the Hessian of a layer's inputs is NaN or infinite")
     columns = weight.shape[1]
-    # Transposed, so that a column of the weight is contiguous.
+    # The weight is transposed, so that its columns are contiguous.
     remaining = weight.float().T.contiguous()
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
@@ -56,5 +58,5 @@ def gptq_int4(weight: Tensor, hessian: Tensor, grid: Grid4, damping: float = DAM
 
 
 def _per_column(groups: Tensor, columns: int) -> Tensor:
-    """[N, groups] -> contiguous [K, N]."""
+    """Expand values per group, [N, groups], to values per column, contiguous [K, N]."""
     return groups.T.repeat_interleave(columns // groups.shape[1], dim=0)

@@ -12,7 +12,7 @@ from quasar.model.linear import Activations, Linear, QuantizedLinear
 
 
 class _Int8Linear(QuantizedLinear):
-    """An int8 weight and its bias."""
+    """Base class of the linear layers with an int8 weight and a bias."""
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class W8A8Linear(_Int8Linear):
 
 
 class W8A16Linear(_Int8Linear):
-    """A linear layer with int8 weights, whose activations stay as they are."""
+    """A linear layer with int8 weights and activations in the model's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return quasar_kernels.linear_w8a16(x, self.weight, self.bias)
 
 
 class W4Linear(QuantizedLinear):
-    """A linear layer with 4-bit weights in groups; activations stay as they are, or become int8 in the same groups."""
+    """A linear layer with 4-bit weights in groups. With ``activation_bits`` 8 its inputs are int8 in these groups."""
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class W4Linear(QuantizedLinear):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with 16-bit weights in the order in which the kernels read them."""
+    """A linear layer with 16-bit weights that are stored in the order in which the kernels read them."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every plain bfloat16 linear layer by a `PackedLinear`, in place, where this machine has the kernels."""
+    """Replace every unquantized bfloat16 linear layer by a `PackedLinear`, in place, if there are kernels for it."""
     linears = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)]
     for name, linear in linears:
         if linear.weight.dtype == torch.bfloat16 and DenseWeight.has_kernels(linear.weight):
@@ -82,9 +82,11 @@ def pack_linears(model: nn.Module) -> None:
 
 
 class GroupInt8Linear(QuantizedLinear):
-    """A linear layer with int8 weights in groups along the input, as some checkpoints store them.
+    """A linear layer with int8 weights in groups along the input dimension, which some checkpoints contain.
 
-    values: int8 [N, K]; scales: float32 [N, G]. It is dequantized in every call: right, but no faster than 16 bit.
+    The weights are dequantized in every call, so it is not faster than 16 bit.
+
+    values: int8 [N, K]; scales: float32 [N, G]
     """
 
     def __init__(self, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that were quantized elsewhere, as they are: packed integers and scales into our own layers."""
+"""Loads quantized checkpoints without requantizing them: their integers and scales become quantized linear layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
 
 
 class PackedCheckpoint(Protocol):
-    """A checkpoint on disk; tensors go by their Hugging Face names."""
+    """A checkpoint on disk. Its tensors are accessed by their Hugging Face names."""
 
     path: Path
     config: ModelConfig
@@ -30,18 +30,18 @@ class PackedCheckpoint(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def dense(self, name: str) -> Tensor:
-        """A tensor as floats, dequantized where it is stored packed."""
+        """Return a tensor as floats; it is dequantized if it is stored quantized."""
         ...
 
     def packed(self, name: str) -> PackedRows | None:
-        """The weight of a linear layer as it is stored; None where it is stored as floats."""
+        """Return the quantized weight of a linear layer; None if it is stored as floats."""
         ...
 
 
 def open_packed(path: Path) -> PackedCheckpoint:
     """Open a GGUF file, or a folder with compressed-tensors, GPTQ or AWQ safetensors.
 
-    Raises RequestError where the path holds neither, naming it and what is supported.
+    Raises RequestError if the path is neither; the message names the path and the supported formats.
     """
     if not path.exists():
         raise RequestError(f"verifier.path={path}: no such file or folder; pass a .gguf file or a checkpoint folder")
@@ -55,7 +55,7 @@ def load_packed(
     activation_bits: int,
     progress: Progress,
 ) -> Transformer:
-    """The model of a checkpoint: its packed linear layers kept packed, everything else in ``dtype``."""
+    """Load the model of a checkpoint. Its quantized linear layers stay quantized; everything else is in ``dtype``."""
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
     model.to(dtype)
@@ -72,13 +72,13 @@ def load_packed(
             setattr(module, attribute, nn.Parameter(dense.to(device=device, dtype=dtype), requires_grad=False))
             continue
         if len(whole) != len(parts):
-            raise RequestError(f"{checkpoint.path}: of {', '.join(sources)} some are quantized and some are not")
+            raise RequestError(f"{checkpoint.path}: some of {', '.join(sources)} are quantized and some are not")
         assert isinstance(module, nn.Linear)
         _require_shape(checkpoint, sources, torch.cat([part.values for part in whole]), module.weight)
         layer = _layer(checkpoint, sources, whole, dtype, device, activation_bits)
         model.set_submodule(owner, layer)
         if module.bias is not None:
-            layer.bias = module.bias  # replaced in its turn: a weight's bias follows it
+            layer.bias = module.bias  # still on the meta device; its values are loaded in a later iteration
     progress(len(names), len(names))
     if checkpoint.config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight
@@ -93,7 +93,7 @@ def _may_be_packed(name: str, module: nn.Module) -> bool:
 def _require_shape(checkpoint: PackedCheckpoint, sources: Sequence[str], found: Tensor, expected: Tensor) -> None:
     if found.shape != expected.shape:
         raise RequestError(
-            f"{checkpoint.path}: {', '.join(sources)} have shape {tuple(found.shape)} where the config implies "
+            f"{checkpoint.path}: {', '.join(sources)} have shape {tuple(found.shape)}, but the config implies "
             f"{tuple(expected.shape)}; config and weights do not belong together"
         )
 
@@ -106,7 +106,7 @@ def _layer(
     device: torch.device,
     activation_bits: int,
 ) -> nn.Module:
-    """One layer over the stacked rows of its parts."""
+    """Build one layer from the stacked rows of its parts."""
     first = parts[0]
     if any((part.bits, part.scales.shape[1]) != (first.bits, first.scales.shape[1]) for part in parts):
         raise RequestError(f"{checkpoint.path}: {', '.join(sources)} are quantized in different formats")

@@ -1,4 +1,4 @@
-"""GGUF files, packed: the block formats Q8_0, Q4_0 and Q4_1 of ggml as groups of 32 inputs."""
+"""Reads quantized GGUF files. The formats Q8_0, Q4_0 and Q4_1 of ggml have groups of 32 inputs, called blocks there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quasar.quantization.packed_rows import PackedRows
 
 BLOCK = 32
 KEPT_PACKED = ("Q8_0", "Q4_0", "Q4_1")
-# Stored as floats, or dequantized where a layer does not need them packed.
+# Types that are stored as floats.
 _FLOATS = ("F32", "F16", "BF16")
 
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -35,9 +35,9 @@ _IN_BLOCK = {
 
 
 class GGUFCheckpoint:
-    """Implements `PackedCheckpoint` over one GGUF file, which is mapped into memory.
+    """Implements `PackedCheckpoint` for one GGUF file, which is mapped into memory.
 
-    Raises RequestError where it is corrupt or of an unsupported architecture.
+    Raises RequestError if the file is corrupt or its architecture is not supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class GGUFCheckpoint:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         raw["tie_word_embeddings"] = "output.weight" not in self._tensors
         self.config = ModelConfig.from_json(raw, str(path))
-        # Only files of this architecture hold the rows of q and k in the order of ggml's rotary embedding.
+        # Only files of this architecture store the rows of q and k in the order of ggml's rotary embedding.
         self._interleaved = str(reader.fields["general.architecture"].contents()) == "llama"
 
     def __contains__(self, name: str) -> bool:
@@ -77,8 +77,8 @@ class GGUFCheckpoint:
             return None
         if kind not in KEPT_PACKED:
             raise RequestError(
-                f"{self.path}: tensor {tensor.name} is {kind}; kept packed are {', '.join(KEPT_PACKED)}. "
-                f"model=path model.path={self.path} reads it dequantized"
+                f"{self.path}: tensor {tensor.name} is {kind}; only {', '.join(KEPT_PACKED)} can stay quantized. "
+                f"Pass model=path model.path={self.path} to dequantize the file"
             )
         rows = int(tensor.shape[1])
         blocks = torch.from_numpy(np.array(tensor.data, dtype=np.uint8)).view(rows, int(tensor.shape[0]) // BLOCK, -1)
@@ -93,7 +93,10 @@ class GGUFCheckpoint:
         return self._tensors[stored]
 
     def _in_order(self, name: str, rows: Tensor) -> Tensor:
-        """Rows of q and k [heads * D, ...] from pairs (0, 1), (2, 3), … back to halves, as Hugging Face rotates."""
+        """Reorder the rows of q and k, [heads * D, ...], for the rotary embedding of Hugging Face.
+
+        ggml rotates the pairs (0, 1), (2, 3), …; Hugging Face rotates the pairs (0, D / 2), (1, D / 2 + 1), ….
+        """
         if not self._interleaved or not name.endswith(("q_proj.weight", "k_proj.weight")):
             return rows
         shape = self.config.layers[0]
@@ -110,16 +113,17 @@ def _gguf_name(name: str) -> str:
 
 
 def _int8(blocks: Tensor) -> PackedRows:
-    """blocks: uint8 [N, K / 32, 34], a float16 scale and 32 int8 each."""
+    """Read Q8_0. blocks: uint8 [N, K / 32, 34], each with a float16 scale and 32 int8 values."""
     scales = _halves(blocks, 0)
     values = blocks[:, :, 2:].contiguous().view(torch.int8).flatten(1)
     return PackedRows(8, values, scales, torch.zeros_like(scales), symmetric=True)
 
 
 def _int4(blocks: Tensor, offset: bool) -> PackedRows:
-    """blocks: uint8 [N, K / 32, 18 or 20]: a float16 scale, with ``offset`` a float16 minimum, 16 bytes.
+    """Read Q4_0, or Q4_1 with ``offset``.
 
-    Byte j holds element j in its low and j + 16 in its high half.
+    blocks: uint8 [N, K / 32, 18 or 20], each with a float16 scale, a float16 minimum if ``offset``, and 16 bytes.
+        Byte j contains element j in its low half and element j + 16 in its high half
     """
     scales = _halves(blocks, 0)
     data = blocks[:, :, 4 if offset else 2 :]
@@ -127,7 +131,8 @@ def _int4(blocks: Tensor, offset: bool) -> PackedRows:
     if not offset:
         return PackedRows(4, values, scales, torch.full_like(scales, 8), symmetric=True)
     minimum = _halves(blocks, 1)
-    # ``q * scale + minimum`` is ``(q - zero) * scale``; a group that is constant has no scale, so it gets one.
+    # ``q * scale + minimum`` equals ``(q - zero) * scale`` with ``zero = -minimum / scale``. A constant group has scale
+    # 0, so another scale is chosen for it.
     constant = scales == 0
     scales = torch.where(constant, minimum.abs().clamp(min=1e-12), scales)
     values = values.view(*scales.shape, BLOCK).masked_fill(constant.unsqueeze(2), 0).flatten(1)
@@ -135,5 +140,5 @@ def _int4(blocks: Tensor, offset: bool) -> PackedRows:
 
 
 def _halves(blocks: Tensor, index: int) -> Tensor:
-    """The float16 at bytes 2 index and 2 index + 1 of every block, float32 [N, K / 32]."""
+    """Return the float16 number with this index in every block, as float32 [N, K / 32]."""
     return blocks[:, :, 2 * index : 2 * index + 2].contiguous().view(torch.float16).squeeze(2).float()

@@ -1,4 +1,4 @@
-"""Quantized safetensors: compressed-tensors (llm-compressor), GPTQ and AWQ, as their ``quantization_config`` says."""
+"""Reads quantized safetensors in the format of their ``quantization_config``: compressed-tensors, GPTQ or AWQ."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from quasar.model.loading import TensorFiles
 from quasar.quantization.packed_rows import PackedRows
 
 NIBBLES = 8
-"""4-bit values in an int32."""
+"""Number of 4-bit values in an int32."""
 
-# AWQ stores eight outputs per int32 in this order (AutoAWQ's GEMM layout).
+# Positions of eight consecutive outputs in an int32 of AWQ (AutoAWQ's GEMM layout).
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class SafetensorsCheckpoint:
-    """Implements `PackedCheckpoint` over a folder.
+    """Implements `PackedCheckpoint` for a folder.
 
-    Raises RequestError for a quantization that is none of compressed-tensors (4-bit groups, or 8 bits per channel),
-    GPTQ and AWQ in 4 bits.
+    Raises RequestError if the format is not supported. Supported are compressed-tensors (4 bits in groups, or 8 bits
+    per channel) and 4-bit GPTQ and AWQ.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +43,7 @@ class SafetensorsCheckpoint:
             )
         bits = self._quantization.get("bits", 4)
         if method != "compressed-tensors" and bits != 4:
-            raise RequestError(f"{path}/config.json: {method} in {bits} bits is not supported; only 4 bits are")
+            raise RequestError(f"{path}/config.json: {method} in {bits} bits is not supported; convert it to 4 bits")
         self._read = readers[method]
 
     def __contains__(self, name: str) -> bool:
@@ -59,21 +59,21 @@ class SafetensorsCheckpoint:
         return self._read(layer)
 
     def _compressed(self, layer: str) -> PackedRows:
-        """``weight_packed`` int32 [N, K / 8] with eight values from the low half up, or ``weight`` int8 [N, K]."""
+        """Read ``weight_packed``, int32 [N, K / 8] with the first value in the low bits, or ``weight``, int8 [N, K]."""
         scales = self._tensors.read(f"{layer}.weight_scale").float()
         scales = scales.view(len(scales), -1)
         if f"{layer}.weight_packed" not in self._tensors:
             values = self._tensors.read(f"{layer}.weight")
             if values.dtype != torch.int8:
                 raise RequestError(
-                    f"{self.path}: {layer}.weight is {values.dtype}; only int8 and packed 4 bits are read"
+                    f"{self.path}: {layer}.weight is {values.dtype}; only int8 and packed 4 bits are supported"
                 )
             return PackedRows(8, values, scales, torch.zeros_like(scales), True, quantized_inputs=self._int8_inputs())
         rows, columns = self._tensors.read(f"{layer}.weight_shape").tolist()
         values = unpack(self._tensors.read(f"{layer}.weight_packed"))[:, :columns]
         zeros, symmetric = torch.full_like(scales, 8), True
         if f"{layer}.weight_zero_point" in self._tensors:
-            # Packed along the outputs; stored, like the values, shifted into 0..15.
+            # The zeros are packed along the outputs and, like the values, shifted to 0..15.
             packed = self._tensors.read(f"{layer}.weight_zero_point")
             zeros, symmetric = unpack(packed.T.contiguous()).T[:rows].float(), False
         return PackedRows(4, values, scales, zeros, symmetric)
@@ -84,7 +84,10 @@ class SafetensorsCheckpoint:
         return bool(inputs) and all(entry is not None and entry.get("num_bits") == 8 for entry in inputs)
 
     def _gptq(self, layer: str) -> PackedRows:
-        """``qweight`` int32 [K / 8, N] packed along the inputs, ``qzeros`` int32 [G, N / 8] stored one too small."""
+        """Read ``qweight``, int32 [K / 8, N] packed along the inputs, and ``qzeros``, int32 [G, N / 8].
+
+        Except in the format gptq_v2, the stored zeros are smaller by 1 than the real ones.
+        """
         values = unpack(self._tensors.read(f"{layer}.qweight").T.contiguous())
         scales = self._tensors.read(f"{layer}.scales").float().T.contiguous()
         stored_whole = self._quantization.get("checkpoint_format") == "gptq_v2"
@@ -93,13 +96,13 @@ class SafetensorsCheckpoint:
         in_order = torch.arange(columns) // (columns // groups)
         if f"{layer}.g_idx" in self._tensors and not torch.equal(self._tensors.read(f"{layer}.g_idx").long(), in_order):
             raise RequestError(
-                f"{self.path}: {layer} was quantized with desc_act, which scatters its groups over the inputs; "
+                f"{self.path}: {layer} was quantized with desc_act, so its groups are not consecutive inputs; "
                 "only groups of consecutive inputs are supported"
             )
         return PackedRows(4, values, scales, zeros.contiguous(), bool((zeros == 8).all()))
 
     def _awq(self, layer: str) -> PackedRows:
-        """``qweight`` int32 [K, N / 8] and ``qzeros`` int32 [G, N / 8], packed along the outputs in AWQ's order."""
+        """Read ``qweight``, int32 [K, N / 8], and ``qzeros``, int32 [G, N / 8], packed along the outputs."""
 
         def in_order(name: Literal["qweight", "qzeros"]) -> Tensor:
             stored = unpack(self._tensors.read(f"{layer}.{name}"))
@@ -111,6 +114,6 @@ class SafetensorsCheckpoint:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """int32 [R, C] -> uint8 [R, 8 C]: value j of an int32 stands in its bits 4 j to 4 j + 3."""
+    """Unpack int32 [R, C] to uint8 [R, 8 C]. Value j of an int32 is in its bits 4 j to 4 j + 3."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     return ((packed.unsqueeze(2) >> shifts) & 0xF).to(torch.uint8).flatten(1)

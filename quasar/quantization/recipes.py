@@ -1,4 +1,4 @@
-"""Whole models through a quantization method: the order in which scales are folded and layers replaced."""
+"""Quantizes whole models: folds scales into the preceding layers and replaces the linear layers, block by block."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from quasar.quantization.statistics import Calibration, Progress
 class Int4Format:
     """How 4-bit weights are stored and multiplied.
 
-    group_size: weights along K that share a scale; symmetric: no zero points; activation_bits: 16, or 8 per token
-    dtype: of the activations
+    group_size: number of weights along K that share a scale
+    symmetric: whether there are no zero points
+    activation_bits: 16, or 8 to quantize the inputs too
+    dtype: dtype of the activations
     """
 
     group_size: int
@@ -35,7 +37,7 @@ class Int4Format:
 
 
 def quantize_w8a8(model: Transformer, progress: Progress) -> None:
-    """All linear layers of the blocks to W8A8, rounded to nearest, in place."""
+    """Quantize all linear layers of the decoder blocks to W8A8 in place, rounding to nearest."""
     for _, block in _blocks(model, progress):
         _to_int8(block)
 
@@ -43,9 +45,9 @@ def quantize_w8a8(model: Transformer, progress: Progress) -> None:
 def smoothquant_w8a8(
     model: Transformer, alpha: float | None, calibration: Calibration, progress: Progress
 ) -> dict[str, float]:
-    """W8A8 after SmoothQuant, in place; alpha None searches it per layer for least output error on calibration data.
+    """Quantize to W8A8 in place after SmoothQuant. Returns the alpha of every layer, 0 if no smoothing was best.
 
-    Returns the chosen alpha per layer (0 where not smoothing was best).
+    alpha: smoothing strength, or None to search, for every layer, the one of least output error on calibration data
     """
     statistics = calibration.statistics(model, progress)
     chosen: dict[str, float] = {}
@@ -64,7 +66,10 @@ def smoothquant_w8a8(
 
 
 def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Progress) -> None:
-    """4-bit weights rounded to nearest, in place; with ``clip``, on grids clipped for least squared weight error."""
+    """Quantize to 4-bit weights in place, rounding to nearest.
+
+    clip: whether the range of each group is clipped to minimize the squared error of its weights
+    """
     _require_fit(model, form)
     for _, block in _blocks(model, progress):
         for layer in LAYERS:
@@ -74,7 +79,10 @@ def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Prog
 
 
 def awq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibration, progress: Progress) -> None:
-    """4-bit weights by AWQ, in place: scales folded into the preceding layers, then (with ``clip``) clipped grids."""
+    """Quantize to 4-bit weights in place with AWQ: fold scales into the preceding layers, then round.
+
+    clip: whether the range of each group is clipped to minimize its output error
+    """
     _require_fit(model, form)
     statistics = calibration.statistics(model, progress)
     for index, block in _blocks(model, progress):
@@ -95,9 +103,9 @@ def awq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibr
 
 @torch.inference_mode()
 def gptq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibration, progress: Progress) -> None:
-    """4-bit weights by GPTQ, in place, block by block: each sees the inputs that the quantized blocks before it give.
+    """Quantize to 4-bit weights in place with GPTQ. The inputs of a block come from the quantized blocks before it.
 
-    Raises QuasarError where a layer's inputs are not finite, naming the layer.
+    Raises QuasarError, which names the layer, if the inputs of a layer are not finite.
     """
     _require_fit(model, form)
     inputs = [model.embedding(sequence.to(model.device)) for sequence in calibration.sequences]
@@ -111,17 +119,17 @@ def gptq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calib
 
 
 def quantize_head(model: Transformer) -> None:
-    """int8 weights for lm_head, in place; a tied embedding keeps its own 16-bit table for lookups.
+    """Quantize the weights of lm_head to int8 in place. A tied embedding keeps its 16-bit table for lookups.
 
-    Its inputs stay in 16 bit: rounded to int8 they would cost most of the fidelity, and save nothing where the pass
-    waits for its weights.
+    The inputs stay in 16 bit. Quantizing them would cost most of the fidelity, and it would save no time if the pass is
+    bound by reading the weights.
     """
     with torch.no_grad():
         model.set_submodule("lm_head", W8A16Linear(quantize_int8(model.lm_head.weight), None))
 
 
 def _blocks(model: Transformer, progress: Progress) -> Iterator[tuple[int, Block]]:
-    """Every block, its linear layers in float32 while it is worked on: their replacements are rounded only once."""
+    """Yield every decoder block with its linear layers in float32, so that their weights are rounded only once."""
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         progress(index, len(model.blocks))
@@ -161,7 +169,7 @@ def _to_int4(block: Block, layer: str, values: Tensor, grid: Grid4, form: Int4Fo
 
 
 def _hessians(model: Transformer, index: int, block: Block, inputs: list[Tensor]) -> dict[str, Tensor]:
-    """``X^T X`` of the inputs X of every linear layer of the block, float32 [K, K]."""
+    """Return ``X^T X``, float32 [K, K], of the inputs X of every linear layer of the decoder block."""
     sums: dict[str, Tensor] = {}
 
     def watch(layer: str) -> object:

@@ -1,4 +1,4 @@
-"""Quantization grids of weight matrices, and rounding to the nearest point of them."""
+"""Quantization grids of weight matrices, and rounding to the nearest grid point."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from quasar_kernels import Int8Weight
 from torch import Tensor
 
 INT4_LEVELS = 15
-# Shares of a group's range that the clipping search tries: a smaller range rounds finer and clips the ends.
+# Shares of a group's range that the clipping search tries. A smaller range has finer steps but clips the ends.
 CLIPPING = tuple(1.0 - 0.05 * step for step in range(11))
 
 
 @dataclass(frozen=True)
 class Grid4:
-    """A 4-bit grid per group, ``(q - zero) * scale`` for q in 0..15; both float32 [N, K / group_size]."""
+    """A 4-bit grid per group: ``(q - zero) * scale`` for q in 0..15. Both tensors are float32 [N, K / group_size]."""
 
     scales: Tensor
     zeros: Tensor
 
 
 def quantize_int8(weight: Tensor) -> Int8Weight:
-    """Symmetric int8 per output channel: ``w ≈ values * scale``, values in [-127, 127]. weight: float [N, K]."""
+    """Quantize a weight, float [N, K], to int8 with one scale per output channel: ``w ≈ values * scale``.
+
+    The values are in [-127, 127].
+    """
     wide = weight.float()
     scales = _positive(wide.abs().amax(dim=1) / 127)
     values = torch.round(wide / scales.unsqueeze(1)).to(torch.int8)
@@ -32,11 +35,14 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
 def grid_int4(
     weight: Tensor, group_size: int, symmetric: bool, importance: Tensor | None = None, clip: bool = True
 ) -> Grid4:
-    """The grid of every group of ``group_size`` weights along K. weight: float [N, K], K a multiple of group_size.
+    """Return the grid of every group of ``group_size`` weights along K.
 
-    Symmetric grids have zero 8 and span [-7, 7] steps; asymmetric ones span the group's range, extended to hold 0.
-    With ``clip`` each group takes the share of its range (`CLIPPING`) of least squared error, weighted per input
-    channel with ``importance`` [K] where given.
+    Symmetric grids have zero 8 and span [-7, 7] steps. Asymmetric grids span the range of the group, extended to
+    include 0.
+
+    weight: float [N, K], where K is a multiple of ``group_size``
+    importance: float [K], weights of the squared errors per input channel, or None for equal weights
+    clip: whether to choose the share of each group's range (`CLIPPING`) that has the least squared error
     """
     groups = weight.float().view(weight.shape[0], -1, group_size)
     if symmetric:
@@ -59,13 +65,13 @@ def grid_int4(
 
 
 def round_int4(weight: Tensor, grid: Grid4) -> Tensor:
-    """The nearest grid point of every weight, uint8 [N, K] in 0..15. weight: float [N, K]."""
+    """Return the index of the nearest grid point of every weight, uint8 [N, K] in 0..15. weight: float [N, K]."""
     groups = weight.float().view(*grid.scales.shape, -1)
     return _nearest(groups, grid).to(torch.uint8).view(weight.shape)
 
 
 def restore_int4(values: Tensor, grid: Grid4) -> Tensor:
-    """float32 [N, K] from integers [N, K] and their grid."""
+    """Dequantize integers [N, K] on their grid to float32 [N, K]."""
     groups = values.float().view(*grid.scales.shape, -1)
     return ((groups - grid.zeros.unsqueeze(2)) * grid.scales.unsqueeze(2)).view(values.shape)
 

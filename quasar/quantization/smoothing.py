@@ -1,8 +1,8 @@
-"""Per-channel scales moved between a linear layer and what precedes it: SmoothQuant and AWQ.
+"""Per-channel scales for SmoothQuant and AWQ, which are folded into a linear layer and the layer before it.
 
-``x W^T = (x / s) (W s)^T`` for any s > 0. Dividing x is folded into the preceding norm or linear layer, so it costs
-nothing at run time. SmoothQuant picks s to shift the activations' outliers into the weights, AWQ to enlarge the
-weights that meet large activations.
+``x W^T = (x / s) (W s)^T`` for any s > 0. The division of x is folded into the preceding norm or linear layer, so it
+takes no time in a pass. SmoothQuant chooses s to reduce outliers in the activations, AWQ to scale up the weights of
+channels with large activations.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from quasar.quantization.rounding import quantize_int8
 from quasar.quantization.statistics import LinearStatistics
 
 LAYERS = ("mlp.down", "mlp.gate_up", "attention.output", "attention.qkv")
-"""Linear layers of a block in the order in which scales are folded: a layer before the ones that precede it."""
+"""Linear layers of a decoder block in the order in which scales are folded: from the last layer to the first."""
 
 SMOOTHING_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def smoothquant_scales(statistics: LinearStatistics, weight: Tensor, alpha: float) -> Tensor:
-    """``max|x|^alpha / max|W|^(1 - alpha)`` per input channel, float32 [K] (Xiao et al. 2023, equation 4)."""
+    """Return ``max|x|^alpha / max|W|^(1 - alpha)`` per input channel, float32 [K] (Xiao et al. 2023, equation 4)."""
     activations = statistics.absmax.to(weight.device).clamp(min=1e-5)
     weights = weight.float().abs().amax(0).clamp(min=1e-5)
     return activations**alpha / weights ** (1 - alpha)
 
 
 def w8a8_error(x: Tensor, weight: Tensor, scales: Tensor) -> float:
-    """Mean squared error of the layer's output under W8A8 after scaling. x: [S, K], weight: [N, K], scales: [K]."""
+    """Return the mean squared error of a layer's output with W8A8 after scaling.
+
+    x: [S, K]; weight: [N, K]; scales: [K]
+    """
     tokens, token_scales = quantize_tokens(x / scales)
     quantized = quantize_int8(weight * scales)
     restored = (tokens.float() * token_scales) @ (quantized.values.float() * quantized.scales.unsqueeze(1)).T
@@ -37,7 +40,7 @@ def w8a8_error(x: Tensor, weight: Tensor, scales: Tensor) -> float:
 
 
 def best_smoothing(statistics: LinearStatistics, weight: Tensor, block: Block, layer: str) -> tuple[float, Tensor]:
-    """The alpha of least output error on the samples and its scales [K]; 0 and all ones where none helps."""
+    """Return the alpha of least output error on the samples, and its scales [K]; 0 and ones if no scaling is better."""
     x, dense = statistics.samples.to(weight.device), weight.float()
     candidates = {0.0: torch.ones(dense.shape[1], device=weight.device)}
     for alpha in SMOOTHING_ALPHAS:
@@ -46,7 +49,10 @@ def best_smoothing(statistics: LinearStatistics, weight: Tensor, block: Block, l
 
 
 def foldable(block: Block, layer: str, scales: Tensor) -> Tensor:
-    """Scales [K] that the layer before can take: query heads of a group read the same value channels."""
+    """Return scales [K] that can be folded into the layer before.
+
+    For attention.output they are equal for all query heads of a group, because these read the same value channels.
+    """
     if layer != "attention.output":
         return scales
     attention = block.attention
@@ -55,10 +61,10 @@ def foldable(block: Block, layer: str, scales: Tensor) -> Tensor:
 
 
 def fold(block: Block, layer: str, scales: Tensor) -> Tensor:
-    """Multiply the input channels of ``layer`` by scales [K], and divide what precedes it by them; in place.
+    """Multiply the input channels of ``layer`` by scales [K] and divide the outputs of the layer before, in place.
 
-    Returns the scales that the layer took: a norm's weight is rounded to its dtype, and the layer takes exactly what
-    that leaves, so that the block computes the same as before.
+    Returns the scales that were used for ``layer``. They differ from the given ones because the divided weight of a
+    norm is rounded to its dtype; the layer is scaled by exactly the inverse, so that the block's result is unchanged.
     """
     linear = block.get_submodule(layer)
     assert isinstance(linear, nn.Linear)
@@ -82,7 +88,7 @@ def _divide_norm(norm: RMSNorm, scales: Tensor) -> Tensor:
     before = norm.weight.detach().float()
     norm.weight.data = (before / scales).to(norm.weight.dtype)
     after = norm.weight.float()
-    # A weight of zero passes nothing on: its channel may keep any scale.
+    # A channel whose norm weight is zero has only zeros, so its scale does not matter.
     return torch.where(after != 0, before / torch.where(after != 0, after, torch.ones_like(after)), scales)
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of every linear layer on calibration text, computed once and cached."""
+"""Calibration statistics of the inputs of every linear layer, computed once on calibration text and cached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quasar.cache import Store
 from quasar.errors import QuasarError
 from quasar.model.transformer import Transformer
 
-# Rows of inputs kept per layer: what searches over smoothing, scaling and clipping measure their error on.
+# Rows of inputs that are kept per layer. Searches over smoothing, scaling and clipping measure the error on them.
 SAMPLE_ROWS = 256
 
 Progress = Callable[[int, int], None]
@@ -23,10 +23,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LinearStatistics:
-    """Of the inputs x of one linear layer over all calibration tokens, float32 [K] each.
+    """Statistics of the inputs x of one linear layer over all calibration tokens, float32 [K] each.
 
-    absmax, mean_absolute: of |x|; mean, mean_square: of x and x²
-    samples: float32 [S, K], rows drawn at random
+    absmax, mean_absolute: maximum and mean of |x|
+    mean, mean_square: means of x and x²
+    samples: float32 [S, K], rows of x drawn at random
     """
 
     absmax: Tensor
@@ -37,7 +38,7 @@ class LinearStatistics:
 
 
 Statistics = dict[str, LinearStatistics]
-"""By the name of the linear layer, such as ``blocks.3.mlp.down``."""
+"""Calibration statistics by the name of the linear layer, such as ``blocks.3.mlp.down``."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Calibration:
     """Calibration text as token ids.
 
     sequences: int64 tensors [R] of at least one token
-    key: what identifies model and text; runs with equal keys, precision and device share statistics
+    key: cache key of model and text; runs with equal keys, dtypes and devices share statistics
+    seed: seed of the random samples
     """
 
     sequences: Sequence[Tensor]
@@ -53,7 +55,7 @@ class Calibration:
     seed: int = 0
 
     def statistics(self, model: Transformer, progress: Progress) -> Statistics:
-        """Statistics of the unquantized ``model``, from the cache where it has them."""
+        """Return the calibration statistics of the unquantized ``model``, from the cache if they are there."""
         key = {**self.key, "rows": SAMPLE_ROWS, "seed": self.seed}
         make = partial(collect, model, self.sequences, self.seed, progress)
         return STORE.get(key, model.device, model.dtype, make)
@@ -61,9 +63,9 @@ class Calibration:
 
 @torch.inference_mode()
 def collect(model: Transformer, sequences: Sequence[Tensor], seed: int, progress: Progress) -> Statistics:
-    """Run every sequence through the model and watch the inputs of the linear layers of its blocks.
+    """Run every sequence through the model and collect statistics of the inputs of its decoder blocks' linear layers.
 
-    Raises QuasarError where an input is not finite, naming the layer.
+    Raises QuasarError, which names the layer, if an input is not finite.
     """
     total = sum(len(sequence) for sequence in sequences)
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:SAMPLE_ROWS].sort().values

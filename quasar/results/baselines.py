@@ -94,17 +94,17 @@ class SharedBaselines:
             return
         with self._file.open("rb") as stream:
             stream.seek(self._read_bytes)
-            records, whole = whole_lines(stream.read())
+            entries, whole = whole_lines(stream.read())
         self._read_bytes += whole
-        for record in records:
-            key, device = record.pop("key"), record.pop("device")
+        for entry in entries:
+            key, device = entry.pop("key"), entry.pop("device")
             if device != self._device:
                 raise RequestError(
                     f"{self._file}: the baselines of this sweep were measured on {device}, but this job runs on "
                     f"{self._device}; speedups would compare two devices. Pass another hydra.sweep.dir for this "
                     "device, or sweep.share_baselines=false"
                 )
-            self._known[key] = Baseline(**record)
+            self._known[key] = Baseline(**entry)
 
 
 def baseline_identity(settings: RunConfig, is_reference: bool, dtype: str) -> Json:

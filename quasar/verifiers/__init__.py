@@ -1,1 +1,1 @@
-"""Verifiers: a model and its KV cache that score a draft in one forward pass. One file and one YAML each."""
+"""Verifiers, which score a draft in one forward pass. Each has one file here and one YAML file in conf/."""

@@ -1,4 +1,4 @@
-"""Prepared weights, kept between runs: what quantizing or pruning made of a model is read, not computed again."""
+"""Caches quantized and pruned weights between runs, so that they are read and not computed again."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
 from quasar.verifiers.base import Setup
 
 Found = dict[str, Any]
-"""What preparing found out besides the weights, as JSON: smoothing strengths, the ratio that was reached."""
+"""Results of the preparation besides the weights, such as smoothing strengths, as JSON values."""
 
 
 def prepared(
     model: Transformer, setup: Setup, settings: Found, prepare: Callable[[Transformer], tuple[Transformer, Found]]
 ) -> tuple[Transformer, Found]:
-    """What ``prepare`` makes of a model, from the cache if an earlier run had it made.
+    """Return the result of ``prepare(model)``, from the cache if an earlier run has computed it.
 
-    settings: all that decides what ``prepare`` does besides model and calibration text. Neither embedding nor final
-        norm may be changed by it; the model may be changed in place.
+    settings: everything besides the model and the calibration text that affects the result of ``prepare``
+    prepare: may change the model in place, but must not change the embedding or the final norm
     """
     if setup.identity is None:
         return prepare(model)
@@ -54,12 +54,13 @@ def prepared(
 
 @dataclass(frozen=True)
 class _Weights:
-    """All weights of a model but embedding, final norm and an output layer that is in 16 bit.
+    """All weights of a model except the embedding, the final norm and a 16-bit output layer.
 
     shapes:  widths of the decoder blocks
-    biases:  which of the config's biases there are
+    biases:  the bias options of the model's config
     layers:  options of every quantized layer, by name
-    tensors: by name of the layer and the weight's part
+    tensors: the weights' parts, by names such as ``blocks.0.mlp.down.scales``
+    found:   the results of the preparation besides the weights
     """
 
     shapes: list[dict[str, int]]
@@ -90,7 +91,7 @@ class _Weights:
         return _Weights(shapes, {name: getattr(config, name) for name in _BIASES}, layers, tensors, found)
 
     def put_into(self, model: Transformer) -> Transformer:
-        """The model with these weights: itself, or a new one if its blocks have other widths."""
+        """Return the model with these weights: the same model, or a new one if the blocks have other widths."""
         changes: dict[str, Any] = {"layers": tuple(LayerShape(**shape) for shape in self.shapes), **self.biases}
         config = replace(model.config, **changes)
         result = model

@@ -1,4 +1,4 @@
-"""The verifier's seam: what the decode loop and self-drafting drafters may ask of it."""
+"""The base classes of all verifiers: every method that the decode loop, drafters and runs may call."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from quasar.quantization.statistics import Calibration
 class VerifierCost:
     """Bytes that one verification pass has to read.
 
-    weight_bytes: every weight once, in the format in which it is stored; of the embedding only a tied head
-    kv_bytes_per_token: keys and values of all layers for one token of context
+    weight_bytes: bytes of every weight in its storage format; the embedding counts only if it is tied to the head
+    kv_bytes_per_token: bytes of keys and values of all layers for one token of context
     """
 
     weight_bytes: int
@@ -29,14 +29,14 @@ class VerifierCost:
 
 
 class Verifier(ABC):
-    """A model plus its KV cache. The cache holds the context without its last token, which `verify` feeds.
+    """A model and its KV cache. The cache contains the context without its last token, which `verify` takes.
 
-    label:          how tables name what the output is lossless with respect to
+    label:          name of the model in sentences such as "lossless with respect to the INT8 model"
     is_reference:   whether this is the unquantized, unpruned model
-    details:        what building it settled beyond the configuration, in words
+    details:        sentences on what was decided beyond the configuration while it was built
     cost:           bytes that one pass reads
-    device, dtype:  of the activations
-    context_length: tokens that the model can read
+    device, dtype:  device and dtype of the activations
+    context_length: maximum number of tokens that the model can read
     """
 
     label: str = "model"
@@ -49,31 +49,31 @@ class Verifier(ABC):
 
     @abstractmethod
     def prefill(self, tokens: Tensor) -> Scores:
-        """Forget the last sequence and read a prompt, int64 [P]; the scores after its last token, of no draft."""
+        """Clear the cache and read a prompt, int64 [P]; return the scores after its last token, without a draft."""
 
     @abstractmethod
     def verify(self, last: int, draft: Draft) -> Scores:
-        """Score a draft, which follows ``last``, and its scratch outputs in one forward pass."""
+        """Score the tokens and scratch outputs of a draft after the token ``last`` in one forward pass."""
 
     @abstractmethod
     def keep(self, path: Sequence[int]) -> None:
-        """Commit the last token and the accepted draft tokens ``path``; drop every other row of the pass."""
+        """Keep the last token and the accepted draft tokens ``path`` in the cache; drop all other rows of the pass."""
 
     @abstractmethod
     def teacher_forced(self, tokens: Tensor, first: int) -> Tensor:
-        """Logits, float [S - first, V], after each of the tokens, int64 [S], from index ``first`` on, in one pass.
+        """Return the logits, float [S - first, V], after each of ``tokens``, int64 [S], from index ``first`` on.
 
-        Leaves the sequence that the KV cache holds alone.
+        This takes one pass and does not use the KV cache.
         """
 
     @property
     def capacity(self) -> int:
-        """Tokens that the KV cache has room for before it has to grow."""
+        """Number of tokens that fit the KV cache before it has to grow."""
         return self.context_length
 
 
 class LayeredVerifier(Verifier):
-    """A verifier whose own layers can draft (self-speculation)."""
+    """A verifier whose layers can also draft (self-speculation)."""
 
     @property
     @abstractmethod
@@ -81,28 +81,28 @@ class LayeredVerifier(Verifier):
 
     @abstractmethod
     def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
-        """Logits [V] after ``token`` at ``offset`` tokens behind the cached context, through ``layers`` only.
+        """Return the logits [V] after ``token``, ``offset`` tokens after the cached context, using only ``layers``.
 
-        The layers' keys and values of the drafted tokens are tentative: `verify` writes over them.
+        The keys and values of the draft tokens are tentative: `verify` overwrites them.
         """
 
     @abstractmethod
     def share_cache(self, owner: LayeredVerifier) -> None:
-        """Read and write the owner's KV cache from now on: the same layers, in another precision, draft for it.
+        """Use the owner's KV cache from now on, to draft for it with the same layers in another precision.
 
-        Raises RequestError if the layers' keys and values have other shapes or types.
+        Raises RequestError if the keys and values have other shapes or dtypes.
         """
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run gives to every verifier it builds.
+    """The objects that a run gives to every verifier it builds.
 
-    capacity: tokens the KV cache has room for at first
-    folder: where the model's files are; None for random weights
-    identity: names the model, so that what is prepared of it can be kept between runs; None: nothing is kept
+    capacity: initial size of the KV cache in tokens
+    folder: folder of the model's files; None for random weights
+    identity: identity of the model in cache keys; None if prepared weights are not cached
     progress: called with (done, total) while weights are transformed
-    calibration: gives the text on which methods watch the model's activations, or None where the run has none
+    calibration: returns the text that activations are measured on, or None if the run has none
     """
 
     capacity: int = 1024
@@ -112,7 +112,10 @@ class Setup:
     calibration: Callable[[], Calibration | None] = field(default=lambda: None)
 
     def calibration_for(self, choice: str) -> Calibration:
-        """The calibration text. Raises RequestError where there is none, naming the ``key=value`` that needs it."""
+        """Return the calibration text. Raises RequestError if there is none.
+
+        choice: the ``key=value`` that needs the text, for the error message
+        """
         calibration = self.calibration()
         if calibration is None:
             raise RequestError(f"{choice} needs calibration text; set calibration.prompts above 0")

@@ -1,6 +1,6 @@
-"""bitsandbytes' own low-bit layers in the same model: LLM.int8() and the 4-bit formats NF4 and FP4.
+"""Verifiers with the low-bit layers of bitsandbytes: LLM.int8() and the 4-bit formats NF4 and FP4.
 
-They are the quantizers most people have at hand, and need no calibration. Measure Quasar's own formats against them.
+They are widely used and need no calibration, so they are a baseline for the other formats.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from quasar.verifiers.transformer import TransformerVerifier
 
 
 class BnbInt8Verifier(TransformerVerifier):
-    """LLM.int8() (Dettmers et al. 2022): int8 weights per output channel, int8 activations per token (on GPUs only:
-    on a CPU bitsandbytes leaves the activations as they are).
+    """LLM.int8() (Dettmers et al. 2022): int8 weights per output channel, int8 activations per token.
 
-    threshold: input columns with an activation beyond it are multiplied in 16 bit. The columns are chosen over all
-        rows of a call, so that a token's logits depend on which draft tokens share its pass: output then differs
-        with the drafter. 0 turns that off, and with it the protection of outliers.
+    On a CPU bitsandbytes does not quantize the activations.
+
+    threshold: input columns with a larger activation are multiplied in 16 bit. The columns are chosen over all rows of
+        a pass, so that the logits of a token depend on the draft tokens in the same pass, and the output depends on the
+        drafter. 0 turns this off, so outliers are quantized too
     """
 
     label = "INT8 model of bitsandbytes"
@@ -49,9 +50,11 @@ class BnbInt8Verifier(TransformerVerifier):
 
 
 class Bnb4BitVerifier(TransformerVerifier):
-    """4-bit weights in blocks of consecutive weights, activations in 16 bit (Dettmers et al. 2023, QLoRA).
+    """4-bit weights in groups of consecutive weights, 16-bit activations (QLoRA, Dettmers et al. 2023).
 
-    quant_type: nf4, the quantiles of a normal distribution, or fp4; double_quant: the blocks' scales in 8 bit too
+    quant_type: nf4 (quantiles of a normal distribution) or fp4
+    block_size: weights per group
+    double_quant: whether the scales are quantized too, to 8 bit
     """
 
     label = "4-bit model of bitsandbytes"
@@ -101,7 +104,10 @@ def _bitsandbytes() -> Any:
 
 
 def _finished(layer: nn.Linear, linear: nn.Linear, weight_bytes: int) -> nn.Module:
-    """bitsandbytes quantizes when a layer is moved to its device; its parameters do not tell their bytes."""
+    """Move a layer to its device, which makes bitsandbytes quantize it, and store its size in bytes.
+
+    The size cannot be read from the parameters.
+    """
     layer.bias = linear.bias
     layer = layer.to(linear.weight.device)
     setattr(layer, "weight_bytes", weight_bytes + (0 if linear.bias is None else linear.bias.nbytes))  # noqa: B010

@@ -1,10 +1,10 @@
-"""The reference: the model as it was trained, in 16 bit (or float32)."""
+"""The reference: the original model in 16 bit or float32."""
 
 from quasar.verifiers.transformer import TransformerVerifier
 
 
 class FP16Verifier(TransformerVerifier):
-    """BF16 on CPU and recent GPUs, FP16 on older ones, float32 by ``verifier.dtype``; changes no weight."""
+    """The unquantized, unpruned model. ``verifier.dtype=auto`` is BF16 on CPUs and recent GPUs, FP16 on older GPUs."""
 
     label = "reference"
     is_reference = True

@@ -1,4 +1,4 @@
-"""W4 verification: group-wise 4-bit weights, activations in 16 bit, or in 8 bit by the same groups."""
+"""W4 verification: 4-bit weights in groups; activations are in 16 bit, or in 8 bit with the same groups."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from quasar.verifiers.transformer import TransformerVerifier
 
 
 class Int4Verifier(TransformerVerifier):
-    """4-bit weights in groups along the input of all linear layers of the decoder blocks.
+    """4-bit weights in groups along the input dimension, for all linear layers of the decoder blocks.
 
-    method: gptq (Frantar et al. 2023), awq (Lin et al. 2024) or rtn; ``clip`` searches each group's range
+    method: gptq (Frantar et al. 2023), awq (Lin et al. 2024) or rtn (round to nearest)
+    group_size: weights per group
+    symmetric: whether there are no zero points
+    clip: whether the range of each group is chosen by a search
+    activation_bits: 8 also quantizes the inputs of these layers
+    lm_head_bits: 8 also quantizes the weights of the head, per output channel
     """
 
     label = "INT4 model"

@@ -15,8 +15,11 @@ from quasar.verifiers.transformer import TransformerVerifier
 
 
 class Int8Verifier(TransformerVerifier):
-    """W8A8 of all linear layers of the decoder blocks, after SmoothQuant (Xiao et al. 2023) unless ``method`` is rtn.
+    """W8A8 for all linear layers of the decoder blocks.
 
+    method: smoothquant (Xiao et al. 2023) or rtn (round to nearest)
+    alpha: smoothing strength in 0 to 1; auto searches it for every layer
+    lm_head_bits: 8 also quantizes the weights of the head, but not its inputs
     alphas: the smoothing strength of every layer, by name; empty for rtn
     """
 

@@ -1,4 +1,4 @@
-"""A verifier whose weights were quantized elsewhere: a GGUF, compressed-tensors, GPTQ or AWQ checkpoint."""
+"""A verifier that loads a quantized checkpoint: GGUF, compressed-tensors, GPTQ or AWQ."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from quasar.verifiers.transformer import TransformerVerifier
 
 
 class PackedVerifier(TransformerVerifier):
-    """The checkpoint at ``path``, its linear layers kept as they are stored; the run's model is the reference.
+    """The checkpoint at ``path``. Its linear layers keep their stored weights; the run's model is the reference.
 
-    activation_bits: 8 quantizes the inputs of 4-bit layers per token
+    path: a GGUF file or a checkpoint folder
+    activation_bits: 8 also quantizes the inputs of 4-bit layers
     """
 
     label = "quantized checkpoint"
@@ -36,7 +37,7 @@ class PackedVerifier(TransformerVerifier):
         checkpoint = open_packed(Path(path).expanduser())
         if checkpoint.config.vocab_size != model.config.vocab_size:
             raise RequestError(
-                f"verifier.path={path} has a vocabulary of {checkpoint.config.vocab_size}, the model one of "
+                f"verifier.path={path} has a vocabulary of {checkpoint.config.vocab_size} tokens, but the model has "
                 f"{model.config.vocab_size}; both must be the same model"
             )
         packed = load_packed(checkpoint, model.dtype, model.device, activation_bits, setup.progress)

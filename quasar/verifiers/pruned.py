@@ -1,4 +1,4 @@
-"""A structurally pruned verifier: narrower layers or fewer of them, in 16 bit."""
+"""A structurally pruned verifier with narrower or fewer layers, in 16 bit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from quasar.verifiers.transformer import TransformerVerifier
 
 
 class PrunedVerifier(TransformerVerifier):
-    """method width removes MLP channels, and whole KV groups where ``heads``; depth removes layers.
+    """The model without its least important channels, KV groups or layers.
 
-    ratio: fraction of the decoder blocks' parameters to remove; ``achieved_ratio`` is what rounding left of it
-    layers: depth removes exactly these, whatever the ratio
+    method: width removes MLP channels, and whole KV groups if ``heads`` is true; depth removes layers
+    ratio: fraction of the decoder blocks' parameters to remove. After rounding, ``achieved_ratio`` is the real fraction
+    importance, heads, uniform: options of width, see `quasar.pruning.width.prune_width`
+    selection: how depth chooses the layers, see `quasar.pruning.depth.select_layers`
+    layers: if given, depth removes exactly these layers and ignores ``ratio``
     """
 
     label = "pruned model"

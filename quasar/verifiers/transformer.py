@@ -1,4 +1,4 @@
-"""The verifier that all formats share: a `Transformer`, whatever its linear layers are, and a static KV cache."""
+"""The base of all built-in verifiers: a `Transformer` with linear layers of any format, and a static KV cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
 from quasar.verifiers.base import LayeredVerifier, Setup, VerifierCost
 
-# Long prompts are read in chunks, which bounds the attention mask and the activations.
+# Long prompts are read in chunks, which bounds the memory of the attention mask and the activations.
 PREFILL_CHUNK = 512
 
 
 class TransformerVerifier(LayeredVerifier):
-    """Subclasses transform the model before they hand it over.
+    """A verifier for a `Transformer`. Subclasses quantize or prune the model before they call this constructor.
 
-    executor: how the passes of the model over its cache are run
+    executor: runs the passes of the model
     """
 
     def __init__(self, model: Transformer, setup: Setup) -> None:
@@ -46,7 +46,7 @@ class TransformerVerifier(LayeredVerifier):
     def share_cache(self, owner: LayeredVerifier) -> None:
         if not isinstance(owner, TransformerVerifier):
             raise RequestError(
-                f"the {self.label} cannot read the cache of {type(owner).__name__}, which is none of ours"
+                f"the {self.label} cannot read the cache of {type(owner).__name__}, which is not a TransformerVerifier"
             )
         if self.cache is owner.cache:
             return
@@ -94,22 +94,25 @@ class TransformerVerifier(LayeredVerifier):
         return self.model(tokens.to(self.device), outputs=slice(first, None))
 
     def _outputs(self, draft: Draft) -> Tensor | slice:
-        """The rows of a pass whose logits are wanted: all but most of the scratch rows."""
+        """Return the rows of a pass whose logits are needed: all rows except scratch rows that are not outputs."""
         if draft.scratch is None:
             return slice(None)
         size = 1 + len(draft)
         return torch.cat([torch.arange(size), draft.scratch.outputs + size]).to(self.device, non_blocking=True)
 
     def _require_finite(self, again: Callable[[], Tensor]) -> None:
-        """Look at one number of the last pass. Raises QuasarError if a logit is NaN or infinite, naming the layer where
-        that began, which ``again`` finds: the same pass once more, op by op."""
+        """Raise QuasarError if a logit of the last pass is NaN or infinite.
+
+        The check reads a single checksum. If it fails, ``again`` repeats the pass op by op to name the first layer with
+        such an output.
+        """
         if not self.executor.last_was_finite:
             layer = first_broken_layer(self.model, again)
             raise QuasarError(f"logits of the {self.label} are NaN or infinite, first in the output of {layer}")
 
 
 def first_broken_layer(model: Transformer, forward: Callable[[], Tensor]) -> str:
-    """Name of the first layer, in order of execution, whose output is not finite when ``forward`` runs again."""
+    """Run ``forward`` and return the name of the first layer, in order of execution, whose output is not finite."""
     broken: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:
@@ -130,7 +133,7 @@ def first_broken_layer(model: Transformer, forward: Callable[[], Tensor]) -> str
 
 
 def _tensors(output: object) -> Iterator[Tensor]:
-    """The tensors of what a layer gives: one, or a tuple that may hold others."""
+    """Yield the tensors in the output of a layer, which is a tensor or a nested tuple."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, tuple):
@@ -139,7 +142,7 @@ def _tensors(output: object) -> Iterator[Tensor]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights that one pass reads; the embedding table counts only where it is also the head."""
+    """Return the bytes of all weights that one pass reads; the embedding counts only if it is also the head."""
     total = 0
     for module in model.modules():
         own = getattr(module, "weight_bytes", None)

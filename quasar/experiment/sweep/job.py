@@ -43,16 +43,16 @@ def run_job(config: DictConfig) -> int:
         with logged(config.logger, folder, reporter):
             run.run(config, folder, command, reporter, shared)
     except QuasarError as error:
-        _record(folder, key)
+        _write_traceback(folder, key)
         return report(error)
     except Exception:
-        _record(folder, key)
+        _write_traceback(folder, key)
         traceback.print_exc()
         return FAILED
     return DONE
 
 
-def _record(folder: Path, key: str) -> None:
+def _write_traceback(folder: Path, key: str) -> None:
     """Write the traceback to status.json, unless another process is working on the run."""
     if is_locked(folder):
         return

@@ -1,1 +1,1 @@
-"""How a pass of the model runs: eagerly, as a CUDA graph, or from a CPU tape."""
+"""Executors, which run the passes of a model eagerly, as CUDA graphs, or from a CPU tape."""

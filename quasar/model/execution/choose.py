@@ -1,4 +1,4 @@
-"""Which executor runs a model's passes."""
+"""Chooses the executor that runs a model's passes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from quasar.model.transformer import Transformer
 
 
 def executor_for(model: Transformer, cache: KVCache) -> EagerExecutor:
-    """CUDA graphs on a GPU, a tape of kernel calls on a CPU, and op by op where there are no kernels for the dtype.
+    """Return an executor: CUDA graphs on a GPU, a tape of kernel calls on a CPU, else eager execution.
 
-    Float32 is the mode in which outputs are compared exactly; it is left to PyTorch's operations. Warns if there are
-    kernels, but one of the model's layers cannot be recorded, naming the layer.
+    Execution is eager if there are no kernels for the dtype. Float32 always uses PyTorch's operations, because it is
+    the dtype for exact comparisons. Warns and names the layer if there are kernels, but a layer cannot be recorded.
     """
     if model.dtype != torch.float32 and gpu_backend(model.embedding.weight) is not None:
         return CudaGraphExecutor(model, cache)

@@ -1,4 +1,4 @@
-"""Verification passes on a CPU as a recorded sequence of kernel calls, made again in one with new contents."""
+"""Verification passes on a CPU as a tape: kernel calls that are recorded once and then replayed in a single call."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ MAX_ROWS = 64
 
 
 class CpuTapeExecutor(EagerExecutor):
-    """Runs the decoder blocks of a bfloat16 model as one call of the compiled library, bit for bit as op by op.
+    """Runs the decoder blocks of a bfloat16 model in one call of the compiled library.
 
-    Raises NotRecordableError if a layer does anything but call the library, naming the layer and the operation.
+    The results are bit for bit the same as in eager execution. Raises NotRecordableError, which names the layer and the
+    operation, if a layer does anything other than calling the library.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, library: Library) -> None:
@@ -67,7 +68,7 @@ class CpuTapeExecutor(EagerExecutor):
     def run_kernels(
         self, count: int, layers: Sequence[int] | None = None, outputs: Tensor | slice = slice(None)
     ) -> Tensor:
-        """The pass over what the buffers hold; what a call takes beyond this is overhead."""
+        """Run the pass on the contents of the buffers. The other work of `__call__` is overhead."""
         if (surroundings := self._surroundings()) != self._recorded_for:
             self._tapes.clear()
             self._recorded_for = surroundings
@@ -76,7 +77,7 @@ class CpuTapeExecutor(EagerExecutor):
         return self._model.head(ResidualStream(*(part[:count] for part in tape.results)), outputs)
 
     def _surroundings(self) -> tuple[int, int, int]:
-        """What a tape holds that may change: where the cache is, and how many threads share the work."""
+        """Return the values that a tape depends on: the addresses of the cache and the number of threads."""
         return self._cache.keys[0].data_ptr(), self._cache.values[0].data_ptr(), torch.get_num_threads()
 
     @torch.inference_mode()

@@ -1,8 +1,8 @@
-"""Verification passes as CUDA graphs: one per size of block, replayed with new contents of the same buffers.
+"""Verification passes as CUDA graphs: one graph per number of rows, replayed with new contents of the same buffers.
 
-Launching the ten kernels of a layer one by one takes the host longer than the GPU takes to run them. A block is
-padded to the next size for which there is a graph; the rows it is padded with see themselves alone and nobody
-sees them.
+The host takes longer to launch the ten kernels of a layer one by one than the GPU takes to run them. The rows of a pass
+are padded to the next number of rows that has a graph. A padding row attends only to itself, and no other row attends
+to it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from quasar.model.kv_cache import KVCache
 from quasar.model.transformer import Transformer
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-"""Rows of a block for which graphs are captured; the kernels compute any of 1 to 16 rows in the same time."""
+"""Numbers of rows that graphs are captured for. The kernels take the same time for 1 to 16 rows."""
 WARM_UP_PASSES = 2
 
 
 class CudaGraphExecutor(EagerExecutor):
-    """Runs the passes of a model as captured graphs where the device is a GPU.
+    """Runs the passes of a model as captured graphs on a GPU.
 
-    A pass that cannot be captured is run op by op from then on, after a warning that says why.
+    If a capture fails, all passes run eagerly from then on, and a warning gives the reason.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, capture: bool | None = None) -> None:
@@ -51,7 +51,7 @@ class CudaGraphExecutor(EagerExecutor):
         layers: Sequence[int] | None = None,
         outputs: Tensor | slice = slice(None),
     ) -> Tensor:
-        """See `EagerExecutor`. Makes room in the cache for the padded block, whose rows it writes."""
+        """See `EagerExecutor`. Reserves cache slots for padding rows too, because their keys and values are written."""
         rows = len(tokens)
         if layers is None:
             self._knows_most_likely = rows <= BUCKETS[-1]
@@ -61,7 +61,7 @@ class CudaGraphExecutor(EagerExecutor):
         start = self._cache.length if start is None else start
         self._cache.reserve(start - self._cache.length + bucket)
         if (addresses := self._cache_addresses()) != self._addresses:
-            # The cache has moved: the graphs would write to where it was.
+            # The cache has been reallocated, and the graphs would write to its old memory.
             self._graphs.clear()
             self._addresses = addresses
         if bucket not in self._inputs:
@@ -76,17 +76,17 @@ class CudaGraphExecutor(EagerExecutor):
         if graph is None:
             return self._run(inputs, key[1])[:rows][outputs]
         graph.graph.replay()
-        # The next replay writes over the graph's own logits.
+        # The next replay overwrites the logits of the graph.
         logits = graph.logits[:rows][outputs]
         return logits.clone() if isinstance(outputs, slice) else logits
 
     def graph_of(self, rows: int) -> torch.cuda.CUDAGraph | None:
-        """The graph that passes of ``rows`` rows through all layers replay, or None where there is none (yet)."""
+        """Return the graph for passes of ``rows`` rows through all layers; None if it has not been captured."""
         captured = self._graphs.get((bucket_for(rows), None))
         return None if captured is None else captured.graph
 
     def most_likely(self, rows: int) -> list[int] | None:
-        """See `EagerExecutor`: found by the graph itself, which leaves them in the host's memory."""
+        """See `EagerExecutor`. The graph computes the argmaxes and copies them to host memory."""
         if not self._knows_most_likely:
             return None
         if self._model.device.type == "cuda":
@@ -103,7 +103,7 @@ class CudaGraphExecutor(EagerExecutor):
             block_mask=inputs.block_mask,
             layers=layers,
         )
-        # The host looks at these when it likes.
+        # The host reads these copies only when it needs them.
         self._checksum_on_host.copy_(checksum(logits), non_blocking=True)
         if layers is None:
             self._most_likely_on_host[: inputs.bucket].copy_(logits.max(-1).indices, non_blocking=True)
@@ -131,9 +131,9 @@ class CudaGraphExecutor(EagerExecutor):
 
 
 class PassInputs:
-    """What varies from pass to pass, in one buffer: filled on the host, copied to the device in one piece.
+    """The inputs of a pass in one buffer, which is filled on the host and copied to the device at once.
 
-    start: int64 [1]; tokens, offsets: int64 [B]; block_mask: int64 [B, B]; all views of the buffer on the device
+    start: int64 [1]; tokens, offsets: int64 [B]; block_mask: int64 [B, B]; all are views of the buffer on the device
     """
 
     def __init__(self, bucket: int, device: torch.device) -> None:
@@ -146,9 +146,9 @@ class PassInputs:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def fill(self, tokens: Tensor, start: int, offsets: Tensor, block_mask: Tensor) -> None:
-        """Take over a block, padded to the bucket.
+        """Copy the inputs of a pass, padded to the bucket.
 
-        Waits for the last block's copy, which has ended long ago where somebody read the results of its pass.
+        Waits for the copy of the previous pass, which is finished if a result of that pass has been read.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -171,22 +171,22 @@ class PassInputs:
 
 @dataclass(frozen=True)
 class CapturedPass:
-    """A graph and the buffer into which it writes its logits, [B, V]."""
+    """A graph and the buffer that it writes its logits to, [B, V]."""
 
     graph: torch.cuda.CUDAGraph
     logits: Tensor
 
 
 def bucket_for(rows: int) -> int:
-    """The smallest bucket that holds ``rows``. Raises ValueError beyond the largest."""
+    """Return the smallest bucket of at least ``rows`` rows. Raises ValueError if the largest bucket is too small."""
     index = bisect.bisect_left(BUCKETS, rows)
     if index == len(BUCKETS):
-        raise ValueError(f"a block of {rows} rows is larger than the largest graph's {BUCKETS[-1]}")
+        raise ValueError(f"a pass of {rows} rows is larger than the largest graph, which has {BUCKETS[-1]} rows")
     return BUCKETS[index]
 
 
 def capture(run: Callable[[], Tensor]) -> CapturedPass:
-    """Capture a call that returns logits, after first calls that compile and allocate."""
+    """Capture a call that returns logits. Before that, call it a few times so that it compiles and allocates."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,4 +1,4 @@
-"""A model's passes over its cache, op by op: the executor that runs every model, and the base of the faster ones."""
+"""Eager execution of a model's passes, op by op. This executor runs every model, and the faster ones derive from it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quasar.model.transformer import Transformer
 
 
 class EagerExecutor:
-    """Runs `Transformer.forward` over blocks of rows behind what the cache holds.
+    """Runs `Transformer.forward` on new rows after the cached context.
 
-    Executors that derive from it run short blocks with less work for the host, and leave longer ones to `eagerly`.
+    Derived executors run passes of few rows with less work on the host. They use `eagerly` for larger passes.
     """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
@@ -32,9 +32,10 @@ class EagerExecutor:
         layers: Sequence[int] | None = None,
         outputs: Tensor | slice = slice(None),
     ) -> Tensor:
-        """Logits [len(outputs), V] of a block; arguments as in `Transformer.forward`.
+        """Run a pass and return its logits [len(outputs), V]. The cache grows if the rows do not fit.
 
-        tokens, offsets: int64 [R]; block_mask: bool [R, R]; all on the CPU. Makes room for the block in the cache.
+        The arguments are those of `Transformer.forward`. tokens, offsets: int64 [R]; block_mask: bool [R, R]; all of
+        them are on the CPU.
         """
         return self.eagerly(tokens, offsets, block_mask, start, layers, outputs)
 
@@ -48,7 +49,7 @@ class EagerExecutor:
         layers: Sequence[int] | None = None,
         outputs: Tensor | slice = slice(None),
     ) -> Tensor:
-        """As a call, op by op whatever the executor: for prompts, and where the layers are watched."""
+        """Same as `__call__`, but always op by op. It is used for prompts and for passes with hooks on the layers."""
         start = self._cache.length if start is None else start
         self._cache.reserve(start - self._cache.length + len(tokens))
         device = self._model.device
@@ -65,30 +66,32 @@ class EagerExecutor:
         return logits
 
     def most_likely(self, rows: int) -> list[int] | None:
-        """The first maximum of the logits of each of the first ``rows`` rows of the last pass through all layers; None
-        if the executor does not look for it."""
+        """Return the argmax of each of the first ``rows`` rows of the last pass through all layers.
+
+        Returns None if the executor has not computed it.
+        """
         return None
 
     @property
     def last_was_finite(self) -> bool:
         """Whether no logit of the last pass is NaN or infinite.
 
-        Does not wait for a CUDA graph: after one it is valid once a result of the pass was read.
+        This does not wait for a CUDA graph. After a replay it is valid only once a result of the pass has been read.
         """
         return math.isfinite(self._checksum.item())
 
 
 def checksum(logits: Tensor) -> Tensor:
-    """A number that is finite if all logits are: NaN and infinity survive a sum, which finite logits cannot overflow.
+    """Return the sum of the logits, float32, which is finite if and only if all logits are finite.
 
-    A sum takes a tenth of the time that looking at every logit does.
+    The sum of finite logits does not overflow in float32. It takes a tenth of the time of a check of every logit.
     """
     return logits.sum(dtype=torch.float32)
 
 
 @contextmanager
 def running_layers(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the modules whose `forward` runs, the innermost last. An exception leaves them as they were."""
+    """Yield a list of the modules whose `forward` is running, the innermost last. An exception leaves it unchanged."""
     running: list[str] = []
 
     def entering(name: str) -> object:
