@@ -1,8 +1,8 @@
 """Calls of the library, recorded once and then made again all together.
 
 Kernels take a few microseconds each; running the interpreter between them would take longer. Recording runs Python
-code in which every operation is a call of the library, without making the calls; replaying makes them, on whatever the same
-memory holds by then. This does on a CPU what a CUDA graph does on a GPU.
+code in which every operation is a call of the library, without making the calls; replaying makes them, on
+whatever the same memory holds by then. This does on a CPU what a CUDA graph does on a GPU.
 """
 
 from __future__ import annotations
