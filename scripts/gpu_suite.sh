@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
-# A kernel that reads where it must not breaks the device for its whole process (exit code 75), or kills it: another
-# process then goes on with the sections that are left.
+# An illegal access of a kernel makes the device unusable for its process (exit code 75) or ends the process. Another
+# process then continues with the remaining sections.
 resume=()
 for _ in 1 2 3 4 5 6; do
     code=0

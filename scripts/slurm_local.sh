@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A one-node SLURM on this machine, to try the real path of hydra/launcher=slurm. As root, on Debian or Ubuntu:
+# Starts a one-node SLURM on this machine, to try hydra/launcher=slurm. Run it as root on Debian or Ubuntu:
 #
-#   eval "$(scripts/slurm_local.sh start)"     # installs slurm-wlm and munge where they lack; sets SLURM_CONF
+#   eval "$(scripts/slurm_local.sh start)"     # installs slurm-wlm and munge if missing; sets SLURM_CONF
 #   scripts/slurm_local.sh stop                # ends the daemons and removes all their state
 #
 # All state is in one folder, ${QUASAR_SLURM:-/tmp/quasar-slurm}. Nothing is isolated: no cgroups, no accounting.
@@ -14,7 +14,7 @@ daemons=(slurmctld slurmd munged)
 say() { echo "$@" >&2; }
 
 install() {
-    # command -v of several is content with any.
+    # command -v of several names succeeds if any of them exists.
     command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
     [ "$(id -u)" = 0 ] || { say "slurm-wlm and munge are not installed; run this as root, or install them" && exit 1; }
     say "installing slurm-wlm and munge"

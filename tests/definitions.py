@@ -34,7 +34,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_w8a8(
     tokens: Tensor, token_scales: Tensor, dtype: torch.dtype, values: Tensor, scales: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Exact sums of int8 products, rounded to float32, scaled and shifted in float32, and rounded to ``dtype``."""
+    """Exact sums of an int8 matmul, rounded to float32, scaled and shifted in float32, and rounded to ``dtype``."""
     out = (tokens.double() @ values.double().T).float() * (token_scales * scales)
     return (out if bias is None else out + bias.float()).to(dtype)
 
@@ -132,6 +132,6 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tenso
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, block_mask: Tensor) -> Tensor:
-    """`attention` of a block that sees all slots below ``start``, and of its own what the mask [R, R] says."""
+    """`attention` of a block that sees all slots below ``start``, and those of its rows that the mask [R, R] marks."""
     everything = torch.ones(len(q), start, dtype=torch.bool, device=q.device)
     return attention(q, keys, values, torch.cat([everything, block_mask.bool()], dim=1))

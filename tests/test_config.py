@@ -49,7 +49,7 @@ def test_every_drafter_yaml_and_docstring_has_every_knob(name: str) -> None:
     assert knobs <= words
 
 
-@pytest.mark.parametrize("name", sorted(set(names("verifier")) - {"packed"}))  # which needs a checkpoint of its own
+@pytest.mark.parametrize("name", sorted(set(names("verifier")) - {"packed"}))  # which needs a separate checkpoint
 def test_every_verifier_yaml_builds_and_scores(name: str, setup: Setup) -> None:
     settings = composed_run(f"verifier={name}")
     assert settings.verifier["name"] == name

@@ -42,7 +42,7 @@ def test_every_drafter_passes(name: str) -> None:
     check_drafter(build("drafter", composed_run(f"drafter={name}", *small).drafter))
 
 
-@pytest.mark.parametrize("name", names("verifier", "packed"))  # which needs a checkpoint of its own
+@pytest.mark.parametrize("name", names("verifier", "packed"))  # which needs a separate checkpoint
 def test_every_verifier_passes(name: str) -> None:
     check_verifier(build("verifier", composed_run(f"verifier={name}").verifier, tiny_model(), tiny_setup()))
 
@@ -125,7 +125,7 @@ def test_a_faulty_verifier_is_told_what_is_wrong() -> None:
         check_verifier(Forgetful(tiny_model(), Setup()))
 
 
-# The README's own example, in a package of its own. Its name sorts before every other choice.
+# The README's example, in a separate package. Its name sorts before every other choice.
 DRAFTER = '''
 from pydantic import PositiveInt, validate_call
 

@@ -56,7 +56,7 @@ def attempt(prompts: Path, folder: Path) -> int:
 
 
 def silently(prompts: Path, folder: Path) -> None:
-    """`attempt` in a process of its own, which leaves the terminal alone."""
+    """`attempt` in a separate process, which does not use the terminal."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)

@@ -87,7 +87,7 @@ def test_padded_pass_equals_the_models_own(config: ModelConfig, kind: str, draft
         expected = model(inputs[0], own, offsets=inputs[1], block_mask=inputs[2])
         actual = CudaGraphExecutor(model, padded)(*inputs)
     assert actual.shape == expected.shape
-    # Integers behind a quantizer may differ by one step where a float differs in its last bit.
+    # Integers after a quantizer may differ by one step if a float differs in its last bit.
     tolerance = 1e-4 if kind in ("dense", "w4a16") else 2e-2
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     assert padded.length == CONTEXT

@@ -1,4 +1,4 @@
-"""The Triton kernels against `tests.definitions`: on the GPU where there is one, else in Triton's interpreter; and
+"""The Triton kernels against `tests.definitions`: on the GPU if there is one, else in Triton's interpreter; and
 compiled ahead of time for GPUs that this machine need not have."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# Imported after the check that Triton is there; tests/conftest.py has chosen the interpreter where there is no GPU.
+# Imported after the check that Triton is there; tests/conftest.py has chosen the interpreter if there is no GPU.
 from quasar_kernels import Int4Weight, reference
 from quasar_kernels.ops.add_rms_norm import OP as NORM
 from quasar_kernels.ops.add_rms_norm import QUANTIZING as NORM_QUANTIZE
@@ -382,7 +382,7 @@ def test_tuning_remembers_the_fastest(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @functools.cache
 def compiled(architecture: int) -> dict[str, Any]:
-    """What the compiler made of every kernel, by name; compiled in a process of its own, because this one's kernels
+    """What the compiler made of every kernel, by name; compiled in a separate process, because this one's kernels
     may belong to the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.triton_compile", str(architecture)]

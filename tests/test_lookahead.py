@@ -1,4 +1,4 @@
-"""Lookahead against the authors' algorithm (Fu et al. 2024), written out slowly: every row is a sequence of its own."""
+"""Lookahead against the authors' algorithm (Fu et al. 2024), written out slowly: every row is a separate sequence."""
 
 from __future__ import annotations
 

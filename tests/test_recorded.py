@@ -70,7 +70,7 @@ def caches(model: Transformer, capacity: int = 128) -> tuple[KVCache, KVCache]:
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_every_verifier_is_recorded_from_the_start(verifier: str) -> None:
-    """Nothing is left to be packed at the first product."""
+    """The first matmul has nothing left to pack."""
     built = VERIFIERS[verifier](random_transformer(llama(), 0, torch.bfloat16))
     assert isinstance(built.executor, CpuTapeExecutor)
 

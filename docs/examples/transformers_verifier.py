@@ -1,4 +1,4 @@
-"""A verifier around a model of transformers: slow and obvious. It reads the whole sequence again in every pass.
+"""A verifier that wraps a model of transformers. It is slow and simple: every pass reads the whole sequence again.
 
     # conf/verifier/transformers.yaml
     _target_: transformers_verifier.TransformersVerifier
@@ -7,7 +7,7 @@
 
     python run.py --config-dir=FOLDER verifier=transformers drafter=ngram model=path model.path=CHECKPOINT
 
-`Verifier` is all that a run needs. Nothing here is Quasar's own model, so it also serves as an oracle of that.
+A run needs nothing but a `Verifier`. This one does not use Quasar's model, so it is also an oracle for that model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quasar.verifiers.base import Setup, Verifier, VerifierCost
 
 
 class TransformersVerifier(Verifier):
-    """Scores every draft by one pass over context, draft and scratch rows with a mask of all of them, in float32."""
+    """Scores every draft by one float32 pass over the context, the draft and the scratch rows, with one full mask."""
 
     label = "model of transformers"
 
@@ -36,7 +36,7 @@ class TransformersVerifier(Verifier):
         self.model = AutoModelForCausalLM.from_pretrained(setup.folder, dtype=torch.float32)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.context_length = self.model.config.max_position_embeddings
-        # No KV cache: a pass reads the weights, and computes keys and values anew.
+        # There is no KV cache: a pass reads only the weights and computes all keys and values again.
         self.cost = VerifierCost(sum(weight.nbytes for weight in self.model.parameters()), 0)
         self._context: list[int] = []
         self._pass: tuple[int, Draft] = (0, Draft())

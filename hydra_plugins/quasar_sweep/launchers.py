@@ -34,7 +34,7 @@ class _SubmititLauncher(BaseSubmititLauncher):
 
         Raises QuasarError where the jobs cannot be submitted.
         """
-        # Jobs import this very code, from wherever they start.
+        # Jobs import the same code, wherever they start.
         os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         parameters = [
             (list(overrides), "hydra.sweep.dir", initial_job_idx + index, str(index), Singleton.get_state())
@@ -83,7 +83,7 @@ class SlurmLauncher(_SubmititLauncher):
 
 
 class LocalLauncher(_SubmititLauncher):
-    """Processes of this machine, one after the other; ``parallel`` of them at a time where timings do not matter."""
+    """Processes of this machine, one after the other; ``parallel`` of them at a time if timings do not matter."""
 
     _EXECUTOR = "local"
 
@@ -106,7 +106,7 @@ class LocalLauncher(_SubmititLauncher):
 def _wait(jobs: Sequence[Any], progress: Callable[[int, str], None]) -> list[JobReturn]:
     """Wait until every job has left a result or the queue no longer knows it.
 
-    submitit asks sacct, which knows nothing where the cluster keeps no accounts, and would wait for ever.
+    submitit asks sacct, which knows nothing if the cluster has no accounting, and would wait forever.
     """
     returns: dict[int, JobReturn] = {}
     missed = dict.fromkeys(range(len(jobs)), 0)
@@ -130,7 +130,7 @@ def _wait(jobs: Sequence[Any], progress: Callable[[int, str], None]) -> list[Job
 
 
 def _queued(array: str) -> dict[str, str] | None:
-    """The array's jobs that wait or run, and their states; None where the queue does not answer."""
+    """The array's jobs that wait or run, and their states; None if the queue does not answer."""
     command = ["squeue", "--noheader", "--array", "--format=%i|%T|%r", f"--jobs={array}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -143,7 +143,7 @@ def _queued(array: str) -> dict[str, str] | None:
 
 
 def _fate(job_id: str) -> str:
-    """What the cluster says of a job that left no result."""
+    """What the cluster reports about a job that left no result."""
     try:
         answer = subprocess.run(["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True)
     except OSError:
@@ -154,7 +154,7 @@ def _fate(job_id: str) -> str:
 
 
 def _returned(job: Any, fate: str) -> JobReturn:
-    """The job's own return, or one that holds what is known of its end."""
+    """What the job returned, or a failed return with what is known about its end."""
     from submitit.core.utils import pickle_load
 
     if not job.paths.result_pickle.exists():

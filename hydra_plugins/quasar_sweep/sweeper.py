@@ -38,7 +38,7 @@ class ResumableSweeper(BasicSweeper):
     """Hydra's grid of overrides, with jobs that are known by their configuration's hash.
 
     Jobs that are done are left out, others continue where they were (`quasar.experiment.sweep.plan`); all jobs read the
-    configuration as it was at submission; a job that fails or is killed stops no other. Ends with `SweepEnded` where
+    configuration as it was at submission; if a job fails or is killed, the others go on. Ends with `SweepEnded` if
     not every job is done.
     """
 
@@ -54,7 +54,7 @@ class ResumableSweeper(BasicSweeper):
         except OSError as error:
             code = report(QuasarError(f"the sweep's folder cannot be written: {error}"))
         if code:
-            # Hydra calls this only where nothing is raised.
+            # Hydra calls this only if nothing is raised.
             self._context.callbacks.on_multirun_end(config=self._config)
             raise SweepEnded(code)
 
@@ -75,7 +75,7 @@ class ResumableSweeper(BasicSweeper):
         codes = self._launch(launcher, [job for job in jobs if job.launches], root)
         runs = [read_run(root / job.folder) for job in jobs if job.action != "same"]
         print_outcome(runs, root, reporter)
-        # A job that runs elsewhere is that sweep's to answer for.
+        # The sweep that runs a job elsewhere also reports it.
         return max(codes) if codes else int(any(run.status in ("failed", "partial") for run in runs))
 
     def _requests(self, arguments: list[str]) -> list[Request]:
@@ -110,7 +110,7 @@ class ResumableSweeper(BasicSweeper):
     def _make_launcher(self, root: Path) -> Launcher:
         """The configured launcher, for jobs in ``root``.
 
-        Raises RequestError where it runs jobs side by side, and where it is not installed.
+        Raises RequestError if it runs jobs side by side, or if it is not installed.
         """
         from hydra.core.plugins import Plugins
 
@@ -133,7 +133,7 @@ class ResumableSweeper(BasicSweeper):
             raise RequestError(f"hydra/launcher={name}: {error}; is its plugin installed?") from None
 
     def _launch(self, launcher: Launcher, jobs: Sequence[Job], root: Path) -> list[int]:
-        """Run the jobs; the exit code of each. What a launcher raises is held against the jobs that have no result."""
+        """Run the jobs; the exit code of each. An error of the launcher counts for the jobs that have no result."""
         codes: list[int] = []
         size = self.max_batch_size or max(len(jobs), 1)
         for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
@@ -148,7 +148,7 @@ class ResumableSweeper(BasicSweeper):
 
 
 def _of_job(override: str) -> bool:
-    """Whether an override is a job's own; the others speak of the sweep."""
+    """Whether an override belongs to a job; the others belong to the sweep."""
     return not override.startswith(("resume=", "sweep.dry_run=", "sweep.any_code="))
 
 

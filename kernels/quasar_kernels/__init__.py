@@ -1,7 +1,7 @@
-"""Low-bit skinny matrix products for verification passes of 1 to 64 tokens, and the ops between them.
+"""Low-bit skinny matmuls for verification passes of 1 to 64 tokens, and the ops between them.
 
-This package knows tensors only: nothing of configs, models or decoding. `quasar_kernels.ops` describes every op;
-the functions exported here choose the backend by what the tensors' device has.
+This package works on tensors only and knows nothing of configs, models or decoding. `quasar_kernels.ops` describes
+every op; the functions exported here choose the backend that the tensors' device offers.
 """
 
 from quasar_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_quantize

@@ -1,4 +1,4 @@
-"""On what the ops between the matmuls are measured and checked: the layers of real models."""
+"""Cases that measure and check the ops between the matmuls: the layers of real models."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from quasar_kernels.weights import Quantized
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one backend has for an op.
+    """The kernel of one backend for an op.
 
     supports: whether the kernel takes these arguments, which are on a device of the backend
     run: computes the op from the same arguments

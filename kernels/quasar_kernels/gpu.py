@@ -1,4 +1,4 @@
-"""The Triton kernels, where there is a GPU that they serve."""
+"""The Triton kernels, if there is a GPU that they support."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def gpu_backend(x: Tensor) -> ModuleType | None:
-    """The package of Triton kernels if x is on a GPU that they serve and Triton is installed, else None."""
+    """The package of Triton kernels if x is on a GPU that they support and Triton is installed, else None."""
     return _triton() if x.is_cuda and _capable(x.device) else None
 
 

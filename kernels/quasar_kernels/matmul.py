@@ -41,7 +41,7 @@ class Matmul(Op):
         return self.weight_bits + (16 / group_size if self.weight_bits == 4 else 0)
 
     def quantized(self, x: Tensor, group_size: int) -> Tensor | Quantized:
-        """Activations as the op before may pass them on: x itself if this op does not quantize them."""
+        """Activations as the op before may pass them on: x itself if this op does not quantize."""
         if self.activations == "float":
             return x
         return as_quantized(x, group_size if self.activations == "int8 groups" else None)
@@ -94,5 +94,5 @@ def triton_matmul(run: Callable[..., Tensor], group_sizes: tuple[int, ...] | Non
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what values of a dtype are added up: float32, or float64 if they are float64."""
+    """The dtype in which values of a dtype are added up: float32, or float64 if they are float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

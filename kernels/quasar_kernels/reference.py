@@ -17,7 +17,7 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
     """Symmetric dynamic quantization of each row, or of each group of ``group_size`` elements of a row, to int8.
 
     x: float [M, K]. Returns int8 [M, K] and the float32 scales [M, K / group_size] ([M, 1] without groups),
-    ``x ≈ values * scales``. Values lie in [-127, 127]; zeros alone get scale 1.
+    ``x ≈ values * scales``. Values lie in [-127, 127]; a row or group of zeros gets scale 1.
     """
     size = group_size or x.shape[1]
     groups = x.float().view(len(x), x.shape[1] // size, size)

@@ -26,14 +26,14 @@ from quasar_kernels.cpu.packing import (
 if TYPE_CHECKING:
     from quasar_kernels.triton.int4_packing import PackedInt4
 
-# What PyTorch's own packed 4-bit product takes.
+# Group sizes of PyTorch's packed 4-bit matmul.
 TORCH_INT4_GROUP_SIZES = (32, 64, 128, 256)
 TORCH_INT4_OUTPUTS_MULTIPLE = 16
 
 
 class Quantized(NamedTuple):
     """Activations as `reference.quantize_tokens` gives them: values int8 [M, K], scales float32 [M, G], one group per
-    token or those of the weight; dtype: of the result of a product with them."""
+    token or those of the weight; dtype: of the result of a matmul with them."""
 
     values: Tensor
     scales: Tensor
@@ -53,7 +53,7 @@ class Int8Weight:
 
     @staticmethod
     def prepare(values: Tensor, scales: Tensor) -> Int8Weight:
-        """As the constructor, but packed now instead of at the first product."""
+        """As the constructor, but packed now instead of at the first matmul."""
         weight = Int8Weight(values, scales)
         weight.packed_for_kernels()
         return weight
@@ -74,11 +74,11 @@ class Int8Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads."""
+        """Bytes that a matmul reads."""
         return self.outputs * self.inputs + self.scales.nbytes
 
     def packed_for_kernels(self) -> PackedWeight | None:
-        """The form for the CPU kernels, or None where they do not apply."""
+        """The form for the CPU kernels, or None if they do not apply."""
         if (
             self._packed is None
             and self._values is not None
@@ -113,7 +113,7 @@ class Int4Weight:
 
     @staticmethod
     def prepare(packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype) -> Int4Weight:
-        """Pack a weight for products with activations of ``dtype`` now instead of at the first product."""
+        """Pack a weight for matmuls with activations of ``dtype`` now instead of at the first product."""
         weight = Int4Weight(packed, scales, zeros, symmetric, dtype)
         weight.packed_for_kernels()
         return weight
@@ -144,7 +144,7 @@ class Int4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads: 4-bit integers and zero points, scales of 16 bit (32 in float32 mode)."""
+        """Bytes that a matmul reads: 4-bit integers and zero points, scales of 16 bit (32 in float32 mode)."""
         if self._packed is not None:
             return self._packed.nbytes
         groups = self.outputs * self.inputs // self.group_size
@@ -166,7 +166,7 @@ class Int4Weight:
         return reference.dequantize_int4(*self.canonical())
 
     def packed_for_kernels(self) -> PackedWeight | None:
-        """The form for the CPU kernels, or None where they do not apply."""
+        """The form for the CPU kernels, or None if they do not apply."""
         if self._packed is None and _has_kernels(self._device, self.outputs, self.inputs, self.group_size):
             self._packed = cpu.pack_int4(*self.canonical(), self._scale_unit)
             self._canonical = None
@@ -183,7 +183,7 @@ class Int4Weight:
         return self._triton[0]
 
     def packed_for_torch(self) -> tuple[Tensor, Tensor] | None:
-        """The form for PyTorch's bfloat16 4-bit product on a CPU, or None where that does not apply."""
+        """The form for PyTorch's bfloat16 4-bit matmul on a CPU, or None if it does not apply."""
         if self._torch_packed is not None:
             return self._torch_packed
         if (
@@ -219,7 +219,7 @@ class DenseWeight:
 
     @staticmethod
     def prepare(values: Tensor) -> DenseWeight:
-        """As the constructor, but packed now instead of at the first product."""
+        """As the constructor, but packed now instead of at the first matmul."""
         weight = DenseWeight(values)
         weight.packed_for_kernels()
         return weight
@@ -234,7 +234,7 @@ class DenseWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads."""
+        """Bytes that a matmul reads."""
         return self.outputs * self.inputs * self.dtype.itemsize
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class DenseWeight:
         return unpack_dense_rows(self._packed, indices, self.dtype)
 
     def packed_for_kernels(self) -> PackedWeight | None:
-        """The form for the CPU kernels, or None where they do not apply."""
+        """The form for the CPU kernels, or None if they do not apply."""
         if self._packed is None and self._values is not None and self.dtype in (torch.bfloat16, torch.float32):
             if not _has_kernels(self._values.device, self.outputs, self.inputs):
                 return None

@@ -43,7 +43,7 @@ def main() -> int:
     from scripts.gpu_suite.record import Recorder
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("PyTorch sees no CUDA device; --device cpu --tiny only exercises the suite itself", file=sys.stderr)
+        print("PyTorch finds no CUDA device; --device cpu --tiny only exercises the suite itself", file=sys.stderr)
         return 2
     plan = Plan(torch.device(arguments.device), arguments.tiny, arguments.smollm2, arguments.trace)
     recorder = Recorder(arguments.output, arguments.seconds, arguments.resume)

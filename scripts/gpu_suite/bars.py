@@ -15,7 +15,7 @@ PASS_ROWS, PASS_CONTEXT = 6, 2048
 
 
 def measure(results: Json) -> list[Json]:
-    """A line per bar: the value, the target, met or not; value null where the run did not measure it."""
+    """A line per bar: the value, the target, met or not; the value is null if the run did not measure it."""
     products = [row for row in results.get("products", []) if row.get("model") == MODEL and "microseconds" in row]
     bandwidth = results.get("environment", {}).get("copy_bandwidth_bytes_per_second")
     return [

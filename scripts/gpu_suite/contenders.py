@@ -1,4 +1,4 @@
-"""One product in every form that can compute it: our kernels and their peers."""
+"""One matmul in every form that can compute it: our kernels and their peers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _ours(op: Matmul, product: Product, device: torch.device) -> Contender:
 
 
 def _int_mm(n: int, k: int, device: torch.device) -> Contender:
-    """The product alone, without scales: a lower bound for W8A8 by PyTorch's own operations."""
+    """The matmul alone, without scales: a lower bound for W8A8 by PyTorch's own operations."""
     values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
 
     def run(x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _int_mm(n: int, k: int, device: torch.device) -> Contender:
 
 
 def _torch_int4pack(n: int, k: int, group_size: int, device: torch.device) -> Contender:
-    """gpt-fast's 4-bit product, which PyTorch carries."""
+    """gpt-fast's 4-bit matmul, which PyTorch contains."""
     values = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
     packed = torch.ops.aten._convert_weight_to_int4pack(values, TINYGEMM_K_TILES)
     scales_and_zeros = torch.full((k // group_size, n, 2), 0.01, dtype=torch.bfloat16, device=device)

@@ -48,7 +48,7 @@ class PromptLookup(Drafter):
 
 
 def measure(plan: Plan, recorder: Recorder) -> Json:
-    """Nothing where no checkpoint was given."""
+    """Empty if no checkpoint was given."""
     if plan.smollm2 is None:
         return {"skipped": "no --smollm2 FOLDER"}
     rows: list[Json] = []

@@ -77,7 +77,7 @@ def measure(plan: Plan, recorder: Recorder) -> list[Json]:
 
 
 def _graph_milliseconds(verifier: FP16Verifier) -> float | None:
-    """Of the pass of a step, at the context where decoding ended; None where it runs op by op."""
+    """Of the pass of a step, at the context where decoding ended; None if it runs op by op."""
     executor = verifier.executor
     graph = executor.graph_of(1 + DRAFT_TOKENS) if isinstance(executor, CudaGraphExecutor) else None
     return None if graph is None else statistics.median(replay_milliseconds(graph.replay))

@@ -24,7 +24,7 @@ class Product:
 
     @property
     def group_size(self) -> int:
-        """128 where it divides K, as in most 4-bit checkpoints."""
+        """128 if it divides K, as in most 4-bit checkpoints."""
         return GROUP_SIZE if self.inputs % GROUP_SIZE == 0 else SMALL_GROUP_SIZE
 
 

@@ -15,7 +15,7 @@ from typing import Any
 Json = dict[str, Any]
 
 CLOSING_SECTIONS = ("simulation", "bars", "plots")
-"""They take no time to speak of and no device, and say what the others found."""
+"""They take almost no time, need no device, and report what the others found."""
 DIED = "the process died in this section"
 
 
@@ -80,7 +80,7 @@ class Recorder:
         temporary.replace(self._file)
 
     def finish(self) -> int:
-        """The exit code: 0 where every section ended well and every kernel was correct."""
+        """The exit code: 0 if every section ended well and every kernel was correct."""
         failed = [name for name, entry in self.results["sections"].items() if entry["error"]]
         wrong = [case for case in self.results.get("correctness", {}).get("cases", []) if not case["correct"]]
         for case in wrong[:20]:

@@ -1,4 +1,4 @@
-"""Work in processes of its own: kernels compile side by side, and a crash of the device's context stays there."""
+"""Work in separate processes: kernels compile side by side, and a crash of the CUDA context affects one process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_processes(
     """``work`` of every job, in order; ``failed`` for a job that raised, whose process died, or that took too long.
 
     A process takes one job: an illegal access breaks everything that its process does with the device later.
-    In this process where the device is a CPU: a dry run has nothing to gain from others.
+    On a CPU the jobs run in this process, because a dry run gains nothing from others.
     """
     if device.type == "cpu":
         for job in jobs:

@@ -1,4 +1,4 @@
-"""Matmuls, ours and the peers', over the matrices of real models."""
+"""Our matmuls and those of peers, over the matrices of real models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Backend:
-    """prepare: a weight, bfloat16 [N, K], becomes a product with it; bits: stored per weight, with its scales."""
+    """prepare: a weight, bfloat16 [N, K], becomes a matmul with it; bits: stored per weight, with its scales."""
 
     name: str
     prepare: Callable[[Tensor], Product]
@@ -54,7 +54,7 @@ class Measurement:
 
 
 def backends() -> list[Backend]:
-    """The baseline, our products, and the peers that are installed."""
+    """The baseline, our matmuls, and the peers that are installed."""
     group_bits = 4 + 16 / GROUP_SIZE
     return [
         Backend(BASELINE, lambda weight: lambda x: F.linear(x, weight), 16),
@@ -115,7 +115,7 @@ def _torch_int4(weight: Tensor) -> Product:
 
 
 def _onednn() -> list[Backend]:
-    """oneDNN's W8A8, where it is right: without VNNI it adds pairs of products in 16 bit, which overflow silently."""
+    """oneDNN's W8A8, if it is right: without VNNI it adds pairs of products in 16 bit, which overflow silently."""
     ones = torch.ones(64, 128, dtype=torch.bfloat16)
     right = torch.allclose(_onednn_w8a8(ones)(ones[:1]).float(), torch.tensor(128.0), rtol=0.02)
     return [Backend("onednn w8a8", _onednn_w8a8, 8)] if right else []

@@ -1,4 +1,4 @@
-"""What the benchmark shows: tables and a plot."""
+"""The tables and the plot of the benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Bringing activations into the order in which the products read them.
+// Puts activations into the order in which the matmuls read them.
 //
 // The rows of a tile are interleaved unit by unit: units [K units][rows of the tile]. A product then walks one
 // pointer, whatever the number of rows, and every unit is a broadcast operand.

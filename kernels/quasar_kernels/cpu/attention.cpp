@@ -247,7 +247,7 @@ void attend_chunk(const Attention& job, const Partials& partials, const Task& ta
     const uint16_t* value_rows = job.values + task.kv_head * job.head_stride + first * job.head_dim;
     const ScoreFunction score = score_function(task.count, std::make_integer_sequence<int, TILE_ROWS>());
     for (int64_t key = 0; key < keys; key += LANES) {
-        // Sixteen rows are read at once, which hardware does not foresee.
+        // Sixteen rows are read at once; hardware prefetchers do not detect that.
         prefetch_rows(job, key_rows + (first + key + LANES) * job.head_dim, (keys - key - LANES) * job.head_dim);
         prefetch_rows(job, value_rows + key * job.head_dim, (keys - key) * job.head_dim);
         const int32_t* tile[LANES];

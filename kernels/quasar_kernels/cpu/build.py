@@ -17,7 +17,7 @@ from quasar_kernels.cpu.levels import Level
 from quasar_kernels.folder import cache_folder
 
 SOURCES = Path(__file__).parent
-# Contraction would turn the separately rounded products and sums that the reference defines into fused ones.
+# Contraction would fuse products and sums, which the reference rounds separately.
 # GCC warns of its own headers' deliberately undefined registers.
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-w")
 COMPILE_TIMEOUT_SECONDS = 300

@@ -1,4 +1,4 @@
-// bfloat16 or float32 weights: the honest baseline of the low-bit products.
+// bfloat16 or float32 weights: the baseline of the low-bit matmuls.
 #pragma once
 
 #include "linear.h"

@@ -17,7 +17,7 @@ FUNCTION(linear_f32, MATMUL_ARGUMENTS)
 // The ops between the matmuls take and give bfloat16. Results go to `out`, or quantized to `quantized` [rows][size] and
 // `scales` [rows][size / group].
 
-// Normalizes the rows of x [rows][size]; where there is a residual, those of x + residual, which go to `total`.
+// Normalizes the rows of x [rows][size]; if there is a residual, those of x + residual, which go to `total`.
 FUNCTION(rms_norm, const uint8_t *x, const uint8_t *residual, const uint8_t *weight, uint8_t *total, uint8_t *out,
          int8_t *quantized, float *scales, int64_t rows, int64_t size, int64_t group, float eps, int32_t threads)
 
@@ -25,7 +25,7 @@ FUNCTION(rms_norm, const uint8_t *x, const uint8_t *residual, const uint8_t *wei
 FUNCTION(silu_mul, const uint8_t *gate_up, uint8_t *out, int8_t *quantized, float *scales, int64_t rows, int64_t size,
          int64_t group, int32_t threads)
 
-// Where the largest value of each row of x [rows][size] stands, the first of several; of rows without NaN.
+// The argmax of each row of x [rows][size], the first if several values are largest; rows without NaN.
 FUNCTION(first_maxima, const uint8_t *x, int64_t *indices, int64_t rows, int64_t size, int32_t threads)
 
 // qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q

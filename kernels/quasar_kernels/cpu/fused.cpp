@@ -1,4 +1,4 @@
-// What lies between the products: bfloat16 in, bfloat16 or int8 per token out, float32 inside. Every row is computed
+// The ops between the matmuls: bfloat16 in, bfloat16 or int8 per token out, float32 inside. Every row is computed
 // on its own, in an order that does not depend on the others.
 #include <omp.h>
 
@@ -19,7 +19,7 @@ struct Target {
     int64_t group;
 };
 
-// Calls write(row, bfloat16 pointer) for every row, then quantizes it where that is wanted.
+// Calls write(row, bfloat16 pointer) for every row, then quantizes it if that is wanted.
 template <class Write>
 void for_each_row(const Target& target, int64_t rows, int64_t size, int32_t threads, Write write) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * size >= PARALLEL_ELEMENTS)
@@ -67,7 +67,7 @@ struct Rotation {
     const float* sines;
 };
 
-// One head of one row: normalized where there is a weight, then rotated. Halves are rotated against each other.
+// One head of one row: normalized if there is a weight, then rotated. Halves are rotated against each other.
 inline void rotate_head(const uint8_t* x, const uint8_t* weight, float eps, Rotation rotation, int64_t head_dim,
                         uint8_t* out) {
     const float factor = weight == nullptr ? 1.0f : inverse_magnitude(x, head_dim, eps);

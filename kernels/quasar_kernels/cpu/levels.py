@@ -1,4 +1,4 @@
-"""Levels of processor features that the kernels are compiled for."""
+"""ISA levels that the kernels are compiled for."""
 
 from __future__ import annotations
 

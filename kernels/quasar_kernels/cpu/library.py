@@ -75,7 +75,7 @@ def use_level(name: str | None) -> None:
 
 @functools.cache
 def backend() -> Library | None:
-    """The library of this machine's level, compiled on first use; None where PyTorch's operations must do.
+    """The library of this machine's level, compiled on first use; None if PyTorch's operations compute everything.
 
     Warns once if the kernels cannot be compiled. Raises ValueError if `QUASAR_CPU_LEVEL` names an unknown level.
     """

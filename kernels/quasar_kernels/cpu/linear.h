@@ -1,4 +1,4 @@
-// The frame of every product: prepare the activations, then give blocks of sixteen outputs to the threads.
+// What every matmul does: prepare the activations, then give blocks of sixteen outputs to the threads.
 #pragma once
 
 #include <omp.h>
@@ -60,12 +60,12 @@ void finish_tile(const Job& job, Tile tile, int64_t block, const float* results)
     }
 }
 
-// Most products read every token as one row of activations.
+// Most matmuls read every token as one row of activations.
 struct SingleTerm {
     static constexpr int64_t TERMS = 1;
 };
 
-// What a product that uses vectors alone says of tile registers.
+// Tile registers of a matmul that uses vectors alone.
 struct VectorsOnly : SingleTerm {
     static constexpr bool uses_tiles(const Request&) { return false; }
     struct Registers {

@@ -1,5 +1,5 @@
-// A recorded sequence of calls, made again in one: between kernels of microseconds an interpreter would take longer
-// than they do.
+// Makes a recorded sequence of calls again in one call: kernels take microseconds, and running an interpreter between
+// them would take longer.
 #include <cstring>
 #include <utility>
 

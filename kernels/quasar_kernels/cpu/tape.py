@@ -1,8 +1,8 @@
 """Calls of the library, recorded once and then made again all together.
 
-Between kernels of a few microseconds the interpreter would take longer than they do. Recording runs Python code in
-which every operation is a call of the library, without making the calls; replaying makes them, on whatever the same
-memory holds by then. What a CUDA graph is to a GPU.
+Kernels take a few microseconds each; running the interpreter between them would take longer. Recording runs Python
+code in which every operation is a call of the library, without making the calls; replaying makes them, on
+whatever the same memory holds by then. This does on a CPU what a CUDA graph does on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quasar_kernels.cpu.library import Library
 
 
 class NotRecordableError(Exception):
-    """The code calls an operation that is none of the library's; the message names it."""
+    """The code calls an operation that is not in the library; the message names it."""
 
 
 class Tape:
@@ -33,7 +33,7 @@ class Tape:
         tensors may hold nothing but the number of rows that should vary from replay to replay.
     memory: what holds the results and all that lies between
 
-    Raises NotRecordableError where ``run`` does anything but call the library.
+    Raises NotRecordableError if ``run`` does anything but call the library.
     """
 
     def __init__(self, library: Library, max_rows: int, run: Callable[[], tuple[Tensor, ...]]) -> None:

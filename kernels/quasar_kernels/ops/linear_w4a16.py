@@ -14,7 +14,7 @@ from quasar_kernels.weights import Int4Weight
 if TYPE_CHECKING:
     from quasar_kernels.triton.tuning import Tiling
 
-# PyTorch's packed 4-bit product re-reads the weights every few rows: beyond this many, dequantizing once is cheaper.
+# PyTorch's packed 4-bit matmul re-reads the weights every few rows: beyond this many, dequantizing once is cheaper.
 TORCH_INT4_MAX_ROWS = 64
 TRITON_GROUP_SIZES = (32, 64, 128, 256)
 

@@ -23,7 +23,7 @@ def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None =
     """``x W^T + bias`` with 4-bit weights and int8 activations, both scaled by group: of a token's activations too, as
     weights of a group share a scale anyway.
 
-    x: float [M, K], quantized inside in the groups of the weight, or `Quantized` like that by the op before; weight:
+    x: float [M, K], quantized inside in the groups of the weight, or `Quantized` in that way by the op before; weight:
     [N, K]; bias: [N]. Returns [M, N] in the dtype of x. Within a group the sum of ``token * (q - zero)`` is an exact
     integer for integer zero points; groups are scaled and added in float32, in ascending order.
     """

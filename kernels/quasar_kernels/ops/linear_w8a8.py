@@ -21,7 +21,7 @@ CUDA_INT_MM_MIN_ROWS = 17
 def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, int8 × int8: the int32 sums are exact, and scaled per token and per output channel in float32.
 
-    x: float [M, K], quantized inside with one scale per token, or `Quantized` like that by the op before; weight:
+    x: float [M, K], quantized inside with one scale per token, or `Quantized` in that way by the op before; weight:
     [N, K]; bias: [N]. Returns [M, N] in the dtype of x.
     """
     out: Tensor = OP(x, weight, bias)

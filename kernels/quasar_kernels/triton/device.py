@@ -15,7 +15,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; of an H100 where the interpreter stands in for one."""
+    """Streaming multiprocessors of a GPU; those of an H100 if the interpreter replaces a GPU."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""Matrix products inside kernels."""
+"""Matmuls inside kernels."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class PackedInt4:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads."""
+        """Bytes that a matmul reads."""
         return self.values.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
     def canonical(self) -> Tensor:

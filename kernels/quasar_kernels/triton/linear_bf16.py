@@ -1,4 +1,4 @@
-"""16-bit activations × unquantized or int8 weights. cuBLAS is made for large batches and wastes bandwidth on few."""
+"""16-bit activations × unquantized or int8 weights. With few rows cuBLAS wastes bandwidth."""
 
 from __future__ import annotations
 

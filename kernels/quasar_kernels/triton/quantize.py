@@ -34,7 +34,7 @@ def quantized(x: Tensor | Quantized, group_size: int | None = None) -> Quantized
 
 
 def quantized_room(rows: int, width: int, group_size: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where quantized rows and their scales go."""
+    """Empty tensors for quantized rows and their scales."""
     values = torch.empty(rows, width, dtype=torch.int8, device=device)
     return values, torch.empty(rows, width // (group_size or width), dtype=torch.float32, device=device)
 

@@ -1,4 +1,4 @@
-"""The end of a product whose K dimension several programs share: the last one to arrive adds the partial sums.
+"""The end of a matmul whose K dimension several programs share: the last one to arrive adds the partial sums.
 
 Partial sums are added in ascending order of the split, whichever program comes last, so that a result does not
 depend on timing. The programs of a tile meet at a counter, which the last one sets back to 0 for the next launch.
@@ -42,7 +42,7 @@ def collect(partials, counters, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 class Workspace:
-    """Partial sums and counters of one device, shared by all products of a stream; never freed, as captured
+    """Partial sums and counters of one device, shared by all matmuls of a stream; never freed, as captured
     CUDA graphs keep their addresses."""
 
     def __init__(self, device: torch.device) -> None:

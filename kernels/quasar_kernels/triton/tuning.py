@@ -1,4 +1,4 @@
-"""How a product is cut into programs: a fixed default per shape class, or what was fastest when it was tried.
+"""How a matmul is cut into programs: a fixed default per shape class, or what was fastest when it was tried.
 
 Choices found by `tune` are kept in ``triton/<GPU>.json`` of the cache folder, one per op,
 N, K, group size and number of rows in steps of a tile.
@@ -76,7 +76,7 @@ class Shape:
 
 @functools.lru_cache(maxsize=4096)
 def tiling_for(shape: Shape, device: torch.device) -> Tiling:
-    """The tuned tiling where there is one, else the default."""
+    """The tuned tiling if there is one, else the default."""
     return _table(cache_file(device)).get(shape.key) or default_tiling(shape, multiprocessors(device))
 
 
@@ -123,7 +123,7 @@ def candidates(shape: Shape, processors: int) -> list[Tiling]:
 
 
 def tune(shape: Shape, device: torch.device, milliseconds: Callable[[Tiling], float]) -> Tiling:
-    """Time every candidate and remember the fastest. ``milliseconds`` runs a tiling and may raise where it does
+    """Time every candidate and remember the fastest. ``milliseconds`` runs a tiling and may raise if it does
     not fit the device."""
     timed: list[tuple[float, Tiling]] = []
     for tiling in candidates(shape, multiprocessors(device)):
