@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -42,15 +44,12 @@ def fetch(
 ) -> None:
     """Download and prepare a model before its first run."""
     reporter = Reporter()
-    try:
+    with _reported_errors():
         source = model_source(name, path)
         from quasar.model.sources import locate
 
         with reporter.stages() as stage:
             checkpoint = locate(source, stage)
-    except QuasarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
     reporter.line(f"{name}: {checkpoint.origin}")
     reporter.line(f"in {checkpoint.folder}")
 
@@ -75,13 +74,10 @@ def collect_runs(
     from quasar.results.overview import collect, follow
 
     reporter = Reporter()
-    try:
+    with _reported_errors():
         if watch:
             follow(folder, every, reporter)
         collect(folder, output or folder / "collected", reporter)
-    except QuasarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
 
 
 @app.command("plot")
@@ -90,18 +86,12 @@ def plot_runs(
     output: Annotated[Path | None, typer.Option(help="folder of the figures; FOLDER/figures by default")] = None,
 ) -> None:
     """Draw the figures that the metrics of the runs below a folder allow, as PDF, SVG and PNG."""
-    from quasar.results.collect import Collector, tabulate
+    from quasar.results.collect import all_runs, tabulate
     from quasar.results.figures.runs import draw_all
 
     reporter = Reporter()
-    try:
-        runs = Collector(folder).runs()
-        if not runs:
-            raise RequestError(f"{folder}: there are no runs below it; pass a folder that runs were written to")
-        files = draw_all(tabulate(runs, folder), output or folder / "figures")
-    except QuasarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+    with _reported_errors():
+        files = draw_all(tabulate(all_runs(folder), folder), output or folder / "figures")
     for file in files:
         reporter.line(f"wrote {file}")
 
@@ -119,11 +109,8 @@ def push_runs(
     from quasar.results.wandb.pushing import push_all
 
     given = {"mode": mode, "project": project, "entity": entity}
-    try:
+    with _reported_errors():
         failed = push_all(folder, {key: value for key, value in given.items() if value is not None}, Reporter())
-    except QuasarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
     raise typer.Exit(1 if failed else 0)
 
 
@@ -158,6 +145,16 @@ def clear_cache(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     Reporter().line(f"freed {freed / 1e6:.1f} MB")
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Print an error that the user can act on without its traceback, and exit with its code."""
+    try:
+        yield
+    except QuasarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
 
 
 def model_names() -> list[str]:

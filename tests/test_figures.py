@@ -85,6 +85,20 @@ def test_only_what_was_measured_is_drawn(tmp_path: Path) -> None:
         draw_all(nothing, tmp_path)
 
 
+def test_the_reference_has_no_place_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    files = draw_all(runs(kl_to_reference=[0.0, 0.0]), tmp_path)
+    assert [file.stem for file in files[::3]] == ["speedup", "positions", "step"]
+    draw_all(runs(kl_to_reference=[0.0, 0.5]), tmp_path)
+    text = (tmp_path / "pareto.svg").read_text()
+    assert "pruned" in text
+    assert "int8" not in text
+
+
+def test_runs_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="do not say their model_origin: an earlier version"):
+        draw_all(runs().drop(columns="model_origin"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("others", "reason"),
     [

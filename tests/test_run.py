@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from quasar.cli import app
 from quasar.main import main
 from quasar.results.schema import SCHEMA_VERSION, VERSION_KEY
 
@@ -170,6 +172,12 @@ def test_a_run_prints_its_table_and_leaves_its_files(run: Run, prompt_file: Path
     )
     assert f"both decode the same tokens: {summary['reference_text_speedup']:.2f}x, 95 % interval" in done.stdout
     assert (summary["model_origin"], summary["weights_on_grid"]) == ("random weights, seed 0", None)
+    plotted = CliRunner().invoke(app, ["plot", str(out)])
+    assert plotted.exit_code == 0, plotted.output
+    assert "random weights, seed 0; n = 3 prompts" in (out / "figures" / "step.svg").read_text()
+    nothing = CliRunner().invoke(app, ["plot", str(prompt_file.parent / "out" / "figures")])
+    assert nothing.exit_code == 2
+    assert "contains no runs; pass a folder" in nothing.output
     turns = [turn for record in records for turn in record["turns"]]
     emitted = sum(sum(turn["steps"]["emitted"]) for turn in turns)
     steps = sum(len(turn["steps"]["emitted"]) for turn in turns)

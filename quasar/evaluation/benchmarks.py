@@ -1,4 +1,4 @@
-"""Benchmarks as their Hugging Face datasets hold them, row by row in Spec-Bench form."""
+"""Reads benchmarks from their Hugging Face datasets and converts their rows to the Spec-Bench form."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
 def benchmark_rows(data: DataConfig) -> Iterator[tuple[str, Row]]:
-    """Place and Spec-Bench form (``question_id``, ``turns``, ``reference``, ...) of the first ``data.limit`` rows.
+    """Yield the place and the Spec-Bench form of the first ``data.limit`` rows.
 
-    The rows come from ``data.path`` where it is set, otherwise from ``data.hub`` through the cache of ``datasets``.
-    ``question_id`` is the row's number in its split, from 0.
+    The rows come from ``data.path`` if it is set, otherwise from ``data.hub`` through the cache of ``datasets``. The
+    form has the keys ``question_id``, ``turns``, ``reference`` and what grades an answer. ``question_id`` is the row's
+    number in its split, from 0.
 
-    Raises RequestError where the dataset cannot be had or lacks a column, with the remedy.
+    Raises RequestError if the dataset is not available or lacks a column; the message names the remedy.
     """
     form = _FORMS.get(data.name)
     if form is None:

@@ -182,10 +182,10 @@ class PromptDecoder:
         )
 
     def _along(self, answer: list[int], tokens: list[int], key: str) -> tuple[list[int], dict[str, float]]:
-        """Walk the reference's answer with the pair, and autoregressively if baselines are asked for.
+        """Decode along the reference's answer with the pair and, if baselines are requested, autoregressively.
 
-        Returns the pair's tokens per step and everybody's decode time. All walk within seconds of each other, in an
-        order drawn per turn, so that a change of the machine's speed favours none.
+        Returns the pair's tokens per step, and the decode time of each. They run within seconds of each other, in an
+        order drawn per turn, so that a change in the machine's speed affects all of them alike.
         """
         arms: dict[str, tuple[Drafter, Verifier]] = {"pair": (self.drafter, self.verifier)}
         if self.settings.evaluate.baselines:

@@ -62,7 +62,7 @@ def _environment(parts: Prepared, prompts: list[Prompt]) -> Environment:
     checkpoint = parts.checkpoint
     return Environment(
         machine=describe_machine(parts.verifier.device),
-        model=ModelFiles(checkpoint.origin, checkpoint.revision, checkpoint.file_hashes(), parts.weights_on_grid),
+        model=ModelFiles(checkpoint.origin, checkpoint.revision, checkpoint.file_hashes, parts.weights_on_grid),
         verifier=list(parts.verifier.details),
         drafter=list(parts.drafter.details),
         prompt_set=prompt_set_hash(prompts),

@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,14 @@ class Checkpoint:
     seed: int = 0
     chat_template: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A text that is unique to the model: SHA-256 of its files, or the seed of random weights."""
-        return ",".join(self.file_hashes().values()) or f"random {self.seed}"
+        return ",".join(self.file_hashes.values()) or f"random {self.seed}"
 
+    @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of every file that affects the model's output, by file name."""
+        """The SHA-256 of every file that affects the model's output, by file name. The files are read once."""
         if self.folder is None:
             return {}
         files = [file for pattern in MODEL_FILES for file in sorted(self.folder.glob(pattern))]

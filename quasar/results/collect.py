@@ -54,6 +54,14 @@ class Collector:
         return run
 
 
+def all_runs(root: Path) -> list[StoredRun]:
+    """Return all runs below ``root``. Raises RequestError if the folder does not exist or contains none."""
+    runs = Collector(root).runs()
+    if not runs:
+        raise RequestError(f"{root}: contains no runs; pass a folder that runs were written to, such as multirun")
+    return runs
+
+
 @dataclass(frozen=True)
 class Written:
     """The files that a table was written to."""

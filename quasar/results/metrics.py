@@ -243,15 +243,7 @@ def speedup_ci95(run: Measured) -> list[float] | None:
 
     None for fewer than two prompts.
     """
-    from scipy import stats
-
-    pairs = _paired(run.records, "ar_ref")
-    if not pairs or len(pairs[0]) < 2:
-        return None
-    interval = stats.bootstrap(
-        pairs, _speedup, paired=True, vectorized=True, n_resamples=BOOTSTRAP_RESAMPLES, method="percentile", rng=0
-    ).confidence_interval
-    return [float(interval.low), float(interval.high)]
+    return _interval(_paired(run.records, "ar_ref"), _speedup, "percentile")
 
 
 def reference_text_speedup(run: Measured) -> float | None:
@@ -265,17 +257,10 @@ def reference_text_speedup(run: Measured) -> float | None:
 
 def reference_text_speedup_ci95(run: Measured) -> list[float] | None:
     """95 % interval of that speedup: a BCa bootstrap (Efron 1987) over prompts. None for fewer than two."""
-    from scipy import stats
-
     pairs = _reference_text_times(run)
-    if not pairs or len(pairs[0]) < 2:
-        return None
-    if np.ptp(pairs[1] / pairs[0]) == 0:
+    if pairs and np.ptp(pairs[1] / pairs[0]) == 0:
         return None  # BCa has no interval if all prompts have the same ratio.
-    interval = stats.bootstrap(
-        pairs, _time_ratio, paired=True, vectorized=True, n_resamples=BOOTSTRAP_RESAMPLES, method="BCa", rng=0
-    ).confidence_interval
-    return [float(interval.low), float(interval.high)]
+    return _interval(pairs, _time_ratio, "BCa")
 
 
 def exact_match_to_self(run: Measured) -> float | None:
@@ -495,6 +480,20 @@ def _speedup(
     tokens: np.ndarray, ms: np.ndarray, base_tokens: np.ndarray, base_ms: np.ndarray, axis: int = -1
 ) -> np.ndarray:
     return (tokens.sum(axis) / ms.sum(axis)) / (base_tokens.sum(axis) / base_ms.sum(axis))
+
+
+def _interval(
+    columns: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], method: Literal["percentile", "BCa"]
+) -> list[float] | None:
+    """Return the 95 % bootstrap interval of a statistic of columns over prompts. None for fewer than two prompts."""
+    from scipy import stats
+
+    if not columns or len(columns[0]) < 2:
+        return None
+    interval = stats.bootstrap(
+        columns, statistic, paired=True, vectorized=True, n_resamples=BOOTSTRAP_RESAMPLES, method=method, rng=0
+    ).confidence_interval
+    return [float(interval.low), float(interval.high)]
 
 
 def _reference_text_times(run: Measured) -> list[np.ndarray]:

@@ -13,8 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from quasar.console import Reporter
-from quasar.errors import RequestError
-from quasar.results.collect import Collector, tabulate, write
+from quasar.results.collect import Collector, all_runs, tabulate, write
 from quasar.results.runs import STATES, StoredRun, flatten
 
 STATUS_ROWS = 24
@@ -27,9 +26,7 @@ def collect(root: Path, stem: Path, reporter: Reporter) -> None:
 
     Raises RequestError if there are no runs.
     """
-    runs = Collector(root).runs()
-    if not runs:
-        raise RequestError(f"{root}: contains no runs; pass a folder that runs were written to, such as multirun")
+    runs = all_runs(root)
     written = write(tabulate(runs, root), stem)
     print_states(runs, root, reporter)
     reporter.line(f"wrote {written.parquet}")

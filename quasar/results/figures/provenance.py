@@ -1,4 +1,4 @@
-"""What a figure says of its numbers' origin, and which tables of runs it refuses to draw."""
+"""The footer of a figure, which states where its numbers come from, and the check that refuses runs not comparable."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import textwrap
 import pandas as pd
 
 from quasar.errors import RequestError
+from quasar.results.collect import JOINED
 from quasar.results.metrics import named
 
 SAME = {"code_version": "code versions", "machine": "machines", "model_origin": "model origins"}
@@ -24,9 +25,14 @@ def require_comparable(table: pd.DataFrame) -> None:
         raise RequestError(
             f"{len(unfinished)} of {len(table)} runs are not done: {states}; finish or delete them, then draw again"
         )
+    missing = [column for column in (*SAME, "weights_on_grid") if column not in table.columns]
+    if missing:
+        raise RequestError(
+            f"the runs do not say their {', '.join(missing)}: an earlier version of the code made them; run them again"
+        )
     for column, words in SAME.items():
         found = sorted(table[column].dropna().unique())
-        mixed = [value for value in found if column != "model_origin" and " + " in value]
+        mixed = [value for value in found if column != "model_origin" and JOINED in value]
         if len(found) > 1 or mixed:
             raise RequestError(f"the runs are of several {words}: {'; '.join(found)}; draw each one's runs apart")
 
@@ -34,11 +40,7 @@ def require_comparable(table: pd.DataFrame) -> None:
 def footer(table: pd.DataFrame, width: int) -> list[str]:
     """Code, machine, model and prompts of the runs, as lines of at most ``width`` characters."""
     first = table.iloc[0]
-    parts = [
-        f"code {first['code_version'] or 'unknown'}",
-        f"{first['machine'] or 'machine unknown'}",
-        f"{first['model']}: {first['model_origin']}",
-    ]
+    parts = [f"code {first['code_version']}", first["machine"], f"{first['model']}: {first['model_origin']}"]
     if pd.notna(first["weights_on_grid"]):
         parts.append(f"{named('weights_on_grid').text(first['weights_on_grid'])} of its weights on a low-bit grid")
     fewest, most = table["prompts"].min(), table["prompts"].max()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 FOOTER_CHARACTERS = 78
 """What fits into a line of the footer at the width of one column."""
-_ROW = 0.22
-"""Height of a run's row in inches."""
+_HEIGHT, _HEIGHT_OF_NO_ROWS, _ROW = 2.4, 0.9, 0.22
+"""Heights in inches: of axes with a mark per run, of axes with a row per run but without its rows, and of a row."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,27 @@ class RunsFigure:
     """A figure with a mark or a row per run.
 
     needs: columns without which it cannot be drawn; runs that lack a value there are left out
-    height: in inches, of the axes, for a number of runs
+    logarithmic: a column on a logarithmic axis; runs that are not positive there are left out, as the reference's KL
+    rows: whether each run has a row of its own
     """
 
     name: str
     title: str
     needs: tuple[str, ...]
     draw: Callable[[Axes, pd.DataFrame], None]
-    height: Callable[[int], float]
+    logarithmic: str | None = None
+    rows: bool = False
 
     def select(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The runs that have every value that the figure needs."""
+        """Return the runs that have every value that the figure needs."""
         if not set(self.needs) <= set(table.columns):
             return table.iloc[:0]
-        return table.dropna(subset=list(self.needs))
+        chosen = table.dropna(subset=list(self.needs))
+        return chosen if self.logarithmic is None else chosen[chosen[self.logarithmic] > 0]
+
+    def height(self, runs: int) -> float:
+        """Return the height of the axes in inches."""
+        return _HEIGHT_OF_NO_ROWS + _ROW * runs if self.rows else _HEIGHT
 
 
 def draw_all(table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -69,8 +76,8 @@ def draw_all(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def labels(table: pd.DataFrame) -> list[str]:
-    """What tells each run from the others: the verifier, the drafter if there are several, and the options in which it
-    differs from other runs of the same verifier and drafter.
+    """Return a name per run: its verifier, its drafter if there are several, and the options in which it differs from
+    other runs of the same verifier and drafter.
     """
     options = [column for column in table.columns if column.startswith(("verifier.", "drafter.", "decode."))]
     several = table["drafter"].nunique() > 1
@@ -85,8 +92,7 @@ def labels(table: pd.DataFrame) -> list[str]:
 
 
 def draw_inflation(axes: Axes, runs: pd.DataFrame) -> None:
-    """KL on a log axis, so without the reference itself, against τ (hollow) and τ_ref (filled), joined per run."""
-    runs = runs[runs["kl_to_reference"] > 0]
+    """Plot KL against τ (hollow) and τ_ref (filled), joined per run."""
     for run in runs.to_dict("records"):
         colour, kl = style.colour(run["verifier"]), run["kl_to_reference"]
         free, forced = run["mean_acceptance_length"], run["mean_acceptance_length_ref"]
@@ -101,11 +107,7 @@ def draw_inflation(axes: Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_pareto(axes: Axes, runs: pd.DataFrame) -> None:
-    """Bytes of a pass against KL, with the front of runs that no other beats in both.
-
-    The axis of KL is logarithmic, so that the reference itself has no place on it.
-    """
-    runs = runs[runs["kl_to_reference"] > 0]
+    """Plot the bytes of a pass against KL, and join the runs that no other beats in both."""
     for run in runs.to_dict("records"):
         colour = style.colour(run["verifier"])
         place = (run["bytes_per_step"] / 1e6, run["kl_to_reference"])
@@ -122,7 +124,7 @@ def draw_pareto(axes: Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_speedup(axes: Axes, runs: pd.DataFrame) -> None:
-    """A dot with its 95 % interval per run, the fastest at the top."""
+    """Plot a dot with its 95 % interval per run, the fastest at the top."""
     ordered = runs.sort_values("reference_text_speedup")
     for place, run in enumerate(ordered.to_dict("records")):
         colour, value = style.colour(run["verifier"]), run["reference_text_speedup"]
@@ -138,7 +140,7 @@ def draw_speedup(axes: Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_positions(axes: Axes, runs: pd.DataFrame) -> None:
-    """Share of the drafts that reached each position whose tokens were accepted up to there."""
+    """Plot, of the drafts that reached each position, the share whose tokens were accepted up to there."""
     from matplotlib.ticker import MaxNLocator
 
     for run in runs.to_dict("records"):
@@ -163,7 +165,7 @@ _PARTS = {
 
 
 def draw_step(axes: Axes, runs: pd.DataFrame) -> None:
-    """Stacked bars: what the mean step of each run is spent on."""
+    """Plot a stacked bar per run: the parts of its mean step."""
     left = np.zeros(len(runs))
     for column, (name, colour, hatch) in _PARTS.items():
         values = runs[column].to_numpy(dtype=float)
@@ -180,7 +182,9 @@ def draw_step(axes: Axes, runs: pd.DataFrame) -> None:
 
 
 def pareto_front(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
-    """Indices, by rising cost, of the points that no other beats in both: costs [N] and errors [N], lower is better.
+    """Return the indices, by rising cost, of the points that no other point beats in both.
+
+    costs [N], errors [N]: lower is better
 
     For example costs ``[1, 2, 3]`` with errors ``[5, 7, 4]`` give ``[0, 2]``.
     """
@@ -204,7 +208,7 @@ def _name(
 
 
 def _ratio_axis(axes: Axes) -> None:
-    """A log axis with plain numbers: equal distances are equal ratios."""
+    """Make the x axis logarithmic, because equal distances are then equal ratios, with plain numbers."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
@@ -215,31 +219,25 @@ def _ratio_axis(axes: Axes) -> None:
     axes.set_xlim(min(low, 0.95), max(high, 1.6))
 
 
-def _plain(count: int) -> float:
-    return 2.4
-
-
-def _by_rows(count: int) -> float:
-    return 0.9 + _ROW * count
-
-
 FIGURES: tuple[RunsFigure, ...] = (
     RunsFigure(
         "inflation",
         "Does τ show a damaged verifier?",
         ("kl_to_reference", "mean_acceptance_length", "mean_acceptance_length_ref"),
         draw_inflation,
-        _plain,
+        logarithmic="kl_to_reference",
     ),
-    RunsFigure("pareto", "What does a byte buy?", ("bytes_per_step", "kl_to_reference"), draw_pareto, _plain),
+    RunsFigure(
+        "pareto", "What does a byte buy?", ("bytes_per_step", "kl_to_reference"), draw_pareto, "kl_to_reference"
+    ),
     RunsFigure(
         "speedup",
         "Is it faster, on the same text?",
         ("reference_text_speedup", "reference_text_speedup_ci95_low", "reference_text_speedup_ci95_high"),
         draw_speedup,
-        _by_rows,
+        rows=True,
     ),
-    RunsFigure("positions", "How far do drafts hold?", ("acceptance_by_position",), draw_positions, _plain),
-    RunsFigure("step", "What is a step spent on?", tuple(_PARTS), draw_step, _by_rows),
+    RunsFigure("positions", "How far do drafts hold?", ("acceptance_by_position",), draw_positions),
+    RunsFigure("step", "What is a step spent on?", tuple(_PARTS), draw_step, rows=True),
 )
 """Every figure of ``quasar plot``, in the order in which they are drawn."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ONE_COLUMN, TWO_COLUMNS = 3.3, 7.0
-"""Widths in inches."""
+WIDTH = 3.3
+"""The width of a figure, one column of print, in inches."""
 
 _COLOURS = {
     "fp16": "#000000",
@@ -76,16 +76,16 @@ def marker(drafter: str) -> str:
 
 
 @contextmanager
-def canvas(title: str, footer: list[str], height: float, width: float = ONE_COLUMN) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes, its title, and its footer below them. height, width: in inches.
+def canvas(title: str, footer: list[str], height: float) -> Iterator[tuple[Figure, Axes]]:
+    """Yield a figure with one pair of axes, its title, and its footer below them. height: in inches.
 
-    It belongs to no window and is not known to pyplot, so that it vanishes with the block.
+    The figure is not registered with pyplot, so that nothing has to close it.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title, loc="left")
         figure.supxlabel("\n".join(footer), fontsize=FOOTER_SIZE, color="#555555", x=0.01, ha="left")
