@@ -108,6 +108,15 @@ class Measured:
         return Measured([record for record in self.records if record.family == family], self._facts)
 
 
+def prompts(run: Measured) -> int:
+    return len({record.question_id for record in run.records})
+
+
+def repetitions(run: Measured) -> int:
+    """Number of times that each prompt was decoded."""
+    return len({record.repetition for record in run.records})
+
+
 def tokens_generated(run: Measured) -> int:
     return sum(len(turn.token_ids) for turn in run.turns)
 
@@ -153,7 +162,7 @@ def top1_noise_floor(run: Measured) -> float | None:
 
 def exact_match_length(run: Measured) -> float | None:
     """Mean number of tokens of an answer before the first token at which the verifier's argmax differs."""
-    return _mean([[*answer.top1, False].index(False) for answer in run.answers])
+    return _mean([[*answer.top1, False].index(False) for answer in run.answers if answer.top1])
 
 
 def distinct_4gram_ratio(run: Measured) -> float | None:
@@ -352,7 +361,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("verifier", lambda run: run.facts.verifier, heading="verifier", config_key="verifier.name"),
     Metric("data", lambda run: run.facts.data, heading="data", config_key="data.name"),
     Metric("temperature", lambda run: run.facts.temperature, heading="temperature", config_key="decode.temperature"),
-    Metric("prompts", lambda run: len(run.records), "prompts", "prompts", printed=True),
+    Metric("prompts", prompts, "prompts", "prompts", printed=True),
+    Metric("repetitions", repetitions, "repetitions", "repetitions"),
     Metric("tokens_generated", tokens_generated, "tokens", "tokens", printed=True),
     Metric(
         "tokens_per_second", tokens_per_second, "tokens/s", "tokens/s", _1, UP, printed=True, curve="tokens_per_second"
@@ -399,6 +409,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("exact_match_to_self", exact_match_to_self, "share", "= AR-same", _percent, UP, printed=True),
     Metric("exact_match_to_reference", exact_match_to_reference, "share", "= AR-ref", _percent, UP),
     Metric("weight_bytes", lambda run: run.facts.weight_bytes, "bytes", "weights MB", _megabytes, DOWN),
+    Metric("kv_bytes_per_token", lambda run: run.facts.kv_bytes_per_token, "bytes", "KV bytes per token"),
     Metric("bytes_per_step", bytes_per_step, "bytes", "MB per step", _megabytes, DOWN),
     Metric("achieved_bandwidth_fraction", achieved_bandwidth_fraction, "share", "of copy bandwidth", _percent, UP),
     Metric("peak_memory_bytes", lambda run: run.facts.peak_memory_bytes, "bytes", "peak memory MB", _megabytes, DOWN),
