@@ -103,8 +103,11 @@ def _machine(device: torch.device) -> str:
 def _decode_all(
     decoder: PromptDecoder, prompts: list[Prompt], records: list[PromptRecord], folder: RunFolder, reporter: Reporter
 ) -> None:
-    """Decode the prompts that are not in ``records`` yet, and append their records to it and to the folder."""
-    done = {record.question_id for record in records}
+    """Decode what is not in ``records`` yet, every prompt once per repetition, and append to it and to the folder."""
+    done = {(record.question_id, record.repetition) for record in records}
+    planned = [
+        (prompt, repetition) for repetition in range(decoder.settings.evaluate.repetitions) for prompt in prompts
+    ]
     decoder.warm_up()
     tokens, steps = 0, 0
     finished, speed, rate = Measured(), named("tokens_per_second"), ""
@@ -113,11 +116,11 @@ def _decode_all(
         def on_step(step: StepResult) -> None:
             nonlocal tokens, steps
             tokens, steps = tokens + len(step.emitted), steps + 1
-            update(len(records), len(prompts), f"{rate}acceptance length {tokens / steps:.2f}")
+            update(len(records), len(planned), f"{rate}acceptance length {tokens / steps:.2f}")
 
-        for prompt in prompts:
-            if prompt.key not in done:
-                record = decoder.decode_prompt(prompt, on_step)
+        for prompt, repetition in planned:
+            if (prompt.key, repetition) not in done:
+                record = decoder.decode_prompt(prompt, on_step, repetition)
                 folder.append(record)
                 records.append(record)
                 # The speed comes from the measured decode times; elapsed time would include baselines and fidelity.
