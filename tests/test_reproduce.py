@@ -165,7 +165,7 @@ def test_agreement_compares_intervals(published: Path) -> None:
 
 
 def test_an_unknown_experiment_is_refused() -> None:
-    with pytest.raises(RequestError, match="experiment=nosuch: not in conf/experiment; choose one of .*main_table"):
+    with pytest.raises(RequestError, match=r"experiment=nosuch: not in conf/experiment; choose one of .*main_table"):
         reproduction.load_experiment("nosuch")
 
 

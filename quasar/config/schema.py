@@ -101,6 +101,15 @@ class CalibrationConfig:
 
 
 @dataclass
+class PassesConfig:
+    """The evaluate.passes node of conf/config.yaml"""
+
+    rows: list[int] = MISSING
+    contexts: list[int] = MISSING
+    repetitions: int = MISSING
+
+
+@dataclass
 class EvaluateConfig:
     """The evaluate node of conf/config.yaml"""
 
@@ -109,6 +118,7 @@ class EvaluateConfig:
     accuracy: bool = MISSING
     exactness: Optional[bool] = MISSING
     repetitions: int = MISSING
+    passes: PassesConfig = field(default_factory=PassesConfig)
 
 
 @dataclass
@@ -141,6 +151,8 @@ class PublishConfig:
     tables: dict[str, list[str]] = MISSING
     by_family: list[str] = MISSING
     figures: list[str] = MISSING
+    pass_tables: list[str] = MISSING
+    pass_figures: list[str] = MISSING
 
 
 @dataclass
@@ -210,6 +222,7 @@ def check(config: DictConfig) -> RunConfig:
     _require(typed.calibration.max_tokens >= 1, "calibration.max_tokens", typed.calibration.max_tokens, "at least 1")
     repetitions = typed.evaluate.repetitions
     _require(repetitions >= 1, "evaluate.repetitions", repetitions, "at least 1")
+    _check_passes(typed.evaluate.passes)
     devices = ("auto", "cpu", "cuda")
     _require(typed.device in devices, "device", typed.device, f"one of {', '.join(devices)}")
     dtypes = ("auto", "bfloat16", "float16", "float32")
@@ -228,6 +241,15 @@ def config_hash(config: DictConfig) -> str:
     assert isinstance(values, dict)
     kept = {key: value for key, value in values.items() if key not in NOT_HASHED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check_passes(passes: PassesConfig) -> None:
+    for key, values in (("rows", passes.rows), ("contexts", passes.contexts)):
+        ascending = bool(values) and values[0] >= 1 and values == sorted(set(values))
+        _require(ascending, f"evaluate.passes.{key}", values, "numbers from 1 on in ascending order, each once")
+    # Every time is compared with that of the pass with one row.
+    _require(passes.rows[0] == 1, "evaluate.passes.rows", passes.rows, "a list that begins with 1")
+    _require(passes.repetitions >= 0, "evaluate.passes.repetitions", passes.repetitions, "at least 0 (none)")
 
 
 def _require(holds: bool, key: str, value: object, remedy: str) -> None:

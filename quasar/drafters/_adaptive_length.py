@@ -15,9 +15,9 @@ from torch import Tensor
 
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
-from quasar.decoding.stopwatch import Stopwatch
 from quasar.drafters.base import Drafter, Resources
 from quasar.verifiers.base import Verifier
+from quasar.verifiers.timing import pass_milliseconds
 
 MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 REPEATS = 7
@@ -112,10 +112,7 @@ def _pass_milliseconds(verifier: Verifier, prompt: Sequence[int]) -> list[float]
     for _ in range(REPEATS + 1):
         # The numbers of rows are interleaved, so that a disturbance does not affect only one of them.
         for index, draft in enumerate(drafts):
-            clock = Stopwatch(verifier.device)
-            verifier.verify(prompt[-1], draft)
-            clock.lap("verify")
-            laps[index] += clock.milliseconds()["verify"]
+            laps[index].append(pass_milliseconds(verifier, prompt[-1], draft))
     # The first round may still compile and allocate.
     return [statistics.median(times[1:]) for times in laps]
 

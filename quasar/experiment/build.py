@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quasar.config.build import build, node_named
-from quasar.config.schema import RunConfig
+from quasar.config.schema import PassesConfig, RunConfig
 from quasar.console import Reporter
 from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter, Resources
@@ -69,6 +69,9 @@ def prepare(
     model = load_model(checkpoint, dtype, device, reporter)
     longest = _longest(prompts, tokenizer, model.config.context_length)
     capacity = min(longest + settings.decode.max_new_tokens, model.config.context_length) + BLOCK_ROOM
+    if settings.evaluate.passes.repetitions:
+        # The KV cache must not grow while passes are timed.
+        capacity = max(capacity, _timed_tokens(settings.evaluate.passes, model.config.context_length))
     calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
     with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
         setup = Setup(capacity, checkpoint.folder, checkpoint.identity, advance, calibration)
@@ -139,6 +142,16 @@ def _identity(settings: RunConfig, checkpoint: Checkpoint, verifier: Verifier) -
         "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
+
+
+def _timed_tokens(passes: PassesConfig, context_length: int) -> int:
+    """Return the most tokens, rows included, that timed passes read. Raises RequestError if none fits the window."""
+    if passes.contexts[0] >= context_length:
+        raise RequestError(
+            f"evaluate.passes.contexts={passes.contexts}: none fits the model's context window of {context_length} "
+            "tokens; choose smaller ones"
+        )
+    return min(passes.contexts[-1] + passes.rows[-1], context_length)
 
 
 def _longest(prompts: Iterable[Prompt], tokenizer: Tokenizer, context_length: int) -> int:

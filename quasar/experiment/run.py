@@ -15,13 +15,15 @@ from quasar.drafters.base import Drafter
 from quasar.evaluation.fidelity import Trajectories
 from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
 from quasar.experiment.build import Prepared, choose_device, prepare
-from quasar.experiment.decoder import PromptDecoder
+from quasar.experiment.decoder import WARM_UP, PromptDecoder
 from quasar.experiment.header import print_header
+from quasar.experiment.passes import PassTimer
 from quasar.results.baselines import SharedBaselines, baseline_identity
 from quasar.results.environment import describe_machine, device_name, peak_memory_bytes
+from quasar.results.generations import PASSES
 from quasar.results.metrics import Measured, RunFacts, compute, named, summary_of
 from quasar.results.report import print_report
-from quasar.results.schema import Environment, Json, ModelFiles, PromptRecord
+from quasar.results.schema import Environment, Json, ModelFiles, PassRecord, PromptRecord
 from quasar.results.store import RunFolder
 
 
@@ -50,6 +52,7 @@ def run(
         print_header(reporter, parts, len(prompts), len(records), folder)
         decoder = _decoder(parts, shared_baselines, reporter)
         _decode_all(decoder, prompts, records, run_folder, reporter)
+        _time_passes(decoder, run_folder, reporter)
         measured = Measured(records, _facts(decoder, environment))
         values = compute(measured)
         summary = summary_of(values)
@@ -74,7 +77,8 @@ def _decoder(parts: Prepared, shared_baselines: Path | None, reporter: Reporter)
     """Build the decoder. It has the reference and its answers if the run measures anything against them."""
     verifier, evaluate = parts.verifier, parts.settings.evaluate
     trajectories = Trajectories(parts.checkpoint.identity, verifier.device, verifier.dtype)
-    needs_reference = (evaluate.baselines or evaluate.fidelity) and not verifier.is_reference
+    measures = evaluate.baselines or evaluate.fidelity or bool(evaluate.passes.repetitions)
+    needs_reference = measures and not verifier.is_reference
 
     def shared(is_reference: bool) -> SharedBaselines | None:
         if shared_baselines is None:
@@ -127,6 +131,29 @@ def _decode_all(
                 finished.add(record)
                 if (measured := speed.compute(finished)) is not None:
                     rate = f"{speed.text(measured)} tokens/s, "
+
+
+def _time_passes(decoder: PromptDecoder, folder: RunFolder, reporter: Reporter) -> None:
+    """Time the verification passes that are requested and that no earlier attempt has timed."""
+    wanted = decoder.settings.evaluate.passes
+    if not wanted.repetitions:
+        return
+    tokens = decoder.tokenizer.encode_chat(WARM_UP)
+    timer = PassTimer(wanted, decoder.verifier, decoder.reference, tokens, decoder.settings.seed)
+    done, total = folder.passes(), len(timer.points())
+    left_out = wanted.repetitions * len(wanted.rows) * len(wanted.contexts) - total
+    if left_out:
+        window = decoder.verifier.context_length
+        reporter.warning(f"{left_out} passes exceed the model's context window of {window} tokens and are left out")
+    with reporter.live("passes") as update:
+
+        def on_record(record: PassRecord) -> None:
+            folder.append_pass(record)
+            done.append(record)
+            update(len(done), total, f"{record.rows} rows behind {record.context} tokens")
+
+        timer.run(list(done), on_record)
+    reporter.line(f"wrote {folder.path / PASSES}")
 
 
 def _facts(decoder: PromptDecoder, environment: Environment) -> RunFacts:

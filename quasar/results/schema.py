@@ -1,8 +1,9 @@
-"""Dataclasses for the files of a run: lines of generations.jsonl, environment.json and status.json.
+"""Dataclasses for the files of a run: lines of generations.jsonl and passes.jsonl, environment.json and status.json.
 
-A line of generations.jsonl is a `PromptRecord`. It contains the version of this schema, so that a folder written by
-another version of the code is recognized when it is opened. Increase `SCHEMA_VERSION` whenever a key of these classes
-is added or removed or changes its meaning. The keys of summary.json are those of the table in `quasar.results.metrics`.
+A line of generations.jsonl is a `PromptRecord`, and one of passes.jsonl a `PassRecord`. Each contains the version of
+this schema, so that a folder written by another version of the code is recognized when it is opened. Increase
+`SCHEMA_VERSION` whenever a key of these classes is added or removed or changes its meaning. The keys of summary.json
+are those of the table in `quasar.results.metrics`.
 """
 
 from __future__ import annotations
@@ -195,18 +196,40 @@ class PromptRecord:
     @classmethod
     def from_json(cls, content: object) -> PromptRecord:
         """Return the record in a line. Raises ValueError if its schema version differs or a key is missing."""
-        if not isinstance(content, Mapping):
-            raise ValueError("it is not a JSON object")
-        if content.get(VERSION_KEY) != SCHEMA_VERSION:
-            found = f"{VERSION_KEY} {content[VERSION_KEY]!r}" if VERSION_KEY in content else f"no {VERSION_KEY}"
-            raise ValueError(f"it has {found}, this code reads version {SCHEMA_VERSION}")
         try:
-            values = _values(cls, content)
+            values = _values(cls, _of_this_version(content))
             values["turns"] = [Turn.from_json(turn) for turn in values["turns"]]
             values["fidelity"] = [_built(ForcedAnswer, answer) for answer in values["fidelity"]]
         except (TypeError, AttributeError) as error:
             raise ValueError(str(error)) from None
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """A line of passes.jsonl: the time of one verification pass, and of the reference's pass with one row beside it.
+
+    rows: the pass's rows, the last token and the draft tokens
+    context: number of cached tokens that both passes read
+    repetition: number of the repetition, from 0
+    pass_ms, reference_ms: durations in milliseconds
+    copy_bandwidth: bytes read and written per second by a copy that was timed in the same repetition
+    """
+
+    rows: int
+    context: int
+    repetition: int
+    pass_ms: float
+    reference_ms: float
+    copy_bandwidth: float
+
+    def to_json(self) -> Json:
+        return {VERSION_KEY: SCHEMA_VERSION, **vars(self)}
+
+    @classmethod
+    def from_json(cls, content: object) -> PassRecord:
+        """Return the record in a line. Raises ValueError if its schema version differs or a key is missing."""
+        return _built(cls, _of_this_version(content))
 
 
 @dataclass(frozen=True)
@@ -290,6 +313,16 @@ class Status:
             return None if content is None else _built(cls, content)
         except ValueError:
             return None
+
+
+def _of_this_version(content: object) -> Mapping[str, Any]:
+    """Return the JSON object of a line. Raises ValueError if it is none, or if its schema version differs."""
+    if not isinstance(content, Mapping):
+        raise ValueError("it is not a JSON object")
+    if content.get(VERSION_KEY) != SCHEMA_VERSION:
+        found = f"{VERSION_KEY} {content[VERSION_KEY]!r}" if VERSION_KEY in content else f"no {VERSION_KEY}"
+        raise ValueError(f"it has {found}, this code reads version {SCHEMA_VERSION}")
+    return content
 
 
 def _built(cls: type[Record], content: Mapping[str, Any]) -> Record:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -17,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from quasar.cache import code_version
 from quasar.config.schema import config_hash
 from quasar.errors import QuasarError, RequestError
-from quasar.results.generations import GENERATIONS, GenerationsFile
-from quasar.results.schema import Environment, Json, PromptRecord, Status
+from quasar.results.generations import GENERATIONS, PASSES, GenerationsFile, PassesFile, RecordsFile
+from quasar.results.schema import Environment, Json, PassRecord, PromptRecord, Status
+
+Record = TypeVar("Record")
 
 LOCK = ".lock"
 # `is_locked` in another process holds the lock for a moment while it checks the folder; this is long enough to wait.
@@ -51,6 +54,7 @@ class RunFolder:
                 f"{path} already contains this run; pass resume=true to continue it, or another hydra.run.dir"
             )
         GenerationsFile(path / GENERATIONS).read_on()
+        PassesFile(path / PASSES).read_on()
 
     def begin(self, command: list[str], environment: Environment) -> list[PromptRecord]:
         """Write config, environment and status; return the records of prompts that an earlier attempt finished.
@@ -86,18 +90,15 @@ class RunFolder:
 
     def append(self, record: PromptRecord) -> None:
         """Append one prompt's record and flush it to disk. If writing fails, the file is left unchanged."""
-        line = (json.dumps(record.to_json(), ensure_ascii=False) + "\n").encode()
-        descriptor = os.open(self.path / GENERATIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            before = os.fstat(descriptor).st_size
-            try:
-                _write_all(descriptor, line)
-                os.fsync(descriptor)
-            except OSError:
-                os.ftruncate(descriptor, before)
-                raise
-        finally:
-            os.close(descriptor)
+        self._append(GENERATIONS, record.to_json())
+
+    def passes(self) -> list[PassRecord]:
+        """Return the passes that an earlier attempt timed. Call it after `begin`, as it removes an incomplete line."""
+        return _recovered(PassesFile(self.path / PASSES))
+
+    def append_pass(self, record: PassRecord) -> None:
+        """Append one timed pass and flush it to disk. If writing fails, the file is left unchanged."""
+        self._append(PASSES, record.to_json())
 
     def finish(self, summary: Json) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -115,6 +116,20 @@ class RunFolder:
             if state != "running":
                 self._lock.release()
 
+    def _append(self, name: str, content: Json) -> None:
+        line = (json.dumps(content, ensure_ascii=False) + "\n").encode()
+        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, line)
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
+
     def _begin(self, command: list[str], environment: Environment) -> list[PromptRecord]:
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
@@ -123,7 +138,7 @@ class RunFolder:
         write_atomically(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(values)))
         write_atomically(self.path / "environment.json", json.dumps(environment.to_json(), indent=2) + "\n")
         self.status("running")
-        return self._recover()
+        return _recovered(GenerationsFile(self.path / GENERATIONS))
 
     def _failed(self, error: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -135,15 +150,6 @@ class RunFolder:
             return None
         first = config.read_text(encoding="utf-8").split("\n", 1)[0]
         return first.removeprefix("# config hash: ").strip()
-
-    def _recover(self) -> list[PromptRecord]:
-        """Return the records of the complete lines, and remove an incomplete line that a crash left after them."""
-        file = self.path / GENERATIONS
-        generations = GenerationsFile(file)
-        records = generations.read_on()
-        if file.exists() and generations.whole_bytes != file.stat().st_size:
-            os.truncate(file, generations.whole_bytes)
-        return records
 
 
 def write_status(folder: Path, state: str, error: str | None, config_hash: str) -> None:
@@ -187,6 +193,14 @@ def write_atomically(file: Path, content: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _recovered(lines: RecordsFile[Record]) -> list[Record]:
+    """Return the records of the complete lines, and remove an incomplete line that a crash left after them."""
+    records = lines.read_on()
+    if lines.file.exists() and lines.whole_bytes != lines.file.stat().st_size:
+        os.truncate(lines.file, lines.whole_bytes)
+    return records
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
