@@ -13,11 +13,12 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from quasar.config.schema import CONF, PublishConfig, RunConfig, register
+from quasar.config.schema import CONF, PassesConfig, PublishConfig, RunConfig, register
 from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError
 from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs
+from quasar.results.pass_rows import pass_rows_of_runs, pass_shortcomings
 from quasar.results.provenance import provenance_of
 from quasar.results.publish import RESULTS, publish, redraw, require_committable, shortcomings
 from quasar.results.rows import read_rows, rows_of_runs
@@ -30,11 +31,12 @@ SWEEPS = Path("outputs") / "experiments"
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment of conf/experiment: what it publishes, and how often it declares that prompts are decoded."""
+    """An experiment of conf/experiment: what it publishes, and how often it decodes prompts and times which passes."""
 
     name: str
     publish: PublishConfig
     repetitions: int
+    passes: PassesConfig
 
 
 def experiment_names() -> list[str]:
@@ -49,7 +51,7 @@ def load_experiment(name: str) -> Experiment:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_object(compose("config", overrides=[f"experiment={name}"]))
     assert isinstance(config, RunConfig)
-    return Experiment(name, config.publish, config.evaluate.repetitions)
+    return Experiment(name, config.publish, config.evaluate.repetitions, config.evaluate.passes)
 
 
 def reproduce(name: str, overrides: Sequence[str], prompts: Path | None, reporter: Reporter) -> Path:
@@ -72,9 +74,11 @@ def reproduce(name: str, overrides: Sequence[str], prompts: Path | None, reporte
     runs = all_runs(sweep)
     provenance = provenance_of(runs).declared(name, experiment.publish.prompts)
     rows = rows_of_runs(runs)
+    passes = pass_rows_of_runs(runs)
     reasons = shortcomings(rows, provenance, experiment.publish, experiment.repetitions)
+    reasons += pass_shortcomings(passes, experiment.passes)
     folder = sweep / "published" if reasons else COMMITTED / name
-    for file in publish(folder, rows, provenance, experiment.publish):
+    for file in publish(folder, rows, provenance, experiment.publish, passes):
         reporter.line(f"wrote {file}")
     if reasons:
         reporter.warning(f"not written to {COMMITTED / name}: {'; '.join(reasons)}")
@@ -89,7 +93,7 @@ def redraw_all(reporter: Reporter) -> None:
     """
     for folder in committed_folders():
         experiment = load_experiment(folder.name)
-        require_committable(folder, experiment.publish, experiment.repetitions)
+        require_committable(folder, experiment.publish, experiment.repetitions, experiment.passes)
         for file in redraw(folder, experiment.publish):
             reporter.line(f"wrote {file}")
 

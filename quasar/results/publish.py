@@ -1,7 +1,7 @@
-"""The committed results of an experiment: results.parquet and environment.json, and what is drawn from them.
+"""The committed results of an experiment: results.parquet, passes.parquet if it timed passes, and environment.json.
 
-`publish` writes all files of a folder in experiments/, `redraw` draws table.md and the figures again from the first
-two. Drawing the same results gives the same bytes.
+`publish` writes all files of a folder in experiments/, `redraw` draws table.md and the figures again from
+these. Drawing the same results gives the same bytes.
 """
 
 from __future__ import annotations
@@ -10,22 +10,41 @@ from pathlib import Path
 
 import pandas as pd
 
-from quasar.config.schema import PublishConfig
+from quasar.config.schema import PassesConfig, PublishConfig
 from quasar.errors import RequestError
+from quasar.results.pass_rows import pass_shortcomings
 from quasar.results.provenance import Provenance, read_provenance
 from quasar.results.rows import read_rows, write_rows
 from quasar.results.store import write_atomically
 from quasar.results.tables import document
 
-RESULTS, ENVIRONMENT, TABLE = "results.parquet", "environment.json", "table.md"
+RESULTS, PASSES, ENVIRONMENT, TABLE = "results.parquet", "passes.parquet", "environment.json", "table.md"
 
 
-def publish(folder: Path, rows: pd.DataFrame, provenance: Provenance, spec: PublishConfig) -> list[Path]:
-    """Write an experiment's results into ``folder``, then its tables and figures. Returns all files."""
+def publish(
+    folder: Path,
+    rows: pd.DataFrame,
+    provenance: Provenance,
+    spec: PublishConfig,
+    passes: pd.DataFrame | None = None,
+) -> list[Path]:
+    """Write an experiment's results into ``folder``, then its tables and figures. Returns all files.
+
+    passes: the timed passes; None if the experiment times none
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_rows(rows, folder / RESULTS)
+    written = {RESULTS: rows} if passes is None else {RESULTS: rows, PASSES: passes}
+    for name, table in written.items():
+        write_rows(table, folder / name)
+    if passes is None:
+        (folder / PASSES).unlink(missing_ok=True)
     provenance.write(folder / ENVIRONMENT)
-    return [folder / RESULTS, folder / ENVIRONMENT, *redraw(folder, spec)]
+    return [*(folder / name for name in written), folder / ENVIRONMENT, *redraw(folder, spec)]
+
+
+def read_published_passes(folder: Path) -> pd.DataFrame | None:
+    """Return the timed passes of an experiment's results; None if it has timed none."""
+    return read_rows(folder / PASSES) if (folder / PASSES).is_file() else None
 
 
 def redraw(folder: Path, spec: PublishConfig) -> list[Path]:
@@ -34,13 +53,19 @@ def redraw(folder: Path, spec: PublishConfig) -> list[Path]:
     Raises RequestError if a file is missing or damaged, or if a figure cannot be drawn from these rows.
     """
     rows, provenance = read_rows(folder / RESULTS), read_provenance(folder / ENVIRONMENT)
-    table = folder / TABLE
-    write_atomically(table, document(spec.tables, spec.by_family, rows, provenance))
-    if not spec.figures:
-        return [table]
-    from quasar.results.figures import draw  # matplotlib takes a second to import
+    passes = read_published_passes(folder)
+    files = [folder / TABLE]
+    write_atomically(files[0], document(spec.tables, spec.by_family, rows, provenance, spec.pass_tables, passes))
+    # matplotlib takes a second to import.
+    if spec.figures:
+        from quasar.results.figures import draw
 
-    return [table, *draw(spec.figures, rows, provenance, folder)]
+        files += draw(spec.figures, rows, provenance, folder)
+    if spec.pass_figures and passes is not None:
+        from quasar.results.figures.memory_wall import draw_passes
+
+        files += draw_passes(spec.pass_figures, passes, rows, provenance, folder)
+    return files
 
 
 def shortcomings(rows: pd.DataFrame, provenance: Provenance, spec: PublishConfig, repetitions: int) -> list[str]:
@@ -63,8 +88,12 @@ def shortcomings(rows: pd.DataFrame, provenance: Provenance, spec: PublishConfig
     return found
 
 
-def require_committable(folder: Path, spec: PublishConfig, repetitions: int) -> None:
-    """Raise RequestError, naming the reasons, if a folder's results may not be committed."""
+def require_committable(folder: Path, spec: PublishConfig, repetitions: int, passes: PassesConfig) -> None:
+    """Raise RequestError, naming the reasons, if a folder's results may not be committed.
+
+    repetitions, passes: what the experiment declares
+    """
     found = shortcomings(read_rows(folder / RESULTS), read_provenance(folder / ENVIRONMENT), spec, repetitions)
+    found += pass_shortcomings(read_published_passes(folder), passes)
     if found:
         raise RequestError(f"{folder}: {'; '.join(found)}; run make reproduce EXPERIMENT={folder.name} again")

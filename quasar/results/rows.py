@@ -57,6 +57,11 @@ def rows_of_runs(runs: Sequence[StoredRun]) -> pd.DataFrame:
     return table
 
 
+def arm_name(config: Json) -> str:
+    """Return the name of a run's arm: the configured one, else its verifier and drafter."""
+    return config["arm"] or f"{config['verifier']['name']}, {config['drafter']['name']}"
+
+
 def write_rows(table: pd.DataFrame, file: Path) -> None:
     table.to_parquet(file, index=False, compression="zstd")
 
@@ -73,7 +78,7 @@ def _rows_of_run(run: StoredRun) -> list[Json]:
     decode = config["decode"]
     machine = read_json(run.folder / "environment.json") or {}
     constant = {
-        "arm": config["arm"] or f"{config['verifier']['name']}, {config['drafter']['name']}",
+        "arm": arm_name(config),
         "verifier": config["verifier"]["name"],
         "drafter": config["drafter"]["name"],
         "temperature": float(decode["temperature"]),

@@ -8,10 +8,16 @@ import pandas as pd
 
 from quasar.results.estimates import QUANTITIES, Estimate, Group, Quantity, estimates, groups, varying_conditions
 from quasar.results.intervals import holm
+from quasar.results.markdown import markdown_table
 from quasar.results.metrics import MISSING
+from quasar.results.pass_tables import pass_sections
 from quasar.results.provenance import Provenance
 
 FOOTER_CHARACTERS = 118
+PASS_INTERVALS = (
+    "Times of passes are medians over repetitions, their ratios are taken within a repetition, and their brackets are "
+    "95 % intervals (percentile bootstrap over repetitions)."
+)
 _CONDITION_HEADINGS = {
     "drafter": "drafter",
     "temperature": "T",
@@ -21,31 +27,37 @@ _CONDITION_HEADINGS = {
 
 
 def document(
-    tables: Mapping[str, Sequence[str]], by_family: Sequence[str], rows: pd.DataFrame, provenance: Provenance
+    tables: Mapping[str, Sequence[str]],
+    by_family: Sequence[str],
+    rows: pd.DataFrame,
+    provenance: Provenance,
+    pass_tables: Sequence[str] = (),
+    passes: pd.DataFrame | None = None,
 ) -> str:
     """Return the content of table.md.
 
     tables: quantities by the title of their table; a table has one line per arm and condition
     by_family: quantities that get a table with a column per task family
+    pass_tables: names of tables of timed passes, which come first
+    passes: the timed passes; None if there are none
 
-    Raises KeyError for a quantity that does not exist.
+    Raises KeyError for a quantity or a table that does not exist.
     """
     used = list(dict.fromkeys([*(name for names in tables.values() for name in names), *by_family]))
     parts = [f"# {provenance.experiment or 'Sweep'}"]
+    if passes is not None:
+        sections = pass_sections(pass_tables, passes, rows)
+        parts += [f"## {table.title}\n\n{content}\n\n{_sentence(table.meaning)}" for table, content in sections]
+        parts.append(PASS_INTERVALS)
     for title, names in tables.items():
         parts += [f"## {title}", _table(rows, names)]
     for name in by_family:
         parts += [f"## By task family: {QUANTITIES[name].heading}", _family_table(rows, QUANTITIES[name])]
-    parts.append("Brackets are 95 % intervals (BCa bootstrap over prompts and repetitions).")
-    parts.append("\n".join(f"- {QUANTITIES[name].heading}: {QUANTITIES[name].meaning}." for name in used))
+    if used:
+        parts.append("Brackets are 95 % intervals (BCa bootstrap over prompts and repetitions).")
+        parts.append("\n".join(f"- {QUANTITIES[name].heading}: {QUANTITIES[name].meaning}." for name in used))
     parts.append("\n".join(provenance.footer(FOOTER_CHARACTERS)))
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose first column is aligned to the left and the others to the right."""
-    aligned = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, aligned, *lines])
 
 
 def _table(rows: pd.DataFrame, names: Sequence[str]) -> str:
@@ -94,6 +106,10 @@ def _adjusted(found: Sequence[Estimate | None]) -> list[str]:
     }
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return [_p_text(adjusted[index]) if index in adjusted else MISSING for index in range(len(found))]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _p_text(p_value: float) -> str:
