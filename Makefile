@@ -25,10 +25,9 @@ test-slurm: $(STAMP)
 	settings="$$(scripts/slurm_local.sh start)" && trap "scripts/slurm_local.sh stop" EXIT && eval "$$settings" && \
 	$(BIN)/python -m pytest -n 0 -m "slow or slurm" $(ARGS)
 
-# Products, fused ops and whole steps on this machine's CPU; writes experiments/kernels/.
+# Products and fused ops on this machine's CPU; writes experiments/kernels/. EXPERIMENT=memory_wall times whole passes.
 bench: $(STAMP)
 	$(BIN)/python -m quasar_kernels.bench $(ARGS)
-	$(BIN)/python experiments/kernels/steps.py
 
 # make reproduce EXPERIMENT=main_table [PROMPTS=folder] [LIMIT=n] [REPETITIONS=n] [ARGS=overrides]
 reproduce: $(STAMP)

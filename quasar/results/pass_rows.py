@@ -3,7 +3,7 @@
 | columns | meaning |
 | --- | --- |
 | arm, verifier | the configuration |
-| rows, context, repetition | rows of the pass, tokens of context that it reads, and the number of the repetition from 0 |
+| rows, context, repetition | rows of the pass, tokens of context that it reads, and the repetition from 0 |
 | pass_ms | time of the pass |
 | reference_ms | time of the reference's pass with one row behind the same context, right before or after it |
 | copy_bandwidth | bytes per second of a copy in the same repetition |
@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 
@@ -56,8 +55,8 @@ def pass_shortcomings(passes: pd.DataFrame | None, declared: PassesConfig) -> li
     found = []
     if counts.min() < declared.repetitions:
         found.append(f"{declared.repetitions} repetitions of every pass are declared, but there are {counts.min()}")
-    for name, values in (("rows", declared.rows), ("contexts", declared.contexts)):
-        missing = sorted(set(values) - set(passes[name.removesuffix("s") if name == "contexts" else name]))
+    for name, column, values in (("rows", "rows", declared.rows), ("contexts", "context", declared.contexts)):
+        missing = sorted(set(values) - set(passes[column]))
         if missing:
             found.append(f"no pass was timed for the declared {name} {', '.join(map(str, missing))}")
     return found

@@ -13,7 +13,6 @@ from quasar.results.markdown import markdown_table
 from quasar.results.metrics import MISSING
 from quasar.results.passes import BEND, PassTimes, pass_times, speculations
 
-
 Content = Callable[[Sequence[PassTimes], pd.DataFrame], tuple[list[str], list[list[str]]]]
 """Makes a table's headings and lines from the times of all arms and contexts and the rows of `quasar.results.rows`."""
 
@@ -127,8 +126,8 @@ PASS_TABLES: dict[str, PassTable] = {
     ),
     "break_even": PassTable(
         "When speculation pays, and the speedup that follows from τ_ref and the cost",
-        "γ is the mean draft length of the steps, τ needed = t(γ + 1) / t_ref(1) behind the measured context nearest to "
-        "theirs, predicted = τ_ref / τ needed, and residual = measured / predicted",
+        "γ is the mean draft length of the steps, τ needed = t(γ + 1) / t_ref(1) behind the measured context nearest "
+        "to theirs, predicted = τ_ref / τ needed, and residual = measured / predicted",
         _break_even,
     ),
 }

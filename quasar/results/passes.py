@@ -100,19 +100,20 @@ def pass_times(passes: pd.DataFrame) -> list[PassTimes]:
     Repetitions that lack a number of rows are left out. Raises RequestError if none is complete.
     """
     found = []
-    for (arm, context), table in passes.groupby(["arm", "context"], sort=False):
+    for _, table in passes.groupby(["arm", "context"], sort=False):
+        first = table.iloc[0]
+        arm, context = str(first["arm"]), int(first["context"])
         wide = {
             name: table.pivot(index="rows", columns="repetition", values=name).dropna(axis=1)
             for name in ("pass_ms", "reference_ms", "copy_bandwidth")
         }
-        first = table.iloc[0]
         if wide["pass_ms"].empty or wide["pass_ms"].index[0] != 1:
             raise RequestError(f"{arm}, context {context}: no repetition has timed every number of rows, with 1 first")
         found.append(
             PassTimes(
-                arm=str(arm),
+                arm=arm,
                 verifier=str(first["verifier"]),
-                context=int(context),
+                context=context,
                 rows=wide["pass_ms"].index.to_numpy(),
                 bytes_read=int(first["weight_bytes"] + first["kv_bytes"]),
                 weight_bytes=int(first["weight_bytes"]),
