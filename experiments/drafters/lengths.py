@@ -31,7 +31,7 @@ from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.prompts import Prompt, load_prompts
-from quasar.experiment.build import Prepared, choose_device, prepare
+from quasar.experiment.build import Prepared, prepare
 
 DRAFTERS = {
     "ngram": "drafter=ngram drafter.num_tokens=12",
@@ -76,11 +76,11 @@ def measured(overrides: list[str], repetitions: int) -> tuple[list[Prompt], Rate
         settings = check(compose("config", ["verifier=fp16", "data=specbench", "decode=greedy", *overrides]))
     prompts = load_prompts(settings.data)
     drafter: Drafter = build("drafter", settings.drafter)
-    parts = prepare(settings, prompts, drafter, choose_device("auto"), Reporter())
+    parts = prepare(settings, prompts, drafter, Reporter())
     encoded = [parts.tokenizer.encode_chat([{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
     for chosen in (NoneDrafter(), drafter):
         milliseconds_per_token(parts, chosen, None, encoded[0])
-    cost = measure_pass_cost(parts.verifier, encoded[0], parts.capacity)
+    cost = measure_pass_cost(parts.verifier, encoded[0], parts.verifier.capacity)
 
     choose = random.Random(0)
     lengths = [AUTOREGRESSIVE, *FIXED, AUTO]

@@ -13,11 +13,11 @@ import time
 import torch
 
 from quasar.cli import model_source
-from quasar.console import Reporter
 from quasar.decoding.draft import Context, Draft
 from quasar.decoding.sampling import Sampling
 from quasar.drafters.ngram import NgramDrafter
-from quasar.experiment.build import choose_device, choose_dtype, load_model
+from quasar.model.devices import choose_device, choose_dtype
+from quasar.model.loading import load_model
 from quasar.model.sources import locate
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
@@ -74,7 +74,7 @@ def draft_milliseconds(drafter: NgramDrafter, tokens: list[int], context_length:
 def pass_milliseconds(model: str, tokens: list[int]) -> float:
     """Median time of a pass of six rows by the 16-bit verifier."""
     device = choose_device("auto")
-    transformer = load_model(locate(model_source(model)), choose_dtype("auto", device), device, Reporter())
+    transformer = load_model(locate(model_source(model)), choose_dtype("auto", device), device)
     verifier = FP16Verifier(transformer, Setup(len(tokens) + 64))
     verifier.prefill(torch.tensor(tokens))
     times = []
