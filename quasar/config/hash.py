@@ -7,7 +7,7 @@ import json
 
 from omegaconf import DictConfig, OmegaConf
 
-NOT_HASHED = ("output_dir", "resume", "sweep", "logger")
+NOT_HASHED = ("arm", "output_dir", "resume", "sweep", "logger", "publish")
 """Keys that do not affect the results of a run, only where and how it is executed. They are not part of its hash."""
 
 

@@ -102,7 +102,8 @@ class EvaluateConfig:
     baselines: bool = MISSING
     fidelity: bool = MISSING
     accuracy: bool = MISSING
-    exactness: bool = MISSING
+    exactness: Optional[bool] = MISSING
+    repetitions: int = MISSING
 
 
 @dataclass
@@ -128,10 +129,21 @@ class SweepConfig:
 
 
 @dataclass
+class PublishConfig:
+    """The publish node of conf/experiment/*.yaml"""
+
+    prompts: Optional[int] = MISSING
+    tables: dict[str, list[str]] = MISSING
+    by_family: list[str] = MISSING
+    figures: list[str] = MISSING
+
+
+@dataclass
 class RunConfig:
     """The whole configuration. The keys of drafter and verifier are not fixed here: their classes check them."""
 
     name: str = MISSING
+    arm: Optional[str] = MISSING
     model: ModelSource = field(default_factory=ModelSource)
     drafter: dict[str, Any] = MISSING
     verifier: dict[str, Any] = MISSING
@@ -146,6 +158,7 @@ class RunConfig:
     resume: bool = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
 
 def register() -> None:
@@ -190,6 +203,8 @@ def check(config: DictConfig) -> RunConfig:
     )
     _require(typed.calibration.prompts >= 0, "calibration.prompts", typed.calibration.prompts, "at least 0 (none)")
     _require(typed.calibration.max_tokens >= 1, "calibration.max_tokens", typed.calibration.max_tokens, "at least 1")
+    repetitions = typed.evaluate.repetitions
+    _require(repetitions >= 1, "evaluate.repetitions", repetitions, "at least 1")
     devices = ("auto", "cpu", "cuda")
     _require(typed.device in devices, "device", typed.device, f"one of {', '.join(devices)}")
     dtypes = ("auto", "bfloat16", "float16", "float32")

@@ -22,12 +22,13 @@ def decode_all(
     reporter: Reporter,
     shared_baselines: Path | None = None,
 ) -> None:
-    """Decode the prompts that are not in ``records`` yet, and append their records to it and to the folder.
+    """Decode what is not in ``records`` yet, every prompt once per repetition, and append to it and to the folder.
 
     shared_baselines: see `quasar.experiment.run.run`
     """
     prompts, decoder = parts.prompts, _decoder(parts, shared_baselines)
-    done = {record.question_id for record in records}
+    done = {(record.question_id, record.repetition) for record in records}
+    planned = [(prompt, repetition) for repetition in range(parts.settings.evaluate.repetitions) for prompt in prompts]
     decoder.warm_up()
     tokens, steps = 0, 0
     finished, speed, rate = Measured(), named("tokens_per_second"), ""
@@ -36,11 +37,11 @@ def decode_all(
         def on_step(step: StepResult) -> None:
             nonlocal tokens, steps
             tokens, steps = tokens + len(step.emitted), steps + 1
-            update(len(records), len(prompts), f"{rate}acceptance length {tokens / steps:.2f}")
+            update(len(records), len(planned), f"{rate}acceptance length {tokens / steps:.2f}")
 
-        for prompt in prompts:
-            if prompt.key not in done:
-                record = decoder.decode_prompt(prompt, on_step)
+        for prompt, repetition in planned:
+            if (prompt.key, repetition) not in done:
+                record = decoder.decode_prompt(prompt, on_step, repetition)
                 folder.append(record)
                 records.append(record)
                 # The speed comes from the measured decode times; elapsed time would include baselines and fidelity.
