@@ -16,7 +16,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from quasar.config.schema import check, config_hash
+from quasar.config.hash import config_hash
+from quasar.config.schema import check
 from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError, report
 from quasar.experiment.sweep.ending import SweepEnded

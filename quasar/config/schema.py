@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -16,9 +14,6 @@ from quasar.errors import RequestError
 _CHECKOUT, _WHEEL = (Path(__file__).parents[n] / "conf" for n in (2, 1))
 CONF = _CHECKOUT if _CHECKOUT.is_dir() and not _WHEEL.is_dir() else _WHEEL
 """The configuration folder: next to the packages in a checkout, inside ``quasar`` in an installed wheel."""
-
-NOT_HASHED = ("arm", "output_dir", "resume", "sweep", "logger", "publish")
-"""Keys that do not affect the results of a run, only where and how it is executed. They are not part of its hash."""
 
 
 @dataclass
@@ -233,14 +228,6 @@ def check(config: DictConfig) -> RunConfig:
     modes = ("auto", "online", "offline")
     _require(typed.logger.mode in modes, "logger.mode", typed.logger.mode, f"one of {', '.join(modes)}")
     return typed
-
-
-def config_hash(config: DictConfig) -> str:
-    """Return a hash of twelve hex digits over everything that affects the results of a run."""
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict)
-    kept = {key: value for key, value in values.items() if key not in NOT_HASHED}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _check_passes(passes: PassesConfig) -> None:

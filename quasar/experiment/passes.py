@@ -11,13 +11,41 @@ import torch
 from quasar_kernels.bandwidth import CopyBandwidth
 
 from quasar.config.schema import PassesConfig
+from quasar.console import Reporter
 from quasar.decoding.draft import Draft
+from quasar.experiment.build import Prepared
+from quasar.experiment.decoder import WARM_UP
+from quasar.results.generations import PASSES
 from quasar.results.schema import PassRecord
+from quasar.results.store import RunFolder
 from quasar.verifiers.base import Verifier
 from quasar.verifiers.timing import pass_milliseconds
 
 Point = tuple[int, int, int]
 """What is timed: context, repetition and rows."""
+
+
+def time_passes(parts: Prepared, folder: RunFolder, reporter: Reporter) -> None:
+    """Time the passes that the run asks for and that no earlier attempt has timed, and append them to its folder."""
+    settings, verifier = parts.settings, parts.verifier
+    wanted = settings.evaluate.passes
+    if not wanted.repetitions:
+        return
+    timer = PassTimer(wanted, verifier, parts.reference, parts.tokenizer.encode_chat(WARM_UP), settings.seed)
+    done, total = folder.passes(), len(timer.points())
+    left_out = wanted.repetitions * len(wanted.rows) * len(wanted.contexts) - total
+    if left_out:
+        window = f"the model's context window of {verifier.context_length} tokens"
+        reporter.warning(f"{left_out} of {left_out + total} passes exceed {window} and are left out")
+    with reporter.live("passes") as update:
+
+        def on_record(record: PassRecord) -> None:
+            folder.append_pass(record)
+            done.append(record)
+            update(len(done), total, f"{record.rows} rows behind {record.context} tokens")
+
+        timer.run(list(done), on_record)
+    reporter.line(f"wrote {folder.path / PASSES}")
 
 
 @dataclass(frozen=True)
