@@ -25,7 +25,9 @@ def cache_capacity(prompts: Iterable[Prompt], max_new_tokens: int, tokenizer: To
 def timed_tokens(passes: PassesConfig, context_length: int) -> int:
     """Return the most tokens that timed passes read, their rows included; 0 if none are timed.
 
-    The KV cache needs room for them, because it must not grow while passes are timed. Raises RequestError if no pass fits the context window.
+    The KV cache needs room for them, because it must not grow while passes are timed.
+
+    Raises RequestError if no pass fits the context window.
     """
     if not passes.repetitions:
         return 0
