@@ -123,7 +123,7 @@ def test_a_quotient_adds_the_distances_of_the_bounds_in_quadrature() -> None:
 
 
 def decoded(**others: object) -> pd.DataFrame:
-    """Rows of one arm with two prompts: 1.5 draft tokens and 2 tokens per step, 14 ms per step and 20 per AR-ref token."""
+    """Rows of one arm: 1.5 draft tokens, 2 tokens and 14 ms per step, and 20 ms per token of AR-ref."""
     columns = {
         "arm": "int8",
         "verifier": "int8",
@@ -311,11 +311,13 @@ def test_an_interrupted_run_continues_after_its_last_whole_pass(
     assert main() == 0
     continued = file.read_bytes().splitlines(keepends=True)
     assert continued[:2] == whole[:2]
-    points = [
-        [(r["context"], r["repetition"], r["rows"]) for r in map(json.loads, lines)] for lines in (continued, whole)
-    ]
-    assert points[0] == points[1]
+    assert [_point(line) for line in continued] == [_point(line) for line in whole]
     assert len(read_passes(tmp_path / "out")) == 4
 
     file.write_text(json.dumps({**json.loads(whole[0]), "schema_version": 1}) + "\n")
     assert main() == 2
+
+
+def _point(line: bytes) -> tuple[int, int, int]:
+    record = json.loads(line)
+    return record["context"], record["repetition"], record["rows"]

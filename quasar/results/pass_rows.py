@@ -19,7 +19,7 @@ import pandas as pd
 from quasar.config.schema import PassesConfig
 from quasar.errors import RequestError
 from quasar.results.generations import read_passes
-from quasar.results.rows import arm_name
+from quasar.results.labels import arm_names
 from quasar.results.runs import StoredRun
 from quasar.results.schema import Json
 
@@ -32,7 +32,7 @@ def pass_rows_of_runs(runs: Sequence[StoredRun]) -> pd.DataFrame | None:
 
     Raises RequestError if two runs of the same arm timed passes.
     """
-    rows = [row for run in runs for row in _rows_of_run(run)]
+    rows = [row for run, arm in zip(runs, arm_names(runs), strict=True) for row in _rows_of_run(run, arm)]
     if not rows:
         return None
     table = pd.DataFrame(rows)
@@ -62,9 +62,9 @@ def pass_shortcomings(passes: pd.DataFrame | None, declared: PassesConfig) -> li
     return found
 
 
-def _rows_of_run(run: StoredRun) -> list[Json]:
+def _rows_of_run(run: StoredRun, name: str) -> list[Json]:
     facts = {"weight_bytes": run.summary.get("weight_bytes")}
-    arm = {"arm": arm_name(run.config), "verifier": run.config["verifier"]["name"]}
+    arm = {"arm": name, "verifier": run.config["verifier"]["name"]}
     per_token = run.summary.get("kv_bytes_per_token", 0)
     return [
         {**arm, **vars(record), **facts, "kv_bytes": per_token * record.context} for record in read_passes(run.folder)
