@@ -80,7 +80,7 @@ def reproduce(name: str, overrides: Sequence[str], prompts: Path | None, reporte
     reasons = shortcomings(rows, provenance, experiment.publish, experiment.repetitions)
     reasons += pass_shortcomings(passes, experiment.passes)
     folder = sweep / "published" if reasons else COMMITTED / name
-    for file in publish(folder, rows, provenance, experiment.publish, passes):
+    for file in publish(folder, rows, provenance, experiment.publish, complete=not reasons, passes=passes):
         reporter.line(f"wrote {file}")
     if reasons:
         reporter.warning(f"not written to {COMMITTED / name}: {'; '.join(reasons)}")

@@ -26,10 +26,13 @@ def publish(
     rows: pd.DataFrame,
     provenance: Provenance,
     spec: PublishConfig,
+    *,
+    complete: bool = True,
     passes: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Write an experiment's results into ``folder``, then its tables and figures. Returns all files.
 
+    complete: whether every figure must be drawn; if not, those for which there are too few rows are left out
     passes: the timed passes; None if the experiment times none
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +42,7 @@ def publish(
     if passes is None:
         (folder / PASSES).unlink(missing_ok=True)
     provenance.write(folder / ENVIRONMENT)
-    return [*(folder / name for name in written), folder / ENVIRONMENT, *redraw(folder, spec)]
+    return [*(folder / name for name in written), folder / ENVIRONMENT, *redraw(folder, spec, complete)]
 
 
 def read_published_passes(folder: Path) -> pd.DataFrame | None:
@@ -47,23 +50,26 @@ def read_published_passes(folder: Path) -> pd.DataFrame | None:
     return read_rows(folder / PASSES) if (folder / PASSES).is_file() else None
 
 
-def redraw(folder: Path, spec: PublishConfig) -> list[Path]:
+def redraw(folder: Path, spec: PublishConfig, complete: bool = True) -> list[Path]:
     """Draw the tables and figures of an experiment from its results. Returns the files.
 
-    Raises RequestError if a file is missing or damaged, or if a figure cannot be drawn from these rows.
+    Raises RequestError if a file is missing or damaged, or if a figure of ``complete`` results cannot be drawn.
     """
     rows, provenance = read_rows(folder / RESULTS), read_provenance(folder / ENVIRONMENT)
     passes = read_published_passes(folder)
     files = [folder / TABLE]
     write_atomically(files[0], document(spec.tables, spec.by_family, rows, provenance, spec.pass_tables, passes))
     # matplotlib takes a second to import.
-    if spec.figures:
-        from quasar.results.figures import draw
+    from quasar.results.figures import draw
+    from quasar.results.figures.memory_wall import draw_passes
 
-        files += draw(spec.figures, rows, provenance, folder)
-    if spec.pass_figures and passes is not None:
-        from quasar.results.figures.memory_wall import draw_passes
-
+    for name in spec.figures:
+        try:
+            files += draw([name], rows, provenance, folder)
+        except RequestError:
+            if complete:
+                raise
+    if passes is not None:
         files += draw_passes(spec.pass_figures, passes, rows, provenance, folder)
     return files
 
