@@ -20,9 +20,12 @@ from quasar.results.collect import all_runs
 from quasar.results.estimates import QUANTITIES, groups
 from quasar.results.excerpts import refreshed
 from quasar.results.figures import FIGURES
+from quasar.results.figures.memory_wall import PASS_FIGURES
 from quasar.results.metrics import named
+from quasar.results.pass_rows import pass_shortcomings
+from quasar.results.pass_tables import PASS_TABLES
 from quasar.results.provenance import read_provenance
-from quasar.results.publish import RESULTS, TABLE, redraw, shortcomings
+from quasar.results.publish import PASSES, RESULTS, TABLE, read_published_passes, redraw, shortcomings
 from quasar.results.rows import read_rows
 from quasar.results.runs import read_config
 from quasar.results.tables import document
@@ -48,9 +51,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_experiment_names_quantities_and_figures_that_exist(name: str) -> None:
     spec = reproduction.load_experiment(name).publish
     quantities = [*(entry for names in spec.tables.values() for entry in names), *spec.by_family]
-    assert quantities
+    assert quantities or spec.pass_tables
     assert set(quantities) <= set(QUANTITIES)
     assert set(spec.figures) <= {figure.name for figure in FIGURES}
+    assert set(spec.pass_tables) <= set(PASS_TABLES)
+    assert set(spec.pass_figures) <= {figure.name for figure in PASS_FIGURES}
     assert spec.prompts is not None
 
 
@@ -191,10 +196,13 @@ def test_committed_tables_and_figures_are_those_of_their_results(folder: Path, t
     experiment = reproduction.load_experiment(folder.name)
     rows, provenance = read_rows(folder / RESULTS), read_provenance(folder / "environment.json")
     assert shortcomings(rows, provenance, experiment.publish, experiment.repetitions) == []
-    spec = experiment.publish
-    assert (folder / TABLE).read_text(encoding="utf-8") == document(spec.tables, spec.by_family, rows, provenance)
-    for name in (RESULTS, "environment.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    spec, passes = experiment.publish, read_published_passes(folder)
+    assert pass_shortcomings(passes, experiment.passes) == []
+    expected = document(spec.tables, spec.by_family, rows, provenance, spec.pass_tables, passes)
+    assert (folder / TABLE).read_text(encoding="utf-8") == expected
+    for name in (RESULTS, PASSES, "environment.json"):
+        if (folder / name).exists():
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
     for file in redraw(tmp_path, spec):
         if file.suffix == ".svg":
             assert file.read_text() == (folder / file.name).read_text(), file.name

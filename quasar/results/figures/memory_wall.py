@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from quasar.errors import RequestError
 from quasar.results.figures import style
+from quasar.results.figures.marks import logarithmic
 from quasar.results.intervals import Estimate
 from quasar.results.passes import BEND, PassTimes, pass_times, speculations
 from quasar.results.provenance import Provenance
@@ -24,7 +25,7 @@ SHOWN_ROWS = 6
 _MARKERS = ("o", "s", "^", "D", "P", "X", "v", "*")
 _LABEL_DISTANCE = 0.055
 """Least distance of two labels at the ends of lines, as a share of the axis."""
-_MOST_TICKS = 8
+_ENDS: tuple[tuple[Callable[..., float], str], ...] = ((min, "min"), (max, "max"))
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,17 @@ def draw_wall(picture: style.Picture, times: Sequence[PassTimes], rows: pd.DataF
             _line(right, [found.context for found in own], values, colour, marker)
         right.set_xlabel("tokens of context")
         right.set_title(f"a pass with {shown} rows", loc="left")
-        _numbers(right, "x", contexts)
+        _measured_axis(right, contexts)
     left.axhline(BEND, color=style.GREY, linewidth=style.THIN, zorder=1)
     left.set_xlabel("M, rows of the pass: last token + draft")
     left.set_ylabel("time of the pass / own time with 1 row")
     left.set_title(f"behind {context} tokens; dashed: bytes / copy bandwidth; |: {BEND}x", loc="left")
-    for axes in {left, right}:
-        axes.set_yscale("log")
+    # The axes share their scale, so the last one that is set has to show the values of both.
+    low, high = (pick(getattr(axes.dataLim, f"y{end}") for axes in (left, right)) for pick, end in _ENDS)
+    for axes in (left, right):
         axes.axhline(1, color=style.GREY, linewidth=style.THIN, zorder=1)
-    _numbers(left, "x", [int(number) for number in times[0].rows])
-    _numbers(left, "y", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50))
+        logarithmic(axes, "y", min(low, 1.0), max(high, BEND), "x")
+    _measured_axis(left, times[0].rows.tolist())
     _label_ends(left, ends)
 
 
@@ -130,10 +132,9 @@ def draw_break_even(picture: style.Picture, times: Sequence[PassTimes], rows: pd
     for entry in measured:
         colour, marker = looks[entry.group.arm]
         _line(axes, [1 + entry.draft_tokens], [entry.tau_ref], colour, marker)
-    axes.set_yscale("log")
-    _numbers(axes, "x", [int(number) for number in times[0].rows])
-    _numbers(axes, "y", (0.2, 0.5, 1, 2, 5, 10, 20, 50))
+    logarithmic(axes, "y", min(axes.dataLim.ymin, 1.0), max(axes.dataLim.ymax, 1.0))
     axes.axhline(1, color=style.GREY, linewidth=style.THIN, zorder=1)
+    _measured_axis(axes, times[0].rows.tolist())
     axes.set_xlabel("1 + draft tokens per step")
     axes.set_ylabel("tokens per step")
     axes.set_title(f"lines: τ needed behind {context} tokens; marks: τ_ref", loc="left")
@@ -164,25 +165,29 @@ def _nearest(values: set[int], wanted: int) -> int:
     return min(values, key=lambda value: abs(math.log(value / wanted)))
 
 
-def _numbers(axes: Axes, side: str, values: Sequence[float]) -> None:
-    """Make an axis logarithmic, with plain numbers at some of ``values``."""
-    every = math.ceil(len(values) / _MOST_TICKS)
-    axis = axes.xaxis if side == "x" else axes.yaxis
-    if side == "x":
-        axes.set_xscale("log")
-    axis.set_major_locator(FixedLocator(list(values[::every])))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(ScalarFormatter())
+def _measured_axis(axes: Axes, values: Sequence[int]) -> None:
+    """Make the x axis logarithmic, with a tick at every measured number that is at least twice the one before."""
+    ticks: list[int] = []
+    for value in values:
+        if not ticks or value >= 2 * ticks[-1]:
+            ticks.append(int(value))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Write every arm's name at the right of its line, (name, x, y, colour), apart from each other."""
-    axes.autoscale_view()
     low, high = (math.log(bound) for bound in axes.get_ylim())
-    place = -math.inf
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-        place = max(place + _LABEL_DISTANCE, (math.log(y) - low) / (high - low))
-        height = math.exp(low + place * (high - low))
+    ordered = sorted(ends, key=lambda end: end[2])
+    places: list[float] = []
+    for _, _, y, _ in ordered:
+        lowest = places[-1] + _LABEL_DISTANCE if places else 0.0
+        places.append(max(lowest, (math.log(y) - low) / (high - low)))
+    beyond = max(0.0, places[-1] - 1) if places else 0.0
+    for place, (name, x, _, colour) in zip(places, ordered, strict=True):
+        height = math.exp(low + (place - beyond) * (high - low))
         axes.annotate(
             name,
             (x, height),
