@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
 from quasar.errors import RequestError
 from quasar.results.figures import style
@@ -25,7 +25,8 @@ SHOWN_ROWS = 6
 _MARKERS = ("o", "s", "^", "D", "P", "X", "v", "*")
 _LABEL_DISTANCE = 0.055
 """Least distance of two labels at the ends of lines, as a share of the axis."""
-_ENDS: tuple[tuple[Callable[..., float], str], ...] = ((min, "min"), (max, "max"))
+_TOKENS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Ticks of the axis of tokens per step."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def draw_wall(picture: style.Picture, times: Sequence[PassTimes], rows: pd.DataF
     left.set_xlabel("M, rows of the pass: last token + draft")
     left.set_ylabel("time of the pass / own time with 1 row")
     left.set_title(f"behind {context} tokens; dashed: bytes / copy bandwidth; |: {BEND}x", loc="left")
-    # The axes share their scale, so the last one that is set has to show the values of both.
-    low, high = (pick(getattr(axes.dataLim, f"y{end}") for axes in (left, right)) for pick, end in _ENDS)
+    # The axes share their scale, which has to show the values of both.
+    low, high = min(left.dataLim.ymin, right.dataLim.ymin), max(left.dataLim.ymax, right.dataLim.ymax)
     for axes in (left, right):
         axes.axhline(1, color=style.GREY, linewidth=style.THIN, zorder=1)
         logarithmic(axes, "y", min(low, 1.0), max(high, BEND), "x")
@@ -133,6 +134,8 @@ def draw_break_even(picture: style.Picture, times: Sequence[PassTimes], rows: pd
         colour, marker = looks[entry.group.arm]
         _line(axes, [1 + entry.draft_tokens], [entry.tau_ref], colour, marker)
     logarithmic(axes, "y", min(axes.dataLim.ymin, 1.0), max(axes.dataLim.ymax, 1.0))
+    axes.yaxis.set_major_locator(FixedLocator(_TOKENS))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.axhline(1, color=style.GREY, linewidth=style.THIN, zorder=1)
     _measured_axis(axes, times[0].rows.tolist())
     axes.set_xlabel("1 + draft tokens per step")
