@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from quasar.main import main
 from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs
 from quasar.results.estimates import QUANTITIES, groups
+from quasar.results.excerpts import refreshed
 from quasar.results.figures import FIGURES
 from quasar.results.metrics import named
 from quasar.results.provenance import read_provenance
@@ -165,7 +167,7 @@ def test_agreement_compares_intervals(published: Path) -> None:
 
 
 def test_an_unknown_experiment_is_refused() -> None:
-    with pytest.raises(RequestError, match="experiment=nosuch: not in conf/experiment; choose one of .*main_table"):
+    with pytest.raises(RequestError, match=r"experiment=nosuch: not in conf/experiment; choose one of .*main_table"):
         reproduction.load_experiment("nosuch")
 
 
@@ -181,6 +183,26 @@ def test_committed_tables_and_figures_are_those_of_their_results(folder: Path, t
     for file in redraw(tmp_path, spec):
         if file.suffix == ".svg":
             assert file.read_text() == (folder / file.name).read_text(), file.name
+
+
+@pytest.mark.parametrize("file", reproduction.readmes(), ids=str)
+def test_tables_in_readmes_are_those_of_the_results(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert refreshed(text, Path()) == text
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (file.parent / picture).is_file(), picture
+
+
+def test_a_table_is_copied_into_its_place(tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("# x\n\n## Speed\n\n| a |\n| --- |\n| 1 |\n\n## Other\n\n| b |\n")
+    text = "before\n<!-- table: table.md, Speed -->\nold\n<!-- end -->\nafter\n"
+    copied = "before\n<!-- table: table.md, Speed -->\n\n| a |\n| --- |\n| 1 |\n\n<!-- end -->\nafter\n"
+    assert refreshed(text, tmp_path) == copied
+    assert refreshed(copied, tmp_path) == copied
+    with pytest.raises(RequestError, match="has no section 'Nothing'"):
+        refreshed(text.replace("Speed", "Nothing"), tmp_path)
+    with pytest.raises(RequestError, match=r"none\.md: cannot be read"):
+        refreshed(text.replace("table.md", "none.md"), tmp_path)
 
 
 def test_metrics_and_quantities_of_one_name_have_one_format() -> None:

@@ -18,9 +18,11 @@ from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError
 from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs
+from quasar.results.excerpts import refreshed
 from quasar.results.provenance import provenance_of
 from quasar.results.publish import RESULTS, publish, redraw, require_committable, shortcomings
 from quasar.results.rows import read_rows, rows_of_runs
+from quasar.results.store import write_atomically
 
 COMMITTED = Path("experiments")
 """The folder of committed results, one folder per experiment."""
@@ -83,7 +85,7 @@ def reproduce(name: str, overrides: Sequence[str], prompts: Path | None, reporte
 
 
 def redraw_all(reporter: Reporter) -> None:
-    """Draw the tables and figures of all committed results again.
+    """Draw the tables and figures of all committed results again, and copy tables into the README files.
 
     Raises RequestError if results may not be committed, or their experiment is no longer in conf/experiment.
     """
@@ -92,6 +94,13 @@ def redraw_all(reporter: Reporter) -> None:
         require_committable(folder, experiment.publish, experiment.repetitions)
         for file in redraw(folder, experiment.publish):
             reporter.line(f"wrote {file}")
+    for file in readmes():
+        write_atomically(file, refreshed(file.read_text(encoding="utf-8"), Path()))
+
+
+def readmes() -> list[Path]:
+    """Return the README files that may contain tables of committed results."""
+    return [file for file in (Path("README.md"), *sorted(COMMITTED.glob("**/README.md"))) if file.is_file()]
 
 
 def committed_folders() -> list[Path]:
