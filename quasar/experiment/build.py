@@ -13,7 +13,6 @@ import torch
 
 from quasar.config.build import build, node_named
 from quasar.config.schema import RunConfig
-from quasar.console import Reporter
 from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter, Resources
 from quasar.evaluation.calibration import prepare_calibration
@@ -26,6 +25,7 @@ from quasar.model.loading import load_model
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.model.transformer import Transformer
+from quasar.results.console import Reporter
 from quasar.results.environment import describe_machine
 from quasar.results.schema import Machine
 from quasar.verifiers.base import LayeredVerifier, Setup, Verifier
