@@ -11,7 +11,7 @@ import torch
 
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu.library import backend
-from quasar_kernels.gpu import gpu_backend
+from quasar_kernels.gpu import has_gpu_kernels
 from quasar_kernels.weights import Quantized
 
 
@@ -55,7 +55,7 @@ class Op:
                 cpu = self.cpu
                 if cpu is not None and cpu.supports(*arguments) and (library := backend()) is not None:
                     return cpu.run(library, *arguments)
-            elif self.triton is not None and gpu_backend(rows) is not None and self.triton.supports(*arguments):
+            elif self.triton is not None and has_gpu_kernels(rows) and self.triton.supports(*arguments):
                 return self.triton.run(*arguments)
         return self.plain(*arguments)
 

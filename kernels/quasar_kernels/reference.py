@@ -1,16 +1,11 @@
-"""Definitions in PyTorch's own operations that several ops share: int8 and int4, norms, rotation, attention."""
+"""Definitions in PyTorch's own operations that several ops share: int8 and int4, norms, rotation."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 INT8_MAX = 127
-# Float32 is the mode in which exactness is asserted. There, attention of blocks up to this size accumulates in
-# float64, so that a row's result does not depend on how many other rows share its block: an int8 activation
-# quantizer behind it would turn a difference in the last bit into a different integer.
-EXACT_BLOCK = 128
 
 
 def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -60,24 +55,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (wide * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """Softmax attention of a block over the first S slots: q [R, H, D]; keys, values [H_kv, capacity, D]; visible bool
-    [R, S]; returns [R, H * D].
-
-    The H / H_kv query heads of a KV head are packed into rows, so that each key is read once.
-    """
-    keys, values = keys[:, : visible.shape[1]], values[:, : visible.shape[1]]
-    rows, heads, head_dim = q.shape
-    kv_heads = keys.shape[0]
-    group = heads // kv_heads
-    packed = q.transpose(0, 1).reshape(1, kv_heads, group * rows, head_dim)
-    mask = visible.repeat(group, 1)
-    if q.dtype == torch.float32 and rows <= EXACT_BLOCK:
-        packed, keys, values = packed.double(), keys.double(), values.double()
-    out = F.scaled_dot_product_attention(packed, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask)
-    return out.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)
 
 
 def widened(x: Tensor) -> Tensor:

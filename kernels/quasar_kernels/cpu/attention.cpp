@@ -317,13 +317,12 @@ void attend_batch(const Attention& job, int32_t threads) {
 
 void quasar_attention(const uint16_t* q, const uint16_t* keys, const uint16_t* values, const uint8_t* mask, uint16_t* out,
                       const int64_t* start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                      int64_t slots, int64_t head_stride, int32_t threads) {
+                      int64_t head_stride, int32_t threads) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    const int64_t prefix = start == nullptr ? 0 : *start;
-    if (start != nullptr) slots = prefix + rows;
+    const int64_t prefix = *start, slots = prefix + rows;
     for (int64_t row = 0; row < rows; row += BATCH_ROWS) {
         const int64_t offset = row * heads * head_dim;
-        attend_batch({q + offset, keys, values, mask + row * (slots - prefix), out + offset,
+        attend_batch({q + offset, keys, values, mask + row * rows, out + offset,
                       std::min(BATCH_ROWS, rows - row), heads, kv_heads, head_dim, slots, prefix, head_stride, scale},
                      threads);
     }

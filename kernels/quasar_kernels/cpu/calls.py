@@ -145,12 +145,12 @@ def rotary_write(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: Tensor | None,
+    start: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """start: int64 [1], the first slot when the kernel runs, or None for 0. The rows must fit into the cache."""
+    """start: int64 [1], the first slot, which the kernel reads when it runs. The rows must fit the cache."""
     qkv = qkv.contiguous()
     rows = len(qkv)
     kv_heads, _, head_dim = keys.shape
@@ -165,7 +165,7 @@ def rotary_write(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
-        None if start is None else start.data_ptr(),
+        start.data_ptr(),
         rows,
         heads,
         kv_heads,
@@ -177,16 +177,15 @@ def rotary_write(
     return q
 
 
-def block_attention(
-    library: Library, q: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, mask: Tensor
-) -> Tensor:
-    """mask: bool [R, R] over the slots from ``start``, int64 [1], on, and every row sees those before; without a start
-    bool [R, S] over the first S slots. Raises ValueError for a mask of another shape."""
+def block_attention(library: Library, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+    """Every row attends to all slots below ``start``, int64 [1], and to the rows of the block that mask allows.
+
+    mask: bool [R, R]. Raises ValueError for a mask of another shape.
+    """
     q, mask = q.contiguous(), mask.contiguous()
     rows, heads, head_dim = q.shape
-    kv_heads, slots = len(keys), mask.shape[1]
-    if len(mask) != rows or slots > (keys.shape[1] if start is None else rows):
-        raise ValueError(f"mask {list(mask.shape)} does not fit {rows} rows and {keys.shape[1]} slots")
+    if mask.shape != (rows, rows):
+        raise ValueError(f"mask {list(mask.shape)} does not fit {rows} rows; it must be [{rows}, {rows}]")
     out = torch.empty((rows, heads * head_dim), dtype=torch.bfloat16)
     library.attention(
         q.data_ptr(),
@@ -194,12 +193,11 @@ def block_attention(
         values.data_ptr(),
         mask.data_ptr(),
         out.data_ptr(),
-        None if start is None else start.data_ptr(),
+        start.data_ptr(),
         rows,
         heads,
-        kv_heads,
+        len(keys),
         head_dim,
-        slots,
         keys.stride(0),
         torch.get_num_threads(),
     )

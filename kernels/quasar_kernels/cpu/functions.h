@@ -29,19 +29,19 @@ FUNCTION(silu_mul, const uint8_t *gate_up, uint8_t *out, int8_t *quantized, floa
 FUNCTION(first_maxima, const uint8_t *x, int64_t *indices, int64_t rows, int64_t size, int32_t threads)
 
 // qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q
-// [rows][heads][head_dim], rotated keys and values to slots `*start` on (0 without one) of keys and values
-// [kv_heads][..][head_dim], head_stride elements from head to head. q_weight, k_weight: norms of the heads
+// [rows][heads][head_dim]; rotated keys and values go to the slots from `*start` on of keys and values
+// [kv_heads][..][head_dim], with head_stride elements from head to head. q_weight, k_weight: weights of the heads' norms
 // [head_dim], or null.
 FUNCTION(rotary_write, const uint8_t *qkv, const float *cosines, const float *sines, const uint8_t *q_weight,
          const uint8_t *k_weight, uint8_t *q, uint8_t *keys, uint8_t *values, const int64_t *start, int64_t rows,
          int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps, int32_t threads)
 
-// q [rows][heads][head_dim], out likewise; keys, values [kv_heads][..][head_dim], head_stride elements from head to
-// head; head_dim: a multiple of 32, at most 512. Without `start` mask [rows][slots] tells which of the first `slots`
-// slots a row sees; with it every row sees all slots below `*start`, and mask [rows][rows] speaks of those behind.
+// q and out [rows][heads][head_dim]; keys, values [kv_heads][..][head_dim], with head_stride elements from head to head;
+// head_dim is a multiple of 32, at most 512. Every row attends to all slots below `*start`, and to row j of the block, in
+// slot `*start + j`, if its element j of mask [rows][rows] is nonzero.
 FUNCTION(attention, const uint16_t *q, const uint16_t *keys, const uint16_t *values, const uint8_t *mask,
          uint16_t *out, const int64_t *start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-         int64_t slots, int64_t head_stride, int32_t threads)
+         int64_t head_stride, int32_t threads)
 
 // Asks for huge pages below a buffer that has not been written yet.
 FUNCTION(advise_huge_pages, uint8_t *memory, int64_t bytes)

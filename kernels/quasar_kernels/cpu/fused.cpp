@@ -140,7 +140,7 @@ void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* 
                          const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, const int64_t* start,
                          int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,
                          int32_t threads) {
-    const int64_t width = (heads + 2 * kv_heads) * head_dim, first = start == nullptr ? 0 : *start;
+    const int64_t width = (heads + 2 * kv_heads) * head_dim, first = *start;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_ELEMENTS)
     for (int64_t row = 0; row < rows; ++row) {
         const uint8_t* source = qkv + 2 * row * width;
