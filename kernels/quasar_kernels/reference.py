@@ -1,4 +1,4 @@
-"""Definitions in PyTorch's own operations that several ops share: int8 and int4, norms, rotation."""
+"""Definitions in PyTorch's own operations that several ops use: int8 and int4, norms, rotation."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
     size = group_size or x.shape[1]
     groups = x.float().view(len(x), x.shape[1] // size, size)
     largest = groups.abs().amax(dim=2, keepdim=True)
-    # By a number, CUDA would multiply with the rounded reciprocal: half the largest value of a row, a tie, would then
-    # round differently from device to device and from kernel to kernel.
+    # CUDA divides by a constant by multiplying by its rounded reciprocal. A value of half the largest one, which is a
+    # tie, would then round differently from device to device and from kernel to kernel.
     scales = largest / torch.full_like(largest, INT8_MAX)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return torch.round(groups / scales).to(torch.int8).view(x.shape), scales.squeeze(2)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """uint8 [N, K / 2] with element 2 j in the low and 2 j + 1 in the high half of byte j -> uint8 [N, K] in 0..15."""
+    """Unpack uint8 [N, K / 2] to uint8 [N, K] in 0..15. Byte j contains element 2 j in its low half, 2 j + 1 in its
+    high."""
     return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1)
 
 
 def pack_int4(values: Tensor) -> Tensor:
-    """Inverse of `unpack_int4`: uint8 [N, K] in 0..15 -> uint8 [N, K / 2]."""
+    """Pack uint8 [N, K] in 0..15 to uint8 [N, K / 2]. This is the inverse of `unpack_int4`."""
     return values[:, 0::2] | (values[:, 1::2] << 4)
 
 
 def dequantize_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """float32 [N, K] of ``(q - zero) * scale``, scales and zeros [N, K / group_size]."""
+    """Return ``(q - zero) * scale``, float32 [N, K]. scales, zeros: [N, K / group_size]."""
     values = unpack_int4(packed).float()
     groups = values.view(values.shape[0], scales.shape[1], -1)
     return ((groups - zeros.float().unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square normalization over the last dimension (Zhang & Sennrich 2019), computed in float32 or
-    better, and rounded to the dtype of x before it is multiplied by the weight."""
+    """Compute root mean square normalization over the last dimension (Zhang & Sennrich 2019).
+
+    It is computed in float32, or in float64 for float64, and rounded to the dtype of x before the multiplication by the
+    weight.
+    """
     wide = widened(x)
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normalized.to(x.dtype)
@@ -58,5 +62,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def widened(x: Tensor) -> Tensor:
-    """x as float32, or as it is if it is float64."""
+    """Return x as float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,7 +1,7 @@
 """Calls of the library's functions on tensors.
 
-The ops between the matmuls take bfloat16 tensors on the CPU; `fits` and `fits_heads` tell whether the library takes
-these, and nothing here checks it again.
+The ops between the matmuls take bfloat16 tensors on the CPU. `fits` and `fits_heads` return whether the library takes
+given tensors; the other functions do not check this again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MAX_HEAD_DIM = 512
 
 
 def fits(x: Tensor, size: int, multiple: int = LANES) -> bool:
-    """Whether x is bfloat16, and size a multiple of the vector length."""
+    """Return whether x is bfloat16 and ``size`` a multiple of ``multiple``."""
     return x.dtype == torch.bfloat16 and size % multiple == 0
 
 
 def fits_heads(x: Tensor, keys: Tensor) -> bool:
-    """Whether x and a cache [H_kv, capacity, D] like its keys fit."""
+    """Return whether the library takes x with a cache [H_kv, capacity, D] whose keys are ``keys``."""
     head_dim = keys.shape[2]
     fitting_cache = head_dim <= MAX_HEAD_DIM and keys.stride()[1:] == (head_dim, 1) and keys.dtype == x.dtype
     return fitting_cache and fits(x, head_dim, HEAD_DIM_MULTIPLE)
@@ -44,12 +44,12 @@ def multiply(
     token_scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x W^T + bias`` with one of a library's matmuls.
+    """Compute ``x W^T + bias`` with one of the library's matmuls.
 
     x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, G] (one for int8 weights, else
     one for each of the weight's groups) and the ``dtype`` of the result; bias: bfloat16 or float32 [N].
     Returns [M, N] in the dtype of x.
-    Raises ValueError for other shapes, dtypes or devices: the library itself checks nothing.
+    Raises ValueError for other shapes, dtypes or devices, because the library itself checks nothing.
     """
     if dtype is None:
         dtype = x.dtype
@@ -91,7 +91,7 @@ def multiply(
 def rms_norm(
     library: Library, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The normalized rows of ``x + residual``, and that sum."""
+    """Return the normalized rows of ``x + residual``, and the sum."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     return out, _rms_norm(library, x, weight, eps, residual, out.data_ptr())
@@ -105,7 +105,7 @@ def rms_norm_quantize(
     residual: Tensor | None = None,
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalized rows of ``x + residual`` [M, K], as int8 and their scales [M, K / group_size], and that sum."""
+    """Return the normalized rows of ``x + residual`` [M, K] as int8, their scales [M, K / group_size], and the sum."""
     x = x.contiguous()
     values, scales = _quantized(len(x), x.shape[1], group_size)
     return values, scales, _rms_norm(library, x, weight, eps, residual, None, (values, scales))
@@ -131,7 +131,7 @@ def silu_mul_quantize(library: Library, gate_up: Tensor, group_size: int | None 
 
 
 def first_maxima(library: Library, x: Tensor) -> Tensor:
-    """int64 [M], for x [M, S]."""
+    """Return the argmax of each row of x [M, S], int64 [M]."""
     x = x.contiguous()
     indices = torch.empty(len(x), dtype=torch.int64)
     library.first_maxima(x.data_ptr(), indices.data_ptr(), *x.shape, torch.get_num_threads())
@@ -205,7 +205,7 @@ def block_attention(library: Library, q: Tensor, keys: Tensor, values: Tensor, s
 
 
 def _quantized(rows: int, size: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Room for int8 values [rows, size] and their scales."""
+    """Allocate int8 values [rows, size] and their scales."""
     groups = size // (group_size or size)
     return torch.empty((rows, size), dtype=torch.int8), torch.empty((rows, groups), dtype=torch.float32)
 
@@ -219,7 +219,7 @@ def _rms_norm(
     out: int | None,
     quantized: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Normalize into ``out``, or into ``quantized`` values and scales; returns the sum that was normalized."""
+    """Write the normalized rows to ``out``, or to ``quantized`` as values and scales; return the sum before."""
     total, total_pointer, residual_pointer = x, None, None
     if residual is not None:
         residual = residual.contiguous()

@@ -17,20 +17,23 @@ would otherwise turn a difference in the last bit into a different integer."""
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
-    """Softmax attention; every row sees every slot below ``start``.
+    """Compute softmax attention. Every row attends to every slot below ``start``.
 
-    q: float [R, H, D]; keys, values: [H_kv, capacity, D], the block's own rows at slots ``start`` on (int64 [1], read
-    when the kernel runs); block_mask: bool or integer [R, R], True where a row sees a row of the block. Query head h
-    reads KV head h // (H / H_kv). Returns [R, H D] in the dtype of q. On a CPU in bfloat16 a row's result depends
-    neither on the other rows nor on slots that it does not see.
+    q: float [R, H, D]; keys, values: [H_kv, capacity, D], with the rows of the block in the slots from ``start`` on
+    (int64 [1], read when the kernel runs); block_mask: bool or integer [R, R], nonzero if a row attends to a row of the
+    block. Query head h reads KV head h // (H / H_kv). Returns [R, H D] in the dtype of q. On a CPU in bfloat16, a row's
+    result does not depend on the other rows or on slots that the row does not attend to.
     """
     out: Tensor = OP(q, keys, values, start, block_mask)
     return out
 
 
 def _plain(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
-    """For blocks of any size; gradients pass through it. It does not wait for the device to learn ``start``, so it
-    reads every slot of ``keys``: a caller that knows where the block ends gives it no more."""
+    """Compute blocks of any size, with gradients.
+
+    To read ``start`` it would have to wait for the device, so it reads every slot of ``keys``. A caller that knows
+    where the block ends passes only the slots up to there.
+    """
     rows = len(q)
     place = torch.arange(keys.shape[1], device=q.device) - start
     in_block = (place >= 0) & (place < rows)
@@ -61,7 +64,7 @@ def _library_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block
 def _triton_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> bool:
     from quasar_kernels.triton.tuning import MAX_ROWS
 
-    # For more rows, those of a prompt, the kernel would split the context for each of them.
+    # The kernel would split the context for each of the many rows of a prompt.
     return in_16_bit(q) and len(q) <= MAX_ROWS
 
 
