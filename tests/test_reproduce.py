@@ -11,12 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from quasar.config.schema import PublishConfig
-from quasar.console import Reporter
 from quasar.errors import RequestError
 from quasar.experiment import reproduce as reproduction
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs
+from quasar.results.console import Reporter
 from quasar.results.estimates import QUANTITIES, groups
 from quasar.results.excerpts import refreshed
 from quasar.results.figures import FIGURES
