@@ -11,16 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from quasar.main import main
 from torch import Tensor
 
 from quasar.config.schema import PassesConfig
-from quasar.console import Reporter
 from quasar.decoding.draft import Draft
 from quasar.decoding.scores import Scores
 from quasar.errors import RequestError
 from quasar.experiment import reproduce as reproduction
 from quasar.experiment.passes import PassTimer
-from quasar.main import main
+from quasar.results.console import Reporter
 from quasar.results.generations import read_passes
 from quasar.results.intervals import Estimate
 from quasar.results.pass_rows import pass_shortcomings

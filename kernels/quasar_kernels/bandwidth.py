@@ -1,4 +1,4 @@
-"""The copy bandwidth of a device's memory, which every fraction of a bandwidth refers to."""
+"""Measures the copy bandwidth of a device's memory, which all fractions of a bandwidth refer to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class CopyBandwidth:
     """Measures the copy bandwidth again and again with the same buffers, which are larger than any cache."""
 
     def __init__(self, device: torch.device) -> None:
-        # A GPU copies so fast that a smaller buffer would time the launch too.
+        # A GPU copies so fast that a smaller buffer would also measure the launch.
         size = 1 << 30 if device.type == "cuda" else 256 << 20
         self._source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
         self._target = torch.zeros_like(self._source)
@@ -29,7 +29,7 @@ class CopyBandwidth:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second while copying a buffer larger than any cache; the best of several copies."""
+    """Return the bytes read and written per second by the best of several copies of a buffer larger than any cache."""
     copies = CopyBandwidth(device)
     return max(copies.measure() for _ in range(COPIES))
 

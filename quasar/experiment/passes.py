@@ -11,10 +11,10 @@ import torch
 from quasar_kernels.bandwidth import CopyBandwidth
 
 from quasar.config.schema import PassesConfig
-from quasar.console import Reporter
 from quasar.decoding.draft import Draft
 from quasar.experiment.build import Prepared
 from quasar.experiment.decoder import WARM_UP
+from quasar.results.console import Reporter
 from quasar.results.generations import PASSES
 from quasar.results.schema import PassRecord
 from quasar.results.store import RunFolder
