@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from quasar.main import main
 from torch import Tensor
 
 from quasar.config.schema import PassesConfig
@@ -19,6 +18,7 @@ from quasar.decoding.draft import Draft
 from quasar.decoding.scores import Scores
 from quasar.errors import RequestError
 from quasar.experiment import reproduce as reproduction
+from quasar.experiment.main import main
 from quasar.experiment.passes import PassTimer
 from quasar.results.console import Reporter
 from quasar.results.generations import read_passes
