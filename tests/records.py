@@ -1,4 +1,4 @@
-"""Records and environments of runs that never were."""
+"""Artificial records and environments of runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quasar.results.schema import Environment, Machine, Milliseconds, ModelFiles
 
 
 def turn(drafted: list[int], accepted: list[int], prompt_tokens: int = 4, **others: Any) -> Turn:
-    """A turn of chains of these lengths, a millisecond per phase and step; ``others``: its fields that matter."""
+    """A turn with drafts of these lengths and a millisecond per phase and step. ``others``: other fields."""
     emitted = [count + 1 for count in accepted]
     steps = Steps(drafted, drafted, accepted, emitted, [prompt_tokens] * len(drafted))
     laps = [1.0] * len(drafted)

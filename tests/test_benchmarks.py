@@ -75,7 +75,7 @@ REFERENCES = {
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of `datasets`, which is offline."""
+    """`datasets` is offline and its cache is empty."""
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -202,7 +202,7 @@ def test_wrong_copies_are_named(tmp_path: Path) -> None:
 
 
 def cached(cache: Path, revision: str, rows: list[dict]) -> None:
-    """Leave rows in the cache of `datasets` as those of GSM8K's test split at a commit."""
+    """Put rows into the cache of `datasets` as GSM8K's test split at a commit."""
     file = jsonl(cache.parent / "source.jsonl", rows)
     dataset = load_dataset("json", data_files={"test": str(file)}, split="test", cache_dir=str(cache.parent / "other"))
     folder = cache / "openai___gsm8k" / "main" / "0.0.0" / revision

@@ -1,4 +1,4 @@
-"""`quasar collect`: a row per run whatever its state, a column per key that varies, and what it says of them."""
+"""`quasar collect`: one row per run in any state, one column per key that varies, and its messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def finished(folder: Path, *overrides: str, **metrics: object) -> None:
 
 
 def killed(run: RunFolder) -> None:
-    """The lock falls with the process."""
+    """The lock is released when the process ends."""
     run._lock.release()
 
 
@@ -78,7 +78,7 @@ def test_columns_are_the_keys_that_vary(tmp_path: Path) -> None:
     finished(tmp_path / "c", "drafter=none", "decode.top_k=5")
     rows = table(tmp_path)
     varying = [column for column in rows.columns if "." in column or column == "seed"]
-    # Of the n-gram drafter's own options those that are set: the run without it has none of them.
+    # Only the n-gram drafter's options that are set are columns; the other run has none of them.
     options = OmegaConf.load(CONF / "drafter/ngram.yaml")
     own = {f"drafter.{key}" for key, value in options.items() if key not in ("_target_", "name") and value is not None}
     assert "drafter.corpus" not in own

@@ -1,4 +1,4 @@
-"""Checkpoints quantized elsewhere: written here by each format's own rules, or by gguf's quantizer."""
+"""Checkpoints of other quantizers, which are written here by the rules of each format or by gguf's quantizer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def verifier(path: Path, dense_folder: Path) -> PackedVerifier:
 
 @torch.no_grad()
 def expected_logits(dense: LlamaForCausalLM, restored: dict[str, Tensor]) -> Tensor:
-    """What transformers computes with the restored weights."""
+    """Return what transformers computes with the restored weights."""
     model = LlamaForCausalLM(CONFIG).eval()
     model.load_state_dict({**dense.state_dict(), **restored})
     return model(TOKENS.unsqueeze(0)).logits[0]
