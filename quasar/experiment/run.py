@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from quasar.cache import device_identity
 from quasar.config.build import build
 from quasar.config.schema import check
 from quasar.console import Reporter
@@ -17,6 +18,7 @@ from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
 from quasar.experiment.build import Prepared, choose_device, prepare
 from quasar.experiment.decoder import PromptDecoder
 from quasar.experiment.header import print_header
+from quasar.experiment.inputs import inputs_of
 from quasar.results.baselines import SharedBaselines, baseline_identity
 from quasar.results.environment import describe_machine, device_name, peak_memory_bytes
 from quasar.results.metrics import Measured, RunFacts, compute, named, summary_of
@@ -67,6 +69,7 @@ def _environment(parts: Prepared, prompts: list[Prompt]) -> Environment:
         drafter=list(parts.drafter.details),
         prompt_set=prompt_set_hash(prompts),
         prompts=len(prompts),
+        inputs=inputs_of(parts.settings, prompts, checkpoint, device_identity(parts.verifier.device)),
     )
 
 
@@ -117,8 +120,7 @@ def _decode_all(
 
         for prompt in prompts:
             if prompt.key not in done:
-                record = decoder.decode_prompt(prompt, on_step)
-                folder.append(record)
+                record = folder.append(decoder.decode_prompt(prompt, on_step))
                 records.append(record)
                 # The speed comes from the measured decode times; elapsed time would include baselines and fidelity.
                 finished.add(record)
