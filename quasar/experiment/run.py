@@ -19,6 +19,7 @@ from quasar.experiment.build import Prepared, choose_device, prepare
 from quasar.experiment.decoder import PromptDecoder
 from quasar.experiment.header import print_header
 from quasar.experiment.inputs import inputs_of
+from quasar.experiment.resuming import finished_sequences
 from quasar.results.baselines import SharedBaselines, baseline_identity
 from quasar.results.environment import describe_machine, device_name, peak_memory_bytes
 from quasar.results.metrics import Measured, RunFacts, compute, named, summary_of
@@ -109,6 +110,7 @@ def _decode_all(
     """Decode the prompts that are not in ``records`` yet, and append their records to it and to the folder."""
     done = {record.question_id for record in records}
     decoder.warm_up()
+    decoder.drafter.start(finished_sequences(prompts, records, decoder.tokenizer))
     tokens, steps = 0, 0
     finished, speed, rate = Measured(), named("tokens_per_second"), ""
     with reporter.live("decoding") as update:
