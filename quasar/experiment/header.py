@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quasar_kernels.cpu import kernel_level
+from quasar_kernels.cpu.levels import NO_KERNELS
 
 from quasar.config.schema import Grid
 from quasar.console import Reporter
@@ -31,7 +33,7 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
         + (lossless if exact and not verifier.is_reference else ""),
         **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
-        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
+        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads" + _kernels(verifier.device),
         "prompts": f"{prompts} from data={settings.data.name}" + (f", {finished} already done" if finished else ""),
         "output": str(folder),
     }
@@ -47,6 +49,14 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
             "reproduces this grid at these settings. It is lossless here, but this does not show how lossy quantizing "
             "the original model would be"
         )
+
+
+def _kernels(device: torch.device) -> str:
+    """Return the level of the CPU kernels and why it is this one; an empty text for a GPU."""
+    if device.type != "cpu":
+        return ""
+    level, reason = kernel_level()
+    return f", {level} kernels ({reason})" if level != NO_KERNELS else f", no kernels ({reason})"
 
 
 def _on_grid(verifier: dict[str, Any], grid: Grid) -> bool:
