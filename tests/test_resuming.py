@@ -165,7 +165,7 @@ def test_an_edited_corpus_is_refused(run: Run, tmp_path: Path) -> None:
     ("place", "words"),
     [
         ("quasar.experiment.inputs.code_version", "the version of the code"),
-        ("quasar.experiment.run.device_identity", "the level of its kernels"),
+        ("quasar.experiment.environment.device_identity", "the level of its kernels"),
     ],
 )
 def test_other_code_and_other_kernels_are_refused(

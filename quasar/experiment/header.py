@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from quasar_kernels.cpu import kernel_level
 from quasar_kernels.cpu.levels import NO_KERNELS
 
 from quasar.config.schema import Grid
 from quasar.console import Reporter
 from quasar.experiment.build import Prepared
-from quasar.results.environment import device_name
+from quasar.results.schema import Machine
 
 MOSTLY_ON_GRID = 0.5
 """Share of weights on a low-bit grid from which on a reference counts as dequantized."""
 
 
-def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:
+def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Path) -> None:
     """Print model, drafter, verifier, device, prompts and output folder.
 
     finished: number of prompts that an earlier attempt has already decoded
@@ -33,8 +31,9 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
         + (lossless if exact and not verifier.is_reference else ""),
         **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
-        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads" + _kernels(verifier.device),
-        "prompts": f"{prompts} from data={settings.data.name}" + (f", {finished} already done" if finished else ""),
+        "device": parts.machine.name + _kernels(parts.machine),
+        "prompts": f"{len(parts.prompts)} from data={settings.data.name}"
+        + (f", {finished} already done" if finished else ""),
         "output": str(folder),
     }
     reporter.header(entries)
@@ -51,12 +50,12 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
         )
 
 
-def _kernels(device: torch.device) -> str:
+def _kernels(machine: Machine) -> str:
     """Return the level of the CPU kernels and why it is this one; an empty text for a GPU."""
-    if device.type != "cpu":
+    if not machine.kernels:
         return ""
-    level, reason = kernel_level()
-    return f", {level} kernels ({reason})" if level != NO_KERNELS else f", no kernels ({reason})"
+    level = "no" if machine.kernels == NO_KERNELS else machine.kernels
+    return f", {level} kernels ({machine.kernels_reason})"
 
 
 def _on_grid(verifier: dict[str, Any], grid: Grid) -> bool:

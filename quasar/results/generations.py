@@ -52,18 +52,19 @@ class GenerationsFile:
             raise self._refused(number, str(error)) from None
 
     def require_prompts(self, prompts: Collection[str]) -> None:
-        """Check that the records are answers to these prompts, each answered at most once.
+        """Check that the records are answers to these prompts, each answered at most once per repetition.
 
         Raises RequestError, which names the line.
         """
-        seen: dict[str, int] = {}
+        seen: dict[tuple[str, int], int] = {}
         for number, record in enumerate(self.records, start=1):
             name = record.question_id
             if name not in prompts:
                 raise self._refused(number, f"question_id {name!r} is not among the prompts")
-            if name in seen:
-                raise self._refused(number, f"question_id {name!r} is also in line {seen[name]}")
-            seen[name] = number
+            key = (name, record.repetition)
+            if key in seen:
+                raise self._refused(number, f"question_id {name!r} is also in line {seen[key]}")
+            seen[key] = number
             if not record.turns:
                 raise self._refused(number, f"question_id {name!r} has no turns")
             for turn in record.turns:

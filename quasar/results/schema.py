@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 Json = dict[str, Any]
 """A JSON object whose keys are not described by a dataclass."""
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 VERSION_KEY = "schema_version"
 CHECKSUM_KEY = "checksum"
 
@@ -152,7 +152,8 @@ class ForcedAnswer:
 
     token_ids: the reference's answer
     emitted: tokens emitted per step of forced decoding; their mean is τ_ref
-    kl, top1: KL(reference || verifier) in nats and argmax agreement, per token of the answer
+    kl, top1: KL(reference || verifier) in nats and argmax agreement, per token of the answer; empty in all repetitions
+        but the first, because they do not depend on time
     noise_kl, noise_top1: the same two values for the reference in one pass against the reference step by step
     forced_ms: decode time of forced decoding, without prefill
     ar_same_ms, ar_ref_ms: decode time of autoregressive decoding along the same answer, by the verifier and by the
@@ -176,6 +177,7 @@ class PromptRecord:
 
     correct: whether the answer solves its task; None if it was not graded
     fidelity: one entry per turn; empty if fidelity was not measured
+    repetition: number of the repetition, from 0
     attempt: number of the attempt that decoded the prompt; above 1 if the run was interrupted and continued before
     """
 
@@ -184,6 +186,7 @@ class PromptRecord:
     turns: list[Turn]
     correct: bool | None = None
     fidelity: list[ForcedAnswer] = field(default_factory=list)
+    repetition: int = 0
     attempt: int = 1
 
     def to_json(self) -> Json:
@@ -243,6 +246,11 @@ class Machine:
     copy_bandwidth_bytes_per_second: float
     kernels: str = ""
     kernels_reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The device, and the number of threads on a CPU. Only times with the same name are comparable."""
+        return f"{self.device}, {self.threads} threads" if self.device.startswith("cpu") else self.device
 
 
 @dataclass(frozen=True)
