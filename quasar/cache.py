@@ -128,6 +128,41 @@ class Store(Generic[T]):
                 scratch.unlink(missing_ok=True)
 
 
+FOLDER_CARD = ".card"
+"""Name of the card in an entry that is a folder, such as a converted model."""
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the checksums of all files into a complete folder."""
+    card = {"sha256": _checksums(folder)}
+    (folder / FOLDER_CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def folder_is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache exists and has the files that `seal_folder` saw. Warns if it is damaged."""
+    if not folder.is_dir():
+        return False
+    card = folder / FOLDER_CARD
+    if not card.exists():
+        # An earlier version of the code made it. From now on it is compared with what it is now.
+        with contextlib.suppress(OSError):
+            seal_folder(folder)
+        return True
+    try:
+        known, found = json.loads(card.read_text(encoding="utf-8"))["sha256"], _checksums(folder)
+        different = [name for name in {**known, **found} if known.get(name) != found.get(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        different = [FOLDER_CARD]
+    if different:
+        _warn(f"{folder} is damaged ({', '.join(different[:5])}); it is made again")
+    return not different
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != FOLDER_CARD)
+    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+
+
 def json_store(kind: str) -> Store[Any]:
     """Return a store of JSON values."""
     return Store(kind, ".json", _save_json, lambda file: json.loads(file.read_text(encoding="utf-8")))

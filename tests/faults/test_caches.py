@@ -267,3 +267,32 @@ def test_a_changed_baseline_is_decoded_again(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="a baseline was changed after it was written"):
         again = shared().measured("1/0", [1], lambda: Baseline([3], 1, 6.0, "here"))
     assert again.decode_ms == 6.0
+
+
+def test_a_damaged_converted_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quasar.model import sources
+
+    monkeypatch.setattr(sources, "cache_folder", lambda: tmp_path / "cache")
+    made: list[Path] = []
+
+    def dequantize(gguf: Path, folder: Path, *_: object) -> None:
+        made.append(folder)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(sources, "_dequantize", dequantize)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    source = sources.ModelSource(name="path", source="path", path=str(file))
+    folder = sources.locate(source).folder
+    assert folder is not None
+    assert sources.locate(source).folder == folder
+    assert len(made) == 1
+    leftover = folder.with_name(f"{folder.name}.killed")
+    leftover.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weighty")
+    with pytest.warns(RuntimeWarning, match=r"is damaged \(model.safetensors\); it is made again"):
+        assert sources.locate(source).folder == folder
+    assert len(made) == 2
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert not leftover.exists()
