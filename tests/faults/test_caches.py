@@ -25,7 +25,7 @@ from tests.faults.conftest import Start
 CPU = torch.device("cpu")
 KINDS = {
     "calibration": ["verifier=int8", "calibration.prompts=2"],
-    "layer_search": ["drafter=layerskip", "drafter.method=search", "drafter.search_sets=2", "calibration.prompts=2"],
+    "layerskip": ["drafter=layerskip", "drafter.method=search", "drafter.search_sets=2", "calibration.prompts=2"],
     "trajectories": ["evaluate.fidelity=true"],
     "verifiers": ["verifier=int8", "calibration.prompts=2"],
 }
@@ -58,7 +58,7 @@ def test_a_damaged_entry_is_named_once_and_made_again(start: Start, tmp_path: Pa
     if kind == "calibration":
         # Otherwise the prepared weights are found, and nothing reads the statistics.
         shutil.rmtree(tmp_path / "cache/verifiers")
-    found = next(folder for folder in (tmp_path / "cache").iterdir() if folder.name.replace("-", "_") == kind)
+    found = next(folder for folder in (tmp_path / "cache").iterdir() if folder.name == kind)
     files = [file for file in found.iterdir() if file.suffix not in (".lock", ".card")]
     assert files
     files[0].write_bytes(damaged(files[0].read_bytes(), how))

@@ -109,7 +109,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("free", [4, 12, 20, 28])
+@pytest.mark.parametrize("free", [4, 8, 12])
 def test_a_disk_that_is_really_full(start: Start, small_disk: Path, free: int) -> None:
     (small_disk / "filler").write_bytes(bytes((64 - 4 - free) * 1024))
     code, _, err = start(f"hydra.run.dir={small_disk}/out")
@@ -123,7 +123,7 @@ def test_a_disk_that_is_really_full(start: Start, small_disk: Path, free: int) -
 
 
 def test_a_wrong_request_still_exits_with_2(start: Start) -> None:
-    for wrong in ("verifier=int3", "nothing=1", "decode.temperature=warm", "=", "data=specbench data"):
+    for wrong in ("verifier=int3", "nothing=1", "decode.temperature=warm", "="):
         code, _, err = start("hydra.run.dir=out", wrong)
         assert (code, "Traceback" in err) == (2, False), (wrong, err)
 
