@@ -29,7 +29,7 @@ from quasar.results.tables import document
 
 TINY = (
     *("model=tiny", "threads=1", "calibration.prompts=2", "decode.max_new_tokens=8", "data.limit=1"),
-    *("drafter.num_tokens=3", "hydra.sweeper.arms={fp16: [verifier=fp16], 'int8, 8 bit': [verifier=int8]}"),
+    *("drafter.num_tokens=3", "hydra.sweeper.only=[fp16,'int8, 8-bit head']"),
 )
 
 
@@ -58,24 +58,39 @@ def test_arms_are_crossed_with_the_grid_except_for_the_keys_that_they_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arms = "hydra.sweeper.arms={one: [verifier=fp16], long: [verifier=int8,decode=greedy,seed=5]}"
-    grid = ["experiment=main_table", "data=builtin", "hydra.sweeper.params={decode:'greedy,sampling',seed:'1,2'}"]
-    monkeypatch.setattr(sys, "argv", ["run.py", "-m", *grid, arms, "sweep.dry_run=true"])
-    assert main() == 0
-    printed = capfd.readouterr().out
+    (tmp_path / "own/experiment").mkdir(parents=True)
+    (tmp_path / "own/experiment/mine.yaml").write_text(
+        "# @package _global_\n"
+        "name: mine\n"
+        "hydra:\n"
+        "  mode: MULTIRUN\n"
+        "  sweeper:\n"
+        "    params: {decode: 'greedy,sampling', seed: '1,2'}\n"
+        "    arms: {one: [verifier=fp16], long one: [verifier=int8, decode=greedy, seed=5]}\n"
+    )
+
+    def listed(*overrides: str, code: int = 0) -> str:
+        arguments = ["--config-dir", "own", "experiment=mine", "sweep.dry_run=true", *overrides]
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        assert main() == code
+        printed = capfd.readouterr()
+        return printed.out if code == 0 else printed.err
+
+    printed = listed()
     assert "5 jobs: 5 to begin" in printed
-    assert [printed.count(text) for text in ("arm='one'", "arm='long'", "seed=5")] == [4, 1, 1]
-    monkeypatch.setattr(sys, "argv", ["run.py", "-m", *grid, arms, "sweep.dry_run=true", "seed=7"])
-    assert main() == 0
+    assert "multirun/mine/" in printed
+    assert [printed.count(text) for text in ("arm='one'", "arm='long one'", "seed=5", "seed=1")] == [4, 1, 1, 2]
     # The command line takes precedence over both.
-    printed = capfd.readouterr().out
+    printed = listed("seed=7")
     assert "3 jobs: 3 to begin" in printed
     assert "seed=5" not in printed
+    assert "1 jobs: 1 to begin" in listed("hydra.sweeper.only=['long one']")
+    assert "there is no arm 'two'; choose from 'one', 'long one'" in listed("hydra.sweeper.only=[two]", code=2)
 
 
 def test_rows_hold_every_prompt_arm_and_repetition(published: Path) -> None:
     rows = read_rows(published / RESULTS)
-    assert sorted(set(rows["arm"])) == ["fp16", "int8, 8 bit"]
+    assert sorted(set(rows["arm"])) == ["fp16", "int8, 8-bit head"]
     assert len(rows) == 2 * 2 * 5 * 2  # arms, temperatures, families, repetitions
     assert not rows.duplicated(["arm", "temperature", "question", "repetition"]).any()
     greedy = rows[rows["temperature"] == 0]
@@ -116,12 +131,12 @@ def test_a_repetition_with_fewer_prompts_is_not_written_to_the_committed_results
     table = (published / TABLE).read_text()
     assert "5 of 80 declared prompts" in table
     assert "2 repetitions" in table
-    for text in ("| fp16 | 0.0 |", "| int8, 8 bit | 1.0 |", "random weights", "BCa bootstrap"):
+    for text in ("| fp16 | 0.0 |", "| int8, 8-bit head | 1.0 |", "random weights", "BCa bootstrap"):
         assert text in table
     spec = reproduction.load_experiment("main_table").publish
     rows, provenance = read_rows(published / RESULTS), read_provenance(published / "environment.json")
     reasons = shortcomings(rows, provenance, spec, 2)
-    assert "80 prompts are declared for every arm, but fp16 has 5, int8, 8 bit has 5" in reasons
+    assert "80 prompts are declared for every arm, but fp16 has 5, int8, 8-bit head has 5" in reasons
     assert shortcomings(
         rows, dataclasses.replace(provenance, git_commit="c", git_dirty=False), PublishConfig(5), 3
     ) == ["3 repetitions are declared, but there are 2"]
@@ -132,9 +147,9 @@ def test_a_repetition_with_fewer_prompts_is_not_written_to_the_committed_results
 def test_redrawing_gives_the_same_bytes(published: Path) -> None:
     spec = reproduction.load_experiment("main_table").publish
     before = {file.name: file.read_bytes() for file in published.iterdir()}
-    redraw(published, spec)
+    redraw(published, spec, complete=False)
     assert {file.name: file.read_bytes() for file in published.iterdir()} == before
-    assert {f"{name}.pdf" for name in spec.figures} <= set(before)
+    assert {"speedup_by_task.pdf", "speedup_by_task.svg", "speedup_by_task.png", "step.pdf"} <= set(before)
 
 
 def test_a_second_attempt_decodes_nothing(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,12 @@ class ResumableSweeper(BasicSweeper):
         max_batch_size: int | None,
         params: dict[str, str] | None = None,
         arms: Mapping[str, Sequence[str]] | None = None,
+        only: Sequence[str] | None = None,
     ) -> None:
         """See conf/hydra/sweeper/resumable.yaml."""
         super().__init__(max_batch_size, params)
         self.arms = {str(name): tuple(overrides) for name, overrides in (arms or {}).items()}
+        self.only = None if only is None else list(map(str, only))
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config, self._task_function = hydra_context, config, task_function
@@ -136,8 +138,14 @@ class ResumableSweeper(BasicSweeper):
                 line for line, override in zip(overrides, parsed, strict=True) if override.key_or_group not in taken
             ]
 
+        unknown = [name for name in self.only or () if name not in self.arms]
+        if unknown:
+            raise RequestError(
+                f"hydra.sweeper.only: there is no arm {unknown[0]!r}; choose from {', '.join(map(repr, self.arms))}"
+            )
+        arms = {name: self.arms[name] for name in self.only} if self.only else self.arms
         jobs: list[Sequence[str]] = []
-        for name, chosen in self.arms.items() or [("", ())]:
+        for name, chosen in arms.items() or [("", ())]:
             arm = without(chosen, arguments)
             label = [f"arm='{name}'"] if name else []
             lines = [*without(self._parse_config(), [*chosen, *arguments]), *label, *arm, *arguments]

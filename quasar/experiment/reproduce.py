@@ -76,7 +76,7 @@ def reproduce(name: str, overrides: Sequence[str], prompts: Path | None, reporte
     rows = rows_of_runs(runs)
     reasons = shortcomings(rows, provenance, experiment.publish, experiment.repetitions)
     folder = sweep / "published" if reasons else COMMITTED / name
-    for file in publish(folder, rows, provenance, experiment.publish):
+    for file in publish(folder, rows, provenance, experiment.publish, complete=not reasons):
         reporter.line(f"wrote {file}")
     if reasons:
         reporter.warning(f"not written to {COMMITTED / name}: {'; '.join(reasons)}")

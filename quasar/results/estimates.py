@@ -82,11 +82,11 @@ class Quantity:
             for column in self.columns
         }
         measured = np.logical_and.reduce([frame.notna().to_numpy() for frame in wide.values()])
-        measured = measured[:, measured.any(axis=0)]
-        complete = measured.all(axis=1)
-        if not measured.size or not complete.any():
+        repetitions = measured.any(axis=0)
+        complete = measured[:, repetitions].all(axis=1)
+        if not repetitions.any() or not complete.any():
             return None
-        columns = {column: frame.dropna(axis=1, how="all").to_numpy()[complete] for column, frame in wide.items()}
+        columns = {column: frame.to_numpy()[complete][:, repetitions] for column, frame in wide.items()}
         first = next(iter(wide.values()))
         families = first.index.get_level_values("family")[complete]
         return estimate(columns, list(families), self.statistic)
@@ -188,6 +188,13 @@ def _cheaper_step(sums: Sums) -> np.ndarray:
         / sums[f"{_PARTNER}text_ar_ref_ms"].sum(-1)
     )
     result: np.ndarray = theirs / ours
+    return result
+
+
+def _break_even(sums: Sums) -> np.ndarray:
+    step = sums["text_ms"].sum(-1) / sums["text_steps"].sum(-1)
+    token = sums["text_ar_ref_ms"].sum(-1) / sums["text_tokens"].sum(-1)
+    result: np.ndarray = step / token
     return result
 
 
@@ -295,6 +302,14 @@ QUANTITIES: dict[str, Quantity] = {
             "tokens per step along the reference's answers",
         ),
         Quantity(
+            "break_even_acceptance_length",
+            "τ needed",
+            (*_TEXT, "text_tokens", "text_steps"),
+            _break_even,
+            _2,
+            "a step's time over AR-ref's time per token: the τ_ref from which on the pair is faster than AR-ref",
+        ),
+        Quantity(
             "acceptance_rate",
             "accepted",
             ("accepted", "drafted"),
@@ -394,6 +409,21 @@ QUANTITIES: dict[str, Quantity] = {
             "weights, keys and values that a verification pass reads, in millions of bytes",
             _ones,
         ),
+        *(
+            Quantity(
+                f"{part}_ms",
+                f"{part} ms",
+                (f"{part}_ms", "steps"),
+                ratio_of_totals(f"{part}_ms", "steps"),
+                _2,
+                f"milliseconds per step: {meaning}",
+            )
+            for part, meaning in (
+                ("draft", "drafting"),
+                ("verify", "the verification pass"),
+                ("overhead", "everything else, such as acceptance"),
+            )
+        ),
         Quantity(
             "step_ms",
             "step ms",
@@ -418,3 +448,29 @@ QUANTITIES: dict[str, Quantity] = {
 def estimates(rows: pd.DataFrame, names: Sequence[str]) -> list[tuple[Group, dict[str, Estimate | None]]]:
     """Return every group of rows with its estimates by quantity. Raises KeyError for an unknown quantity."""
     return [(group, {name: QUANTITIES[name].of(group.rows, rows) for name in names}) for group in groups(rows)]
+
+
+def conditional_acceptance(position: int) -> Quantity:
+    """Return the share of drafts accepted at a position, from 1, among those that reach it: drafts at least that deep
+    whose tokens before the position were accepted.
+    """
+
+    def derive(table: pd.DataFrame) -> pd.DataFrame:
+        return table.assign(
+            reached=[_at(counts, position) for counts in table["reached_by_position"]],
+            kept=[_at(counts, position) for counts in table["accepted_by_position"]],
+        )
+
+    return Quantity(
+        f"conditional_acceptance_{position}",
+        f"accepted at {position}",
+        ("kept", "reached"),
+        ratio_of_totals("kept", "reached"),
+        _2,
+        f"share of the drafts that reach position {position} whose token there is accepted",
+        derive,
+    )
+
+
+def _at(counts: Sequence[int], position: int) -> int:
+    return int(counts[position - 1]) if position <= len(counts) else 0

@@ -131,7 +131,7 @@ def _prompt_draws(generator: np.random.Generator, member: np.ndarray) -> np.ndar
 def _bca(value: float, resampled: np.ndarray, without_one: np.ndarray) -> tuple[float | None, float | None]:
     from scipy.stats import norm
 
-    if resampled.size == 0 or np.ptp(resampled) <= 1e-12 * max(1.0, abs(value)):
+    if resampled.size == 0 or without_one.size == 0 or np.ptp(resampled) <= 1e-12 * max(1.0, abs(value)):
         return None, None
     below = np.mean(resampled < value) + np.mean(resampled == value) / 2
     bias = norm.ppf(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES))

@@ -20,27 +20,37 @@ from quasar.results.tables import document
 RESULTS, ENVIRONMENT, TABLE = "results.parquet", "environment.json", "table.md"
 
 
-def publish(folder: Path, rows: pd.DataFrame, provenance: Provenance, spec: PublishConfig) -> list[Path]:
-    """Write an experiment's results into ``folder``, then its tables and figures. Returns all files."""
+def publish(
+    folder: Path, rows: pd.DataFrame, provenance: Provenance, spec: PublishConfig, complete: bool = True
+) -> list[Path]:
+    """Write an experiment's results into ``folder``, then its tables and figures. Returns all files.
+
+    complete: whether every figure must be drawn; if not, those for which there are too few rows are left out
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(rows, folder / RESULTS)
     provenance.write(folder / ENVIRONMENT)
-    return [folder / RESULTS, folder / ENVIRONMENT, *redraw(folder, spec)]
+    return [folder / RESULTS, folder / ENVIRONMENT, *redraw(folder, spec, complete)]
 
 
-def redraw(folder: Path, spec: PublishConfig) -> list[Path]:
+def redraw(folder: Path, spec: PublishConfig, complete: bool = True) -> list[Path]:
     """Draw the tables and figures of an experiment from its results. Returns the files.
 
-    Raises RequestError if a file is missing or damaged, or if a figure cannot be drawn from these rows.
+    Raises RequestError if a file is missing or damaged, or if a figure of ``complete`` results cannot be drawn.
     """
     rows, provenance = read_rows(folder / RESULTS), read_provenance(folder / ENVIRONMENT)
     table = folder / TABLE
     write_atomically(table, document(spec.tables, spec.by_family, rows, provenance))
-    if not spec.figures:
-        return [table]
     from quasar.results.figures import draw  # matplotlib takes a second to import
 
-    return [table, *draw(spec.figures, rows, provenance, folder)]
+    files = [table]
+    for name in spec.figures:
+        try:
+            files += draw([name], rows, provenance, folder)
+        except RequestError:
+            if complete:
+                raise
+    return files
 
 
 def shortcomings(rows: pd.DataFrame, provenance: Provenance, spec: PublishConfig, repetitions: int) -> list[str]:

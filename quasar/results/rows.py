@@ -18,7 +18,7 @@ from the rows alone, see `quasar.results.estimates`.
 | compared, match_self, match_ref, first_divergence | outputs compared with autoregressive decoding, equal ones, and the earliest token that differs |
 | correct | whether the answer solves the task; null if it was not graded |
 | context | tokens of context that verification passes read, summed over steps |
-| depth_by_position, accepted_by_position | lists: drafts at least that deep, and drafts accepted to that depth |
+| depth_by_position, reached_by_position, accepted_by_position | lists: drafts at least that deep, those of them whose tokens before that depth were accepted, and drafts accepted to that depth |
 | weight_bytes, kv_bytes_per_token, copy_bandwidth | facts of the run |
 """  # noqa: E501
 
@@ -33,6 +33,7 @@ import pandas as pd
 from quasar.errors import RequestError
 from quasar.evaluation.repetition import distinct_ngram_ratio
 from quasar.results.generations import read_records
+from quasar.results.labels import arm_names
 from quasar.results.runs import StoredRun
 from quasar.results.schema import Baselines, Json, PromptRecord, Timing
 from quasar.results.store import read_json
@@ -45,7 +46,7 @@ KEY = ("arm", *CONDITIONS, "family", "question", "repetition")
 
 def rows_of_runs(runs: Sequence[StoredRun]) -> pd.DataFrame:
     """Return the rows of finished runs. Raises RequestError if two runs have the same arm and a common prompt."""
-    rows = [row for run in runs for row in _rows_of_run(run)]
+    rows = [row for run, arm in zip(runs, arm_names(runs), strict=True) for row in _rows_of_run(run, arm)]
     table = pd.DataFrame(rows).convert_dtypes(convert_floating=False)
     twice = table[table.duplicated(list(KEY))]
     if len(twice):
@@ -68,12 +69,12 @@ def read_rows(file: Path) -> pd.DataFrame:
     return pd.read_parquet(file)
 
 
-def _rows_of_run(run: StoredRun) -> list[Json]:
+def _rows_of_run(run: StoredRun, arm: str) -> list[Json]:
     config, summary = run.config, run.summary
     decode = config["decode"]
     machine = read_json(run.folder / "environment.json") or {}
     constant = {
-        "arm": config["arm"] or f"{config['verifier']['name']}, {config['drafter']['name']}",
+        "arm": arm,
         "verifier": config["verifier"]["name"],
         "drafter": config["drafter"]["name"],
         "temperature": float(decode["temperature"]),
@@ -173,6 +174,7 @@ def _positions(record: PromptRecord) -> Json:
     positions = range(1, int(depth.max(initial=0)) + 1)
     return {
         "depth_by_position": [int((depth >= position).sum()) for position in positions],
+        "reached_by_position": [int(((depth >= place) & (accepted >= place - 1)).sum()) for place in positions],
         "accepted_by_position": [int((accepted >= position).sum()) for position in positions],
     }
 
