@@ -213,8 +213,12 @@ def _settle(job: Job, root: Path, returned: JobReturn, fault: str | None) -> int
     stored = read_run(folder)
     if stored.status == "done":
         return 0
-    if stored.status == "failed" or is_locked(folder):
+    if stored.status == "failed":
         return _exit_code(returned)
+    if is_locked(folder):
+        # The sweep whose process works on the job reports it.
+        left_to_it = returned.status == JobStatus.COMPLETED and returned.return_value == 0
+        return 0 if left_to_it else _exit_code(returned)
     if returned.status == JobStatus.FAILED:
         fault = _text(returned._return_value)
     try:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from quasar.config.schema import RunConfig
+from quasar.console import Reporter
 from quasar.errors import QuasarError
 from quasar.experiment import run as run_module
 from quasar.experiment.sweep import snapshot
 from quasar.experiment.sweep.plan import Request, begin, plan, planning
 from quasar.results.runs import read_run
 from quasar.results.wandb.log import run_id
+from tests.compose import composed
 from tests.faults.conftest import Start
 
 
@@ -26,22 +28,24 @@ def records(folder: Path) -> list[Any]:
 
 
 def test_two_configurations_in_one_folder_never_mix(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other run begins while this one loads its model, after this one has looked at the empty folder."""
+    fixed = ["model=tiny", "drafter=none", "verifier=int8", "data=specbench", f"data.path={prompt_file}"]
+    other = composed(*fixed, "evaluate.fidelity=false", "evaluate.baselines=false", "calibration.prompts=2")
     prepare = run_module.prepare
-    others: list[int] = []
+    begun: list[str] = []
 
     def overtaken(*arguments: Any) -> Any:
         prepared = prepare(*arguments)
-        if not others:
-            others.append(-1)
-            others.append(start("hydra.run.dir=out", "verifier=int8")[0])
+        if not begun:
+            begun.append("the other")
+            run_module.run(other, tmp_path / "out", ["run.py"], Reporter())
         return prepared
 
     monkeypatch.setattr(run_module, "prepare", overtaken)
     code, _, err = start("hydra.run.dir=out", "verifier=fp16")
-    assert others == [-1, 0]
+    assert begun
     assert code == 2
     assert "contains a run with another configuration" in err
     stored = read_run(tmp_path / "out")
