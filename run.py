@@ -2,11 +2,11 @@
 
 import sys
 
-from quasar.entry import guarded
+from quasar.experiment.entry import guarded
 
 
 def run() -> int:
-    from quasar.main import main
+    from quasar.experiment.main import main
 
     return main()
 

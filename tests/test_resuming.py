@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results.schema import checksum
 
 Run = Callable[..., tuple[int, str, str]]

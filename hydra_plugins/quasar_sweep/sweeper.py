@@ -18,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from quasar.config.hash import config_hash
 from quasar.config.schema import check
-from quasar.console import Reporter
-from quasar.entry import INTERRUPTED
 from quasar.errors import QuasarError, RequestError, actionable, report, storage_error
+from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded
 from quasar.experiment.sweep.inputs import refuse_other_inputs
 from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, planning, summary_line
 from quasar.experiment.sweep.report import print_interrupted, print_outcome, print_plan
 from quasar.experiment.sweep.snapshot import freeze
+from quasar.results.console import Reporter
 from quasar.results.runs import is_locked, read_run
 from quasar.results.store import write_status
 

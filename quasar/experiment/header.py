@@ -8,8 +8,8 @@ from typing import Any
 from quasar_kernels.cpu.levels import NO_KERNELS
 
 from quasar.config.schema import Grid
-from quasar.console import Reporter
 from quasar.experiment.build import Prepared
+from quasar.results.console import Reporter
 from quasar.results.schema import Machine
 
 MOSTLY_ON_GRID = 0.5

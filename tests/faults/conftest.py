@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quasar.main import main
+from quasar.experiment.main import main
 
 Start = Callable[..., tuple[int, str, str]]
 

@@ -146,7 +146,7 @@ def test_a_wrong_request_leaves_a_finished_run_alone(
 
 GUARDED = """
 import os, signal, sys, time
-from quasar.entry import guarded
+from quasar.experiment.entry import guarded
 def interrupt(): os.kill(os.getpid(), signal.SIGINT); time.sleep(1)
 def program():
     {body}
@@ -190,7 +190,7 @@ def test_help_into_a_closed_pipe_is_quiet() -> None:
 
 
 def test_a_closed_output_ends_a_run_as_failed(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quasar.console import Reporter, _Console
+    from quasar.results.console import Reporter, _Console
 
     def closed(reporter: Reporter, text: str = "", style: str | None = None) -> None:
         try:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from quasar.config.schema import RunConfig
-from quasar.console import Reporter
 from quasar.errors import QuasarError
 from quasar.experiment import run as run_module
 from quasar.experiment.sweep import snapshot
 from quasar.experiment.sweep.plan import Request, begin, plan, planning
+from quasar.results.console import Reporter
 from quasar.results.runs import read_run
 from quasar.results.wandb.log import run_id
 from tests.compose import composed

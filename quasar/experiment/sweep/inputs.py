@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from quasar.config.schema import DataConfig, ModelSource, RunConfig
-from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.prompts import Prompt, load_prompts
 from quasar.experiment.inputs import inputs_of
 from quasar.experiment.sweep.plan import Job
 from quasar.model.sources import Checkpoint, locate
+from quasar.results.console import Reporter
 from quasar.results.schema import Inputs
 from quasar.results.store import ENVIRONMENT, read_json, require_same_inputs
 

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from quasar.config.schema import CONF, register
-from quasar.entry import INTERRUPTED
 from quasar.errors import report
+from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded
 
 DONE, WRONG_REQUEST = 0, 2
@@ -61,8 +61,8 @@ def _run(config: DictConfig) -> int:
 
         return run_job(config)
     # Heavy packages are imported only when a job runs, so that --help is fast.
-    from quasar.console import Reporter
     from quasar.experiment import run
+    from quasar.results.console import Reporter
     from quasar.results.wandb.live import logged
 
     folder, reporter = Path(HydraConfig.get().runtime.output_dir), Reporter()
