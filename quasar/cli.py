@@ -31,10 +31,15 @@ app.add_typer(wandb_runs, name="wandb")
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context) -> None:
     """Decode prompts and measure. Takes the arguments of run.py, for example verifier=int4 drafter=lookahead."""
-    from quasar.experiment.main import main
+    from quasar.experiment.entry import guarded
+
+    def program() -> int:
+        from quasar.experiment.main import main
+
+        return main()
 
     sys.argv = ["quasar run", *context.args]
-    raise typer.Exit(main())
+    raise typer.Exit(guarded(program))
 
 
 @models.command()

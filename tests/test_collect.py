@@ -20,7 +20,7 @@ from quasar.results.schema import PromptRecord
 from quasar.results.store import RunFolder
 from scripts.simulate_sweep import main as simulate
 from tests.compose import composed
-from tests.records import environment
+from tests.records import environment, turn
 
 
 def begun(folder: Path, *overrides: str) -> RunFolder:
@@ -31,8 +31,8 @@ def begun(folder: Path, *overrides: str) -> RunFolder:
 
 def finished(folder: Path, *overrides: str, **metrics: object) -> None:
     run = begun(folder, *overrides)
-    run.append(PromptRecord("1", "chat", []))
-    run.append(PromptRecord("2", "chat", []))
+    run.append(PromptRecord("1", "chat", [turn([1], [1])]))
+    run.append(PromptRecord("2", "chat", [turn([1], [1])]))
     run.finish({"model": "tiny", "prompts": 2, "tokens_per_second": 10.0, "speedup_ci95": None, **metrics})
 
 
@@ -49,7 +49,7 @@ def test_every_state_has_its_row(tmp_path: Path) -> None:
     finished(tmp_path / "0", "drafter=ngram", speedup_ci95=[1.1, 1.3])
     begun(tmp_path / "1", "drafter=none").status("failed", "Traceback:\nValueError: no")
     cut = begun(tmp_path / "2", "verifier=fp16")
-    cut.append(PromptRecord("1", "chat", []))
+    cut.append(PromptRecord("1", "chat", [turn([1], [1])]))
     with (tmp_path / "2/generations.jsonl").open("a") as stream:
         stream.write('{"question_id": "2", "tur')
     killed(cut)

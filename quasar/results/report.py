@@ -80,7 +80,22 @@ def _notes(run: Measured, values: Json) -> list[str]:
             "Speedup over AR-ref along the reference's own text, so that both decode the same tokens: "
             f"{_text(values, 'reference_text_speedup')}, 95 % interval {interval}."
         )
-    return notes + _divergences(run)
+    return notes + _attempts(run) + _divergences(run)
+
+
+def _attempts(run: Measured) -> list[str]:
+    """Return a note if the run was interrupted and continued."""
+    attempts = {record.attempt for record in run.records}
+    if len(attempts) < 2:
+        return []
+    adaptive = any("chosen_length" in turn.steps.notes for turn in run.turns)
+    effect = (
+        "the estimates of decode.draft_tokens=auto started again in each, so that draft lengths and times differ from "
+        "those of a run that was never interrupted"
+        if adaptive
+        else "their times were measured at different moments"
+    )
+    return [f"The prompts were decoded in {len(attempts)} attempts (attempt in generations.jsonl): {effect}."]
 
 
 def _validity(run: Measured) -> list[str]:
