@@ -25,6 +25,7 @@ from quasar.model.loading import load_transformer, random_transformer, tiny_conf
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.model.transformer import Transformer
+from quasar.quantization.packed import load_packed, open_packed, quantized_share
 from quasar.results.environment import device_name
 from quasar.verifiers.base import LayeredVerifier, Setup, Verifier
 from quasar.verifiers.fp16 import FP16Verifier
@@ -82,8 +83,7 @@ def prepare(
         cost = measure_pass_cost(verifier, tokenizer.encode_chat(WARM_UP), verifier.capacity)
         drafter = AdaptiveLength(drafter, cost)
     gc.collect()
-    on_grid = None if checkpoint.folder is None else weights_on_grid(checkpoint.folder)
-    return Prepared(settings, checkpoint, tokenizer, drafter, verifier, capacity, on_grid)
+    return Prepared(settings, checkpoint, tokenizer, drafter, verifier, capacity, _on_grid(checkpoint))
 
 
 def choose_device(name: str) -> torch.device:
@@ -110,7 +110,17 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     if checkpoint.folder is None:
         return random_transformer(tiny_config(), checkpoint.seed, dtype, device)
     with reporter.progress("loading weights") as advance:
+        if checkpoint.dequantized:
+            return load_packed(open_packed(checkpoint.folder), dtype, device, 16, advance, dequantize=True)
         return load_transformer(checkpoint.folder, dtype, device, advance)
+
+
+def _on_grid(checkpoint: Checkpoint) -> float | None:
+    if checkpoint.folder is None:
+        return None
+    # Dequantized weights are on the grid of the integers that they come from.
+    share = quantized_share if checkpoint.dequantized else weights_on_grid
+    return share(checkpoint.folder)
 
 
 def _build_another(

@@ -277,19 +277,22 @@ def _agreed(spellings: dict[str, Any], place: str) -> Any:
     return next(iter(used.values()), None)
 
 
+_One = Annotated[float, Field(ge=1, le=1)]
+
+
 class _DefaultRope(_Strict):
-    partial_rotary_factor: Literal[1, 1.0] | None = None
+    partial_rotary_factor: _One | None = None
     # Some configs of the default type have these, and transformers does not read them either.
-    factor: Literal[1, 1.0] | None = None
+    factor: _One | None = None
     original_max_position_embeddings: _Count | None = None
 
 
 class _LinearRope(_DefaultRope):
-    factor: _Positive  # type: ignore[assignment]
+    factor: _Positive
 
 
 class _Llama3Rope(_DefaultRope):
-    factor: _Positive  # type: ignore[assignment]
+    factor: _Positive
     low_freq_factor: _Positive
     high_freq_factor: _Positive
     original_max_position_embeddings: _Count
@@ -302,7 +305,7 @@ class _Llama3Rope(_DefaultRope):
 
 
 class _YarnRope(_DefaultRope):
-    factor: _Positive | None = None  # type: ignore[assignment]
+    factor: _Positive | None = None
     beta_fast: _Positive | None = None
     beta_slow: _Positive | None = None
     attention_factor: _Positive | None = None
@@ -313,7 +316,7 @@ class _YarnRope(_DefaultRope):
 
 
 class _LongRope(_DefaultRope):
-    factor: _Positive | None = None  # type: ignore[assignment]
+    factor: _Positive | None = None
     short_factor: list[_Positive]
     long_factor: list[_Positive]
     attention_factor: _Positive | None = None

@@ -63,6 +63,11 @@ def checked(kind: type[Model], content: object, place: str) -> Model:
         raise RequestError(f"{place}: {where}{message[0].lower()}{message[1:]}") from None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """Warn about a file, and only once in a process however often the file is read."""
@@ -73,9 +78,7 @@ def _path(content: object, location: tuple[int | str, ...]) -> list[int | str]:
     """Return the parts of pydantic's location that are keys; the others name the alternatives of a union."""
     found: list[int | str] = []
     for part in location:
-        if isinstance(content, dict) and part in content:
-            content = content[part]
-        elif isinstance(content, list) and isinstance(part, int):
+        if (isinstance(content, dict) and part in content) or (isinstance(content, list) and isinstance(part, int)):
             content = content[part]
         else:
             continue
