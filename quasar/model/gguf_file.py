@@ -204,12 +204,12 @@ class GGUFFile:
         missing = sorted(set(expected) - set(self._tensors))
         if missing:
             raise RequestError(
-                f"{self.path}: tensor {missing[0]} is missing; the file is incomplete ({len(missing)} tensors are missing)"
+                f"{self.path}: tensor {missing[0]} is missing; the file is incomplete (it lacks {len(missing)} tensors)"
             )
         extra = sorted(set(self._tensors) - set(expected) - {ROPE_FACTORS})
         if extra:
             raise RequestError(
-                f"{self.path}: contains tensor {extra[0]}, which the metadata does not imply ({len(extra)} such tensors)"
+                f"{self.path}: contains tensor {extra[0]}, which the metadata does not imply (one of {len(extra)})"
             )
         for name, shape in expected.items():
             if (found := tuple(int(size) for size in reversed(self._tensors[name].shape))) != shape:

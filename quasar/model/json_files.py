@@ -51,7 +51,7 @@ def checked(kind: type[Model], content: object, place: str) -> Model:
         return kind.model_validate(content)
     except ValidationError as error:
         errors = error.errors()
-        missing = [str(one["loc"][-1]) for one in errors if one["type"] == "missing"]
+        missing = [".".join(map(str, one["loc"])) for one in errors if one["type"] == "missing"]
         first = next((one for one in errors if one["type"] != "missing"), errors[0])
         if first["type"] == "missing":
             keys = ", ".join(missing)
@@ -74,15 +74,14 @@ def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _path(content: object, location: tuple[int | str, ...]) -> list[int | str]:
+def _path(content: Any, location: tuple[int | str, ...]) -> list[int | str]:
     """Return the parts of pydantic's location that are keys; the others name the alternatives of a union."""
     found: list[int | str] = []
     for part in location:
-        if (isinstance(content, dict) and part in content) or (isinstance(content, list) and isinstance(part, int)):
+        keys = content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
+        if part in keys:
             content = content[part]
-        else:
-            continue
-        found.append(part)
+            found.append(part)
     return found
 
 

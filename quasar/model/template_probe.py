@@ -1,6 +1,6 @@
 """Renders a chat template in a process with little time and memory, because a template is a program from elsewhere.
 
-`probe` runs this file as a script. The script imports nothing of this program, so that it starts in a tenth of a second.
+`probe` runs this file as a script. It imports nothing of this program, so that it starts in a tenth of a second.
 """
 
 from __future__ import annotations

@@ -183,8 +183,8 @@ def _require_all_parts(folder: Path, files: list[Path]) -> None:
     numbers = sorted(int(part["number"]) for part in parts if part is not None)
     if None in parts or len(names) != 1 or numbers != list(range(1, int(next(iter(names))[1]) + 1)):
         raise RequestError(
-            f"{folder}: {_some([file.name for file in files])} are not the parts of one model, and there is no {INDEX}; "
-            "download the checkpoint again"
+            f"{folder}: {_some([file.name for file in files])} are not the parts of one model, and there is no "
+            f"{INDEX}; download the checkpoint again"
         )
 
 

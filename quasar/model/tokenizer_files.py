@@ -44,7 +44,8 @@ def check_tokenizer_files(folder: Path) -> None:
 
 def check_vocabulary_files(folder: Path) -> None:
     """Check the large files. A library has failed to read one of them, and its error does not say which or where."""
-    for name, kind in {"tokenizer.json": _TokenizerJson, "vocab.json": _Vocabulary}.items():
+    large: dict[str, type[BaseModel]] = {"tokenizer.json": _TokenizerJson, "vocab.json": _Vocabulary}
+    for name, kind in large.items():
         if (folder / name).exists():
             checked(kind, read_object(folder / name), str(folder / name))
 
@@ -71,7 +72,7 @@ def stop_tokens(folder: Path, vocab_size: int, default: int | None) -> frozenset
     for token in sorted(ids):
         if token >= vocab_size:
             raise RequestError(
-                f"{file}: eos_token_id={token} is beyond the vocabulary of {vocab_size} tokens (config.json: vocab_size)"
+                f"{file}: eos_token_id={token} is beyond the model's vocab_size={vocab_size}; correct the file"
             )
     return ids
 
