@@ -361,7 +361,7 @@ def _rope(raw: _Raw, head_dim: int, place: str) -> RopeConfig:
 
 
 class _Theta(_Strict):
-    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    rope_theta: Annotated[float, Field(gt=1, le=1e12)]
 
 
 def _yarn_parameters(found: _YarnRope, context_length: int, where: str) -> dict[str, float]:

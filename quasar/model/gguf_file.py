@@ -121,7 +121,7 @@ class GGUFFile:
                     f"{self.path}: {architecture}.{name} changes the rotary embedding and is not supported"
                 )
             warn_once(f"{self.path}: the metadata {architecture}.{name} is not known and has no effect here")
-        head_dim = found.key_length or found.dimension_count or found.hidden_size // found.heads
+        head_dim = found.key_length or found.hidden_size // found.heads
         for name, size in (
             ("rope.dimension_count", found.dimension_count),
             ("attention.value_length", found.value_length),
