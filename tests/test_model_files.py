@@ -74,7 +74,7 @@ def ours(folder: Path) -> torch.Tensor:
         ({"num_hidden_layers": 1}, r"layers\.1\..* and 8 more, which config\.json does not imply"),
         ({"num_hidden_layers": 3}, r"layers\.2\..* and 8 more are missing"),
         ({"vocab_size": 1 << 40}, "vocab_size"),
-        ({"vocab_size": 256}, r"embed_tokens\.weight has shape \(320, 32\)"),
+        ({"vocab_size": 300}, r"embed_tokens\.weight has shape \(320, 32\)"),
         ({"hidden_size": DELETE}, "hidden_size is missing"),
         ({"num_key_value_heads": 3}, "does not divide"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
@@ -326,9 +326,7 @@ def test_stop_tokens_follow_transformers(folder: Path) -> None:
     generation.unlink()
     assert both() == (frozenset({256}), 256)
     edit(folder / "config.json", eos_token_id=DELETE)
-    assert both() == (frozenset({2}), 2)
-    edit(folder / "config.json", eos_token_id=None)
-    assert loaded_tokenizer(folder).stop_tokens == frozenset({256}), "the tokenizer's, where transformers has none"
+    assert both() == (frozenset({256}), None), "the tokenizer's, where transformers has none"
 
 
 @pytest.mark.parametrize(
@@ -384,7 +382,7 @@ def test_tokens_beyond_the_embedding_are_named_when_they_occur(folder: Path) -> 
 
 
 NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-CUBIC = "{% set t = messages[0].content %}{% for a in t %}{% for b in t %}{% for c in t %}{% endfor %}{% endfor %}{% endfor %}"
+CUBIC = "{% set t = messages[0].content %}" + "{% for a in t %}" * 3 + "{% endfor %}" * 3
 
 
 @pytest.mark.parametrize(

@@ -145,9 +145,9 @@ def test_arguments_that_a_kernel_would_leave_are_refused(
         op(**good())
         for name, value in wrong:
             # Either the op's check, or PyTorch where no kernel takes such arguments: never a result.
+            arguments = good() | {name: value}
             with pytest.raises((ValueError, RuntimeError, IndexError)):
-                op(**(good() | {name: value}))
-                pytest.fail(f"{name} {getattr(value, 'shape', value)} was taken")
+                op(**arguments)
 
 
 @pytest.mark.parametrize("scales", [torch.ones(1), torch.ones(()), torch.ones(32, 1), torch.ones(31), torch.ones(64)])

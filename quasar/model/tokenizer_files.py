@@ -14,8 +14,6 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """The files with which transformers can build the tokenizers of the supported models."""
 
 MAX_TEMPLATE_BYTES = 1 << 20
-# What transformers assumes if config.json has no eos_token_id.
-_DEFAULT_EOS = {"llama": 2, "mistral": 2}
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -64,9 +62,7 @@ def stop_tokens(folder: Path, vocab_size: int, default: int | None) -> frozenset
             return frozenset()
     else:
         file = folder / "config.json"
-        raw = read_object(file)
-        content = {"eos_token_id": _DEFAULT_EOS.get(str(raw.get("model_type")))} | raw
-        found = checked(_Eos, content, str(file)).eos_token_id
+        found = checked(_Eos, read_object(file), str(file)).eos_token_id
         found = default if found is None else found
     ids = frozenset(found if isinstance(found, list) else () if found is None else (found,))
     for token in sorted(ids):
