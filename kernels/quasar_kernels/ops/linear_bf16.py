@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quasar_kernels import checks
 from quasar_kernels.cpu.calls import multiply
 from quasar_kernels.cpu.library import ACTIVATION_DTYPES, Library
 from quasar_kernels.dispatch import Kernel, Op
@@ -66,8 +65,7 @@ OP = Matmul(
     cpu=Kernel(_library_takes, _library),
     triton=triton_matmul(_triton),
     differentiable=False,
-    check=checks.matmul,
     weight_bits=16,
     round=lambda values, group_size: DenseWeight.prepare(values),
 )
-DENSE = Op("linear_dense", plain=F.linear, cpu=None, triton=triton_matmul(_triton_dense), check=checks.matmul)
+DENSE = Op("linear_dense", plain=F.linear, cpu=None, triton=triton_matmul(_triton_dense))

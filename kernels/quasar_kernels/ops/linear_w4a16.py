@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quasar_kernels import checks
 from quasar_kernels.matmul import Matmul, cpu_matmul, triton_matmul
 from quasar_kernels.weights import Int4Weight
 
@@ -50,7 +49,6 @@ OP = Matmul(
     cpu=cpu_matmul("linear_w4a16"),
     triton=triton_matmul(_triton, TRITON_GROUP_SIZES),
     differentiable=False,
-    check=checks.matmul,
     weight_bits=4,
     round=Int4Weight.rounded,
 )

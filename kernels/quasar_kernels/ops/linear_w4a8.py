@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quasar_kernels import checks
 from quasar_kernels.matmul import Matmul, as_quantized, compute_dtype, cpu_matmul, triton_matmul
 from quasar_kernels.reference import unpack_int4
 from quasar_kernels.weights import Int4Weight, Quantized
@@ -66,7 +65,6 @@ OP = Matmul(
     cpu=cpu_matmul("linear_w4a8"),
     triton=triton_matmul(_triton, TRITON_GROUP_SIZES),
     differentiable=False,
-    check=checks.matmul,
     weight_bits=4,
     activations="int8 groups",
     round=Int4Weight.rounded,

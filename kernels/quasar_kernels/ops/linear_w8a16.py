@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from quasar_kernels import checks
 from quasar_kernels.matmul import Matmul, compute_dtype, cpu_matmul, triton_matmul
 from quasar_kernels.weights import Int8Weight
 
@@ -46,7 +45,6 @@ OP = Matmul(
     cpu=cpu_matmul("linear_w8a16"),
     triton=triton_matmul(_triton),
     differentiable=False,
-    check=checks.matmul,
     weight_bits=8,
     round=lambda values, group_size: Int8Weight.rounded(values),
 )

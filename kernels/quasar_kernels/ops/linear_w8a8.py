@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quasar_kernels import checks
 from quasar_kernels.matmul import Matmul, as_quantized, compute_dtype, cpu_matmul, triton_matmul
 from quasar_kernels.weights import Int8Weight, Quantized
 
@@ -58,7 +57,6 @@ OP = Matmul(
     cpu=cpu_matmul("linear_w8a8"),
     triton=triton_matmul(_triton),
     differentiable=False,
-    check=checks.matmul,
     weight_bits=8,
     activations="int8",
     round=lambda values, group_size: Int8Weight.rounded(values),
