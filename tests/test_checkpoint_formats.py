@@ -15,13 +15,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quasar.errors import RequestError
-from quasar.experiment.build import load_model
 from quasar.model.gguf_file import GGUFFile, write_dequantized
 from quasar.model.loading import load_transformer
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
-from quasar.quantization.packed import load_packed, open_packed, quantized_share
+from quasar.quantization.packed import load_packed, load_reference, open_packed, quantized_share
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
 from tests.test_packed import CONFIG, GROUP, TOKENS, into_int32, is_linear, write, write_gguf
 
@@ -436,7 +435,7 @@ def test_a_quantized_folder_is_no_reference_unless_dequantized(
     path_source.path, path_source.dequantize = str(tmp_path), True
     checkpoint = locate(path_source)
     assert checkpoint.origin == f"folder {tmp_path}, dequantized from compressed-tensors"
-    model = load_model(checkpoint, torch.float32, torch.device("cpu"), Silent())
+    model = load_reference(checkpoint, torch.float32, torch.device("cpu"), lambda *_: None)
     assert torch.allclose(model(TOKENS), logits_of(dense, back), atol=1e-3)
     assert type(model.blocks[0].mlp.down.weight) is torch.nn.Parameter
     matrices = [weight for weight in dense.state_dict().values() if weight.dim() == 2]
@@ -463,12 +462,3 @@ def test_integers_are_no_weights_even_if_the_config_does_not_say_that_they_are_q
     with pytest.raises(RequestError, match="which is no dtype of unquantized weights"):
         load_transformer(tmp_path, torch.float32)
     assert Checkpoint("model", tmp_path, "here").dequantized is False
-
-
-class Silent:
-    """A reporter that shows nothing."""
-
-    def progress(self, what: str):
-        from contextlib import nullcontext
-
-        return nullcontext(lambda done, total: None)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from quasar.errors import RequestError
 from quasar.model.config import LayerShape, ModelConfig, RopeConfig, quantization_method
 from quasar.model.json_files import warn_once
 from quasar.model.tensor_files import TensorFiles, same
 from quasar.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from quasar.model.sources import Checkpoint
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) in units of the caller's choice."""
@@ -31,6 +35,18 @@ _BLOCK = {
     "mlp.gate_up.{kind}": ["mlp.gate_proj.{kind}", "mlp.up_proj.{kind}"],
     "mlp.down.{kind}": ["mlp.down_proj.{kind}"],
 }
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+) -> Transformer:
+    """Load the unquantized, unpruned model of a checkpoint, or create it if its weights are random.
+
+    Raises RequestError like `load_transformer`.
+    """
+    if checkpoint.folder is None:
+        return random_transformer(tiny_config(), checkpoint.seed, dtype, device)
+    return load_transformer(checkpoint.folder, dtype, device, progress)
 
 
 def load_transformer(
@@ -61,7 +77,9 @@ def load_transformer(
         if progress is not None:
             progress(done, len(names))
         stacked = torch.cat([tensors.read_float(source).to(dtype) for source in sources])
-        _set_parameter(model, name, stacked.to(device=device))
+        owner, _, attribute = name.rpartition(".")
+        parameter = nn.Parameter(stacked.to(device=device), requires_grad=False)
+        setattr(model.get_submodule(owner), attribute, parameter)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight
     if progress is not None:
@@ -135,12 +153,6 @@ def source_names(model: Transformer) -> dict[str, list[str]]:
             sources = _BLOCK[rest] if rest in _BLOCK else _BLOCK[rest.removesuffix(kind) + "{kind}"]
             names[name] = [f"model.layers.{index}.{source.format(kind=kind)}" for source in sources]
     return names
-
-
-def _set_parameter(model: Transformer, name: str, value: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    setattr(module, attribute, torch.nn.Parameter(value, requires_grad=False))
 
 
 def source_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

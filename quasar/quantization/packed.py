@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
-from quasar.model.loading import Progress, source_names
+from quasar.model.loading import Progress, load_model, source_names
+from quasar.model.sources import Checkpoint
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.packed_gguf import GGUFCheckpoint
@@ -51,6 +52,14 @@ def open_packed(path: Path) -> PackedCheckpoint:
     if not path.exists():
         raise RequestError(f"verifier.path={path}: no such file or folder; pass a .gguf file or a checkpoint folder")
     return GGUFCheckpoint(path) if path.is_file() else SafetensorsCheckpoint(path)
+
+
+def load_reference(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress) -> Transformer:
+    """Load the unpruned model of a checkpoint in ``dtype``; quantized weights are dequantized if that was asked for."""
+    if not checkpoint.dequantized:
+        return load_model(checkpoint, dtype, device, progress)
+    assert checkpoint.folder is not None
+    return load_packed(open_packed(checkpoint.folder), dtype, device, 16, progress, dequantize=True)
 
 
 def quantized_share(path: Path) -> float:

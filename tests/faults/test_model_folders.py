@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quasar.config.schema import ModelSource
 from quasar.errors import RequestError
-from quasar.experiment.build import load_model
 from quasar.model.sources import locate
 from quasar.model.tokenizer import _byte_tokenizer, load_tokenizer
+from quasar.quantization.packed import load_reference
 
 CHUNKS, FOLDERS_PER_CHUNK = 8, 25
 TOKENS = torch.arange(12)
@@ -99,15 +99,8 @@ def logits(folder: Path, kind: str) -> Tensor:
         checkpoint = locate(source)
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.encode_chat([{"role": "user", "content": "Guten Tag, 世界"}])
-        model = load_model(checkpoint, torch.float32, torch.device("cpu"), _Silent())
+        model = load_reference(checkpoint, torch.float32, torch.device("cpu"), lambda *_: None)
         return model(TOKENS)
-
-
-class _Silent:
-    def progress(self, what: str):
-        from contextlib import nullcontext
-
-        return nullcontext(lambda done, total: None)
 
 
 def _shard(folder: Path) -> None:
