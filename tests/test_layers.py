@@ -8,7 +8,6 @@ from pathlib import Path
 QUASAR = Path(__file__).parents[1] / "quasar"
 LAYERS = (
     ("cli",),
-    ("main",),
     ("experiment", "testing"),
     ("drafters",),
     ("results",),
@@ -17,7 +16,7 @@ LAYERS = (
     ("decoding", "pruning"),
     ("quantization",),
     ("model",),
-    ("config", "cache", "console"),
+    ("config", "cache"),
     ("errors",),
 )
 """From top to bottom: each may import those in the lines below its own, and none beside it or above."""
