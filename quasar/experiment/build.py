@@ -21,10 +21,10 @@ from quasar.experiment.capacity import cache_capacity
 from quasar.experiment.decoder import WARM_UP
 from quasar.model.devices import choose_device, choose_dtype
 from quasar.model.grid import weights_on_grid
-from quasar.model.loading import load_model
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.model.transformer import Transformer
+from quasar.quantization.packed import load_reference, quantized_share
 from quasar.results.console import Reporter
 from quasar.results.environment import describe_machine
 from quasar.results.schema import Machine
@@ -66,7 +66,7 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
 
     def load(dtype: torch.dtype) -> Transformer:
         with reporter.progress("loading weights") as advance:
-            return load_model(checkpoint, dtype, device, advance)
+            return load_reference(checkpoint, dtype, device, advance)
 
     model = load(dtype)
     capacity = cache_capacity(prompts, settings.decode.max_new_tokens, tokenizer, model.config.context_length)
@@ -93,7 +93,10 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
     reference = None
     if (settings.evaluate.baselines or settings.evaluate.fidelity) and not verifier.is_reference:
         reference = FP16Verifier(load(verifier.dtype), setup)
-    on_grid = None if checkpoint.folder is None else weights_on_grid(checkpoint.folder)
+    on_grid = None
+    if checkpoint.folder is not None:
+        # Dequantized weights are on the grid of the integers that they come from.
+        on_grid = (quantized_share if checkpoint.dequantized else weights_on_grid)(checkpoint.folder)
     return Prepared(settings, prompts, checkpoint, tokenizer, drafter, verifier, reference, machine, on_grid)
 
 
