@@ -18,6 +18,7 @@ LAYERS = (
     ("quantization",),
     ("model",),
     ("config", "cache", "console"),
+    ("inputs",),
     ("errors",),
 )
 """From top to bottom: each may import those in the lines below its own, and none beside it or above."""

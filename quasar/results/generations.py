@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quasar.errors import RequestError
+from quasar.inputs import open_regular
 from quasar.results.schema import PromptRecord
 
 GENERATIONS = "generations.jsonl"
@@ -32,7 +33,7 @@ class GenerationsFile:
         """
         if not self.file.exists():
             return []
-        with self.file.open("rb") as stream:
+        with open_regular(self.file) as stream:
             stream.seek(self.whole_bytes)
             lines, whole = whole_lines(stream.read())
         records = [self._record(line, number) for number, line in enumerate(lines, start=len(self.records) + 1)]
@@ -63,7 +64,7 @@ def whole_lines(content: bytes) -> tuple[list[Any], int]:
     while (end := content.find(b"\n", whole)) >= 0:
         try:
             values.append(json.loads(content[whole:end]))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         whole = end + 1
     return values, whole
