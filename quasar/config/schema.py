@@ -107,6 +107,7 @@ class EvaluateConfig:
     baselines: bool = MISSING
     fidelity: bool = MISSING
     accuracy: bool = MISSING
+    unsafe_code: bool = MISSING
     exactness: bool = MISSING
 
 

@@ -16,10 +16,13 @@ MOSTLY_ON_GRID = 0.5
 """Share of weights on a low-bit grid from which on a reference counts as dequantized."""
 
 
-def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:
+def print_header(
+    reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path, sandbox: str | None = None
+) -> None:
     """Print model, drafter, verifier, device, prompts and output folder.
 
     finished: number of prompts that an earlier attempt has already decoded
+    sandbox: what isolates generated code; None if none is executed
     """
     settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
     dtype = str(verifier.dtype).removeprefix("torch.")
@@ -33,6 +36,7 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
         **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
         "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
         "prompts": f"{prompts} from data={settings.data.name}" + (f", {finished} already done" if finished else ""),
+        **({} if sandbox is None else {"sandbox": f"generated code is isolated by {sandbox}"}),
         "output": str(folder),
     }
     reporter.header(entries)

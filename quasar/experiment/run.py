@@ -14,6 +14,7 @@ from quasar.decoding.draft import StepResult
 from quasar.drafters.base import Drafter
 from quasar.evaluation.fidelity import Trajectories
 from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
+from quasar.evaluation.sandbox import require_level
 from quasar.experiment.build import Prepared, choose_device, prepare
 from quasar.experiment.decoder import PromptDecoder
 from quasar.experiment.header import print_header
@@ -40,14 +41,15 @@ def run(
     device = choose_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    sandbox = str(require_level(settings.evaluate.unsafe_code)) if settings.evaluate.accuracy else None
     prompts = load_prompts(settings.data)
     drafter: Drafter = build("drafter", settings.drafter)
     run_folder = RunFolder(folder, config, settings.resume)
     with run_folder.failures_recorded():
         parts = prepare(settings, prompts, drafter, device, reporter)
-        environment = _environment(parts, prompts)
+        environment = _environment(parts, prompts, sandbox)
         records = run_folder.begin(command, environment)
-        print_header(reporter, parts, len(prompts), len(records), folder)
+        print_header(reporter, parts, len(prompts), len(records), folder, sandbox)
         decoder = _decoder(parts, shared_baselines, reporter)
         _decode_all(decoder, prompts, records, run_folder, reporter)
         measured = Measured(records, _facts(decoder, environment))
@@ -58,7 +60,7 @@ def run(
     return summary
 
 
-def _environment(parts: Prepared, prompts: list[Prompt]) -> Environment:
+def _environment(parts: Prepared, prompts: list[Prompt], sandbox: str | None) -> Environment:
     checkpoint = parts.checkpoint
     return Environment(
         machine=describe_machine(parts.verifier.device),
@@ -67,6 +69,7 @@ def _environment(parts: Prepared, prompts: list[Prompt]) -> Environment:
         drafter=list(parts.drafter.details),
         prompt_set=prompt_set_hash(prompts),
         prompts=len(prompts),
+        sandbox=sandbox,
     )
 
 
@@ -145,4 +148,5 @@ def _facts(decoder: PromptDecoder, environment: Environment) -> RunFacts:
         lossy=settings.decode.acceptance == "typical",
         model_origin=environment.model.origin,
         weights_on_grid=environment.model.weights_on_grid,
+        sandbox=environment.sandbox,
     )

@@ -243,6 +243,7 @@ class Environment:
     verifier, drafter: sentences on what was decided while the verifier and the drafter were built
     prompt_set: hash of all prompts
     prompts: number of prompts
+    sandbox: what isolates the generated code that is graded; None if none is executed
     """
 
     machine: Machine
@@ -251,6 +252,7 @@ class Environment:
     drafter: list[str]
     prompt_set: str
     prompts: int
+    sandbox: str | None = None
 
     def to_json(self) -> Json:
         content = {**vars(self.machine), **vars(self), "model": vars(self.model)}
