@@ -52,12 +52,10 @@ class Level:
 LEVELS = (
     Level(("namespaces", "landlock", "seccomp")),
     Level(("namespaces", "seccomp")),
-    Level(("namespaces", "landlock")),
     Level(("landlock", "seccomp")),
-    Level(("namespaces",)),
     Level(()),
 )
-"""From the strongest to the weakest. Landlock alone or seccomp alone leave a file or the network open."""
+"""From the strongest to the weakest. Each needs seccomp: without it, nothing bounds the number of processes of root."""
 
 
 @functools.cache

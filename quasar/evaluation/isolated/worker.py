@@ -45,11 +45,11 @@ def main() -> None:
 
 def _isolate(folder: str, parts: Sequence[str], seconds: int, megabytes: int) -> None:
     readable, writable = kernel.readable_paths(), []
-    # Threads cannot be counted per sandbox outside a user namespace; there, no process can be started at all.
     if "namespaces" in parts:
         kernel.enter_namespaces(folder, readable)
         writable = ["/work", "/tmp"]
         os.environ["HOME"] = "/work"
+        # Threads are counted per user, in a user namespace apart from those outside; seccomp refuses processes.
         resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
     if "landlock" in parts:
         kernel.restrict_files(readable, writable)
