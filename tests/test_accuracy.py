@@ -1,4 +1,4 @@
-"""Grading of math answers and generated code, and what the sandbox stops."""
+"""Grading of math answers and generated code. What generated code can reach is in test_sandbox.py."""
 
 from __future__ import annotations
 

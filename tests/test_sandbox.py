@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -274,3 +277,49 @@ def test_a_sandbox_that_cannot_be_set_up_is_no_wrong_answer(monkeypatch: pytest.
     monkeypatch.setattr("quasar.evaluation.sandbox._BOOT", "import sys; print('no memory', file=sys.stderr)")
     with pytest.raises(QuasarError, match=r"could not be set up: no memory"):
         passes("pass")
+
+
+ROOT = Path(__file__).parents[1]
+RUN = [
+    "model=tiny",
+    "drafter=none",
+    "verifier=fp16",
+    "decode.max_new_tokens=4",
+    "evaluate.baselines=false",
+    "threads=1",
+]
+RUN += ["evaluate.fidelity=false", "evaluate.accuracy=true", "data.path=code.jsonl", "data=specbench"]
+
+
+def run(folder: Path, code: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    row = {"question_id": 1, "turns": ["def one():\n    pass\n"], "test": "assert one() == 1"}
+    (folder / "code.jsonl").write_text(json.dumps(row) + "\n")
+    command = [sys.executable, "-c", code, *RUN, "hydra.run.dir=out", *overrides]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
+
+
+START = "import sys; from quasar.main import main; sys.exit(main())"
+WITHOUT = "from quasar.evaluation import sandbox; sandbox.active_level = lambda: sandbox.Level(()); "
+
+
+def test_the_level_is_told_where_accuracy_is(tmp_path: Path) -> None:
+    done = run(tmp_path, START)
+    assert done.returncode == 0, done.stderr
+    level = str(active_level())
+    assert json.loads((tmp_path / "out/environment.json").read_text())["sandbox"] == level
+    said = " ".join(done.stdout.split())
+    assert f"generated code is isolated by {level}" in said
+    assert f"Task accuracy: task 0/1; generated code was isolated by {level}." in said.replace("code 0/1", "task 0/1")
+
+
+def test_a_run_without_isolation_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:
+    refused = run(tmp_path, WITHOUT + START)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: evaluate.accuracy=true: ")
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path, WITHOUT + START, "evaluate.unsafe_code=true").returncode == 0
+    environment = json.loads((tmp_path / "out/environment.json").read_text())
+    assert environment["sandbox"] == "guards inside the interpreter only"
