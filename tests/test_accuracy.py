@@ -175,6 +175,19 @@ def test_the_test_sees_plain_values_only(output: str, correct: bool) -> None:
             "try:\n    fail(1)\nexcept BadError as error:\n    assert str(error) == 'no 1'\n",
             "raise BadError(f'no {x}')",
         ),
+        (
+            "class Node:\n    def __init__(self, value, next=None):\n        self.value, self.next = value, next\n\n"
+            "def chain(*values):\n    return Node(values[0], chain(*values[1:])) if values else None\n\n"
+            "def last(node):\n    pass",
+            "node = chain(1, 2, 3)\nassert last(node).value == 3 and last(node) == node.next.next\n"
+            "node.next.next.value = 4\nassert last(node).value == 4 and last(node).next is None",
+            "return node if node.next is None else last(node.next)",
+        ),
+        (
+            "import enum\nclass Color(enum.Enum):\n    RED = 1\n    BLUE = 2\n\ndef other(color):\n    pass",
+            "assert other(Color.RED) == Color.BLUE and other(Color.BLUE) == Color.RED",
+            "return Color.RED if color is Color.BLUE else Color.BLUE",
+        ),
         ("def big(n):\n    pass", "assert big(20000) == 10 ** 20000", "return 10 ** n"),
     ],
 )

@@ -23,8 +23,8 @@ MESSAGE_BYTES = 32 << 20
 _SEQUENCES: dict[str, type[Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _MUTABLE = (list, dict, set, bytearray)
 
-# What a test may ask of an object of the answer. The first group yields values; the second one lets the object decide
-# a comparison, which only a task that asks for a class permits.
+# What a test may ask of an object of the answer. The first group yields and sets values; the second one lets the object
+# decide a comparison, which only a task that asks for a class permits.
 _YIELDING: dict[str, Callable[..., Any]] = {
     "call": lambda target, *args, **kwargs: target(*args, **kwargs),
     "getattr": getattr,
@@ -32,11 +32,11 @@ _YIELDING: dict[str, Callable[..., Any]] = {
     "next": next,
     "len": len,
     "getitem": operator.getitem,
-}
-_DECIDING: dict[str, Callable[..., Any]] = {
     "setattr": setattr,
     "setitem": operator.setitem,
     "delitem": operator.delitem,
+}
+_DECIDING: dict[str, Callable[..., Any]] = {
     "contains": operator.contains,
     "bool": bool,
     "repr": repr,
@@ -67,7 +67,8 @@ class Peer:
         self._reader, self._writer = reader, writer
         self._serves, self._trusts = serves, trusts
         self._kept: list[Any] = []
-        self._classes: dict[str, type[BaseException]] = {}
+        self._numbers: dict[int, int] = {}
+        self.errors: dict[str, type[BaseException]] = {}
         self.objects: dict[str, Any] = {}
 
     def send(self, message: Any) -> None:
@@ -150,8 +151,10 @@ class Peer:
             return ["yours", object.__getattribute__(value, "_target")]
         if not self._serves and isinstance(value, Iterator):
             return ["iterator", [self.encode(item) for item in value]]
-        self._kept.append(value)
-        return ["mine", len(self._kept) - 1]
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._kept)
+            self._kept.append(value)
+        return ["mine", self._numbers[id(value)]]
 
     def decode(self, form: Any) -> Any:
         if form is None or isinstance(form, bool):
@@ -189,14 +192,15 @@ class Peer:
 
     def error_class(self, name: str, bases: list[str]) -> type[BaseException]:
         """Return the built-in exception of this name, or a class of this name below the first built-in base."""
+        if name in self.errors:
+            return self.errors[name]
         found = [getattr(builtins, base, None) for base in [name, *bases]]
         known = [kind for kind in found if isinstance(kind, type) and issubclass(kind, BaseException)]
         if known and known[0].__name__ == name:
             return known[0]
-        if name not in self._classes:
-            base = known[0] if known and issubclass(known[0], Exception) else Exception
-            self._classes[name] = type(name, (base,), {"__module__": "__main__"})
-        return self._classes[name]
+        base = known[0] if known and issubclass(known[0], Exception) else Exception
+        self.errors[name] = type(name, (base,), {"__module__": "__main__"})
+        return self.errors[name]
 
     def _described(self, error: BaseException) -> Any:
         try:
@@ -246,12 +250,26 @@ class Remote:
     def __getitem__(self, key: Any) -> Any:
         return _ask(self, "getitem", key)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _ask(self, "setitem", key, value)
 
-class Trusted(Remote):
-    """An object of a class that the task asked for, so that the class decides what equals what."""
+    def __delitem__(self, key: Any) -> None:
+        _ask(self, "delitem", key)
 
     def __setattr__(self, name: str, value: Any) -> None:
         _ask(self, "setattr", name, value)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are one object, whatever its class says."""
+        targets = [object.__getattribute__(one, "_target") for one in (self, other) if isinstance(one, Remote)]
+        return len(targets) == 2 and targets[0] == targets[1]
+
+    def __hash__(self) -> int:
+        return hash(object.__getattribute__(self, "_target"))
+
+
+class Trusted(Remote):
+    """An object of a class that the task asked for, so that the class decides what equals what."""
 
 
 def _ask(remote: Remote, operation: str, *args: Any, **kwargs: Any) -> Any:
@@ -264,8 +282,7 @@ def _method(operation: str) -> Callable[..., Any]:
 
 
 for _name in _DECIDING:
-    if _name != "setattr":
-        setattr(Trusted, f"__{_name.strip('_')}__", _method(_name))
+    setattr(Trusted, f"__{_name.strip('_')}__", _method(_name))
 
 
 def _replace(value: Any, changed: Any) -> None:

@@ -111,7 +111,7 @@ def _execute_answer(job: dict[str, Any], reader: BinaryIO, writer: BinaryIO, sta
     for name, value in list(vars(program).items()):
         if isinstance(value, types.ModuleType) or name.startswith("__"):
             continue
-        if isinstance(value, type) and issubclass(value, BaseException):
+        if _is_error(value):
             names[name] = ["error", value.__name__, [base.__name__ for base in value.__mro__[1:-1]]]
         elif callable(value):
             peer.objects[name] = value
@@ -135,8 +135,11 @@ def _execute_test(job: dict[str, Any], reader: BinaryIO, writer: BinaryIO, statu
     names = peer.receive()
     module = _module("__main__")
     exec(compile(job["context"], "context", "exec"), module.__dict__)
+    peer.errors |= {name: value for name, value in vars(module).items() if _is_error(value)}
     for name, (kind, *content) in names.items():
-        if name in vars(module) and name not in job["wanted"]:
+        # Classes are always those of the answer, which works with their objects.
+        given = vars(module).get(name)
+        if given is not None and name not in job["wanted"] and not (isinstance(given, type) and kind == "object"):
             continue
         if kind == "error":
             vars(module)[name] = peer.error_class(*content)
@@ -144,6 +147,10 @@ def _execute_test(job: dict[str, Any], reader: BinaryIO, writer: BinaryIO, statu
             vars(module)[name] = peer.remote(name) if kind == "object" else peer.decode(*content)
     exec(compile(job["test"], "test", "exec"), module.__dict__)
     return True
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
 
 
 def _module(name: str) -> types.ModuleType:
