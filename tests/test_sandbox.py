@@ -14,7 +14,8 @@ import pytest
 
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation import sandbox
-from quasar.evaluation.sandbox import LEVELS, Level, active_level, passes, require_level, works
+from quasar.evaluation.sandbox import LEVELS, Level, active_level, passes, required_isolation, works
+from tests.compose import composed_run
 
 SECRET = "QUASAR_TEST_SECRET"
 
@@ -267,10 +268,12 @@ def test_the_level_is_named() -> None:
 
 
 def test_a_machine_without_isolation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "active_level", lambda: Level(()))
+    monkeypatch.setattr(sandbox, "active_level", lambda: GUARDS)
     with pytest.raises(RequestError, match=r"evaluate\.accuracy=true: .*evaluate\.unsafe_code=true"):
-        require_level(unsafe_code=False)
-    assert require_level(unsafe_code=True) == Level(())
+        required_isolation(composed_run("evaluate.accuracy=true").evaluate)
+    allowed = composed_run("evaluate.accuracy=true", "evaluate.unsafe_code=true").evaluate
+    assert required_isolation(allowed) == str(GUARDS)
+    assert required_isolation(composed_run().evaluate) is None
 
 
 def test_a_sandbox_that_cannot_be_set_up_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quasar.config.schema import EvaluateConfig
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.isolated.worker import JOB, PASSED, READY
 
@@ -64,16 +65,21 @@ def active_level() -> Level:
     return next(level for level in LEVELS if not level.isolated or works(level))
 
 
-def require_level(unsafe_code: bool) -> Level:
-    """Return the active level. Raises RequestError if the kernel isolates nothing and ``unsafe_code`` is false."""
+def required_isolation(evaluate: EvaluateConfig) -> str | None:
+    """Describe what isolates generated code; None if ``evaluate.accuracy`` is false, so that none is executed.
+
+    Raises RequestError if the kernel isolates nothing and ``evaluate.unsafe_code`` is false.
+    """
+    if not evaluate.accuracy:
+        return None
     level = active_level()
-    if not level.isolated and not unsafe_code:
+    if not level.isolated and not evaluate.unsafe_code:
         raise RequestError(
             "evaluate.accuracy=true: this machine's kernel offers neither user namespaces nor Landlock with seccomp, "
             "so generated code would run with your rights; run it in a container of its own and pass "
             "evaluate.unsafe_code=true, or pass evaluate.accuracy=false"
         )
-    return level
+    return str(level)
 
 
 def works(level: Level) -> bool:

@@ -5,24 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quasar.config.schema import Grid
 from quasar.console import Reporter
 from quasar.experiment.build import Prepared
-from quasar.results.environment import device_name
 
 MOSTLY_ON_GRID = 0.5
 """Share of weights on a low-bit grid from which on a reference counts as dequantized."""
 
 
-def print_header(
-    reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path, sandbox: str | None = None
-) -> None:
+def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Path) -> None:
     """Print model, drafter, verifier, device, prompts and output folder.
 
     finished: number of prompts that an earlier attempt has already decoded
-    sandbox: what isolates generated code; None if none is executed
     """
     settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
     dtype = str(verifier.dtype).removeprefix("torch.")
@@ -34,9 +28,10 @@ def print_header(
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
         + (lossless if exact and not verifier.is_reference else ""),
         **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
-        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
-        "prompts": f"{prompts} from data={settings.data.name}" + (f", {finished} already done" if finished else ""),
-        **({} if sandbox is None else {"sandbox": f"generated code is isolated by {sandbox}"}),
+        "device": parts.machine.name,
+        "prompts": f"{len(parts.prompts)} from data={settings.data.name}"
+        + (f", {finished} already done" if finished else ""),
+        **({} if parts.isolation is None else {"sandbox": f"generated code is isolated by {parts.isolation}"}),
         "output": str(folder),
     }
     reporter.header(entries)
