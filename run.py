@@ -2,7 +2,7 @@
 
 import sys
 
-from quasar.main import main
+from quasar.experiment.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

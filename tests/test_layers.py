@@ -8,7 +8,6 @@ from pathlib import Path
 QUASAR = Path(__file__).parents[1] / "quasar"
 LAYERS = (
     ("cli",),
-    ("main",),
     ("experiment", "testing"),
     ("drafters",),
     ("results",),
@@ -17,7 +16,7 @@ LAYERS = (
     ("decoding", "pruning"),
     ("quantization",),
     ("model",),
-    ("config", "cache", "console"),
+    ("config", "cache"),
     ("inputs",),
     ("errors",),
 )

@@ -240,7 +240,7 @@ def test_the_ladder_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     op = Op("test", backend_of("plain"), Kernel(supports, backend_of("cpu")), Kernel(supports, backend_of("triton")))
     monkeypatch.setattr(dispatch, "backend", object)
-    monkeypatch.setattr(dispatch, "gpu_backend", lambda rows: rows)
+    monkeypatch.setattr(dispatch, "has_gpu_kernels", lambda rows: True)
     x = torch.zeros(2, 2)
     assert op(x) == op(Quantized(x, x, x.dtype)) == "cpu"
     assert op(Elsewhere()) == "triton"
@@ -252,7 +252,7 @@ def test_the_ladder_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = True
     assert Op("test", op.plain, None, None)(x) == Op("test", op.plain, None, None)(Elsewhere()) == "plain"
     monkeypatch.setattr(dispatch, "backend", lambda: None)
-    monkeypatch.setattr(dispatch, "gpu_backend", lambda rows: None)
+    monkeypatch.setattr(dispatch, "has_gpu_kernels", lambda rows: False)
     assert op(x) == op(Elsewhere()) == "plain"
 
 
@@ -303,7 +303,7 @@ def test_the_compiler_sees_pytorchs_operations(monkeypatch: pytest.MonkeyPatch) 
     kernel = Kernel(lambda *arguments: True, lambda *arguments: "kernel")
     op = Op("test", lambda *arguments: "plain", kernel, kernel)
     monkeypatch.setattr(dispatch, "backend", object)
-    monkeypatch.setattr(dispatch, "gpu_backend", lambda rows: rows)
+    monkeypatch.setattr(dispatch, "has_gpu_kernels", lambda rows: True)
     assert op(torch.zeros(1)) == op(Elsewhere()) == "kernel"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert op(torch.zeros(1)) == op(Elsewhere()) == "plain"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +69,26 @@ def caches(model: Transformer, capacity: int = 128) -> tuple[KVCache, KVCache]:
             model(torch.arange(CONTEXT) % 7, cache)
         cache.commit(range(CONTEXT))
     return pair[0], pair[1]
+
+
+@pytest.mark.parametrize("verifier", ["fp16", "int8", "int4"])
+def test_a_tied_table_is_held_once(verifier: str) -> None:
+    """Rows are read from the packed weight of the output layer, and the logits are those of two separate tables."""
+    tied, separate = (
+        random_transformer(replace(llama(), tie_word_embeddings=tied), 0, torch.bfloat16) for tied in (True, False)
+    )
+    separate.load_state_dict(tied.state_dict())
+    table, held = tied.embedding.weight.detach().clone(), weakref.ref(tied.embedding.weight)
+    once, twice = VERIFIERS[verifier](tied), VERIFIERS[verifier](separate)
+    del tied
+    gc.collect()
+    assert held() is None
+    tokens = torch.tensor([0, 17, 63, 5, 5, 16, 15])
+    assert torch.equal(once.model.embedding(tokens), table[tokens])
+    for built in (once, twice):
+        built.prefill(tokens)
+    assert torch.equal(once.verify(3, TREE).logits, twice.verify(3, TREE).logits)
+    assert once.cost == twice.cost
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)

@@ -20,7 +20,7 @@ from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.replay import ReplayDrafter
 from quasar.errors import RequestError
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.model.transformer import Transformer
 from quasar.results.schema import SCHEMA_VERSION, VERSION_KEY, PromptRecord
 from quasar.results.trace import read_trace

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quasar.cli import app
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results.schema import SCHEMA_VERSION, VERSION_KEY
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from quasar.cli import app
 from quasar.errors import RequestError
 from quasar.evaluation.fidelity import Trajectory, trajectory_of
 from quasar.experiment import run as run_module
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.runs import read_run
 from quasar.results.store import LOCK

@@ -22,7 +22,7 @@ from wandb.proto import wandb_internal_pb2
 
 from quasar.cli import app
 from quasar.config.schema import CONF
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results.runs import read_config
 from quasar.results.wandb import live
 from quasar.results.wandb.target import key_is_configured

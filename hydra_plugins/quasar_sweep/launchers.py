@@ -16,8 +16,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
 
-from quasar.console import Reporter
 from quasar.errors import QuasarError
+from quasar.results.console import Reporter
 
 POLL_SECONDS = 1.0
 QUEUE_SECONDS = 5.0

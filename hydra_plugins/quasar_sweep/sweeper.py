@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from quasar.config.hash import config_hash
 from quasar.config.schema import check
-from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError, report
 from quasar.experiment.sweep.ending import SweepEnded
 from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, summary_line
 from quasar.experiment.sweep.report import print_outcome, print_plan
 from quasar.experiment.sweep.snapshot import freeze
+from quasar.results.console import Reporter
 from quasar.results.runs import is_locked, read_run
 from quasar.results.store import write_status
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quasar.console import Reporter
 from quasar.decoding.draft import StepResult
 from quasar.evaluation.fidelity import Trajectories
 from quasar.experiment.build import Prepared
 from quasar.experiment.decoder import PromptDecoder
 from quasar.results.baselines import SharedBaselines, baseline_identity
+from quasar.results.console import Reporter
 from quasar.results.metrics import Measured, named
 from quasar.results.schema import PromptRecord
 from quasar.results.store import RunFolder

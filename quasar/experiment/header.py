@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from quasar.config.schema import Grid
-from quasar.console import Reporter
 from quasar.experiment.build import Prepared
+from quasar.results.console import Reporter
 
 MOSTLY_ON_GRID = 0.5
 """Share of weights on a low-bit grid from which on a reference counts as dequantized."""

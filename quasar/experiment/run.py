@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 
 from quasar.config.build import build
 from quasar.config.schema import check
-from quasar.console import Reporter
 from quasar.drafters.base import Drafter
 from quasar.evaluation.prompts import load_prompts
 from quasar.evaluation.sandbox import required_isolation
@@ -18,6 +17,7 @@ from quasar.experiment.decode import decode_all
 from quasar.experiment.environment import environment_of
 from quasar.experiment.facts import facts_of
 from quasar.experiment.header import print_header
+from quasar.results.console import Reporter
 from quasar.results.metrics import Measured, compute, summary_of
 from quasar.results.report import print_report
 from quasar.results.schema import Json

@@ -73,12 +73,35 @@ class PackedLinear(nn.Module):
         return quasar_kernels.linear_bf16(x, self.weight, self.bias)
 
 
+class PackedEmbedding(nn.Module):
+    """An embedding that reads its rows from the packed weight of the output layer, which it is tied to."""
+
+    weight_bytes = 0
+    """The output layer counts the table."""
+
+    def __init__(self, table: DenseWeight) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table.rows(tokens)
+
+
 def pack_linears(model: nn.Module) -> None:
-    """Replace every unquantized bfloat16 linear layer by a `PackedLinear`, in place, if there are kernels for it."""
-    linears = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)]
-    for name, linear in linears:
-        if linear.weight.dtype == torch.bfloat16 and DenseWeight.has_kernels(linear.weight):
-            model.set_submodule(name, PackedLinear(linear))
+    """Replace every unquantized bfloat16 linear layer by a `PackedLinear`, in place, if there are kernels for it.
+
+    An embedding that is tied to such a layer becomes a `PackedEmbedding`, so that its table is in memory only once.
+    """
+    modules = list(model.named_modules())
+    embeddings = {module.weight: name for name, module in modules if isinstance(module, nn.Embedding)}
+    for name, linear in modules:
+        if type(linear) not in (nn.Linear, Linear) or linear.weight.dtype != torch.bfloat16:
+            continue
+        if DenseWeight.has_kernels(linear.weight):
+            packed = PackedLinear(linear)
+            model.set_submodule(name, packed)
+            if linear.weight in embeddings:
+                model.set_submodule(embeddings[linear.weight], PackedEmbedding(packed.weight))
 
 
 class GroupInt8Linear(QuantizedLinear):

@@ -475,7 +475,7 @@ def _crossed(run: Measured, values: Callable[[PromptRecord], dict[str, float] | 
     for record in run.records:
         if (entry := values(record)) is not None:
             found.setdefault((record.family, record.question_id), []).append(entry)
-    complete = {key: entries for key, entries in found.items() if len(entries) == repetitions(run)}
+    complete = {key: entries for key, entries in sorted(found.items()) if len(entries) == repetitions(run)}
     if not complete:
         return None
     names = next(iter(complete.values()))[0]

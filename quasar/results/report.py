@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quasar.console import Reporter
 from quasar.results import metrics
+from quasar.results.console import Reporter
 from quasar.results.metrics import MISSING, Measured, Metric, named
 from quasar.results.schema import Json
 

@@ -1,4 +1,4 @@
-"""Every op and backend over the matrices and layers of real models; see `main` for what is written.
+"""Measures every op and backend with the matrices and layers of real models. `main` names the files that it writes.
 
     python -m quasar_kernels.bench --shapes 4096x4096 --rows 1,8 --output /tmp/bench
 

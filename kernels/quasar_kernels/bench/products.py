@@ -1,4 +1,4 @@
-"""Our matmuls and those of peers, over the matrices of real models."""
+"""Compares the matmuls with those of other libraries, for the matrices of real models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODELS = {
     "qwen3-0.6b": [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)],
     "qwen3-8b": [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096)],
 }
-# All of them but the head of the largest, which takes gigabytes and minutes.
+# All of them except the head of the largest model, which takes gigabytes and minutes.
 DEFAULT_SHAPES = "4096x4096,smollm2-135m,qwen3-0.6b,6144x4096,24576x4096,4096x12288"
 GROUP_SIZE = 64
 BASELINE = "torch bf16"
@@ -33,7 +33,11 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Backend:
-    """prepare: a weight, bfloat16 [N, K], becomes a matmul with it; bits: stored per weight, with its scales."""
+    """A way to compute a matmul.
+
+    prepare: returns the matmul with a weight, bfloat16 [N, K]
+    bits: stored bits per weight, with its scales
+    """
 
     name: str
     prepare: Callable[[Tensor], Product]
@@ -42,7 +46,10 @@ class Backend:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians of many calls; bandwidth_fraction is of the weights alone, against the copy bandwidth of the run."""
+    """The measurement of one matmul; times are medians of many calls.
+
+    bandwidth_fraction: bytes of the weights per second, as a fraction of the copy bandwidth of the run
+    """
 
     backend: str
     outputs: int
@@ -54,7 +61,7 @@ class Measurement:
 
 
 def backends() -> list[Backend]:
-    """The baseline, our matmuls, and the peers that are installed."""
+    """Return the baseline, the matmuls of this package, and those of the installed libraries."""
     group_bits = 4 + 16 / GROUP_SIZE
     return [
         Backend(BASELINE, lambda weight: lambda x: F.linear(x, weight), 16),
@@ -74,7 +81,7 @@ def measure(
     weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
     round_bytes = sum(outputs * inputs * backend.bits / 8 for backend in candidates)
     copies = copies_of(round_bytes)
-    # Dense backends would share one tensor: each copy needs its own.
+    # Dense backends would share one tensor, but every copy needs its own.
     products = [[backend.prepare(weight.clone()) for _ in range(copies)] for backend in candidates]
     for rows in blocks:
         x = torch.randn(rows, inputs, dtype=torch.bfloat16)
@@ -115,7 +122,7 @@ def _torch_int4(weight: Tensor) -> Product:
 
 
 def _onednn() -> list[Backend]:
-    """oneDNN's W8A8, if it is right: without VNNI it adds pairs of products in 16 bit, which overflow silently."""
+    """Return oneDNN's W8A8 if it is correct; without VNNI it adds pairs of products in 16 bits, which overflow."""
     ones = torch.ones(64, 128, dtype=torch.bfloat16)
     right = torch.allclose(_onednn_w8a8(ones)(ones[:1]).float(), torch.tensor(128.0), rtol=0.02)
     return [Backend("onednn w8a8", _onednn_w8a8, 8)] if right else []
@@ -164,7 +171,7 @@ def _bitsandbytes() -> list[Backend]:
 
 
 def matrices_of(shapes: str) -> list[tuple[int, int]]:
-    """The matrices that ``--shapes`` names. Raises typer.BadParameter for a name that is none."""
+    """Return the matrices that ``--shapes`` names. Raises typer.BadParameter for an unknown name."""
     names = list(MODELS) if shapes == "all" else shapes.split(",")
     found: list[tuple[int, int]] = []
     for name in names:

@@ -1,7 +1,7 @@
 """C++ kernels for x86 processors, compiled on first use.
 
-`backend` gives the compiled library, or None if the machine has no compiler or no AVX2; the packed weights of
-`quasar_kernels.cpu.packing` are the operands of its matmuls.
+`backend` returns the compiled library, or None if the machine has no compiler or no AVX2. Its matmuls take the packed
+weights of `quasar_kernels.cpu.packing`.
 """
 
 from quasar_kernels.cpu.library import Library, backend, use_level

@@ -1,4 +1,4 @@
-"""Compiling the kernels once per source, compiler and level of processor features."""
+"""Compiles the kernels, once for every version of the sources, compiler and ISA level."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from quasar_kernels.cpu.levels import Level
 from quasar_kernels.folder import cache_folder
 
 SOURCES = Path(__file__).parent
-# Contraction would turn the separately rounded products and sums that the reference defines into fused ones. Without
-# the alignments a change anywhere in the sources moves the hot loops, and a step takes up to 5 % more or less time.
-# GCC warns of its own headers' deliberately undefined registers.
+# The reference rounds products and sums separately, so they must not be contracted to fused ones. Without the
+# alignments any change in the sources moves the hot loops, and the time of a step changes by up to 5 %. -w is needed
+# because GCC warns about registers that its own headers leave undefined on purpose.
 FLAGS = (
     *("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-w"),
     *("-falign-functions=64", "-falign-loops=32"),
@@ -28,14 +28,14 @@ COMPILE_TIMEOUT_SECONDS = 300
 
 
 class BuildError(Exception):
-    """The kernels cannot be compiled here; the message says why in one line."""
+    """Raised if the kernels cannot be compiled on this machine. The message gives the reason in one line."""
 
 
 def library_path(level: Level) -> Path:
-    """The shared library of a level, compiled now unless an earlier process has done so.
+    """Return the path of the shared library of a level. It is compiled if no earlier process has done so.
 
-    Several processes may call this at once: one compiles, the others wait, and a library appears under its name
-    only when it is complete. Without a compiler a library that another one built from the same sources will do.
+    If several processes call this at the same time, one compiles and the others wait. A library appears under its name
+    only when it is complete. If there is no compiler, a library that any compiler has built from these sources is used.
     Raises BuildError.
     """
     folder = cache_folder() / "kernels"
@@ -87,7 +87,7 @@ def _run(command: list[str]) -> bytes:
 
 
 def _compiler() -> tuple[list[str], bytes]:
-    """The command of the C++ compiler and the text of its version."""
+    """Return the command of the C++ compiler and the text of its version."""
     if named := os.environ.get("CXX"):
         command = shlex.split(named)
     else:

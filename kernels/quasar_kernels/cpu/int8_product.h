@@ -1,4 +1,4 @@
-// int8 weights × int8 activations, or × activations of nearly 16 bit.
+// Matmuls of int8 weights with int8 activations, or with activations of 15 bits.
 #pragma once
 
 #include "linear.h"
@@ -6,8 +6,8 @@
 namespace {
 
 #ifdef HAS_TILES
-// From here on sixteen vectors of weights take dot products longer (half a cycle for each vector and row) than a
-// product of tiles, which each have to wait for the sums of the last (52 cycles).
+// From this number of rows on, dot products with sixteen vectors of weights (half a cycle for each vector and row) take
+// longer than one multiplication of tiles, each of which waits for the sums of the one before (52 cycles).
 constexpr int64_t LEAST_ROWS_FOR_TILES = 8;
 
 struct Int8Registers : SingleTerm {
@@ -18,7 +18,7 @@ struct Int8Registers : SingleTerm {
 using Int8Registers = VectorsOnly;
 #endif
 
-// Adds the products of a tile's bytes to sums, one per row of activations.
+// Adds the dot products of a tile's bytes to sums, one per row of activations.
 template <int ROWS>
 inline void add_byte_products(const Job& job, Tile tile, int64_t block, Ints (&sums)[ROWS]) {
     const int32_t* units = tile_units(job, tile);
@@ -79,8 +79,8 @@ struct Int8Product : Int8Registers {
 #endif
 };
 
-// Activations become integers of 15 bit, 128 * high + low, and each term is a row of its own: exact integer dot
-// products where 16-bit ones would take weights that are widened first.
+// Activations are rounded to integers of 15 bits, 128 * high + low, and each of the two terms is a separate row. The
+// int8 dot products are exact, and the weights need not be widened to 16 bits.
 struct Int8WideProduct : VectorsOnly {
     static constexpr int64_t TERMS = 2;
     static constexpr int64_t INPUTS_PER_UNIT = 4;
@@ -128,7 +128,7 @@ struct Int8WideProduct : VectorsOnly {
 
    private:
     static constexpr float HIGH_UNIT = 128.0f;
-    static constexpr float LARGEST = 127 * HIGH_UNIT;  // its high term is the largest int8
+    static constexpr float LARGEST = 127 * HIGH_UNIT;  // the high term of this value is the largest int8
 };
 
 }  // namespace

@@ -26,8 +26,11 @@ MatmulFunction = Callable[[int, int, int | None, int, int | None, int, int, int]
 
 
 class Library:
-    """The functions of one level, an attribute for each that `functions.h` lists. They are called through ctypes
-    directly: an operator of `torch.library` would add several microseconds to each call."""
+    """The functions of one level, with one attribute for each function in `functions.h`.
+
+    They are called directly through ctypes, because an operator of `torch.library` would add several microseconds to
+    each call.
+    """
 
     def __init__(self, path: Path, level: Level) -> None:
         self.level = level
@@ -41,13 +44,13 @@ class Library:
         def __getattr__(self, function: str) -> Callable[..., None]: ...
 
     def replayed(self, name: str) -> int:
-        """Address of the function that makes a recorded call of a kernel."""
+        """Return the address of the function that executes a recorded call of a kernel."""
         address = ctypes.cast(getattr(self._library, f"replay_{name}"), ctypes.c_void_p).value
         assert address is not None
         return address
 
     def ask_for_huge_pages(self, memory: Tensor) -> None:
-        """Ask for huge pages below a large tensor that has not been written yet."""
+        """Request huge pages for a large tensor that has not been written yet."""
         if memory.nbytes >= HUGE_PAGE_BYTES:
             self.advise_huge_pages(memory.data_ptr(), memory.nbytes)
 
@@ -62,10 +65,10 @@ _forced_level: str | None = None
 
 
 def use_level(name: str | None) -> None:
-    """Use the kernels of the named level from now on, "torch" for none, None for what `QUASAR_CPU_LEVEL` or the
-    processor says. Weights that are packed already serve every level.
+    """Use the kernels of the named level from now on; "torch" means no kernels, and None the default level.
 
-    Raises ValueError if the name is no level, or one that this processor does not have.
+    The default is the level in `QUASAR_CPU_LEVEL`, or else the best one. Packed weights are the same for all levels.
+    Raises ValueError if this processor has no level of that name.
     """
     global _forced_level
     chosen_levels(name)
@@ -75,9 +78,10 @@ def use_level(name: str | None) -> None:
 
 @functools.cache
 def backend() -> Library | None:
-    """The library of this machine's level, compiled on first use; None if PyTorch's operations compute everything.
+    """Return the library of this machine's level, or None if PyTorch's operations compute everything.
 
-    Warns once if the kernels cannot be compiled. Raises ValueError if `QUASAR_CPU_LEVEL` names an unknown level.
+    It is compiled on first use. Warns once if this fails. Raises ValueError if `QUASAR_CPU_LEVEL` names an unknown
+    level.
     """
     return _loaded(chosen_levels(_forced_level))
 
@@ -86,7 +90,7 @@ def backend() -> Library | None:
 def _loaded(levels: tuple[Level, ...]) -> Library | None:
     reasons = []
     for level in levels:
-        # A compiler may be too old for the best level and good enough for the next.
+        # A compiler may be too old for the best level, but support the next one.
         try:
             return Library(library_path(level), level)
         except (BuildError, OSError) as error:

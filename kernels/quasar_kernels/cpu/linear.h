@@ -1,4 +1,4 @@
-// What every matmul does: prepare the activations, then give blocks of sixteen outputs to the threads.
+// The steps of every matmul: it prepares the activations and then distributes blocks of sixteen outputs to the threads.
 #pragma once
 
 #include <omp.h>
@@ -11,14 +11,16 @@
 
 namespace {
 
-// How far ahead of its use a weight is fetched. Hardware prefetchers stop at page boundaries; blocks are contiguous,
-// so the next block of the same thread is fetched while this one is being finished. Into the second-level cache only:
-// from there the hardware follows, and a first-level cache full of weights to come would evict the activations.
+// How far ahead of its use a weight is prefetched. Hardware prefetchers stop at page boundaries. Blocks are contiguous,
+// so the next block of the same thread is prefetched while the current one is computed. Weights are prefetched only
+// into the second-level cache: hardware prefetchers work from there, and in the first-level cache they would evict the
+// activations.
 constexpr int64_t PREFETCH_BYTES = 4096;
-// Blocks are taken in shares: large enough to read long streams, small enough to level out a slow thread.
+// Threads take several blocks at a time: enough to read long streams, but few enough that the other threads can make up
+// for a slow one.
 constexpr int64_t SHARE_BYTES = 192 * 1024;
 constexpr int64_t SHARES_PER_THREAD = 3;
-// Activations below which preparing them alone takes less time than meeting the other threads at a barrier twice.
+// With fewer activations than this, it is faster if one thread prepares them than if all threads synchronize twice.
 constexpr int64_t SHARED_ACTIVATIONS = 65536;
 
 inline void prefetch(const uint8_t* address) {
@@ -30,11 +32,11 @@ inline void prefetch(const uint8_t* address) {
 
 struct Job {
     Weight weight;
-    Request request;  // of one chunk
+    Request request;  // the request of one chunk
     Activations activations;
-    int64_t rows;          // of prepared activations: `Product::TERMS` for every token
-    int64_t units;         // of one row of activations
-    int64_t weight_units;  // of one output
+    int64_t rows;          // number of prepared rows, `Product::TERMS` for every token
+    int64_t units;         // number of units of one row of activations
+    int64_t weight_units;  // number of units of one output
     int64_t groups;
 
     const uint8_t* block_values(int64_t block) const { return weight.values + block * weight_units * 64; }
@@ -44,7 +46,7 @@ inline Floats load_vector(const uint8_t* source, int64_t element, bool bfloat16)
     return bfloat16 ? load_bfloat16(source + 2 * element) : load_float32(source + 4 * element);
 }
 
-// Writes the results of a tile: [tokens][16] sums become scaled values of the dtype of the activations.
+// Writes the results of a tile: scales its sums [tokens][16] and rounds them to the dtype of the activations.
 template <class Product>
 void finish_tile(const Job& job, Tile tile, int64_t block, const float* results) {
     const Request& request = job.request;
@@ -60,12 +62,12 @@ void finish_tile(const Job& job, Tile tile, int64_t block, const float* results)
     }
 }
 
-// Most matmuls read every token as one row of activations.
+// Base class of matmuls that read every token as one row of activations.
 struct SingleTerm {
     static constexpr int64_t TERMS = 1;
 };
 
-// Tile registers of a matmul that uses vectors alone.
+// Base class of matmuls that use only vector registers.
 struct VectorsOnly : SingleTerm {
     static constexpr bool uses_tiles(const Request&) { return false; }
     struct Registers {
@@ -78,7 +80,7 @@ struct JobTiles : TileRegisters {
     explicit JobTiles(const Job& job) : TileRegisters(job.request.rows, job.units) {}
 };
 
-// Adds to sums [rows][16] the product of a tile of activations, as they lie in their rows, and a block of weights.
+// Multiplies a tile of activations, which are not interleaved, by a block of weights, and adds to sums [rows][16].
 template <TileKind KIND>
 inline void add_block_product(const Job& job, Tile tile, int64_t block, void* sums) {
     const int32_t* rows = job.activations.rows + tile.first_row * job.units;
@@ -89,7 +91,7 @@ inline void add_block_product(const Job& job, Tile tile, int64_t block, void* su
 }
 #endif
 
-// The units of a tile: interleaved, except that the units of a single row are its own already.
+// Returns the interleaved units of a tile. A single row needs no interleaving.
 inline const int32_t* tile_units(const Job& job, Tile tile) {
     return (tile.rows == 1 ? job.activations.rows : job.activations.units) + tile.first_row * job.units;
 }
@@ -122,9 +124,9 @@ inline void interleave_tiles(const Job& job, int64_t first_unit) {
     }
 }
 
-// Threads come from OpenMP: PyTorch has loaded libgomp before this library, which therefore shares PyTorch's pool of
-// waiting threads instead of competing with it. With one thread no pool is entered, so that forked data-loading
-// processes, which run with one thread, are as safe as they are with PyTorch's own operations.
+// The threads are those of OpenMP. PyTorch has loaded libgomp before this library, which therefore shares PyTorch's
+// pool of threads instead of competing with it. A call with one thread does not use the pool, so that forked
+// data-loading processes, which run with one thread, are as safe as with PyTorch's own operations.
 template <class Product>
 void multiply_chunk(const Job& job) {
     const int64_t rows = job.request.rows, blocks = job.weight.outputs / LANES;

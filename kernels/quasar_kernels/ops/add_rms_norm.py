@@ -12,7 +12,7 @@ from quasar_kernels.reference import quantize_tokens, rms_norm
 
 
 def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """RMS normalization (Zhang & Sennrich 2019) of ``x + residual``, rounded where a sequence of operations would.
+    """Compute the RMS normalization (Zhang & Sennrich 2019) of ``x + residual``, rounded like separate operations.
 
     x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
     """
@@ -23,7 +23,7 @@ def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 def add_rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_rms_norm`, then `reference.quantize_tokens`: int8 [M, K], float32 scales [M, G], and the sum [M, K]."""
+    """Compute `add_rms_norm`, then `reference.quantize_tokens`: int8 [M, K], scales float32 [M, G], the sum [M, K]."""
     out: tuple[Tensor, Tensor, Tensor] = QUANTIZING(x, weight, eps, residual, group_size)
     return out
 

@@ -1,4 +1,4 @@
-"""The argmax of each row: the greedy choice of tokens."""
+"""The argmax of each row, which is the greedy choice of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quasar_kernels.dispatch import Kernel, LayerOp
 
 
 def first_maxima(x: Tensor) -> Tensor:
-    """The argmax of each row; the first one if several values are largest. x: [M, S] without NaN; returns int64 [M]."""
+    """Return the argmax of each row, int64 [M]; the first one if several values are largest. x: [M, S] without NaN."""
     out: Tensor = OP(x)
     return out
 

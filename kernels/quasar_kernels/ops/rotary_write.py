@@ -26,8 +26,8 @@ def rotary_write(
     the cache.
 
     qkv: float [R, (H + 2 H_kv) D], query heads first; cos, sin: float32 [R, D], halves repeated; keys, values:
-    [H_kv, capacity, D], written at slots ``start`` on (int64 [1], read when the kernel runs); q_norm, k_norm: weights
-    [D] of an RMS normalization of each head, or None. Returns the rotated queries [R, H, D].
+    [H_kv, capacity, D], written to the slots from ``start`` on (int64 [1], read when the kernel runs); q_norm, k_norm:
+    weights [D] of an RMS normalization of each head, or None. Returns the rotated queries [R, H, D].
     """
     out: Tensor = OP(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps)
     return out

@@ -12,7 +12,7 @@ from quasar_kernels.reference import quantize_tokens
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` (SwiGLU, Shazeer 2020), rounded after each of the two.
+    """Compute ``silu(gate) * up`` (SwiGLU, Shazeer 2020), rounded after each of the two operations.
 
     gate_up: float [M, 2 S], the gates first. Returns [M, S] in its dtype.
     """
@@ -21,7 +21,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """`silu_mul`, then `reference.quantize_tokens`: int8 [M, S] and float32 scales [M, G]."""
+    """Compute `silu_mul`, then `reference.quantize_tokens`: int8 [M, S] and float32 scales [M, G]."""
     out: tuple[Tensor, Tensor] = QUANTIZING(gate_up, group_size)
     return out
 

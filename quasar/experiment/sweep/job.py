@@ -10,8 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from quasar.config.hash import config_hash
-from quasar.console import Reporter
 from quasar.errors import QuasarError, report
+from quasar.results.console import Reporter
 from quasar.results.runs import is_locked, read_run
 from quasar.results.store import write_status
 from quasar.results.wandb.live import logged

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from quasar.console import Reporter
 from quasar.experiment.sweep.plan import Job, summary_line
+from quasar.results.console import Reporter
 from quasar.results.overview import unfinished_rows
 from quasar.results.runs import StoredRun
 

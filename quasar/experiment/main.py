@@ -46,8 +46,8 @@ def _run(config: DictConfig) -> int:
 
         return run_job(config)
     # Heavy packages are imported only when a job runs, so that --help is fast.
-    from quasar.console import Reporter
     from quasar.experiment import run
+    from quasar.results.console import Reporter
     from quasar.results.wandb.live import logged
 
     folder, reporter = Path(HydraConfig.get().runtime.output_dir), Reporter()
