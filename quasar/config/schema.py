@@ -103,6 +103,7 @@ class EvaluateConfig:
     baselines: bool = MISSING
     fidelity: bool = MISSING
     accuracy: bool = MISSING
+    unsafe_code: bool = MISSING
     exactness: Optional[bool] = MISSING
     repetitions: int = MISSING
 

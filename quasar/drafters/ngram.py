@@ -14,6 +14,7 @@ from quasar.decoding.draft import Context, Draft, merge_into_tree
 from quasar.drafters._suffix_automaton import SEPARATOR, AutomatonIndex, Match
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
+from quasar.inputs import expanded, read_text
 
 # Number of latest places that lookup keeps per n-gram. This bounds the cost of a step.
 LOOKUP_PLACES = 64
@@ -76,8 +77,8 @@ class NgramDrafter(Drafter):
         """Read the corpus. Raises RequestError if it is not a text file."""
         if self.corpus is not None and isinstance(self._index, AutomatonIndex):
             try:
-                text = Path(self.corpus).expanduser().read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                text = read_text(expanded(self.corpus, "drafter.corpus"))
+            except RequestError as error:
                 raise RequestError(f"drafter.corpus={self.corpus}: not a readable text file ({error})") from None
             tokens = resources.encode(text)
             self._index.memorize(tokens)

@@ -17,6 +17,7 @@ from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter, Resources
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
+from quasar.evaluation.sandbox import required_isolation
 from quasar.experiment.capacity import cache_capacity
 from quasar.experiment.decoder import WARM_UP
 from quasar.model.devices import choose_device, choose_dtype
@@ -50,6 +51,11 @@ class Prepared:
     reference: Verifier | None
     machine: Machine
     weights_on_grid: float | None
+
+    @property
+    def isolation(self) -> str | None:
+        """What isolates generated code; None if none is executed."""
+        return required_isolation(self.settings.evaluate)
 
 
 def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, reporter: Reporter) -> Prepared:

@@ -20,4 +20,5 @@ def environment_of(parts: Prepared) -> Environment:
         prompt_set=prompt_set_hash(parts.prompts),
         prompts=len(parts.prompts),
         inputs=inputs_of(parts.settings, parts.prompts, checkpoint, device_identity(parts.verifier.device)),
+        sandbox=parts.isolation,
     )

@@ -34,6 +34,7 @@ def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Pat
         "device": parts.machine.name + _kernels(parts.machine),
         "prompts": f"{len(parts.prompts)} from data={settings.data.name}"
         + (f", {finished} already done" if finished else ""),
+        **({} if parts.isolation is None else {"sandbox": f"generated code is isolated by {parts.isolation}"}),
         "output": str(folder),
     }
     reporter.header(entries)

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from quasar.cache import code_version
 from quasar.config.schema import RunConfig
 from quasar.errors import RequestError
+from quasar.inputs import open_regular
 from quasar.results.generations import whole_lines
 from quasar.results.schema import CHECKSUM_KEY, Json, checksum
 
@@ -95,7 +96,7 @@ class SharedBaselines:
         """Read the lines that were added since the last call."""
         if not self._file.exists():
             return
-        with self._file.open("rb") as stream:
+        with open_regular(self._file) as stream:
             stream.seek(self._read_bytes)
             entries, whole = whole_lines(stream.read())
         self._read_bytes += whole

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quasar.errors import RequestError
+from quasar.inputs import open_regular
 from quasar.results.schema import PromptRecord
 
 GENERATIONS = "generations.jsonl"
@@ -33,7 +34,7 @@ class GenerationsFile:
         """
         if not self.file.exists():
             return []
-        with self.file.open("rb") as stream:
+        with open_regular(self.file) as stream:
             stream.seek(self.whole_bytes)
             content = stream.read()
         lines, whole = whole_lines(content)
@@ -92,7 +93,7 @@ def whole_lines(content: bytes) -> tuple[list[Any], int]:
     while (end := content.find(b"\n", whole)) >= 0:
         try:
             values.append(json.loads(content[whole:end]))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         whole = end + 1
     return values, whole

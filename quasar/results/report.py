@@ -63,7 +63,8 @@ def _notes(run: Measured, values: Json) -> list[str]:
             f"KL {_text(values, 'kl_noise_floor')}, top-1 {_text(values, 'top1_noise_floor')}."
         )
     if values["task_accuracy"] is not None:
-        notes.append(f"Task accuracy: {_accuracies(run)}.")
+        isolation = f"; generated code was isolated by {run.facts.sandbox}" if run.facts.sandbox else ""
+        notes.append(f"Task accuracy: {_accuracies(run)}{isolation}.")
     if values["distinct_4gram_ratio_reference"] is not None and values["distinct_4gram_ratio"] is not None:
         notes.append(
             f"Distinct 4-grams: {_text(values, 'distinct_4gram_ratio')} in the output, "

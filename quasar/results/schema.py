@@ -333,6 +333,7 @@ class Environment:
     verifier, drafter: sentences on what was decided while the verifier and the drafter were built
     prompt_set: hash of all prompts
     prompts: number of prompts
+    sandbox: what isolates the generated code that is graded; None if none is executed
     """
 
     machine: Machine
@@ -342,6 +343,7 @@ class Environment:
     prompt_set: str
     prompts: int
     inputs: Inputs
+    sandbox: str | None = None
 
     def to_json(self) -> Json:
         content = {**vars(self.machine), **vars(self), "model": vars(self.model), "inputs": vars(self.inputs)}
