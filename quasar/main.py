@@ -10,8 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from quasar.config.schema import CONF, register
-from quasar.errors import QuasarError, report
+from quasar.config.schema import CONF, check, register, require_path
+from quasar.errors import QuasarError, RequestError, report
 from quasar.experiment.sweep.ending import SweepEnded
 
 DONE, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
@@ -52,7 +52,11 @@ def _run(config: DictConfig) -> int:
 
     folder, reporter = Path(HydraConfig.get().runtime.output_dir), Reporter()
     try:
-        with logged(config.logger, folder, reporter):
+        require_path("hydra.run.dir", HydraConfig.get().run.dir)
+        settings = check(config)
+        if settings.sweep.dry_run:
+            raise RequestError("sweep.dry_run=true: lists the jobs of a sweep, and this is a single run; use -m")
+        with logged(settings.logger, folder, reporter):
             run.run(config, folder, sys.argv, reporter)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

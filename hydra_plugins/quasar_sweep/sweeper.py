@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -16,7 +16,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from quasar.config.schema import check, config_hash
+from quasar.config.checks import shown
+from quasar.config.schema import RunConfig, check, config_hash, require_count, require_path
 from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError, report
 from quasar.experiment.sweep.ending import SweepEnded
@@ -59,16 +60,17 @@ class ResumableSweeper(BasicSweeper):
             raise SweepEnded(code)
 
     def _sweep(self, arguments: list[str]) -> int:
-        reporter, settings = Reporter(), self._config.sweep
+        reporter = Reporter()
+        self._check_own_settings()
         with tempfile.TemporaryDirectory(prefix="quasar-") as temporary:
             freeze(self._context.config_loader, Path(temporary))
-            requests = self._requests(arguments)
-            root = self._choose_folder(arguments, [request.config_hash for request in requests])
-            jobs = plan(requests, root, self._config.resume, settings.any_code)
-            if settings.dry_run:
+            requests, settings = self._requests(arguments)
+            root = self._choose_folder(arguments, [request.config_hash for request in requests], settings.resume)
+            jobs = plan(requests, root, settings.resume, settings.sweep.any_code)
+            if settings.sweep.dry_run:
                 print_plan(jobs, root, reporter)
                 return 0
-            launcher = self._make_launcher(root)
+            launcher = self._make_launcher(root, settings.sweep.allow_parallel)
             begin(jobs, root, sys.argv)
             freeze(self._context.config_loader, root)
         reporter.line(f"sweep {root}, {summary_line(jobs)}")
@@ -78,36 +80,56 @@ class ResumableSweeper(BasicSweeper):
         # The sweep that runs a job elsewhere also reports it.
         return max(codes) if codes else int(any(run.status in ("failed", "partial") for run in runs))
 
-    def _requests(self, arguments: list[str]) -> list[Request]:
-        """Every job of the grid, composed and checked, so that a wrong value is told before any job starts."""
+    def _check_own_settings(self) -> None:
+        """Raise RequestError for a wrong value of the keys below ``hydra`` that a sweep reads."""
+        hydra = self._config.hydra
+        remedy = "at least 1 (an integer), or null: the launcher gets all jobs at a time"
+        require_count("hydra.sweeper.max_batch_size", self.max_batch_size, remedy)
+        if self.params is not None and not isinstance(self.params, Mapping):
+            raise RequestError(
+                f"hydra.sweeper.params={shown(self.params)}: must be a mapping of keys to values, or null"
+            )
+        require_path("hydra.sweep.dir", hydra.sweep.dir)
+        for override in self._config.hydra.overrides.hydra:
+            if override.startswith("hydra.sweep.subdir="):
+                raise RequestError(f"{override}: the folders of jobs are numbered; set hydra.sweep.dir instead")
+        if "parallel" in hydra.launcher:
+            require_count("hydra.launcher.parallel", hydra.launcher.parallel or 0, "at least 1 (an integer)")
+
+    def _requests(self, arguments: list[str]) -> tuple[list[Request], RunConfig]:
+        """Every job of the grid, composed and checked, so that a wrong value is told before any job starts.
+
+        Also returns the settings of the first job, for those that belong to the sweep.
+        """
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (grid,) = self.split_arguments(overrides, None)
-        requests = []
+        requests, checked = [], []
         for job in grid:
             try:
                 config = self._context.config_loader.load_sweep_config(self._config, list(job))
             except ConfigCompositionException as error:
                 raise RequestError(f"{error} (in the job {' '.join(job)})") from None
+            choices = config.hydra.runtime.choices
             with read_write(config):
                 OmegaConf.set_struct(config, False)
                 del config["hydra"]
             try:
-                check(config)
+                checked.append(check(config, choices))
             except RequestError as error:
                 raise RequestError(f"{error} (in the job {' '.join(job)})") from None
             requests.append(Request(tuple(filter(_of_job, job)), config_hash(config)))
-        return requests
+        return requests, checked[0]
 
-    def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str]) -> Path:
+    def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str], resume: bool) -> Path:
         """The sweep's folder: a new one, or with ``resume=true`` on the command line the newest that has these jobs."""
         root = Path(self._config.hydra.sweep.dir)
         chosen = any(override.startswith("hydra.sweep.dir=") for override in self._config.hydra.overrides.hydra)
-        if self._config.resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
+        if resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
             root = newest_sweep(root, hashes) or root
         return root.absolute()
 
-    def _make_launcher(self, root: Path) -> Launcher:
+    def _make_launcher(self, root: Path, allow_parallel: bool) -> Launcher:
         """The configured launcher, for jobs in ``root``.
 
         Raises RequestError if it runs jobs side by side, or if it is not installed.
@@ -117,7 +139,7 @@ class ResumableSweeper(BasicSweeper):
         hydra = self._config.hydra
         name = hydra.runtime.choices["hydra/launcher"]
         one_at_a_time = hydra.launcher._target_ in ONE_AT_A_TIME and hydra.launcher.get("parallel", 1) == 1
-        if not (one_at_a_time or self._config.sweep.allow_parallel):
+        if not (one_at_a_time or allow_parallel):
             raise RequestError(
                 f"hydra/launcher={name} runs several jobs at a time on the same cores: their timings would not be "
                 "comparable. Use basic, slurm, or slurm_local with hydra.launcher.parallel=1; where timings do not "

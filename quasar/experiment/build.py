@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from quasar_kernels.cpu.levels import chosen_levels
 
 from quasar.config.build import build, node_named
 from quasar.config.schema import RunConfig
@@ -84,6 +86,20 @@ def prepare(
     gc.collect()
     on_grid = None if checkpoint.folder is None else weights_on_grid(checkpoint.folder)
     return Prepared(settings, checkpoint, tokenizer, drafter, verifier, capacity, on_grid)
+
+
+def check_machine(settings: RunConfig) -> None:
+    """Raise RequestError if this machine cannot do what is requested. A sweep's jobs check this where they run."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if settings.threads is not None and settings.threads > available:
+        raise RequestError(
+            f"threads={settings.threads}: this process may use {available} CPUs, and more threads would wait for each "
+            f"other; use at most {available}, or null"
+        )
+    try:
+        chosen_levels()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quasar.config.schema import Grid
+from quasar.config.schema import Grid, warnings_about
 from quasar.console import Reporter
 from quasar.experiment.build import Prepared
 from quasar.results.environment import device_name
@@ -36,6 +36,8 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
         "output": str(folder),
     }
     reporter.header(entries)
+    for text in warnings_about(settings):
+        reporter.warning(text)
     if parts.weights_on_grid is not None and parts.weights_on_grid > MOSTLY_ON_GRID:
         reporter.warning(
             f"the reference was dequantized: {parts.weights_on_grid:.0%} of its weights lie on a 4-bit or 8-bit grid; "

@@ -14,7 +14,7 @@ from quasar.decoding.draft import StepResult
 from quasar.drafters.base import Drafter
 from quasar.evaluation.fidelity import Trajectories
 from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
-from quasar.experiment.build import Prepared, choose_device, prepare
+from quasar.experiment.build import Prepared, check_machine, choose_device, prepare
 from quasar.experiment.decoder import PromptDecoder
 from quasar.experiment.header import print_header
 from quasar.results.baselines import SharedBaselines, baseline_identity
@@ -37,6 +37,7 @@ def run(
     ``failed`` and keeps the records of all finished prompts.
     """
     settings = check(config)
+    check_machine(settings)
     device = choose_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -145,4 +146,5 @@ def _facts(decoder: PromptDecoder, environment: Environment) -> RunFacts:
         lossy=settings.decode.acceptance == "typical",
         model_origin=environment.model.origin,
         weights_on_grid=environment.model.weights_on_grid,
+        dtype=str(verifier.dtype).removeprefix("torch."),
     )

@@ -51,6 +51,10 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._inner.decode(list(tokens), skip_special_tokens=True))
 
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens in which special tokens are spelled, such as ``<end>``."""
+        return str(self._inner.decode(list(tokens), skip_special_tokens=False))
+
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Load the tokenizer of a checkpoint. Code in the checkpoint is never executed."""

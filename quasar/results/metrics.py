@@ -37,6 +37,7 @@ class RunFacts:
     copy_bandwidth: bytes per second, see `quasar_kernels.bandwidth.copy_bandwidth`
     simulated: whether acceptance was replayed, so that the generated text is meaningless
     lossy: whether the acceptance rule does not preserve the verifier's distribution
+    dtype: dtype of the verifier's activations and logits, such as bfloat16
     """
 
     model: str
@@ -55,6 +56,7 @@ class RunFacts:
     lossy: bool
     model_origin: str
     weights_on_grid: float | None
+    dtype: str = "float32"
 
 
 class Measured:

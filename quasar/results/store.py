@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from quasar.cache import code_version
 from quasar.config.schema import config_hash
+from quasar.config.text import config_yaml
 from quasar.errors import QuasarError, RequestError
 from quasar.results.generations import GENERATIONS, GenerationsFile
 from quasar.results.schema import Environment, Json, PromptRecord, Status
@@ -118,9 +119,7 @@ class RunFolder:
     def _begin(self, command: list[str], environment: Environment) -> list[PromptRecord]:
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
-        values = OmegaConf.to_container(self._config, resolve=True)
-        header = f"# config hash: {self.hash}\n# command: {' '.join(command)}\n"
-        write_atomically(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(values)))
+        write_atomically(self.path / "config.yaml", config_yaml(self._config, command))
         write_atomically(self.path / "environment.json", json.dumps(environment.to_json(), indent=2) + "\n")
         self.status("running")
         return self._recover()
