@@ -135,7 +135,7 @@ class StepResult:
     path:           indices of the accepted draft tokens, root first
     logits:         float [T + 1, V], the verifier's logits after the last token and after each draft token
     scratch_logits: float [O, V] for ``Scratch.outputs``, or None
-    cut:            whether the output ended inside the accepted path, so that the tokens after ``path`` were not rejected
+    cut:            whether the output ended inside the accepted path, so that no token after ``path`` was rejected
     """
 
     draft: Draft
