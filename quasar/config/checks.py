@@ -43,7 +43,7 @@ def read(cls: type[T], values: object, place: str = "") -> T:
     if not isinstance(values, dict):
         raise RequestError(f"{place}={shown(values)}: must be a mapping with the keys {', '.join(known)}")
     require_known(values, known, place)
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     return cls(**{name: _value(hints[name], values.get(name, MISSING), join(place, name)) for name in known})
 
 
@@ -99,6 +99,11 @@ def shown(value: object) -> str:
 
 def join(place: str, key: str) -> str:
     return f"{place}.{key}" if place else key
+
+
+@lru_cache(maxsize=64)
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
 
 
 def _value(hint: Any, value: object, key: str) -> Any:

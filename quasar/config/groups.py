@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -74,7 +76,13 @@ def _check_node(override: str, place: str, choice: str, node: object) -> None:
 
 def _load(path: str) -> dict[str, Any] | None:
     """Return the content of a file of the search path without its defaults list; None if there is none."""
-    result = GlobalHydra.instance().config_loader().repository.load_config(path)
+    return _loaded(GlobalHydra.instance().config_loader().repository, path)
+
+
+@lru_cache(maxsize=64)
+def _loaded(repository: IConfigRepository, path: str) -> dict[str, Any] | None:
+    # A sweep reads the same files for each of its jobs.
+    result = repository.load_config(path)
     if result is None or not isinstance(result.config, DictConfig):
         return None
     found = OmegaConf.to_container(result.config, resolve=False)
