@@ -120,7 +120,7 @@ def _value(hint: Any, value: object, key: str) -> Any:
     try:
         return converted(hint, value)
     except ValidationError:
-        text = shown(float(value) if _is_integer(value) and _takes_floats(hint) else value)
+        text = shown(float(value) if isinstance(value, int) and _is_integer(value) and _takes_floats(hint) else value)
         kind = "; put a text that looks like a number in quotes" if isinstance(value, float | bool) else ""
         kind = kind if "text" in _description(hint) else ""
         raise RequestError(f"{key}={text}: must be {_description(hint)}{kind} ({documented_in(key)})") from None

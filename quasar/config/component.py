@@ -91,7 +91,7 @@ def _constructor(target: str, group: str, key: str) -> _Constructor:
     parameters = list(inspect.signature(cls).parameters.values())[_POSITIONAL[group] :]
     named = [entry for entry in parameters if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
     try:
-        hints = get_type_hints(cls.__init__, include_extras=True)
+        hints = get_type_hints(inspect.getattr_static(cls, "__init__"), include_extras=True)
     except Exception:  # annotations of another package may name what is not imported
         hints = {}
     return _Constructor(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -76,7 +77,9 @@ def _check_node(override: str, place: str, choice: str, node: object) -> None:
 
 def _load(path: str) -> dict[str, Any] | None:
     """Return the content of a file of the search path without its defaults list; None if there is none."""
-    return _loaded(GlobalHydra.instance().config_loader().repository, path)
+    loader = GlobalHydra.instance().config_loader()
+    assert isinstance(loader, ConfigLoaderImpl)
+    return _loaded(loader.repository, path)
 
 
 @lru_cache(maxsize=64)

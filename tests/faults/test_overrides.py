@@ -374,7 +374,7 @@ def test_combinations_that_mislead_are_refused(overrides: str) -> None:
 
 
 def test_random_combinations_never_raise_anything_else() -> None:
-    """Several overrides at once: all of them right, or refused in one line."""
+    """Several overrides at once: all of them right, or refused."""
     generator = random.Random(0)
     accepted = 0
     for _ in range(400):
@@ -383,9 +383,7 @@ def test_random_combinations_never_raise_anything_else() -> None:
         written = {key: generator.choice(list(VALUES)) for key in chosen}
         try:
             settings = requested(base, *(f"{key}={value}" for key, value in written.items()))
-        except RequestError as error:
-            assert "\n" not in str(error)
-        except HydraException:
+        except (RequestError, HydraException):
             continue
         else:
             accepted += 1
