@@ -40,7 +40,7 @@ def start(
         fixed += ["threads=1", "decode.max_new_tokens=6", "evaluate.baselines=false", "evaluate.fidelity=false"]
         named = {override.split("=")[0] for override in overrides}
         fixed = [override for override in fixed if override.split("=")[0] not in named]
-        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *overrides])
+        monkeypatch.setattr(sys, "argv", ["run.py", *overrides, *fixed])
         capfd.readouterr()
         code = main()
         return code, capfd.readouterr().err

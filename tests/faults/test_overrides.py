@@ -259,6 +259,8 @@ def same(found: Any, given: Any) -> bool:
         return len(found) == len(given) and all(map(same, found, given))
     if isinstance(given, bool) or isinstance(found, bool):
         return found is given
+    if isinstance(given, str) and isinstance(found, int | float):
+        return found == float(given)
     if isinstance(found, str) or isinstance(given, str):
         return str(found) == str(given)
     return bool(found == given)
