@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quasar.config.schema import config_hash, settled, warnings_about
+from quasar.config.hash import config_hash
+from quasar.config.schema import settled, warnings_about
 from quasar.config.text import command_line, config_yaml
 from quasar.errors import RequestError
-from quasar.experiment.build import check_machine
 from quasar.main import main
+from quasar.model.devices import check_machine
 from quasar.results.metrics import Measured
 from quasar.results.report import TIES, _divergences, _unexplained
 from quasar.results.schema import Exactness, PromptRecord
@@ -84,17 +85,17 @@ def test_wrong_requests_end_with_one_line_and_no_folder(
 
 def test_an_unknown_level_of_cpu_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = composed_run("threads=1")
-    check_machine(settings)
+    check_machine(settings.threads)
     monkeypatch.setenv("QUASAR_CPU_LEVEL", "nosuch")
     with pytest.raises(RequestError, match=r"QUASAR_CPU_LEVEL=nosuch: no level of CPU kernels here; .*torch"):
-        check_machine(settings)
+        check_machine(settings.threads)
 
 
 def test_more_threads_than_cpus_are_refused() -> None:
     available = len(os.sched_getaffinity(0))
-    check_machine(composed_run(f"threads={available}"))
+    check_machine(available)
     with pytest.raises(RequestError, match=f"use at most {available}, or null"):
-        check_machine(composed_run(f"threads={available + 1}"))
+        check_machine(available + 1)
 
 
 STOPS = ["\n", "\n\n###", "a: b", "# no", "\u2028", "\x85", "\t", "é🙂", "7e6789", "1e3", "true", "${", "\\n"]

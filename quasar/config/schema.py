@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING as REQUIRED
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -24,9 +22,6 @@ from quasar.errors import RequestError
 _CHECKOUT, _WHEEL = (Path(__file__).parents[n] / "conf" for n in (2, 1))
 CONF = _CHECKOUT if _CHECKOUT.is_dir() and not _WHEEL.is_dir() else _WHEEL
 """The configuration folder: next to the packages in a checkout, inside ``quasar`` in an installed wheel."""
-
-NOT_HASHED = ("output_dir", "resume", "sweep", "logger")
-"""Keys that do not affect the results of a run, only where and how it is executed. They are not part of its hash."""
 
 SMALLEST, LARGEST = 1e-6, 1e6
 """Range of the temperature, and the least probability. Beyond it float32 divides by zero or overflows."""
@@ -141,7 +136,8 @@ class EvaluateConfig:
     baselines: bool = MISSING
     fidelity: bool = MISSING
     accuracy: bool = MISSING
-    exactness: bool = MISSING
+    exactness: Annotated[bool | None, Must("true, false, or null (if evaluate.baselines is true)")] = MISSING
+    repetitions: Count = MISSING
 
 
 @dataclass
@@ -167,10 +163,21 @@ class SweepConfig:
 
 
 @dataclass
+class PublishConfig:
+    """The publish node of conf/experiment/*.yaml"""
+
+    prompts: Annotated[Annotated[int, Ge(1)] | None, Must("at least 1 (an integer), or null (any number)")] = MISSING
+    tables: Annotated[dict[str, list[str]], Must("a mapping of titles to lists of quantities")] = MISSING
+    by_family: Annotated[list[str], Must("a list of quantities")] = MISSING
+    figures: Annotated[list[str], Must("a list of figures")] = MISSING
+
+
+@dataclass
 class RunConfig:
     """The whole configuration. The keys of drafter and verifier are not fixed here: their classes check them."""
 
     name: Text = MISSING
+    arm: OptionalText = MISSING
     model: ModelSource = field(default_factory=ModelSource)
     drafter: Annotated[dict[str, Any], Must("one of the drafters in conf/drafter")] = MISSING
     verifier: Annotated[dict[str, Any], Must("one of the verifiers in conf/verifier")] = MISSING
@@ -187,6 +194,7 @@ class RunConfig:
     resume: bool = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
 
 def register() -> None:
@@ -231,12 +239,6 @@ def settled(config: DictConfig) -> dict[str, Any]:
     Raises RequestError if a value has the wrong type.
     """
     return asdict(_read(_plain(config)))
-
-
-def config_hash(config: DictConfig) -> str:
-    """Return a hash of twelve hex digits over everything that affects the results of a run."""
-    kept = {key: value for key, value in settled(config).items() if key not in NOT_HASHED}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def warnings_about(settings: RunConfig) -> list[str]:

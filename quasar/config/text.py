@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from quasar.config.schema import config_hash, settled
+from quasar.config.hash import config_hash
+from quasar.config.schema import settled
 
 
 def config_yaml(config: DictConfig, command: Sequence[str]) -> str:

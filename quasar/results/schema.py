@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 Json = dict[str, Any]
 """A JSON object whose keys are not described by a dataclass."""
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 VERSION_KEY = "schema_version"
 
 Record = TypeVar("Record")
@@ -149,7 +149,8 @@ class ForcedAnswer:
 
     token_ids: the reference's answer
     emitted: tokens emitted per step of forced decoding; their mean is τ_ref
-    kl, top1: KL(reference || verifier) in nats and argmax agreement, per token of the answer
+    kl, top1: KL(reference || verifier) in nats and argmax agreement, per token of the answer; empty in all repetitions
+        but the first, because they do not depend on time
     noise_kl, noise_top1: the same two values for the reference in one pass against the reference step by step
     forced_ms: decode time of forced decoding, without prefill
     ar_same_ms, ar_ref_ms: decode time of autoregressive decoding along the same answer, by the verifier and by the
@@ -173,6 +174,7 @@ class PromptRecord:
 
     correct: whether the answer solves its task; None if it was not graded
     fidelity: one entry per turn; empty if fidelity was not measured
+    repetition: number of the repetition, from 0
     """
 
     question_id: str
@@ -180,6 +182,7 @@ class PromptRecord:
     turns: list[Turn]
     correct: bool | None = None
     fidelity: list[ForcedAnswer] = field(default_factory=list)
+    repetition: int = 0
 
     def to_json(self) -> Json:
         return {
@@ -220,6 +223,11 @@ class Machine:
     threads: int
     device: str
     copy_bandwidth_bytes_per_second: float
+
+    @property
+    def name(self) -> str:
+        """The device, and the number of threads on a CPU. Only times with the same name are comparable."""
+        return f"{self.device}, {self.threads} threads" if self.device.startswith("cpu") else self.device
 
 
 @dataclass(frozen=True)

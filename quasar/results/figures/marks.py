@@ -1,0 +1,217 @@
+"""What several figures draw: points with intervals, axes of ratios, rows with names, and names beside points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+from quasar.results.figures import style
+from quasar.results.figures.arms import Arm
+from quasar.results.intervals import Estimate
+
+Side = Literal["x", "y"]
+_MOST_TICKS = 7
+_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A text beside a point, in data coordinates."""
+
+    text: str
+    x: float
+    y: float
+    colour: str
+
+
+def point(
+    axes: Axes,
+    arm: Arm,
+    x: Estimate | float,
+    y: Estimate | float,
+    *,
+    face: str | None = None,
+    size: float = 4.0,
+) -> None:
+    """Draw an arm's marker with the intervals of its coordinates. face: colour of its inside; by default the arm's"""
+    colour = arm.look.colour
+    at = [value.value if isinstance(value, Estimate) else value for value in (x, y)]
+    interval(axes, "x", x, at[1], colour)
+    interval(axes, "y", y, at[0], colour)
+    fill = arm.look.fill if face is None else "full"
+    axes.plot(
+        *at,
+        marker=arm.look.marker,
+        color=colour,
+        markersize=size,
+        fillstyle=fill,  # type: ignore[arg-type]
+        markerfacecolor=colour if face is None else face,
+        markerfacecoloralt="white",
+        markeredgewidth=style.INTERVAL_WIDTH,
+        linestyle="none",
+        zorder=3,
+    )
+
+
+def interval(axes: Axes, side: Side, value: Estimate | float, at: float, colour: str) -> None:
+    """Draw the 95 % interval of a value along an axis, at a place of the other one; nothing if there is none."""
+    if isinstance(value, Estimate) and value.low is not None and value.high is not None:
+        along, across = [value.low, value.high], [at, at]
+        places = (along, across) if side == "x" else (across, along)
+        axes.plot(*places, color=colour, linewidth=style.INTERVAL_WIDTH, zorder=2.5, solid_capstyle="butt")
+
+
+def ratio_axis(axes: Axes, side: Side) -> None:
+    """Make an axis of ratios logarithmic, because equal distances are then equal ratios, with a line at 1. Call it when
+    everything is drawn.
+    """
+    (axes.axvline if side == "x" else axes.axhline)(1, color=style.GREY, linewidth=style.THIN, zorder=1)
+    low, high = getattr(axes.dataLim, f"interval{side}")
+    logarithmic(axes, side, min(low, 1.0), max(high, 1.0), "x")
+
+
+def logarithmic(axes: Axes, side: Side, low: float, high: float, unit: str = "") -> None:
+    """Make an axis logarithmic between two values, with some room and with plain numbers."""
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    room = max(0.04 * math.log(high / low), 0.015)
+    low, high = low * math.exp(-room), high * math.exp(room)
+    (axes.set_xscale if side == "x" else axes.set_yscale)("log")
+    (axes.set_xlim if side == "x" else axes.set_ylim)(low, high)
+    ticks = ratio_ticks(low, high)
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FixedFormatter([f"{tick:g}{unit}" for tick in ticks]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def ratio_ticks(low: float, high: float) -> list[float]:
+    """Return at most seven round numbers between two ratios, among them 1 if it lies between them.
+
+    For example 0.8 and 1.7 give 0.8, 1, 1.2, 1.4 and 1.6.
+    """
+    for step in _STEPS:
+        ticks = [round(number * step, 2) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        ticks = [tick for tick in ticks if tick > 0]
+        if low < 1 < high and 1.0 not in ticks:
+            ticks = sorted([1.0, *ticks])
+        if len(ticks) <= _MOST_TICKS:
+            return ticks
+    return [1.0]
+
+
+def named_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows 0, 1, ... of an axis from top to bottom, with a grid along the values."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=True, axis="x")
+    axes.grid(visible=False, axis="y")
+
+
+def legend(axes: Axes, arms: Sequence[Arm], columns: int) -> None:
+    """Name arms above the axes by their markers."""
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=arm.look.colour,
+            marker=arm.look.marker,
+            fillstyle=arm.look.fill,  # type: ignore[arg-type]
+            markerfacecoloralt="white",
+            linestyle="none",
+            label=arm.plain_name,
+        )
+        for arm in arms
+    ]
+    axes.figure.legend(handles=handles, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+
+
+def name_points(axes: Axes, names: Sequence[Name], avoid: Sequence[tuple[float, float]] = ()) -> None:
+    """Write names beside their points, where they cover no point and no other name; far ones get a thin line.
+
+    Call it when everything else is drawn, because the places depend on the layout.
+
+    avoid: further points in data coordinates
+    """
+    figure = axes.figure
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    transform = axes.transData.transform
+    points = transform(np.array([*((name.x, name.y) for name in names), *avoid], dtype=float).reshape(-1, 2))
+    half = 2.5 * scale
+    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in points]
+    inside = axes.get_window_extent()
+    for name, place in sorted(zip(names, points, strict=False), key=lambda item: tuple(item[1])):
+        text = axes.annotate(
+            name.text,
+            (name.x, name.y),
+            (0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=style.LABEL_SIZE,
+            color=name.colour,
+            zorder=4,
+        )
+        # The axes keep their size, however long a name is.
+        text.set_in_layout(False)
+        box = text.get_window_extent(figure.canvas.get_renderer())
+        choices = _places(box.width / 2 / scale, box.height / 2 / scale)
+        moved = [
+            Bbox.from_bounds(
+                place[0] + dx * scale - box.width / 2, place[1] + dy * scale - box.height / 2, box.width, box.height
+            )
+            for dx, dy, _ in choices
+        ]
+        costs = [
+            _cost(candidate, taken, inside) + distance for candidate, (*_, distance) in zip(moved, choices, strict=True)
+        ]
+        best = int(np.argmin(costs))
+        dx, dy, distance = choices[best]
+        text.set_position((dx, dy))
+        taken.append(moved[best])
+        if distance > _NEAR:
+            line = axes.annotate(
+                "",
+                (name.x, name.y),
+                (dx, dy - math.copysign(box.height / 2 / scale, dy)),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": name.colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2},
+            )
+            line.set_in_layout(False)
+
+
+_NEAR = 6.0
+
+
+def _places(width: float, height: float) -> list[tuple[float, float, float]]:
+    """Return offsets of a name's centre from its point with their distance, in points. width, height: half the name's"""
+    found = []
+    for gap in (4.0, 9.0, 15.0, 22.0, 30.0, 40.0):
+        for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
+            if gap > _NEAR and up == 0:
+                continue
+            found.append((right * (width + (gap if up == 0 else 1.0)), up * (height + gap), gap))
+    return found
+
+
+def _cost(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
+    """Return the penalty of a name's place: pixels that it shares with others, and pixels outside the axes."""
+    cost = 0.0
+    for other in taken:
+        shared = Bbox.intersection(box, other)
+        if shared is not None:
+            cost += 10.0 + shared.width * shared.height
+    within = Bbox.intersection(box, inside)
+    outside = box.width * box.height - (0.0 if within is None else within.width * within.height)
+    return cost + outside
