@@ -18,8 +18,8 @@ def check_machine(threads: int | None) -> None:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None and threads > available:
         raise RequestError(
-            f"threads={threads}: this process may use {available} CPUs, and more threads would wait for each other; use "
-            f"at most {available}, or null"
+            f"threads={threads}: this process may use {available} CPUs, and more threads would wait for each other; "
+            f"use at most {available}, or null"
         )
     try:
         chosen_levels()
