@@ -41,6 +41,8 @@ def start(
         fixed += ["threads=1", "decode.max_new_tokens=6", "evaluate.baselines=false", "evaluate.fidelity=false"]
         named = {override.split("=")[0] for override in overrides}
         fixed = [override for override in fixed if override.split("=")[0] not in named]
+        removed = tuple(f"{override[1:]}." for override in overrides if override.startswith("~"))
+        fixed = [override for override in fixed if not override.startswith(removed)]
         monkeypatch.setattr(sys, "argv", ["run.py", *overrides, *fixed])
         capfd.readouterr()
         code = main()
