@@ -133,7 +133,7 @@ def endings() -> st.SearchStrategy[Limits]:
     )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(NAMES),
     st.sampled_from(list(DECORATORS)),
