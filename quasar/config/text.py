@@ -25,10 +25,15 @@ def command_line(command: Sequence[str]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes texts that any YAML reader could take for a number: PyYAML itself writes ``7e3`` without quotes."""
+    """Quotes texts that PyYAML would write so that a reader takes them for something else.
+
+    These are texts such as ``7e3``, which other readers take for a number, and texts with line breaks such as U+0085,
+    which PyYAML itself reads back as a space unless they are escaped.
+    """
 
     def represent_text(self, text: str) -> yaml.Node:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
+        style = "'" if _is_number(text) else None if text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
