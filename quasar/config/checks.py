@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from quasar.errors import RequestError
 
@@ -43,7 +43,7 @@ def read(cls: type[T], values: object, place: str = "") -> T:
     if not isinstance(values, dict):
         raise RequestError(f"{place}={shown(values)}: must be a mapping with the keys {', '.join(known)}")
     require_known(values, known, place)
-    hints = _hints(cls)
+    hints = _hints(cast(Hashable, cls))
     return cls(**{name: _value(hints[name], values.get(name, MISSING), join(place, name)) for name in known})
 
 
