@@ -11,9 +11,8 @@ from typing import Annotated
 import typer
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
-from omegaconf import OmegaConf
 
-from quasar.config.schema import CONF, ModelSource, register
+from quasar.config.schema import CONF, ModelSource, check_model, register
 from quasar.errors import QuasarError, RequestError
 from quasar.results.console import Reporter
 
@@ -31,10 +30,15 @@ app.add_typer(wandb_runs, name="wandb")
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context) -> None:
     """Decode prompts and measure. Takes the arguments of run.py, for example verifier=int4 drafter=lookahead."""
-    from quasar.experiment.main import main
+    from quasar.experiment.entry import guarded
+
+    def program() -> int:
+        from quasar.experiment.main import main
+
+        return main()
 
     sys.argv = ["quasar run", *context.args]
-    raise typer.Exit(main())
+    raise typer.Exit(guarded(program))
 
 
 @models.command()
@@ -196,6 +200,4 @@ def model_source(name: str, path: str | None = None) -> ModelSource:
             config = compose("config", overrides=overrides)
     except MissingConfigException:
         raise RequestError(f"model {name!r} is not in conf/model; choose one of {', '.join(model_names())}") from None
-    source = OmegaConf.to_object(config.model)
-    assert isinstance(source, ModelSource)
-    return source
+    return check_model(config.model)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from quasar.results.figures.runs import FIGURES, draw_all, labels, pareto_front
 
 from quasar.errors import RequestError
 from quasar.results.figures import style
-from quasar.results.figures.runs import FIGURES, draw_all, labels, pareto_front
 
 
 def runs(**others: object) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The table of metrics: every row against a hand-made run, and all that is derived from it."""
+"""The table of metrics: every metric of a hand-made run, and everything that is derived from the table."""
 
 from __future__ import annotations
 

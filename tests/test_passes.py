@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from quasar.experiment import reproduce as reproduction
 from quasar.experiment.main import main
 from quasar.experiment.passes import PassTimer
 from quasar.results.console import Reporter
+from quasar.results.generations import PASSES as PASS_LINES
 from quasar.results.generations import read_passes
 from quasar.results.intervals import Estimate
 from quasar.results.pass_rows import pass_shortcomings
@@ -28,7 +33,7 @@ from quasar.results.pass_tables import PASS_TABLES
 from quasar.results.passes import PassTimes, nearest, pass_times, quotient, speculations
 from quasar.results.publish import PASSES, RESULTS, TABLE, redraw
 from quasar.results.rows import read_rows
-from quasar.results.schema import PassRecord
+from quasar.results.schema import Json, PassRecord, checksum
 from quasar.verifiers.base import Verifier, VerifierCost
 
 TINY = (
@@ -230,8 +235,13 @@ def test_every_pass_is_timed_beside_the_reference_in_an_order_of_its_repetition(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluate.passes.rows=[2,4]", r"evaluate.passes.rows=\[2, 4\]: must be a list that begins with 1"),
-        ("evaluate.passes.rows=[]", r"evaluate.passes.rows=\[\]: must be numbers from 1 on in ascending order"),
+        ("evaluate.passes.rows=[2,4]", r"evaluate.passes.rows=\[2, 4\]: must be numbers .* of which the first is 1"),
+        ("evaluate.passes.rows=[]", r"evaluate.passes.rows=\[\]: must be numbers in ascending order, each once"),
+        ("evaluate.passes.rows=[1,2.5]", r"evaluate.passes.rows=\[1, 2.5\]: must be numbers"),
+        ("evaluate.passes.rows=[1,true]", r"evaluate.passes.rows=\[1, True\]: must be numbers"),
+        ("evaluate.passes.rows=null", "evaluate.passes.rows=null: must be numbers"),
+        ("evaluate.passes.contexts=[]", r"evaluate.passes.contexts=\[\]: must be numbers from 1 on"),
+        ("evaluate.passes.repetitions=1.5", "evaluate.passes.repetitions=1.5: must be at least 0"),
         ("evaluate.passes.rows=[1,4,2]", "ascending order, each once"),
         ("evaluate.passes.contexts=[0,16]", r"evaluate.passes.contexts=\[0, 16\]: must be numbers from 1 on"),
         ("evaluate.passes.contexts=[16,16]", "ascending order, each once"),
@@ -242,8 +252,6 @@ def test_every_pass_is_timed_beside_the_reference_in_an_order_of_its_repetition(
 def test_wrong_values_are_refused(
     override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     monkeypatch.chdir(tmp_path)
     chosen = {"evaluate.passes.repetitions": "1", **dict([override.split("=")])}
     arguments = [f"{key}={value}" for key, value in chosen.items()]
@@ -293,29 +301,127 @@ def test_redrawing_gives_the_same_bytes(published: Path) -> None:
     assert {f"{name}.{form}" for name in spec.pass_figures for form in ("pdf", "svg", "png")} <= set(before)
 
 
-def test_an_interrupted_run_continues_after_its_last_whole_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Start = Callable[[], tuple[int, str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Start:
+    """Start or continue a run that times four passes in the folder out; returns the exit code and standard error."""
     monkeypatch.chdir(tmp_path)
     base = ["model=tiny", "threads=1", "verifier=fp16", "drafter=none", "data.limit=1", "decode.max_new_tokens=4"]
     passes = ["evaluate.passes={repetitions: 2, rows: [1, 2], contexts: [16]}"]
     monkeypatch.setattr("quasar_kernels.bandwidth.CopyBandwidth.measure", lambda _: 1e10)
     monkeypatch.setattr("sys.argv", ["run.py", *base, *passes, "hydra.run.dir=out"])
-    assert main() == 0
-    file = tmp_path / "out" / "passes.jsonl"
+
+    def run() -> tuple[int, str]:
+        capfd.readouterr()
+        return main(), capfd.readouterr().err
+
+    return run
+
+
+def test_an_interrupted_run_continues_after_its_last_whole_pass(start: Start, tmp_path: Path) -> None:
+    assert start()[0] == 0
+    file = tmp_path / "out" / PASS_LINES
     whole = file.read_bytes().splitlines(keepends=True)
     assert len(whole) == 4
-    assert set(json.loads(whole[0])) == {"schema_version", *(field.name for field in dataclasses.fields(PassRecord))}
+    names = {field.name for field in dataclasses.fields(PassRecord)}
+    assert set(json.loads(whole[0])) == {"schema_version", "checksum", *names}
     file.write_bytes(b"".join(whole[:2]) + whole[2][:20])
     (tmp_path / "out" / "summary.json").unlink()
-    assert main() == 0
+    assert start()[0] == 0
     continued = file.read_bytes().splitlines(keepends=True)
     assert continued[:2] == whole[:2]
     assert [_point(line) for line in continued] == [_point(line) for line in whole]
+    assert [record.attempt for record in read_passes(tmp_path / "out")] == [1, 1, 2, 2]
+    attempts = json.loads((tmp_path / "out" / "environment.json").read_text())["attempts"]
+    assert [attempt["passes_done_before"] for attempt in attempts] == [0, 2]
+
+
+DAMAGES: dict[str, tuple[Callable[[list[Json]], list[Json]], str]] = {
+    "another schema": (lambda lines: [{**lines[0], "schema_version": 1}], "line 1: .*it has schema_version 1"),
+    "a changed time": (
+        lambda lines: [lines[0], {**lines[1], "pass_ms": 0.5}],
+        "line 2: .*its checksum does not fit",
+    ),
+    "a lost time": (
+        lambda lines: [{key: value for key, value in lines[0].items() if key != "pass_ms"}],
+        "line 1: .*PassRecord lacks 'pass_ms'",
+    ),
+    "a duplicated line": (lambda lines: [*lines, lines[1]], "line 5: .*repetition 0, is also in line 2"),
+    "another run's pass": (
+        lambda lines: [lines[0], _resealed({**lines[1], "rows": 3})],
+        "line 2: .*the pass of 3 rows behind 16 tokens, repetition 0, is not among those of this run",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_passes_are_validated_before_a_run_continues(start: Start, tmp_path: Path, damage: str) -> None:
+    assert start()[0] == 0
+    file = tmp_path / "out" / PASS_LINES
+    change, message = DAMAGES[damage]
+    lines = change([json.loads(line) for line in file.read_bytes().splitlines()])
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = _contents(tmp_path / "out")
+    code, err = start()
+    assert code == 2
+    assert re.search(f"passes.jsonl, {message}", err), err
+    assert "generations.jsonl" not in err
+    assert _contents(tmp_path / "out") == before
+
+
+def test_passes_of_other_code_are_refused(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs are compared although no prompt's record is left."""
+    assert start()[0] == 0
+    (tmp_path / "out" / "generations.jsonl").unlink()
+    before = _contents(tmp_path / "out")
+    monkeypatch.setattr("quasar.experiment.inputs.code_version", lambda: "another")
+    code, err = start()
+    assert (code, "the version of the code" in err) == (2, True), err
+    assert _contents(tmp_path / "out") == before
+
+
+def test_passes_without_a_configuration_are_refused(start: Start, tmp_path: Path) -> None:
+    assert start()[0] == 0
+    for name in ("config.yaml", "generations.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    code, err = start()
+    assert (code, "contains records but no config.yaml" in err) == (2, True), err
+
+
+def test_a_pass_that_cannot_be_written_leaves_the_file_unchanged(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full in the middle of the third line."""
+    write, written = os.write, 0
+
+    def full(descriptor: int, data: bytes) -> int:
+        nonlocal written
+        if b"reference_ms" in data[:200]:
+            written += 1
+            if written == 3:
+                write(descriptor, data[:10])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr("os.write", full)
+    code, err = start()
+    assert (code, PASS_LINES in err) == (1, True), err
+    lines = (tmp_path / "out" / PASS_LINES).read_bytes()
+    assert len(lines.splitlines()) == len(read_passes(tmp_path / "out")) == 2
+    assert lines.endswith(b"\n")
+    monkeypatch.setattr("os.write", write)
+    assert start()[0] == 0
     assert len(read_passes(tmp_path / "out")) == 4
 
-    file.write_text(json.dumps({**json.loads(whole[0]), "schema_version": 1}) + "\n")
-    assert main() == 2
+
+def _resealed(record: Json) -> Json:
+    return {**record, "checksum": checksum(record)}
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 def _point(line: bytes) -> tuple[int, int, int]:

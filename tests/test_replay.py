@@ -30,7 +30,7 @@ from tests.records import turn
 
 
 def write_trace(file: Path, *turns: tuple[int, list[int], list[int]]) -> Path:
-    """A line per turn of (prompt tokens, drafted, accepted)."""
+    """Write a line per turn of (prompt tokens, drafted, accepted)."""
     records = [
         PromptRecord(str(number), "chat", [turn(drafted, accepted, tokens)])
         for number, (tokens, drafted, accepted) in enumerate(turns)
@@ -75,7 +75,8 @@ def test_whole_run_is_labelled_simulated(
     monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
 
     def start(*overrides: str) -> tuple[int, str]:
-        common = ["model=tiny", "verifier=fp16", f"data.path={prompt_file}", "decode.max_new_tokens=12", "threads=1"]
+        common = ["model=tiny", "verifier=fp16", "data=specbench", f"data.path={prompt_file}", "threads=1"]
+        common.append("decode.max_new_tokens=12")
         monkeypatch.setattr(sys, "argv", ["run.py", *common, *overrides])
         return main(), capfd.readouterr().out
 
@@ -100,7 +101,7 @@ def test_whole_run_is_labelled_simulated(
 
 @pytest.mark.parametrize("decorated", ["drafter", "chain", "auto", "chain and auto"])
 def test_decorators_keep_the_replayed_acceptance(decorated: str, tiny: Transformer, tmp_path: Path) -> None:
-    """The verifier's own choice would accept none of these drafts."""
+    """The verifier itself would accept none of these drafts."""
     trace = write_trace(tmp_path / "trace.jsonl", (5, [3], [2]))
     drafter: Drafter = ReplayDrafter(trace=trace)
     if "chain" in decorated:

@@ -16,12 +16,15 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from quasar.config.checks import shown
 from quasar.config.hash import config_hash
-from quasar.config.schema import check
-from quasar.errors import QuasarError, RequestError, report
+from quasar.config.schema import RunConfig, check, require_count, require_path
+from quasar.errors import QuasarError, RequestError, actionable, report, storage_error
+from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded
-from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, summary_line
-from quasar.experiment.sweep.report import print_outcome, print_plan
+from quasar.experiment.sweep.inputs import refuse_other_inputs
+from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, planning, summary_line
+from quasar.experiment.sweep.report import print_interrupted, print_outcome, print_plan
 from quasar.experiment.sweep.snapshot import freeze
 from quasar.results.console import Reporter
 from quasar.results.runs import is_locked, read_run
@@ -65,31 +68,62 @@ class ResumableSweeper(BasicSweeper):
         except QuasarError as error:
             code = report(error)
         except OSError as error:
-            code = report(QuasarError(f"the sweep's folder cannot be written: {error}"))
+            code = report(storage_error(error.filename or self._config.hydra.sweep.dir, error))
         if code:
             # Hydra calls this only if nothing is raised.
             self._context.callbacks.on_multirun_end(config=self._config)
             raise SweepEnded(code)
 
     def _sweep(self, arguments: list[str]) -> int:
-        reporter, settings = Reporter(), self._config.sweep
+        reporter = Reporter()
+        self._check_own_settings()
         with tempfile.TemporaryDirectory(prefix="quasar-") as temporary:
             freeze(self._context.config_loader, Path(temporary))
             requests = self._requests(arguments)
-            root = self._choose_folder(arguments, [request.config_hash for request in requests])
-            jobs = plan(requests, root, self._config.resume, settings.any_code)
-            if settings.dry_run:
-                print_plan(jobs, root, reporter)
+            settings = requests[0].settings
+            root = self._choose_folder(arguments, [request.config_hash for request in requests], settings.resume)
+            if settings.sweep.dry_run:
+                print_plan(self._plan(requests, root, settings, reporter), root, reporter)
                 return 0
-            launcher = self._make_launcher(root)
-            begin(jobs, root, sys.argv)
+            launcher = self._make_launcher(root, settings.sweep.allow_parallel)
+            with planning(root):
+                jobs = self._plan(requests, root, settings, reporter)
+                begin(jobs, root, sys.argv)
             freeze(self._context.config_loader, root)
         reporter.line(f"sweep {root}, {summary_line(jobs)}")
-        codes = self._launch(launcher, [job for job in jobs if job.launches], root)
+        try:
+            codes = self._launch(launcher, [job for job in jobs if job.launches], root)
+        except KeyboardInterrupt:
+            left = [read_run(root / job.folder) for job in jobs if job.action != "same"]
+            print_interrupted(left, root, reporter)
+            return INTERRUPTED
         runs = [read_run(root / job.folder) for job in jobs if job.action != "same"]
         print_outcome(runs, root, reporter)
         # The sweep that runs a job elsewhere also reports it.
         return max(codes) if codes else int(any(run.status in ("failed", "partial") for run in runs))
+
+    def _plan(self, requests: Sequence[Request], root: Path, settings: RunConfig, reporter: Reporter) -> list[Job]:
+        """Plan the jobs. ``settings``: those of the first job, for the keys that belong to the sweep."""
+        any_code = settings.sweep.any_code
+        jobs = plan(requests, root, settings.resume, any_code)
+        refuse_other_inputs(jobs, root, any_code, reporter)
+        return jobs
+
+    def _check_own_settings(self) -> None:
+        """Raise RequestError for a wrong value of the keys below ``hydra`` that a sweep reads."""
+        hydra = self._config.hydra
+        remedy = "at least 1 (an integer), or null: the launcher gets all jobs at a time"
+        require_count("hydra.sweeper.max_batch_size", self.max_batch_size, remedy)
+        if self.params is not None and not isinstance(self.params, Mapping):
+            raise RequestError(
+                f"hydra.sweeper.params={shown(self.params)}: must be a mapping of keys to values, or null"
+            )
+        require_path("hydra.sweep.dir", hydra.sweep.dir)
+        for override in self._config.hydra.overrides.hydra:
+            if override.startswith("hydra.sweep.subdir="):
+                raise RequestError(f"{override}: the folders of jobs are numbered; set hydra.sweep.dir instead")
+        if "parallel" in hydra.launcher:
+            require_count("hydra.launcher.parallel", hydra.launcher.parallel or 0, "at least 1 (an integer)")
 
     def _requests(self, arguments: list[str]) -> list[Request]:
         """Every job of the grid, composed and checked, so that a wrong value is told before any job starts."""
@@ -99,14 +133,15 @@ class ResumableSweeper(BasicSweeper):
                 config = self._context.config_loader.load_sweep_config(self._config, list(job))
             except ConfigCompositionException as error:
                 raise RequestError(f"{error} (in the job {' '.join(job)})") from None
+            choices = config.hydra.runtime.choices
             with read_write(config):
                 OmegaConf.set_struct(config, False)
                 del config["hydra"]
             try:
-                check(config)
+                settings = check(config, choices)
             except RequestError as error:
                 raise RequestError(f"{error} (in the job {' '.join(job)})") from None
-            requests.append(Request(tuple(filter(_of_job, job)), config_hash(config)))
+            requests.append(Request(tuple(filter(_of_job, job)), config_hash(config), settings))
         return requests
 
     def _grid(self, arguments: list[str]) -> list[Sequence[str]]:
@@ -139,15 +174,15 @@ class ResumableSweeper(BasicSweeper):
             jobs += grid
         return jobs
 
-    def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str]) -> Path:
+    def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str], resume: bool) -> Path:
         """The sweep's folder: a new one, or with ``resume=true`` on the command line the newest that has these jobs."""
         root = Path(self._config.hydra.sweep.dir)
         chosen = any(override.startswith("hydra.sweep.dir=") for override in self._config.hydra.overrides.hydra)
-        if self._config.resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
+        if resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
             root = newest_sweep(root, hashes) or root
         return root.absolute()
 
-    def _make_launcher(self, root: Path) -> Launcher:
+    def _make_launcher(self, root: Path, allow_parallel: bool) -> Launcher:
         """The configured launcher, for jobs in ``root``.
 
         Raises RequestError if it runs jobs side by side, or if it is not installed.
@@ -157,7 +192,7 @@ class ResumableSweeper(BasicSweeper):
         hydra = self._config.hydra
         name = hydra.runtime.choices["hydra/launcher"]
         one_at_a_time = hydra.launcher._target_ in ONE_AT_A_TIME and hydra.launcher.get("parallel", 1) == 1
-        if not (one_at_a_time or self._config.sweep.allow_parallel):
+        if not (one_at_a_time or allow_parallel):
             raise RequestError(
                 f"hydra/launcher={name} runs several jobs at a time on the same cores: their timings would not be "
                 "comparable. Use basic, slurm, or slurm_local with hydra.launcher.parallel=1; where timings do not "
@@ -181,8 +216,9 @@ class ResumableSweeper(BasicSweeper):
             try:
                 returned = list(launcher.launch(overrides, initial_job_idx=len(codes)))
                 fault = None
-            except Exception:
-                returned, fault = [JobReturn()] * len(batch), traceback.format_exc()
+            except Exception as error:
+                report(error)
+                returned, fault = [JobReturn()] * len(batch), _text(error)
             codes += [_settle(job, root, result, fault) for job, result in zip(batch, returned, strict=True)]
         return codes
 
@@ -198,12 +234,28 @@ def _settle(job: Job, root: Path, returned: JobReturn, fault: str | None) -> int
     stored = read_run(folder)
     if stored.status == "done":
         return 0
-    if stored.status == "failed" or is_locked(folder):
+    if stored.status == "failed":
         return _exit_code(returned)
+    if is_locked(folder):
+        # The sweep whose process works on the job reports it.
+        left_to_it = returned.status == JobStatus.COMPLETED and returned.return_value == 0
+        return 0 if left_to_it else _exit_code(returned)
     if returned.status == JobStatus.FAILED:
-        fault = "".join(traceback.format_exception(returned._return_value))
-    write_status(folder, "failed", fault or "the job ended without a result", job.request.config_hash)
+        fault = _text(returned._return_value)
+    try:
+        # A job that never started has no folder yet.
+        folder.mkdir(parents=True, exist_ok=True)
+        write_status(folder, "failed", fault or "the job ended without a result", job.request.config_hash)
+    except OSError as error:
+        # The other jobs are settled nevertheless.
+        report(storage_error(folder, error))
     return 1
+
+
+def _text(error: Exception) -> str:
+    """The message of an error that the user can act on, else its traceback."""
+    known = actionable(error)
+    return "".join(traceback.format_exception(error)) if known is None else str(known)
 
 
 def _exit_code(returned: JobReturn) -> int:

@@ -37,6 +37,7 @@ class Op:
     triton: the kernel for CUDA, whose ``run`` imports Triton; None if PyTorch's operations are used there
     differentiable: whether gradients may flow through the op. Kernels have no gradients, so PyTorch's operations
         compute the op where gradients are recorded
+    check: raises ValueError for arguments with which a kernel would access memory outside of them
 
     Under ``torch.compile`` PyTorch's operations compute every op, so that the compiler sees them.
     """
@@ -46,6 +47,7 @@ class Op:
     cpu: Kernel | None
     triton: Kernel | None
     differentiable: bool = True
+    check: Callable[..., None] = field(kw_only=True, default=lambda *arguments: None)
 
     def __call__(self, *arguments: Any) -> Any:
         first = arguments[0]
@@ -54,8 +56,10 @@ class Op:
             if rows.is_cpu:
                 cpu = self.cpu
                 if cpu is not None and cpu.supports(*arguments) and (library := backend()) is not None:
+                    self.check(*arguments)
                     return cpu.run(library, *arguments)
             elif self.triton is not None and has_gpu_kernels(rows) and self.triton.supports(*arguments):
+                self.check(*arguments)
                 return self.triton.run(*arguments)
         return self.plain(*arguments)
 

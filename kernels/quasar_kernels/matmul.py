@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cpu.calls import multiply
 from quasar_kernels.cpu.library import ACTIVATION_DTYPES, Library
 from quasar_kernels.dispatch import Kernel, Op
@@ -91,7 +92,11 @@ def triton_matmul(run: Callable[..., Tensor], group_sizes: tuple[int, ...] | Non
             and (group_sizes is None or getattr(weight, "group_size", None) in group_sizes)
         )
 
-    return Kernel(supports, run)
+    def checked(x: Tensor | Quantized, weight: Weight | Tensor, *others: Any) -> Tensor:
+        checks.matmul(x, weight, *others)
+        return run(x, weight, *others)
+
+    return Kernel(supports, checked)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

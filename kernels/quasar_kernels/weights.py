@@ -46,6 +46,11 @@ class Int8Weight:
     group_size = 0
 
     def __init__(self, values: Tensor, scales: Tensor) -> None:
+        if values.dim() != 2 or values.dtype != torch.int8 or scales.shape != (len(values),):
+            raise ValueError(
+                f"expected int8 values [N, K] with scales [N], got {values.dtype} {list(values.shape)} with scales "
+                f"{list(scales.shape)}"
+            )
         self.outputs, self.inputs = values.shape
         self.scales = scales
         self._values: Tensor | None = values
@@ -100,6 +105,13 @@ class Int4Weight:
     def __init__(
         self, packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype = torch.bfloat16
     ) -> None:
+        rows, groups = scales.shape if scales.dim() == 2 else (0, 0)
+        valid = packed.dim() == 2 and packed.dtype == torch.uint8 and zeros.shape == scales.shape
+        if not valid or rows != len(packed) or groups == 0 or packed.shape[1] * 2 % groups:
+            raise ValueError(
+                f"expected uint8 [N, K / 2] with scales and zeros [N, G], got {packed.dtype} {list(packed.shape)} with "
+                f"scales {list(scales.shape)} and zeros {list(zeros.shape)}"
+            )
         self.outputs, self.inputs = len(packed), packed.shape[1] * 2
         self.group_size = self.inputs // scales.shape[1]
         self.symmetric, self.dtype = symmetric, dtype

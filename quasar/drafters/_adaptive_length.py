@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
-from quasar.drafters.base import Drafter, Resources
+from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.verifiers.base import Verifier
 from quasar.verifiers.timing import pass_milliseconds
 
@@ -228,6 +228,10 @@ class AdaptiveLength(Drafter):
         self.drafter.prepare(resources)
         self.details = self.drafter.details
 
+    def start(self, finished: Iterable[FinishedSequence]) -> None:
+        """Pass the sequences on. The estimates start again, because they describe the speed of this process."""
+        self.drafter.start(finished)
+
     def begin(self, prompt: Tensor) -> None:
         self._chosen, self._gains = [], []
         self._acceptance = self._after_miss
@@ -249,7 +253,10 @@ class AdaptiveLength(Drafter):
         )
         depth = max(step.draft.depths(), default=0)
         self._deepest = max(self._deepest, depth)
-        if self._chosen[-1]:
+        if step.cut:
+            # Nothing was rejected: the output ended inside the draft, and what is behind its end was not tried.
+            self._acceptance.add(len(step.path), len(step.path))
+        elif self._chosen[-1]:
             self._acceptance.add(depth, len(step.path))
         else:
             self._acceptance.rest()

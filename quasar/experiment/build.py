@@ -17,14 +17,15 @@ from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter, Resources
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
+from quasar.evaluation.sandbox import required_isolation
 from quasar.experiment.capacity import cache_capacity, timed_tokens
 from quasar.experiment.decoder import WARM_UP
 from quasar.model.devices import choose_device, choose_dtype
 from quasar.model.grid import weights_on_grid
-from quasar.model.loading import load_model
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.model.transformer import Transformer
+from quasar.quantization.packed import load_reference, quantized_share
 from quasar.results.console import Reporter
 from quasar.results.environment import describe_machine
 from quasar.results.schema import Machine
@@ -51,6 +52,11 @@ class Prepared:
     machine: Machine
     weights_on_grid: float | None
 
+    @property
+    def isolation(self) -> str | None:
+        """What isolates generated code; None if none is executed."""
+        return required_isolation(self.settings.evaluate)
+
 
 def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, reporter: Reporter) -> Prepared:
     """Load the model, transform it into the verifier, and prepare the drafter. Writes no file of the run.
@@ -66,7 +72,7 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
 
     def load(dtype: torch.dtype) -> Transformer:
         with reporter.progress("loading weights") as advance:
-            return load_model(checkpoint, dtype, device, advance)
+            return load_reference(checkpoint, dtype, device, advance)
 
     model = load(dtype)
     window = model.config.context_length
@@ -98,7 +104,10 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
     evaluate = settings.evaluate
     if (evaluate.baselines or evaluate.fidelity or evaluate.passes.repetitions) and not verifier.is_reference:
         reference = FP16Verifier(load(verifier.dtype), setup)
-    on_grid = None if checkpoint.folder is None else weights_on_grid(checkpoint.folder)
+    on_grid = None
+    if checkpoint.folder is not None:
+        # Dequantized weights are on the grid of the integers that they come from.
+        on_grid = (quantized_share if checkpoint.dequantized else weights_on_grid)(checkpoint.folder)
     return Prepared(settings, prompts, checkpoint, tokenizer, drafter, verifier, reference, machine, on_grid)
 
 

@@ -16,32 +16,32 @@ from quasar.experiment.build import Prepared
 from quasar.experiment.decoder import WARM_UP
 from quasar.results.console import Reporter
 from quasar.results.generations import PASSES
-from quasar.results.schema import PassRecord
+from quasar.results.schema import PassPoint, PassRecord
 from quasar.results.store import RunFolder
 from quasar.verifiers.base import Verifier
 from quasar.verifiers.timing import pass_milliseconds
 
-Point = tuple[int, int, int]
-"""What is timed: context, repetition and rows."""
+
+def points_of(parts: Prepared) -> list[PassPoint]:
+    """Return the passes that a run asks for and that fit the context window."""
+    return _timer(parts).points()
 
 
 def time_passes(parts: Prepared, folder: RunFolder, reporter: Reporter) -> None:
     """Time the passes that the run asks for and that no earlier attempt has timed, and append them to its folder."""
-    settings, verifier = parts.settings, parts.verifier
-    wanted = settings.evaluate.passes
+    wanted = parts.settings.evaluate.passes
     if not wanted.repetitions:
         return
-    timer = PassTimer(wanted, verifier, parts.reference, parts.tokenizer.encode_chat(WARM_UP), settings.seed)
+    timer = _timer(parts)
     done, total = folder.passes(), len(timer.points())
     left_out = wanted.repetitions * len(wanted.rows) * len(wanted.contexts) - total
     if left_out:
-        window = f"the model's context window of {verifier.context_length} tokens"
+        window = f"the model's context window of {parts.verifier.context_length} tokens"
         reporter.warning(f"{left_out} of {left_out + total} passes exceed {window} and are left out")
     with reporter.live("passes") as update:
 
         def on_record(record: PassRecord) -> None:
-            folder.append_pass(record)
-            done.append(record)
+            done.append(folder.append_pass(record))
             update(len(done), total, f"{record.rows} rows behind {record.context} tokens")
 
         timer.run(list(done), on_record)
@@ -63,13 +63,13 @@ class PassTimer:
     tokens: Sequence[int]
     seed: int
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[PassPoint]:
         """Return everything that is timed, in order.
 
         The order of the numbers of rows is drawn anew in every repetition, so that a change in the machine's speed
         favours none. The last of the rows has to fit the context window.
         """
-        found: list[Point] = []
+        found: list[PassPoint] = []
         for context in self.wanted.contexts:
             fitting = [rows for rows in self.wanted.rows if context + rows <= self.verifier.context_length]
             for repetition in range(self.wanted.repetitions):
@@ -79,7 +79,7 @@ class PassTimer:
 
     def run(self, done: Iterable[PassRecord], on_record: Callable[[PassRecord], None]) -> None:
         """Time all points that are not in ``done``, and call ``on_record`` with each as soon as it is timed."""
-        known = {(record.context, record.repetition, record.rows) for record in done}
+        known = {record.point for record in done}
         missing = [point for point in self.points() if point not in known]
         if not missing:
             return
@@ -118,3 +118,8 @@ class PassTimer:
 
     def _random(self, *key: int) -> random.Random:
         return random.Random(f"{self.seed} {key}")
+
+
+def _timer(parts: Prepared) -> PassTimer:
+    settings, tokens = parts.settings, parts.tokenizer.encode_chat(WARM_UP)
+    return PassTimer(settings.evaluate.passes, parts.verifier, parts.reference, tokens, settings.seed)

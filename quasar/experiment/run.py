@@ -11,12 +11,14 @@ from quasar.config.build import build
 from quasar.config.schema import check
 from quasar.drafters.base import Drafter
 from quasar.evaluation.prompts import load_prompts
+from quasar.evaluation.sandbox import required_isolation
 from quasar.experiment.build import prepare
 from quasar.experiment.decode import decode_all
 from quasar.experiment.environment import environment_of
 from quasar.experiment.facts import facts_of
 from quasar.experiment.header import print_header
-from quasar.experiment.passes import time_passes
+from quasar.experiment.passes import points_of, time_passes
+from quasar.model.devices import check_machine
 from quasar.results.console import Reporter
 from quasar.results.metrics import Measured, compute, summary_of
 from quasar.results.report import print_report
@@ -36,14 +38,16 @@ def run(
     ``failed`` and keeps the records of all finished prompts.
     """
     settings = check(config)
+    check_machine(settings.threads)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    required_isolation(settings.evaluate)
     prompts = load_prompts(settings.data)
     drafter: Drafter = build("drafter", settings.drafter)
     run_folder = RunFolder(folder, config, settings.resume)
     with run_folder.failures_recorded():
         parts = prepare(settings, prompts, drafter, reporter)
-        records = run_folder.begin(command, environment_of(parts))
+        records = run_folder.begin(command, environment_of(parts), set(points_of(parts)))
         print_header(reporter, parts, len(records), folder)
         decode_all(parts, records, run_folder, reporter, shared_baselines)
         time_passes(parts, run_folder, reporter)

@@ -7,6 +7,7 @@
 | pass_ms | time of the pass |
 | reference_ms | time of the reference's pass with one row behind the same context, right before or after it |
 | copy_bandwidth | bytes per second of a copy in the same repetition |
+| attempt | number of the run's attempt that timed the pass |
 | weight_bytes, kv_bytes | bytes of weights, and of the context's keys and values, that the pass reads |
 """
 

@@ -8,6 +8,8 @@ are those of the table in `quasar.results.metrics`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -15,8 +17,9 @@ from typing import Any, TypeVar
 Json = dict[str, Any]
 """A JSON object whose keys are not described by a dataclass."""
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 VERSION_KEY = "schema_version"
+CHECKSUM_KEY = "checksum"
 
 Record = TypeVar("Record")
 
@@ -176,6 +179,7 @@ class PromptRecord:
     correct: whether the answer solves its task; None if it was not graded
     fidelity: one entry per turn; empty if fidelity was not measured
     repetition: number of the repetition, from 0
+    attempt: number of the attempt that decoded the prompt; above 1 if the run was interrupted and continued before
     """
 
     question_id: str
@@ -184,25 +188,38 @@ class PromptRecord:
     correct: bool | None = None
     fidelity: list[ForcedAnswer] = field(default_factory=list)
     repetition: int = 0
+    attempt: int = 1
 
     def to_json(self) -> Json:
-        return {
-            VERSION_KEY: SCHEMA_VERSION,
-            **vars(self),
-            "turns": [turn.to_json() for turn in self.turns],
-            "fidelity": [vars(answer) for answer in self.fidelity],
-        }
+        turns, fidelity = [turn.to_json() for turn in self.turns], [vars(answer) for answer in self.fidelity]
+        return _line({**vars(self), "turns": turns, "fidelity": fidelity})
 
     @classmethod
     def from_json(cls, content: object) -> PromptRecord:
-        """Return the record in a line. Raises ValueError if its schema version differs or a key is missing."""
+        """Return the record in a line.
+
+        Raises ValueError if its schema version differs, a key is missing, or its checksum shows that it was changed
+        after it was written.
+        """
+        line = _of_this_version(content)
         try:
-            values = _values(cls, _of_this_version(content))
+            values = _values(cls, line)
             values["turns"] = [Turn.from_json(turn) for turn in values["turns"]]
             values["fidelity"] = [_built(ForcedAnswer, answer) for answer in values["fidelity"]]
         except (TypeError, AttributeError) as error:
             raise ValueError(str(error)) from None
+        _require_unchanged(line)
         return cls(**values)
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return a checksum over an object's keys and values, apart from the checksum that it contains."""
+    kept = {key: value for key, value in content.items() if key != CHECKSUM_KEY}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+PassPoint = tuple[int, int, int]
+"""What is timed: context, repetition and rows."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +231,7 @@ class PassRecord:
     repetition: number of the repetition, from 0
     pass_ms, reference_ms: durations in milliseconds
     copy_bandwidth: bytes read and written per second by a copy that was timed in the same repetition
+    attempt: number of the attempt that timed the passes, as in `PromptRecord`
     """
 
     rows: int
@@ -222,19 +240,30 @@ class PassRecord:
     pass_ms: float
     reference_ms: float
     copy_bandwidth: float
+    attempt: int = 1
 
     def to_json(self) -> Json:
-        return {VERSION_KEY: SCHEMA_VERSION, **vars(self)}
+        return _line(vars(self))
 
     @classmethod
     def from_json(cls, content: object) -> PassRecord:
-        """Return the record in a line. Raises ValueError if its schema version differs or a key is missing."""
-        return _built(cls, _of_this_version(content))
+        """Return the record in a line. Raises ValueError like `PromptRecord.from_json`."""
+        line = _of_this_version(content)
+        record = _built(cls, line)
+        _require_unchanged(line)
+        return record
+
+    @property
+    def point(self) -> PassPoint:
+        return self.context, self.repetition, self.rows
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that a run was measured on, with its code and packages."""
+    """The machine that a run was measured on, with its code and packages.
+
+    kernels, kernels_reason: level of the CPU kernels, and why this level is used; empty on a GPU
+    """
 
     git_commit: str | None
     git_dirty: bool | None
@@ -246,6 +275,8 @@ class Machine:
     threads: int
     device: str
     copy_bandwidth_bytes_per_second: float
+    kernels: str = ""
+    kernels_reason: str = ""
 
     @property
     def name(self) -> str:
@@ -268,12 +299,72 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What the records of a run depend on besides its configuration. A run is continued only with equal inputs.
+
+    code_version: see `quasar.cache.code_version`
+    device: name of the GPU, or the level of the CPU kernels; other devices may round differently
+    packages: versions of the packages that compute logits and encode texts
+    prompts: hash of every prompt, by its question id
+    model: SHA-256 of the model's files by name
+    calibration: hash of the calibration text; None if the run has none
+    files: SHA-256 of other files that the configuration names, by key
+    """
+
+    code_version: str
+    device: str
+    packages: dict[str, str]
+    prompts: dict[str, str]
+    model: dict[str, str]
+    calibration: str | None
+    files: dict[str, str]
+
+    @classmethod
+    def from_json(cls, content: Json | None) -> Inputs | None:
+        """Return the inputs in environment.json, or None if the file was missing or damaged or lacks them."""
+        try:
+            return _built(cls, (content or {})["inputs"])
+        except (KeyError, ValueError):
+            return None
+
+    def differences(self, recorded: Inputs) -> list[str]:
+        """Return a sentence part for everything that differs from the recorded inputs."""
+        found = []
+        for name, words in _INPUT_WORDS.items():
+            before, now = getattr(recorded, name), getattr(self, name)
+            if before == now:
+                continue
+            if isinstance(now, dict) and isinstance(before, dict):
+                changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+                shown = ", ".join(changed[:NAMED_DIFFERENCES]) + (", ..." if len(changed) > NAMED_DIFFERENCES else "")
+                found.append(f"{words} ({shown})")
+            elif name == "calibration":
+                found.append(words)
+            else:
+                found.append(f"{words} ({before} before, {now} now)")
+        return found
+
+
+_INPUT_WORDS = {
+    "code_version": "the version of the code",
+    "device": "the device or the level of its kernels",
+    "packages": "versions of packages",
+    "prompts": "prompts",
+    "model": "files of the model",
+    "calibration": "the calibration text",
+    "files": "files that the configuration names",
+}
+NAMED_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
 class Environment:
-    """The content of environment.json. The keys of ``machine`` are at its top level.
+    """What environment.json says of one attempt at a run. The keys of ``machine`` are at its top level.
 
     verifier, drafter: sentences on what was decided while the verifier and the drafter were built
     prompt_set: hash of all prompts
     prompts: number of prompts
+    sandbox: what isolates the generated code that is graded; None if none is executed
     """
 
     machine: Machine
@@ -282,9 +373,11 @@ class Environment:
     drafter: list[str]
     prompt_set: str
     prompts: int
+    inputs: Inputs
+    sandbox: str | None = None
 
     def to_json(self) -> Json:
-        content = {**vars(self.machine), **vars(self), "model": vars(self.model)}
+        content = {**vars(self.machine), **vars(self), "model": vars(self.model), "inputs": vars(self.inputs)}
         del content["machine"]
         return content
 
@@ -320,6 +413,12 @@ class Status:
             return None
 
 
+def _line(content: Json) -> Json:
+    """Return the content of a JSON line: an object's keys, the version of the schema and a checksum over both."""
+    versioned = {VERSION_KEY: SCHEMA_VERSION, **content}
+    return {**versioned, CHECKSUM_KEY: checksum(versioned)}
+
+
 def _of_this_version(content: object) -> Mapping[str, Any]:
     """Return the JSON object of a line. Raises ValueError if it is none, or if its schema version differs."""
     if not isinstance(content, Mapping):
@@ -328,6 +427,11 @@ def _of_this_version(content: object) -> Mapping[str, Any]:
         found = f"{VERSION_KEY} {content[VERSION_KEY]!r}" if VERSION_KEY in content else f"no {VERSION_KEY}"
         raise ValueError(f"it has {found}, this code reads version {SCHEMA_VERSION}")
     return content
+
+
+def _require_unchanged(line: Mapping[str, Any]) -> None:
+    if line.get(CHECKSUM_KEY) != checksum(line):
+        raise ValueError("its checksum does not fit: it was changed after it was written")
 
 
 def _built(cls: type[Record], content: Mapping[str, Any]) -> Record:

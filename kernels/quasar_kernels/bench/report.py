@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.table import Table
 
 from quasar_kernels.bench.layer_ops import LayerMeasurement
-from quasar_kernels.bench.products import BASELINE, Measurement
+from quasar_kernels.bench.matmuls import BASELINE, Measurement
 from quasar_kernels.ops import MATMULS
 
 
-def product_tables(found: list[Measurement], blocks: list[int]) -> Iterator[Table]:
+def matmul_tables(found: list[Measurement], blocks: list[int]) -> Iterator[Table]:
     """Return one table per matrix, with one row per backend."""
     for outputs, inputs in dict.fromkeys((one.outputs, one.inputs) for one in found):
         here = [one for one in found if (one.outputs, one.inputs) == (outputs, inputs)]

@@ -4,7 +4,7 @@
 weights of `quasar_kernels.cpu.packing`.
 """
 
-from quasar_kernels.cpu.library import Library, backend, use_level
+from quasar_kernels.cpu.library import Library, backend, kernel_level, use_level
 from quasar_kernels.cpu.packing import PackedWeight, pack_dense, pack_int4, pack_int8
 from quasar_kernels.cpu.tape import NotRecordableError, Tape
 
@@ -14,6 +14,7 @@ __all__ = [
     "PackedWeight",
     "Tape",
     "backend",
+    "kernel_level",
     "pack_dense",
     "pack_int4",
     "pack_int8",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock
 
 from quasar_kernels.cpu.levels import Level
+from quasar_kernels.cpu.seal import is_whole, seal
 from quasar_kernels.folder import cache_folder
 
 SOURCES = Path(__file__).parent
@@ -25,6 +29,8 @@ FLAGS = (
     *("-falign-functions=64", "-falign-loops=32"),
 )
 COMPILE_TIMEOUT_SECONDS = 300
+# Part of the file names, so that a library without a checksum is not taken for a damaged one.
+SEALED = b"sealed"
 
 
 class BuildError(Exception):
@@ -35,32 +41,64 @@ def library_path(level: Level) -> Path:
     """Return the path of the shared library of a level. It is compiled if no earlier process has done so.
 
     If several processes call this at the same time, one compiles and the others wait. A library appears under its name
-    only when it is complete. If there is no compiler, a library that any compiler has built from these sources is used.
-    Raises BuildError.
+    only when it is complete. It is verified before it is used, and compiled again, with a warning, if it is damaged. If
+    there is no compiler, a library that any compiler has built from these sources is used. If the cache folder is not
+    writable, the library is compiled into a temporary folder, with a warning. Raises BuildError.
     """
     folder = cache_folder() / "kernels"
-    sources = _digest(*(source.read_bytes() for source in _source_files("*")), " ".join(_flags(level)).encode())
+    sources = _digest(*(source.read_bytes() for source in _source_files("*")), " ".join(_flags(level)).encode(), SEALED)
     try:
         compiler, version = _compiler()
     except BuildError:
         for library in sorted(folder.glob(f"{level.name}-{sources}-*.so")):
-            return library
+            if _usable(library):
+                return library
         raise
     library = folder / f"{level.name}-{sources}-{_digest(version)}.so"
-    if library.exists():
-        return library
     try:
+        if _usable(library):
+            return library
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(library.with_suffix(".lock")):
-            if not library.exists():
+            # Another process may have compiled it meanwhile.
+            if not (library.exists() and is_whole(library, library.stem)):
+                _sweep(library)
                 _compile(compiler, level, library)
     except OSError as error:
-        raise BuildError(f"cannot write {folder}: {error}") from error
+        _warn(
+            f"{folder} is not writable ({error.strerror or error}); the CPU kernels are compiled for this process only"
+        )
+        library = _temporary_folder() / library.name
+        if not library.exists():
+            _compile(compiler, level, library)
     return library
 
 
+def _usable(library: Path) -> bool:
+    """Whether the library is there and whole. Warns if it is damaged: loading it could end the process."""
+    if not library.exists():
+        return False
+    if is_whole(library, library.stem):
+        return True
+    _warn(f"{library} is damaged; it is compiled again")
+    return False
+
+
+def _sweep(library: Path) -> None:
+    """Remove what a killed build of this library left. The caller holds the library's lock."""
+    for leftover in library.parent.glob(f"{library.stem}.*/"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="quasar-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def _compile(compiler: list[str], level: Level, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{library.stem}.", dir=library.parent) as scratch:
         units = _source_files("*.cpp")
         objects = [Path(scratch) / f"{unit.stem}.o" for unit in units]
         commands = [
@@ -71,7 +109,12 @@ def _compile(compiler: list[str], level: Level, library: Path) -> None:
             list(pool.map(_run, commands))
         complete = Path(scratch) / library.name
         _run([*compiler, *_flags(level), "-shared", *map(str, objects), "-o", str(complete)])
+        seal(complete, library.stem)
         complete.replace(library)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"cache: {message}", RuntimeWarning, stacklevel=4)
 
 
 def _run(command: list[str]) -> bytes:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quasar_kernels.cpu.build import BuildError, library_path
 from quasar_kernels.cpu.functions import FUNCTIONS
-from quasar_kernels.cpu.levels import Level, chosen_levels
+from quasar_kernels.cpu.levels import LEVEL_VARIABLE, NO_KERNELS, Level, chosen_levels
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float32)
 ACTIVATIONS_BFLOAT16 = 1
@@ -80,22 +81,46 @@ def use_level(name: str | None) -> None:
 def backend() -> Library | None:
     """Return the library of this machine's level, or None if PyTorch's operations compute everything.
 
-    It is compiled on first use. Warns once if this fails. Raises ValueError if `QUASAR_CPU_LEVEL` names an unknown
-    level.
+    It is compiled on first use. Warns once if the best level cannot be used. Raises ValueError if `QUASAR_CPU_LEVEL`
+    names an unknown level.
     """
-    return _loaded(chosen_levels(_forced_level))
+    return _loaded(chosen_levels(_forced_level)).library
+
+
+def kernel_level() -> tuple[str, str]:
+    """The name of the level in use, "torch" for none, and the reason why it is this one, in a few words."""
+    found = backend()
+    levels = chosen_levels(_forced_level)
+    if failures := _loaded(levels).failures:
+        reason = "; ".join(f"{name} is off: {error}" for name, error in failures)
+    elif named := _forced_level or os.environ.get(LEVEL_VARIABLE):
+        reason = f"{LEVEL_VARIABLE}={named}" if _forced_level is None else "chosen by the caller"
+    else:
+        reason = "the best of this processor" if levels else "this processor has no AVX2"
+    return NO_KERNELS if found is None else found.level.name, reason
+
+
+class _Loaded(NamedTuple):
+    """The library that could be loaded, and the better levels that could not, with the reasons."""
+
+    library: Library | None
+    failures: tuple[tuple[str, str], ...]
 
 
 @functools.cache
-def _loaded(levels: tuple[Level, ...]) -> Library | None:
-    reasons = []
+def _loaded(levels: tuple[Level, ...]) -> _Loaded:
+    failures: list[tuple[str, str]] = []
+    found = None
     for level in levels:
         # A compiler may be too old for the best level, but support the next one.
         try:
-            return Library(library_path(level), level)
+            found = Library(library_path(level), level)
+            break
         except (BuildError, OSError) as error:
-            reasons.append(error)
-    if reasons:
-        message = f"CPU kernels are off, PyTorch's operations are used: {reasons[-1]}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return None
+            failures.append((level.name, str(error)))
+    if failures:
+        used = "CPU kernels are off, PyTorch's operations are used"
+        if found is not None:
+            used = f"CPU kernels of level {failures[0][0]} are off, those of level {found.level.name} are used"
+        warnings.warn(f"{used}: {failures[-1][1]}", RuntimeWarning, stacklevel=3)
+    return _Loaded(found, tuple(failures))

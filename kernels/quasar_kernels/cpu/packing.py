@@ -67,6 +67,13 @@ class PackedWeight:
         self.values, self.scales, self.zeros = values, scales, zeros
         self.outputs, self.inputs = values.shape[0] * BLOCK_OUTPUTS, inputs
         self.group_size, self.scale_unit = group_size, scale_unit
+        groups = self.outputs * (inputs // group_size if group_size else 1)
+        for part, expected in (
+            (scales, groups),
+            (zeros, groups // 2 if zeros is not None and zeros.dtype == torch.uint8 else groups),
+        ):
+            if part is not None and (part.numel() != expected or not part.is_contiguous()):
+                raise ValueError(f"expected {expected} scales and zero points without gaps, got {list(part.shape)}")
         zero_kind = ZERO_EIGHT if zeros is None else ZERO_NIBBLE if zeros.dtype == torch.uint8 else ZERO_FLOAT32
         self._structure = _Structure(
             self.outputs,

@@ -164,7 +164,7 @@ class TileRegisters {
 // Multiplies the rows of a tile by a block of weights and adds to sums [rows][16], which have 32 bits each. It calls
 // fetch for every 64 bytes of weights.
 template <TileKind KIND, int HEIGHT, class Fetch>
-inline void add_tile_product(const int32_t* rows, int64_t units, const uint8_t* values, Fetch fetch, void* sums) {
+inline void multiply_tile_rows(const int32_t* rows, int64_t units, const uint8_t* values, Fetch fetch, void* sums) {
     constexpr int ROWS = HEIGHT + 1, LAST_ROWS = HEIGHT + 2;
     load_tile<HEIGHT>(sums, TILE_ROW_BYTES);
     int64_t unit = 0;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import EPS, Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function, triton_groups
@@ -84,6 +85,7 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.rms_norm),
     triton=Kernel(in_16_bit, triton_function("norm", "add_rms_norm")),
     case=_case,
+    check=checks.rms_norm,
 )
 QUANTIZING = LayerOp(
     "add_rms_norm_quantize",
@@ -91,4 +93,5 @@ QUANTIZING = LayerOp(
     cpu=Kernel(_library_takes, calls.rms_norm_quantize),
     triton=Kernel(_triton_quantizes, triton_function("norm", "add_rms_norm_quantize")),
     case=_quantizing_case,
+    check=checks.rms_norm,
 )

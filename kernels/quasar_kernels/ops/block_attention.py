@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
@@ -89,5 +90,6 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.block_attention),
     triton=Kernel(_triton_takes, triton_function("attention", "block_attention")),
     case=_case,
+    check=checks.block_attention,
     reads_cache=True,
 )

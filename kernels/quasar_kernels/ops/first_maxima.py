@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp
@@ -29,4 +30,11 @@ def _case(setting: Setting) -> Case:
     return Case((x,), lambda: x.argmax(-1), x.nbytes)
 
 
-OP = LayerOp("first_maxima", plain=_plain, cpu=Kernel(_library_takes, calls.first_maxima), triton=None, case=_case)
+OP = LayerOp(
+    "first_maxima",
+    plain=_plain,
+    cpu=Kernel(_library_takes, calls.first_maxima),
+    triton=None,
+    case=_case,
+    check=checks.first_maxima,
+)

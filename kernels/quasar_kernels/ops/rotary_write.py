@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import EPS, Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
@@ -86,4 +87,5 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.rotary_write),
     triton=Kernel(in_16_bit, triton_function("rotary", "rotary_write")),
     case=_case,
+    check=checks.rotary_write,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function, triton_groups
@@ -60,6 +61,7 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.silu_mul),
     triton=Kernel(in_16_bit, triton_function("activation", "silu_mul")),
     case=_case,
+    check=checks.silu_mul,
 )
 QUANTIZING = LayerOp(
     "silu_mul_quantize",
@@ -67,4 +69,5 @@ QUANTIZING = LayerOp(
     cpu=Kernel(_library_takes, calls.silu_mul_quantize),
     triton=Kernel(_triton_quantizes, triton_function("activation", "silu_mul_quantize")),
     case=_quantizing_case,
+    check=checks.silu_mul,
 )

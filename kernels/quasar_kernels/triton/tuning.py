@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,10 +157,22 @@ def _table(file: Path) -> dict[str, Tiling]:
 
 
 def _read(file: Path) -> dict[str, Tiling]:
+    """The choices in a file. A damaged file is ignored with a warning, and replaced by the next `tune`."""
     try:
-        return dict(_entries(json.loads(file.read_text(encoding="utf-8"))))
-    except (OSError, ValueError):
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw["checksum"] != _checksum(raw["tilings"]):
+            raise ValueError("its checksum does not fit")
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"cache: {file} is damaged ({error}); default tilings are used until it is tuned again"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return {}
+    return dict(_entries(raw["tilings"]))
+
+
+def _checksum(tilings: dict[str, dict[str, int]]) -> str:
+    return hashlib.sha256(json.dumps(tilings, sort_keys=True).encode()).hexdigest()
 
 
 def _entries(raw: dict[str, dict[str, int]]) -> Iterator[tuple[str, Tiling]]:
@@ -174,7 +188,8 @@ def _write(file: Path) -> None:
     temporary = file.with_suffix(f".{os.getpid()}")
     # Another process may have tuned other shapes in the meantime.
     table = _read(file) | _table(file)
-    content = {key: dataclasses.asdict(tiling) for key, tiling in sorted(table.items())}
+    tilings = {key: dataclasses.asdict(tiling) for key, tiling in sorted(table.items())}
+    content = {"checksum": _checksum(tilings), "tilings": tilings}
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
 

@@ -28,7 +28,7 @@ DEFAULT_SHAPES = "4096x4096,smollm2-135m,qwen3-0.6b,6144x4096,24576x4096,4096x12
 GROUP_SIZE = 64
 BASELINE = "torch bf16"
 
-Product = Callable[[Tensor], Tensor]
+Multiply = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Backend:
     """
 
     name: str
-    prepare: Callable[[Tensor], Product]
+    prepare: Callable[[Tensor], Multiply]
     bits: float
 
 
@@ -82,16 +82,16 @@ def measure(
     round_bytes = sum(outputs * inputs * backend.bits / 8 for backend in candidates)
     copies = copies_of(round_bytes)
     # Dense backends would share one tensor, but every copy needs its own.
-    products = [[backend.prepare(weight.clone()) for _ in range(copies)] for backend in candidates]
+    matmuls = [[backend.prepare(weight.clone()) for _ in range(copies)] for backend in candidates]
     for rows in blocks:
         x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-        medians = alternating_medians([[partial(one, x) for one in copied] for copied in products], repetitions)
+        medians = alternating_medians([[partial(one, x) for one in copied] for copied in matmuls], repetitions)
         for backend, median in zip(candidates, medians, strict=True):
             fraction = outputs * inputs * backend.bits / 8 / median / bandwidth
             yield Measurement(backend.name, outputs, inputs, rows, median * 1e3, medians[0] / median, fraction)
 
 
-def _ours(op: Matmul, weight: Tensor) -> Product:
+def _ours(op: Matmul, weight: Tensor) -> Multiply:
     packed = op.round(weight, GROUP_SIZE)
     return lambda x: op(x, packed)
 
@@ -108,13 +108,13 @@ def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.uint8).view(weight.shape), scales
 
 
-def _torch_int8(weight: Tensor) -> Product:
+def _torch_int8(weight: Tensor) -> Multiply:
     values, scales = _int8(weight)
     scales = scales.to(torch.bfloat16)
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, values, scales)
 
 
-def _torch_int4(weight: Tensor) -> Product:
+def _torch_int4(weight: Tensor) -> Multiply:
     values, scales = _int4(weight)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(torch.int32), 1)
     pairs = torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
@@ -128,12 +128,12 @@ def _onednn() -> list[Backend]:
     return [Backend("onednn w8a8", _onednn_w8a8, 8)] if right else []
 
 
-def _onednn_w8a8(weight: Tensor) -> Product:
+def _onednn_w8a8(weight: Tensor) -> Multiply:
     values, scales = _int8(weight)
     packed = torch.ops.onednn.qlinear_prepack(values, None)
     zeros = torch.zeros(len(scales), dtype=torch.int32)
 
-    def product(x: Tensor) -> Tensor:
+    def matmul(x: Tensor) -> Tensor:
         tokens, token_scales = reference.quantize_tokens(x)
         # Without AMX only unsigned activations, here with zero point 128, have a fast kernel.
         tokens = (tokens.view(torch.uint8) ^ 128).contiguous()
@@ -142,7 +142,7 @@ def _onednn_w8a8(weight: Tensor) -> Product:
         )
         return (out * token_scales).to(x.dtype)
 
-    return product
+    return matmul
 
 
 def _bitsandbytes() -> list[Backend]:
@@ -152,7 +152,7 @@ def _bitsandbytes() -> list[Backend]:
         return []
     layers: Any = bitsandbytes.nn
 
-    def nf4(weight: Tensor) -> Product:
+    def nf4(weight: Tensor) -> Multiply:
         options = {"compute_dtype": torch.bfloat16, "quant_type": "nf4", "compress_statistics": False}
         layer = layers.Linear4bit(*reversed(weight.shape), bias=False, device="meta", **options)
         layer.weight = layers.Params4bit(
@@ -160,7 +160,7 @@ def _bitsandbytes() -> list[Backend]:
         )
         return layer.to("cpu").eval()
 
-    def int8(weight: Tensor) -> Product:
+    def int8(weight: Tensor) -> Multiply:
         layer = layers.Linear8bitLt(
             *reversed(weight.shape), bias=False, has_fp16_weights=False, threshold=0.0, device="meta"
         )

@@ -25,7 +25,7 @@ struct DenseRegisters<DenseKind::BFLOAT16_PAIRS> : SingleTerm {
 #endif
 
 template <DenseKind KIND>
-struct DenseProduct : DenseRegisters<KIND> {
+struct DenseMatmul : DenseRegisters<KIND> {
     static constexpr int64_t INPUTS_PER_UNIT = KIND == DenseKind::BFLOAT16_PAIRS ? 2 : 1;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = KIND == DenseKind::FLOAT32_WEIGHTS ? 1 : 2;
     static constexpr int64_t UNITS_PER_VECTOR = INPUTS_PER_WEIGHT_UNIT / INPUTS_PER_UNIT;
@@ -47,7 +47,7 @@ struct DenseProduct : DenseRegisters<KIND> {
 #ifdef HAS_TILES
         if constexpr (KIND == DenseKind::BFLOAT16_PAIRS) {
             FOR_EACH_ROW store_float32(results + row * LANES, zero_floats());
-            return add_block_product<TileKind::BFLOAT16_PAIRS>(job, tile, block, results);
+            return multiply_block<TileKind::BFLOAT16_PAIRS>(job, tile, block, results);
         }
 #endif
         const int32_t* units = tile_units(job, tile);

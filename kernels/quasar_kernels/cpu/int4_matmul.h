@@ -17,7 +17,7 @@ inline Floats group_zeros(const Weight& weight, int64_t index) {
                                            : load_float32(weight.zeros + 4 * LANES * index);
 }
 
-struct Int4Int8Product : VectorsOnly {
+struct Int4Int8Matmul : VectorsOnly {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
 
@@ -95,7 +95,7 @@ struct Int4Int8Product : VectorsOnly {
 // Activations stay floating point. The 4-bit integers are converted exactly to q - 8 in registers, and the sum of each
 // group is scaled. With BFLOAT16 activations are multiplied in pairs; otherwise they are widened to float32.
 template <bool BFLOAT16>
-struct Int4FloatProduct : VectorsOnly {
+struct Int4FloatMatmul : VectorsOnly {
     static constexpr int64_t INPUTS_PER_UNIT = BFLOAT16 ? 2 : 1;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
     static constexpr int64_t UNITS_PER_VECTOR = INPUTS_PER_VECTOR / INPUTS_PER_UNIT;

@@ -34,7 +34,7 @@ inline void add_byte_products(const Job& job, Tile tile, int64_t block, Ints (&s
     }
 }
 
-struct Int8Product : Int8Registers {
+struct Int8Matmul : Int8Registers {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = 4;
 
@@ -73,7 +73,7 @@ struct Int8Product : Int8Registers {
     static void multiply_in_tiles(const Job& job, Tile tile, int64_t block, float* results) {
         alignas(64) int32_t sums[ROWS * LANES];
         FOR_EACH_ROW store_ints(sums + row * LANES, broadcast_int(job.activations.offsets[tile.first_row + row]));
-        add_block_product<TileKind::SIGNED_BY_UNSIGNED_BYTES>(job, tile, block, sums);
+        multiply_block<TileKind::SIGNED_BY_UNSIGNED_BYTES>(job, tile, block, sums);
         FOR_EACH_ROW store_float32(results + row * LANES, to_floats(load_ints(sums + row * LANES)));
     }
 #endif
@@ -81,7 +81,7 @@ struct Int8Product : Int8Registers {
 
 // Activations are rounded to integers of 15 bits, 128 * high + low, and each of the two terms is a separate row. The
 // int8 dot products are exact, and the weights need not be widened to 16 bits.
-struct Int8WideProduct : VectorsOnly {
+struct Int8WideMatmul : VectorsOnly {
     static constexpr int64_t TERMS = 2;
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = 4;
@@ -123,7 +123,7 @@ struct Int8WideProduct : VectorsOnly {
     }
 
     static Floats scale(const Job& job, int64_t token, int64_t block, Floats sums) {
-        return Int8Product::scale(job, token, block, sums);
+        return Int8Matmul::scale(job, token, block, sums);
     }
 
    private:
