@@ -82,16 +82,16 @@ def collect_runs(
 
 @app.command("plot")
 def plot_runs(
-    folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],
+    folder: Annotated[Path, typer.Argument(help="an experiment's results, a sweep, or any folder above runs")],
     output: Annotated[Path | None, typer.Option(help="folder of the figures; FOLDER/figures by default")] = None,
 ) -> None:
-    """Draw the figures that the metrics of the runs below a folder allow, as PDF, SVG and PNG."""
-    from quasar.results.collect import all_runs, tabulate
-    from quasar.results.figures.runs import draw_all
+    """Draw the figures that the results in a folder allow, as PDF, SVG and PNG."""
+    from quasar.results.figures import draw
+    from quasar.results.loading import load
 
     reporter = Reporter()
     with _reported_errors():
-        files = draw_all(tabulate(all_runs(folder), folder), output or folder / "figures")
+        files = draw(None, *load(folder), output or folder / "figures")
     for file in files:
         reporter.line(f"wrote {file}")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -49,8 +50,7 @@ def estimate(columns: Mapping[str, np.ndarray], families: Sequence[str], statist
     columns: arrays [Q, R] over prompts and repetitions, without missing values
     families: the task family of each prompt, [Q]
     """
-    names = sorted(set(families))
-    member = np.array([[family == name for name in names] for family in families], dtype=np.float64)
+    member = _membership(families)
     prompts, repetitions = next(iter(columns.values())).shape
 
     def evaluate(prompt_weights: np.ndarray, repetition_weights: np.ndarray) -> np.ndarray:
@@ -65,10 +65,7 @@ def estimate(columns: Mapping[str, np.ndarray], families: Sequence[str], statist
     by_repetition = tuple(map(float, alone)) if repetitions > 1 else ()
     if prompts < 2:
         return Estimate(value, by_repetition=by_repetition)
-    generator = np.random.default_rng(0)
-    resampled = evaluate(
-        _prompt_draws(generator, member), generator.multinomial(repetitions, [1 / repetitions] * repetitions, RESAMPLES)
-    )
+    resampled = evaluate(*_draws(tuple(families), repetitions))
     resampled = resampled[np.isfinite(resampled)]
     without_one = evaluate(1 - np.eye(prompts), np.ones((prompts, repetitions)))
     bounds = _bca(value, resampled, without_one[np.isfinite(without_one)])
@@ -104,13 +101,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _prompt_draws(generator: np.random.Generator, member: np.ndarray) -> np.ndarray:
-    """Return how often each prompt is drawn, [RESAMPLES, Q]; every family keeps its number of prompts."""
+def _membership(families: Sequence[str]) -> np.ndarray:
+    """Return which prompt is of which family, [Q, F]."""
+    names = sorted(set(families))
+    return np.array([[family == name for name in names] for family in families], dtype=np.float64)
+
+
+@lru_cache(maxsize=8)
+def _draws(families: tuple[str, ...], repetitions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often each prompt, [RESAMPLES, Q], and each repetition, [RESAMPLES, R], is drawn. Every family keeps
+    its number of prompts. All estimates over the same prompts use the same draws.
+    """
+    generator = np.random.default_rng(0)
+    member = _membership(families)
     draws = np.zeros((RESAMPLES, len(member)))
     for family in member.T:
         places = np.flatnonzero(family)
         draws[:, places] = generator.multinomial(len(places), [1 / len(places)] * len(places), RESAMPLES)
-    return draws
+    return draws, generator.multinomial(repetitions, [1 / repetitions] * repetitions, RESAMPLES)
 
 
 def _bca(value: float, resampled: np.ndarray, without_one: np.ndarray) -> tuple[float | None, float | None]:

@@ -116,7 +116,7 @@ def provenance_of(runs: Sequence[StoredRun]) -> Provenance:
         )
     environments = [_environment(run) for run in runs]
     model = {"model": [run.summary["model"] for run in runs]}
-    common = {
+    common: dict[str, Any] = {
         "code_version": _common("code versions", (version for run in runs for version in run.code_versions)),
         "git_commit": _common("commits", (found["git_commit"] for found in environments)),
         "machine": _common("machines", (machine for run in runs for machine in run.machines)),

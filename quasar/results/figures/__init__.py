@@ -12,8 +12,8 @@ from quasar.errors import RequestError
 from quasar.results.figures import style
 from quasar.results.figures.acceptance import ACCEPTANCE
 from quasar.results.figures.arms import Arms
-from quasar.results.figures.figure import Figure
 from quasar.results.figures.fidelity import FIDELITY
+from quasar.results.figures.figure import Figure
 from quasar.results.figures.interaction import MATRICES
 from quasar.results.figures.speed import SPEED
 from quasar.results.provenance import Provenance

@@ -9,7 +9,7 @@ from quasar.results.estimates import conditional_acceptance
 from quasar.results.figures import style
 from quasar.results.figures.arms import Arm, Arms, in_common_setting, largest, notes
 from quasar.results.figures.figure import Figure, Selection
-from quasar.results.figures.marks import Name, name_points, point
+from quasar.results.figures.marks import Name, name_points, point, subtitle
 from quasar.results.intervals import Estimate
 
 _FEWEST_DRAFTS = 30
@@ -47,7 +47,7 @@ def draw_positions(picture: style.Picture, arms: Arms, selection: Selection) -> 
     axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= last])
     axes.set_xlabel("position in the draft")
     axes.set_ylabel("accepted, of the drafts that reach it")
-    axes.set_title(selection.note, loc="left")
+    subtitle(axes, selection.note)
     name_points(axes, names)
 
 

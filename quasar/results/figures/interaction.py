@@ -102,7 +102,7 @@ def _select_matrices(arms: Arms) -> Selection:
 
 
 def draw_matrices(picture: style.Picture, arms: Arms, selection: Selection) -> None:
-    """Two matrices of drafters and verifiers: cells with values, coloured by their deviation from drafter × verifier."""
+    """Two matrices of drafters and verifiers: cells with values, coloured by the deviation from drafter × verifier."""
     panels = picture.subplots(1, len(_PANELS), sharey=True)
     verifiers = _distinct(_verifier(arm) for arm in selection.arms)
     drafters = _distinct(arm.drafter for arm in selection.arms)
@@ -186,8 +186,8 @@ def _distinct(values: Iterable[Value]) -> list[Value]:
 MATRICES = Figure(
     "matrices",
     "Do drafter and verifier interact?",
-    "Two matrices of drafters and verifiers with the speedup and with τ_ref, coloured by the deviation from the product "
-    "of the drafter's and the verifier's effects.",
+    "Two matrices of drafters and verifiers with the speedup and with τ_ref, coloured by the deviation from the "
+    "product of the drafter's and the verifier's effects.",
     ("text_ms", "text_ar_ref_ms", "text_tokens", "text_steps"),
     _select_matrices,
     draw_matrices,

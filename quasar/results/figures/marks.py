@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
@@ -19,7 +21,9 @@ from quasar.results.figures.arms import Arm
 from quasar.results.intervals import Estimate
 
 Side = Literal["x", "y"]
-_MOST_TICKS = 7
+_MOST_TICKS = 6
+_NEAR = 6.0
+"""A name that is farther than this from its point, in points, is joined to it by a line."""
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -53,7 +57,7 @@ def point(
         marker=arm.look.marker,
         color=colour,
         markersize=size,
-        fillstyle=fill,  # type: ignore[arg-type]
+        fillstyle=fill,
         markerfacecolor=colour if face is None else face,
         markerfacecoloralt="white",
         markeredgewidth=style.INTERVAL_WIDTH,
@@ -94,7 +98,7 @@ def logarithmic(axes: Axes, side: Side, low: float, high: float, unit: str = "")
 
 
 def ratio_ticks(low: float, high: float) -> list[float]:
-    """Return at most seven round numbers between two ratios, among them 1 if it lies between them.
+    """Return at most six round numbers between two ratios, among them 1 if it lies between them.
 
     For example 0.8 and 1.7 give 0.8, 1, 1.2, 1.4 and 1.6.
     """
@@ -117,8 +121,14 @@ def named_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
+def subtitle(axes: Axes, *parts: str, width: float = style.ONE_COLUMN) -> None:
+    """Write the parts that are not empty above the axes. width: of the figure or panel in inches"""
+    words = "; ".join(part for part in parts if part)
+    axes.set_title("\n".join(textwrap.wrap(words, style.subtitle_characters(width - 0.6))), loc="left")
+
+
 def legend(axes: Axes, arms: Sequence[Arm], columns: int) -> None:
-    """Name arms above the axes by their markers."""
+    """Name arms above the axes and their subtitle by their markers."""
     handles = [
         Line2D(
             [],
@@ -132,24 +142,22 @@ def legend(axes: Axes, arms: Sequence[Arm], columns: int) -> None:
         )
         for arm in arms
     ]
-    axes.figure.legend(handles=handles, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.1), ncols=columns, borderaxespad=0)
 
 
-def name_points(axes: Axes, names: Sequence[Name], avoid: Sequence[tuple[float, float]] = ()) -> None:
-    """Write names beside their points, where they cover no point and no other name; far ones get a thin line.
+def name_points(axes: Axes, names: Sequence[Name]) -> None:
+    """Write names beside their points, where they cover no line, point or other name; far ones get a thin line.
 
     Call it when everything else is drawn, because the places depend on the layout.
-
-    avoid: further points in data coordinates
     """
     figure = axes.figure
+    assert isinstance(figure, Figure)
     assert isinstance(figure.canvas, FigureCanvasAgg)
     figure.draw_without_rendering()
     scale = figure.dpi / 72
-    transform = axes.transData.transform
-    points = transform(np.array([*((name.x, name.y) for name in names), *avoid], dtype=float).reshape(-1, 2))
-    half = 2.5 * scale
-    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in points]
+    points = axes.transData.transform(np.array([(name.x, name.y) for name in names], dtype=float).reshape(-1, 2))
+    taken = [_around(place, 2.5 * scale) for place in points]
+    taken += [_around(place, 1.2 * scale) for line in axes.lines if line.get_zorder() > 1 for place in _along(line)]
     inside = axes.get_window_extent()
     for name, place in sorted(zip(names, points, strict=False), key=lambda item: tuple(item[1])):
         text = axes.annotate(
@@ -160,7 +168,7 @@ def name_points(axes: Axes, names: Sequence[Name], avoid: Sequence[tuple[float, 
             ha="center",
             va="center",
             fontsize=style.LABEL_SIZE,
-            color=name.colour,
+            color=style.ink(name.colour),
             zorder=4,
         )
         # The axes keep their size, however long a name is.
@@ -191,11 +199,26 @@ def name_points(axes: Axes, names: Sequence[Name], avoid: Sequence[tuple[float, 
             line.set_in_layout(False)
 
 
-_NEAR = 6.0
+def _along(line: Line2D) -> np.ndarray:
+    """Return points along a line in pixels, [N, 2]."""
+    vertices = line.get_transform().transform(line.get_xydata())
+    if len(vertices) < 2:
+        return np.asarray(vertices)
+    steps = np.linspace(0, 1, 9)[:, None]
+    pairs = zip(vertices[:-1], vertices[1:], strict=True)
+    return np.concatenate([start + steps * (end - start) for start, end in pairs])
+
+
+def _around(place: np.ndarray, half: float) -> Bbox:
+    x, y = place
+    return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
 def _places(width: float, height: float) -> list[tuple[float, float, float]]:
-    """Return offsets of a name's centre from its point with their distance, in points. width, height: half the name's"""
+    """Return offsets of a name's centre from its point and their distance, in points.
+
+    width, height: half the name's
+    """
     found = []
     for gap in (4.0, 9.0, 15.0, 22.0, 30.0, 40.0):
         for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):

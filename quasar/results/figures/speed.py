@@ -20,6 +20,7 @@ from quasar.results.figures.marks import (
     named_rows,
     point,
     ratio_axis,
+    subtitle,
 )
 from quasar.results.intervals import Estimate
 
@@ -97,7 +98,7 @@ def draw_by_task(picture: style.Picture, arms: Arms, selection: Selection) -> No
                 if found is not None:
                     point(axes, arm, centre + offset, found)
         axes.axvspan(len(families) - 0.3, centres[-1] + 0.5, color="#f3f3f3", zorder=0)
-        axes.set_title(notes(f"T = {temperature:g}", selection.note), loc="left")
+        subtitle(axes, f"T = {temperature:g}", selection.note, width=style.TWO_COLUMNS)
     for axes in panels:
         ratio_axis(axes, "y")
         axes.tick_params(axis="x", length=0)
@@ -162,7 +163,7 @@ def draw_waterfall(picture: style.Picture, arms: Arms, selection: Selection) -> 
     axes.update_datalim([(longest * 1.12, 0.0)])
     ratio_axis(axes, "x")
     axes.set_xlabel(SPEEDUP_AXIS)
-    axes.set_title(selection.note, loc="left")
+    subtitle(axes, selection.note)
 
 
 def _group_name(axes: Axes, name: str, row: float, colour: str) -> None:
@@ -174,7 +175,7 @@ def _group_name(axes: Axes, name: str, row: float, colour: str) -> None:
         va="center",
         fontsize=style.LABEL_SIZE,
         fontweight="bold",
-        color=colour,
+        color=style.ink(colour),
     )
 
 
@@ -242,7 +243,7 @@ def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) 
     ratio_axis(axes, "y")
     axes.set_xlabel("draft length limit, tokens")
     axes.set_ylabel(SPEEDUP_AXIS)
-    axes.set_title(notes("ringed: the best fixed length", selection.note), loc="left")
+    subtitle(axes, "ringed: the best fixed length", selection.note)
     name_points(axes, names)
 
 
@@ -295,7 +296,8 @@ def draw_break_even(picture: style.Picture, arms: Arms, selection: Selection) ->
     axes.grid(visible=False)
     axes.set_xlabel("τ needed: time of a step over AR-ref's per token")
     axes.set_ylabel("τ_ref, tokens per step")
-    axes.set_title(notes("lines: speedup over AR-ref", selection.note), loc="left", pad=12)
+    subtitle(axes, "lines: speedup over AR-ref", selection.note)
+    axes.set_title(axes.get_title(loc="left"), loc="left", pad=12)
     name_points(axes, names)
 
 
