@@ -37,7 +37,7 @@ def draw_inflation(picture: style.Picture, arms: Arms, selection: Selection) -> 
     gaps = {}
     for arm in selection.arms:
         kl, free, forced = (arms.value(arm, quantity) for quantity in (KL, TAU, TAU_REF))
-        axes.plot([kl.value] * 2, [free.value, forced.value], color=arm.look.colour, linewidth=style.THIN, zorder=1)
+        axes.plot([kl.value] * 2, [free.value, forced.value], color=arm.look.colour, linewidth=style.THIN, zorder=2)
         point(axes, arm, kl, free, face="white")
         point(axes, arm, kl, forced, face=arm.look.colour)
         names.append(Name(arm.name, kl.value, free.value, arm.look.colour))
@@ -81,7 +81,7 @@ def draw_pareto(picture: style.Picture, arms: Arms, selection: Selection) -> Non
         where="post",
         color=style.GREY,
         linewidth=style.THIN,
-        zorder=1,
+        zorder=1.5,
     )
     for one, two in combinations(range(len(costs)), 2):
         families = {style.verifier_family(selection.arms[index].verifier) for index in (one, two)}
@@ -151,7 +151,7 @@ def draw_exactness(picture: style.Picture, arms: Arms, selection: Selection) -> 
     named_rows(axes, [arm.name for arm in selection.arms])
     axes.set_xlim(0, end)
     axes.set_xlabel("tokens until the first difference")
-    axes.set_title("ticks: outputs that differ; at the right: equal outputs", loc="left")
+    subtitle(axes, "ticks: outputs that differ", "at the right: equal outputs", width=0.75 * style.ONE_COLUMN)
 
 
 def first_differences(rows: pd.DataFrame) -> pd.Series:

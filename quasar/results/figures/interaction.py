@@ -88,8 +88,8 @@ def _select_matrices(arms: Arms) -> Selection:
     verifiers = _distinct(_verifier(arm) for arm in found)
     # Only verifiers and drafters with at least two cells tell an interaction from a main effect.
     kept = [
-        arm
-        for (drafter, verifier), arm in cells.items()
+        cells[drafter, verifier]
+        for drafter, verifier in cells
         if sum((drafter, other) in cells for other in verifiers) > 1
         and sum((other, verifier) in cells for other in drafters) > 1
     ]

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -142,7 +143,7 @@ def legend(axes: Axes, arms: Sequence[Arm], columns: int) -> None:
         )
         for arm in arms
     ]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.1), ncols=columns, borderaxespad=0)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.14), ncols=columns, borderaxespad=0)
 
 
 def name_points(axes: Axes, names: Sequence[Name]) -> None:
@@ -199,14 +200,60 @@ def name_points(axes: Axes, names: Sequence[Name]) -> None:
             line.set_in_layout(False)
 
 
+def name_ends(axes: Axes, names: Sequence[Name]) -> None:
+    """Write names at the right of lines' ends, moved up or down where they would cover each other.
+
+    Call it when everything else is drawn. The layout makes room for the names.
+    """
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    ordered = sorted(names, key=lambda name: name.y)
+    places = axes.transData.transform(np.array([(name.x, name.y) for name in ordered]))[:, 1] / scale
+    right = max(name.x for name in names)
+    for name, place, moved in zip(ordered, places, spread(places.tolist(), 1.25 * style.LABEL_SIZE), strict=True):
+        axes.annotate(
+            name.text,
+            (right, name.y),
+            (7, moved - place),
+            textcoords="offset points",
+            va="center",
+            fontsize=style.LABEL_SIZE,
+            color=style.ink(name.colour),
+            annotation_clip=False,
+        )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Return ascending places moved as little as possible so that neighbours are at least ``gap`` apart.
+
+    For example 0, 1 and 10 with a gap of 3 give -1, 2 and 10.
+    """
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        # Neighbours that would touch become one group around the mean of their places.
+        while len(groups) > 1 and _first(groups[-1], gap) - _last(groups[-2], gap) < gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_first(group, gap) + number * gap for group in groups for number in range(len(group))]
+
+
+def _first(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _last(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) + gap * (len(group) - 1) / 2
+
+
 def _along(line: Line2D) -> np.ndarray:
     """Return points along a line in pixels, [N, 2]."""
     vertices = line.get_transform().transform(line.get_xydata())
     if len(vertices) < 2:
         return np.asarray(vertices)
     steps = np.linspace(0, 1, 9)[:, None]
-    pairs = zip(vertices[:-1], vertices[1:], strict=True)
-    return np.concatenate([start + steps * (end - start) for start, end in pairs])
+    return np.concatenate([start + steps * (end - start) for start, end in pairwise(vertices)])
 
 
 def _around(place: np.ndarray, half: float) -> Bbox:

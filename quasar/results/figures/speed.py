@@ -16,6 +16,7 @@ from quasar.results.figures.marks import (
     interval,
     legend,
     logarithmic,
+    name_ends,
     name_points,
     named_rows,
     point,
@@ -239,12 +240,12 @@ def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) 
     ticks = marks if len(marks) <= 8 else [mark for mark in marks if mark == 1 or mark % 2 == 0]
     has_auto = len(fixed) < len(selection.arms)
     axes.set_xticks([*ticks, *([automatic] if has_auto else [])], [*map(str, ticks), *(["auto"] if has_auto else [])])
-    axes.set_xlim(min(marks) - 0.4, (automatic if has_auto else right) + 0.28 * right)
+    axes.set_xlim(min(marks) - 0.4, (automatic if has_auto else right) + 0.03 * right)
     ratio_axis(axes, "y")
     axes.set_xlabel("draft length limit, tokens")
     axes.set_ylabel(SPEEDUP_AXIS)
     subtitle(axes, "ringed: the best fixed length", selection.note)
-    name_points(axes, names)
+    name_ends(axes, names)
 
 
 def _select_break_even(arms: Arms) -> Selection:
@@ -317,13 +318,12 @@ def draw_steps(picture: style.Picture, arms: Arms, selection: Selection) -> None
         axes.barh(rows, values, left=left, height=0.6, color=colour, hatch=hatch, label=part)
         left += values
     for row, arm in enumerate(selection.arms):
-        interval(axes, "x", arms.value(arm, "step_ms"), row, style.BELOW)
+        interval(axes, "x", arms.value(arm, "step_ms"), row + 0.4, arm.look.colour)
     named_rows(axes, [arm.name for arm in selection.arms])
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("milliseconds per step")
+    axes.set_xlabel("milliseconds per step" + (f" ({selection.note})" if selection.note else ""))
     axes.legend(ncols=len(style.PARTS), loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0)
-    axes.set_title(selection.note, loc="right")
 
 
 SPEED = (

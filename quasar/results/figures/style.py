@@ -81,9 +81,9 @@ _SETTINGS: Any = {
 }
 _FOOTER_LINE = 0.105
 """Height of a line of the footer in inches."""
-_FOOTER_CHARACTERS = 20.3
+_FOOTER_CHARACTERS = 21
 """Characters of the footer per inch."""
-_SUBTITLE_CHARACTERS = 18.5
+_SUBTITLE_CHARACTERS = 20
 
 
 class Picture(MatplotlibFigure):
