@@ -122,17 +122,17 @@ def _draws(families: tuple[str, ...], repetitions: int) -> tuple[np.ndarray, np.
 
 
 def _bca(value: float, resampled: np.ndarray, without_one: np.ndarray) -> tuple[float | None, float | None]:
-    from scipy.stats import norm
+    from scipy.special import ndtr, ndtri
 
     if resampled.size == 0 or np.ptp(resampled) <= 1e-12 * max(1.0, abs(value)):
         return None, None
     below = np.mean(resampled < value) + np.mean(resampled == value) / 2
-    bias = norm.ppf(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
+    bias = ndtri(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
     distances = without_one.mean() - without_one
     spread = np.sum(distances**2) ** 1.5
     acceleration = np.sum(distances**3) / (6 * spread) if spread > 0 else 0.0
-    ends = norm.ppf([0.025, 0.975])
-    levels = norm.cdf(bias + (bias + ends) / (1 - acceleration * (bias + ends)))
+    ends = ndtri([0.025, 0.975])
+    levels = ndtr(bias + (bias + ends) / (1 - acceleration * (bias + ends)))
     low, high = np.quantile(resampled, levels)
     return float(low), float(high)
 

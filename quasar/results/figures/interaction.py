@@ -17,6 +17,7 @@ from quasar.results.estimates import QUANTITIES
 from quasar.results.figures import style
 from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting, notes
 from quasar.results.figures.figure import Figure, Selection
+from quasar.results.figures.marks import subtitle
 from quasar.results.figures.speed import SPEEDUP
 from quasar.results.intervals import RESAMPLES, Estimate, Sums, estimate, holm
 
@@ -61,9 +62,9 @@ def interactions(arms: Arms, chosen: Sequence[Arm], quantity: str) -> list[Cell]
     residual = _residual_of_main_effects(chosen)
 
     found = []
-    for number, arm in enumerate(chosen):
+    for weights_of_arms in residual:
 
-        def deviation(sums: Sums, weights: np.ndarray = residual[number]) -> np.ndarray:
+        def deviation(sums: Sums, weights: np.ndarray = weights_of_arms) -> np.ndarray:
             logs = [
                 np.log(sums[f"numerator {other}"].sum(-1)) - np.log(sums[f"denominator {other}"].sum(-1))
                 for other in range(len(chosen))
@@ -121,19 +122,11 @@ def draw_matrices(picture: style.Picture, arms: Arms, selection: Selection) -> N
         axes.tick_params(length=0)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        axes.set_title(f"{heading}\nfull colour: {math.exp(scale) - 1:+.0%} or {math.exp(-scale) - 1:+.0%}", loc="left")
+        key = f"full colour: {math.exp(scale) - 1:+.0%} or {math.exp(-scale) - 1:+.0%}"
+        subtitle(axes, heading, key, selection.note, width=style.TWO_COLUMNS / 2)
     picture.supylabel("drafter", fontsize=7.5)
-    rule = "blue: more, orange: less than drafter × verifier; framed: interaction, Holm-adjusted p < 0.05"
-    panels[0].annotate(
-        notes(rule, selection.note),
-        (0, 0),
-        (0, -22),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        va="top",
-        fontsize=style.LABEL_SIZE,
-        annotation_clip=False,
-    )
+    panels[0].set_xlabel("blue: more, orange: less than drafter × verifier")
+    panels[1].set_xlabel("framed: interaction, Holm-adjusted p < 0.05")
 
 
 def _draw_cell(axes: Axes, cell: Cell, quantity: str, scale: float, column: int, row: int) -> None:
