@@ -21,7 +21,7 @@ from quasar.results.runs import StoredRun
 from quasar.results.schema import ForcedAnswer, PromptRecord
 from quasar.results.store import write_status
 from tests.records import environment, turn
-from tests.synthetic import MAIN, experiment_rows, synthetic_provenance
+from tests.synthetic import FAMILIES, MAIN, experiment_rows, synthetic_provenance
 
 NGRAM, INT8 = MAIN[1], MAIN[2]
 
@@ -45,15 +45,13 @@ def test_an_interval_equals_that_of_scipy_within_resampling_noise() -> None:
 
 def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(6)
-    families = ["math"] * 12 + ["chat"] * 12
+    families = [family for family in FAMILIES for _ in range(16)]
+    prompts = len(families)
     covered = 0
     for _ in range(200):
-        prompt = generator.normal(0, 0.15, (24, 1))
-        drift = generator.normal(0, 0.01, (1, 2))
-        noise = generator.normal(0, 0.01, (24, 2))
-        ours = np.full((24, 2), 100.0)
         # The logarithms of the prompts' ratios have the mean 0.4.
-        columns = {"log": 0.4 + prompt + drift + noise, "ones": ours / 100}
+        logs = 0.4 + generator.normal(0, 0.15, (prompts, 1)) + generator.normal(0, 0.01, (prompts, 2))
+        columns = {"log": logs + generator.normal(0, 0.003, (1, 2)), "ones": np.ones((prompts, 2))}
         found = estimate(columns, families, geometric_mean("log", "ones"))
         assert found.low is not None
         assert found.high is not None
