@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-slurm bench lint clean
+.PHONY: setup run test test-slurm bench reproduce figures lint clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,15 @@ test-slurm: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m quasar_kernels.bench $(ARGS)
 	$(BIN)/python experiments/kernels/steps.py
+
+# make reproduce EXPERIMENT=main_table [PROMPTS=folder] [LIMIT=n] [REPETITIONS=n] [ARGS=overrides]
+reproduce: $(STAMP)
+	$(BIN)/quasar reproduce $(EXPERIMENT) $(if $(PROMPTS),--prompts "$(PROMPTS)") $(if $(LIMIT),--limit $(LIMIT)) \
+		$(if $(REPETITIONS),--repetitions $(REPETITIONS)) $(ARGS)
+
+# Tables and figures of all committed results, from these results alone.
+figures: $(STAMP)
+	$(BIN)/quasar figures
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

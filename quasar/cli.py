@@ -96,6 +96,32 @@ def plot_runs(
         reporter.line(f"wrote {file}")
 
 
+@app.command()
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="a file in conf/experiment, without .yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="further overrides, as for run.py")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Spec-Bench JSONL, a file or folder; default: built-in")] = None,
+    limit: Annotated[int | None, typer.Option(help="prompts per task family, instead of the declared number")] = None,
+    repetitions: Annotated[int | None, typer.Option(help="repetitions, instead of the declared number")] = None,
+) -> None:
+    """Run an experiment's sweep and write its results, tables and figures. Continues an interrupted one."""
+    from quasar.experiment.reproduce import reproduce as carry_out
+
+    numbers = {"data.limit": limit, "evaluate.repetitions": repetitions}
+    chosen = [f"{key}={value}" for key, value in numbers.items() if value is not None]
+    with _reported_errors():
+        carry_out(experiment, [*chosen, *(overrides or [])], prompts, Reporter())
+
+
+@app.command()
+def figures() -> None:
+    """Draw the tables and figures of all results in experiments/ again."""
+    from quasar.experiment.reproduce import redraw_all
+
+    with _reported_errors():
+        redraw_all(Reporter())
+
+
 @wandb_runs.command("push")
 def push_runs(
     folder: Annotated[Path, typer.Argument(help="a run, a sweep, or any folder above runs")],

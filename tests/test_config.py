@@ -13,11 +13,12 @@ from hydra.utils import get_class
 
 from quasar.cli import model_source
 from quasar.config.build import build
-from quasar.config.schema import CONF, RunConfig, config_hash
+from quasar.config.hash import config_hash
+from quasar.config.schema import CONF, RunConfig
 from quasar.drafters.base import Drafter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.prompts import load_prompts, prompt_set_hash
-from quasar.experiment.build import choose_device, choose_dtype
+from quasar.model.devices import choose_device, choose_dtype
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import locate
 from quasar.verifiers.base import Setup

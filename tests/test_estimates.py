@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from quasar.errors import RequestError
-from quasar.results.estimates import QUANTITIES, arms, estimates, partner_rows
+from quasar.results.estimates import QUANTITIES, estimates, groups, partner_rows
 from quasar.results.intervals import estimate, geometric_mean, holm, mean_over_families, ratio_of_totals
 from quasar.results.labels import arm_names
 from quasar.results.loading import load
@@ -99,6 +99,7 @@ def test_holm_adjusts_in_the_order_given() -> None:
 
 def test_a_partner_is_the_unquantized_verifier_with_the_same_settings() -> None:
     rows = experiment_rows(MAIN, ("math",), prompts=2)
+    rows = rows[rows["temperature"] == 0]
     found = partner_rows(rows[rows["arm"] == INT8.name], rows)
     assert found is not None
     assert set(found["partner_arm"]) == {NGRAM.name}
@@ -111,7 +112,8 @@ def test_a_partner_is_the_unquantized_verifier_with_the_same_settings() -> None:
 def test_the_gains_multiply_to_the_speedup() -> None:
     rows = experiment_rows(MAIN[:3], ("math", "chat"), prompts=3)
     names = ("quantization_alone", "speculation_alone", "interaction", "reference_text_speedup")
-    found = [estimate.value for estimate in estimates(rows, names)[INT8.name].values() if estimate is not None]
+    by_arm = {group.arm: values for group, values in estimates(rows, names)}
+    found = [value.value for value in by_arm[INT8.name].values() if value is not None]
     assert found[0] * found[1] * found[2] == pytest.approx(found[3])
 
 
@@ -198,7 +200,7 @@ def test_rows_hold_the_sums_of_a_prompt(tmp_path: Path) -> None:
     assert list(row["reached_by_position"]) == [2, 2, 1]
     write_rows(rows, tmp_path / "results.parquet")
     again = read_rows(tmp_path / "results.parquet")
-    assert [name for name, _ in arms(again)] == ["an arm"]
+    assert [group.arm for group in groups(again)] == ["an arm"]
     assert again["text_ms"].tolist() == rows["text_ms"].tolist()
     with pytest.raises(RequestError, match=r"none\.parquet: no such file; make reproduce"):
         read_rows(tmp_path / "none.parquet")

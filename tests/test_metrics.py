@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import yaml
 
-from experiments.exactness import table as exactness_table
-from experiments.fidelity import table as fidelity_table
-from experiments.main_table import table as main_table
 from quasar.config.schema import CONF
 from quasar.console import Reporter
 from quasar.decoding import stopwatch
 from quasar.results import metrics, schema
 from quasar.results.collect import Collector, tabulate
-from quasar.results.markdown import Column, markdown, rows_of
 from quasar.results.metrics import METRICS, Measured, Metric, compute, named, summary_of
 from quasar.results.report import print_report
 from quasar.results.schema import Baselines, Exactness, ForcedAnswer, PromptRecord, Timing
@@ -61,6 +56,7 @@ EXPECTED = {
     "reference_text_speedup": 10.0 / 4.0,
     "reference_text_speedup_ci95": None,
     "prompts": 2,
+    "repetitions": 1,
     "tokens_generated": 8 + 3,
     "steps": 3,
     "drafted": 7,
@@ -89,6 +85,7 @@ EXPECTED = {
     "exact_match_to_self": 0.5,
     "exact_match_to_reference": 0.0,
     "weight_bytes": 2_000_000,
+    "kv_bytes_per_token": 1000,
     "mean_context": 50 / 3,
     "bytes_per_step": 2_000_000 + 1000 * 50 / 3,
     "achieved_bandwidth_fraction": (2_000_000 + 1000 * 50 / 3) / 1e-3 / 1e10,
@@ -149,7 +146,7 @@ def test_adding_records_one_by_one_changes_nothing() -> None:
 def test_a_metric_is_added_in_one_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is then in summary.json, in the run's table, in the table of runs, in the live curves and in Markdown."""
+    """It is then in summary.json, in the run's table, in the table of runs and in the live curves."""
     longest = Metric(
         "longest_answer",
         lambda run: max(len(turn.token_ids) for turn in run.turns),
@@ -176,7 +173,6 @@ def test_a_metric_is_added_in_one_place(
     assert (list(rows.extent_low), list(rows.extent_high)) == ([1], [2])
     history = _history(run.records[1], run)
     assert (history["prompt/longest"], history["so_far/longest"]) == (3, 8)
-    assert markdown("run", rows_of(rows), ["longest_answer", "extent"])[2] == "| 0 | 8 t | [1, 2] |"
 
 
 def test_the_table_of_runs_has_the_metrics_columns(tmp_path: Path) -> None:
@@ -186,50 +182,6 @@ def test_the_table_of_runs_has_the_metrics_columns(tmp_path: Path) -> None:
     columns = list(tabulate(Collector(tmp_path).runs(), tmp_path).columns)
     expected = [name for metric in METRICS if metric.in_summary for name in metric.columns(None)]
     assert columns[columns.index("model") :] == [*expected, "of_other_code"]
-
-
-def test_rows_show_what_is_missing() -> None:
-    runs = pd.DataFrame({"run": ["a", "b"], "step_ms": pd.Series([1.256, None], dtype="Float64")})
-    doubled = Column("twice", lambda run: "?" if run["step_ms"] is None else str(2 * run["step_ms"]))
-    assert markdown("run", rows_of(runs), ["step_ms", doubled, "speedup_ci95"]) == [
-        "| run | step ms | twice | 95 % interval |",
-        "| --- | ---: | ---: | ---: |",
-        "| a | 1.26 | 2.512 | - |",
-        "| b | - | ? | - |",
-    ]
-
-
-def test_the_experiments_tables_are_made_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = summary_of(compute(Measured(run_of_two(), facts())))
-    for job, verifier in enumerate(("fp16", "int8")):
-        folder = RunFolder(tmp_path / f"s/{job}", composed(f"verifier={verifier}", "drafter=ngram"), resume=True)
-        folder.begin(["run.py"], environment(prompts=2))
-        folder.finish({**values, "verifier": verifier})
-    unfinished = RunFolder(tmp_path / "s/2", composed("verifier=int4", "drafter=none"), resume=True)
-    unfinished.begin(["run.py"], environment(prompts=2))
-    tables = {}
-    for module in (exactness_table, fidelity_table, main_table):
-        monkeypatch.setattr(module, "HERE", tmp_path)
-        module.main(tmp_path / "s")
-        tables[module] = (tmp_path / "table.md").read_text().splitlines()
-    unfinished.status("failed", "the end of the test")
-    assert tables[exactness_table] == [
-        "| verifier | drafter | state | prompts | tokens | = AR-same | τ | accept |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| fp16 | ngram | done | 2 | 11 | 50% | 2.00 | 0.429 |",
-        "| int8 | ngram | done | 2 | 11 | 50% | 2.00 | 0.429 |",
-        "| int4 | none | running | - | - | - | - | - |",
-    ]
-    assert tables[fidelity_table][0] == (
-        "| verifier | weights MB | KL | top-1 | match length | τ_ref | τ | distinct 4-grams |"
-    )
-    assert tables[fidelity_table][2] == "| fp16 | 2 | 0.2500 | 0.750 | 2.0 | 2.00 | 2.00 | 0.80 |"
-    assert tables[fidelity_table][-1].startswith(
-        "Noise floor, the reference against itself in one pass and step by step: KL"
-    )
-    assert tables[main_table][2] == (
-        "| fp16 | 2 | 4.00 | 1.00x | 500.0 | 2.00x | 1.50x | 3.00x | 1.00x to 4.00x | 2.00 | 2.00 | 0.2500 | 0.750 |"
-    )
 
 
 def test_metrics_of_a_run_need_to_know_it() -> None:

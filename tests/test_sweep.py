@@ -249,7 +249,13 @@ def test_a_job_at_work_is_left_alone(sweep: Sweep, tmp_path: Path) -> None:
 
 
 def test_baselines_are_decoded_once(sweep: Sweep, tmp_path: Path) -> None:
-    done = sweep("hydra.sweep.dir=s", "verifier=fp16,int8", "drafter=none,ngram", "evaluate.baselines=true")
+    done = sweep(
+        "hydra.sweep.dir=s",
+        "verifier=fp16,int8",
+        "drafter=none,ngram",
+        "evaluate.baselines=true",
+        "sweep.share_baselines=true",
+    )
     assert done.returncode == 0, done.stderr
     jobs = [records(tmp_path / "s" / str(number)) for number in range(4)]
     timings = [[turn["baselines"] for record in job for turn in record["turns"]] for job in jobs]
@@ -261,7 +267,7 @@ def test_baselines_are_decoded_once(sweep: Sweep, tmp_path: Path) -> None:
     files = sorted((tmp_path / "s/baselines").glob("*.jsonl"))
     assert [len(file.read_text().splitlines()) for file in files] == [4, 4]
 
-    alone = sweep("hydra.sweep.dir=t", "verifier=fp16", "evaluate.baselines=true", "sweep.share_baselines=false")
+    alone = sweep("hydra.sweep.dir=t", "verifier=fp16", "evaluate.baselines=true")
     assert alone.returncode == 0
     assert not (tmp_path / "t/baselines").exists()
 
@@ -276,7 +282,13 @@ def test_exactness_shares_the_autoregressive_output(
         return local_baseline(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("quasar.experiment.decoder.local_baseline", counted)
-    done = sweep("hydra.sweep.dir=s", "verifier=int8", "drafter=none,ngram,lookahead", "evaluate.exactness=true")
+    done = sweep(
+        "hydra.sweep.dir=s",
+        "verifier=int8",
+        "drafter=none,ngram,lookahead",
+        "evaluate.exactness=true",
+        "sweep.share_baselines=true",
+    )
     assert done.returncode == 0, done.stderr
     turns = [turn for number in range(3) for record in records(tmp_path / f"s/{number}") for turn in record["turns"]]
     assert len(turns) == 3 * len(measured) == 12
@@ -304,10 +316,10 @@ def test_the_references_answers_are_decoded_once(sweep: Sweep, tmp_path: Path, m
 
 
 def test_baselines_of_another_device_are_refused(sweep: Sweep, tmp_path: Path) -> None:
-    assert sweep("hydra.sweep.dir=s", "evaluate.baselines=true").returncode == 0
+    assert sweep("hydra.sweep.dir=s", "sweep.share_baselines=true", "evaluate.baselines=true").returncode == 0
     for file in (tmp_path / "s/baselines").glob("*.jsonl"):
         file.write_text(file.read_text().replace('"device": "cpu', '"device": "NVIDIA H100'))
-    refused = sweep("hydra.sweep.dir=s", "evaluate.baselines=true", "drafter=ngram")
+    refused = sweep("hydra.sweep.dir=s", "sweep.share_baselines=true", "evaluate.baselines=true", "drafter=ngram")
     assert refused.returncode == 2
     assert "were measured on NVIDIA H100" in refused.stderr
     assert "sweep.share_baselines=false" in refused.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -16,7 +16,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from quasar.config.schema import check, config_hash
+from quasar.config.hash import config_hash
+from quasar.config.schema import check
 from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError, report
 from quasar.experiment.sweep.ending import SweepEnded
@@ -41,6 +42,18 @@ class ResumableSweeper(BasicSweeper):
     configuration as it was at submission; if a job fails or is killed, the others go on. Ends with `SweepEnded` if
     not every job is done.
     """
+
+    def __init__(
+        self,
+        max_batch_size: int | None,
+        params: dict[str, str] | None = None,
+        arms: Mapping[str, Sequence[str]] | None = None,
+        only: Sequence[str] | None = None,
+    ) -> None:
+        """See conf/hydra/sweeper/resumable.yaml."""
+        super().__init__(max_batch_size, params)
+        self.arms = {str(name): tuple(overrides) for name, overrides in (arms or {}).items()}
+        self.only = None if only is None else list(map(str, only))
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config, self._task_function = hydra_context, config, task_function
@@ -80,11 +93,8 @@ class ResumableSweeper(BasicSweeper):
 
     def _requests(self, arguments: list[str]) -> list[Request]:
         """Every job of the grid, composed and checked, so that a wrong value is told before any job starts."""
-        parser = OverridesParser.create(config_loader=self._context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        (grid,) = self.split_arguments(overrides, None)
         requests = []
-        for job in grid:
+        for job in self._grid(arguments):
             try:
                 config = self._context.config_loader.load_sweep_config(self._config, list(job))
             except ConfigCompositionException as error:
@@ -98,6 +108,36 @@ class ResumableSweeper(BasicSweeper):
                 raise RequestError(f"{error} (in the job {' '.join(job)})") from None
             requests.append(Request(tuple(filter(_of_job, job)), config_hash(config)))
         return requests
+
+    def _grid(self, arguments: list[str]) -> list[Sequence[str]]:
+        """The overrides of every job: the grid of the command line and the parameters, crossed with the arms.
+
+        The command line takes precedence over an arm, and an arm over the parameters: a key that one of them sets is
+        not swept for the values of another.
+        """
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+
+        def without(overrides: Sequence[str], others: Sequence[str]) -> list[str]:
+            taken = {override.key_or_group for override in parser.parse_overrides(list(others))}
+            parsed = parser.parse_overrides(list(overrides))
+            return [
+                line for line, override in zip(overrides, parsed, strict=True) if override.key_or_group not in taken
+            ]
+
+        unknown = [name for name in self.only or () if name not in self.arms]
+        if unknown:
+            raise RequestError(
+                f"hydra.sweeper.only: there is no arm {unknown[0]!r}; choose from {', '.join(map(repr, self.arms))}"
+            )
+        arms = {name: self.arms[name] for name in self.only} if self.only else self.arms
+        jobs: list[Sequence[str]] = []
+        for name, chosen in arms.items() or [("", ())]:
+            arm = without(chosen, arguments)
+            label = [f"arm='{name}'"] if name else []
+            lines = [*without(self._parse_config(), [*chosen, *arguments]), *label, *arm, *arguments]
+            (grid,) = self.split_arguments(parser.parse_overrides(lines), None)
+            jobs += grid
+        return jobs
 
     def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str]) -> Path:
         """The sweep's folder: a new one, or with ``resume=true`` on the command line the newest that has these jobs."""

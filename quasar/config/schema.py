@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -16,9 +14,6 @@ from quasar.errors import RequestError
 _CHECKOUT, _WHEEL = (Path(__file__).parents[n] / "conf" for n in (2, 1))
 CONF = _CHECKOUT if _CHECKOUT.is_dir() and not _WHEEL.is_dir() else _WHEEL
 """The configuration folder: next to the packages in a checkout, inside ``quasar`` in an installed wheel."""
-
-NOT_HASHED = ("output_dir", "resume", "sweep", "logger")
-"""Keys that do not affect the results of a run, only where and how it is executed. They are not part of its hash."""
 
 
 @dataclass
@@ -107,7 +102,8 @@ class EvaluateConfig:
     baselines: bool = MISSING
     fidelity: bool = MISSING
     accuracy: bool = MISSING
-    exactness: bool = MISSING
+    exactness: Optional[bool] = MISSING
+    repetitions: int = MISSING
 
 
 @dataclass
@@ -133,10 +129,21 @@ class SweepConfig:
 
 
 @dataclass
+class PublishConfig:
+    """The publish node of conf/experiment/*.yaml"""
+
+    prompts: Optional[int] = MISSING
+    tables: dict[str, list[str]] = MISSING
+    by_family: list[str] = MISSING
+    figures: list[str] = MISSING
+
+
+@dataclass
 class RunConfig:
     """The whole configuration. The keys of drafter and verifier are not fixed here: their classes check them."""
 
     name: str = MISSING
+    arm: Optional[str] = MISSING
     model: ModelSource = field(default_factory=ModelSource)
     drafter: dict[str, Any] = MISSING
     verifier: dict[str, Any] = MISSING
@@ -151,6 +158,7 @@ class RunConfig:
     resume: bool = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
 
 def register() -> None:
@@ -195,6 +203,8 @@ def check(config: DictConfig) -> RunConfig:
     )
     _require(typed.calibration.prompts >= 0, "calibration.prompts", typed.calibration.prompts, "at least 0 (none)")
     _require(typed.calibration.max_tokens >= 1, "calibration.max_tokens", typed.calibration.max_tokens, "at least 1")
+    repetitions = typed.evaluate.repetitions
+    _require(repetitions >= 1, "evaluate.repetitions", repetitions, "at least 1")
     devices = ("auto", "cpu", "cuda")
     _require(typed.device in devices, "device", typed.device, f"one of {', '.join(devices)}")
     dtypes = ("auto", "bfloat16", "float16", "float32")
@@ -205,14 +215,6 @@ def check(config: DictConfig) -> RunConfig:
     modes = ("auto", "online", "offline")
     _require(typed.logger.mode in modes, "logger.mode", typed.logger.mode, f"one of {', '.join(modes)}")
     return typed
-
-
-def config_hash(config: DictConfig) -> str:
-    """Return a hash of twelve hex digits over everything that affects the results of a run."""
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict)
-    kept = {key: value for key, value in values.items() if key not in NOT_HASHED}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _require(holds: bool, key: str, value: object, remedy: str) -> None:

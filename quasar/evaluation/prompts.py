@@ -44,20 +44,10 @@ def load_prompts(data: DataConfig, key: str = "data.path") -> list[Prompt]:
     Raises RequestError for a missing path, a dataset that is not available, an empty set or an invalid line; the
     message names the file and the line.
     """
-    if data.hub is not None:
-        prompts = [_prompt(row, place, data.name, prefix=f"{data.name}/") for place, row in benchmark_rows(data)]
-    else:
-        files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data, key)
-        prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
-    keys = Counter(prompt.key for prompt in prompts)
-    for prompt in prompts:
-        if keys[prompt.key] > 1:
-            raise RequestError(
-                f"{prompt.place}: question_id {prompt.key} occurs {keys[prompt.key]} times; make it unique"
-            )
+    prompts = _from_files(data, key) if data.hub is None else _from_hub(data)
     if not prompts:
         raise RequestError(f"{key}={data.path}: the prompt files contain no prompt")
-    return _limited(prompts, data.limit)
+    return prompts
 
 
 def read_prompts(file: Path, by_file: bool) -> Iterator[Prompt]:
@@ -84,6 +74,22 @@ def prompt_set_hash(prompts: list[Prompt]) -> str:
         values = [prompt.key, prompt.family, prompt.turns, prompt.reference, prompt.test]
         digest.update(json.dumps(values).encode())
     return digest.hexdigest()
+
+
+def _from_files(data: DataConfig, key: str) -> list[Prompt]:
+    files = [BUILTIN / f"{family}.jsonl" for family in FAMILIES] if data.name == "builtin" else _files(data, key)
+    prompts = [prompt for file in files for prompt in read_prompts(file, by_file=len(files) > 1)]
+    keys = Counter(prompt.key for prompt in prompts)
+    for prompt in prompts:
+        if keys[prompt.key] > 1:
+            raise RequestError(
+                f"{prompt.place}: question_id {prompt.key} occurs {keys[prompt.key]} times; make it unique"
+            )
+    return _limited(prompts, data.limit)
+
+
+def _from_hub(data: DataConfig) -> list[Prompt]:
+    return [_prompt(row, place, data.name, prefix=f"{data.name}/") for place, row in benchmark_rows(data)]
 
 
 def _parse(line: str, file: Path, number: int, by_file: bool) -> Prompt:

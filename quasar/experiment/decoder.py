@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -20,8 +22,8 @@ from quasar.decoding.stopping import Limits, StopStrings
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.accuracy import graded
-from quasar.evaluation.exactness import Comparison, compare
-from quasar.evaluation.fidelity import ReferencePath, Trajectories, measure
+from quasar.evaluation.exactness import compare
+from quasar.evaluation.fidelity import Fidelity, ReferencePath, Trajectories, measure
 from quasar.evaluation.prompts import Prompt
 from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
@@ -92,14 +94,31 @@ class PromptDecoder:
         strings = StopStrings(chosen.stop, self.tokenizer.decode) if chosen.stop else None
         return Limits(chosen.max_new_tokens, self.verifier.context_length, stop_tokens, cap, strings)
 
-    def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None) -> PromptRecord:
-        """Decode every turn and return the record. The context of a later turn contains the model's earlier replies."""
-        turns = self._converse(prompt, lambda tokens, key: self._decode_turn(tokens, key, on_step))
+    @property
+    def follows_reference(self) -> bool:
+        """Whether the run decodes along the reference's answers too. Nothing can be compared if text is meaningless."""
+        return self.trajectories is not None and not self.simulated
+
+    def decode_prompt(self, prompt: Prompt, on_step: OnStep | None = None, repetition: int = 0) -> PromptRecord:
+        """Decode every turn and return the record. The context of a later turn contains the model's earlier replies.
+
+        repetition: number of the repetition; each draws its own random numbers and its own order of the arms
+        """
+        repeated = f" #{repetition}" if repetition else ""
+
+        def decode_turn(tokens: list[int], key: str) -> Turn:
+            return self._decode_turn(tokens, key + repeated, on_step)
+
+        def follow(tokens: list[int], key: str) -> ForcedAnswer:
+            return self._follow_reference(tokens, key + repeated, compares=repetition == 0)
+
+        turns = self._converse(prompt, decode_turn)
+        fidelity = self._converse(prompt, follow) if self.follows_reference else []
+        if self.sampling.greedy:
+            turns = [_with_reference(turn, answer) for turn, answer in zip_longest(turns, fidelity[: len(turns)])]
         grades = self.settings.evaluate.accuracy and not self.simulated
         correct = graded(prompt, turns[0].text) if grades else None
-        measures = self.trajectories is not None and not self.simulated
-        fidelity = self._converse(prompt, self._fidelity_of_turn) if measures else []
-        return PromptRecord(prompt.key, prompt.family, turns, correct, fidelity)
+        return PromptRecord(prompt.key, prompt.family, turns, correct, fidelity, repetition)
 
     def warm_up(self) -> None:
         """Decode a short text and discard it, because first calls allocate, compile and fill caches."""
@@ -126,9 +145,17 @@ class PromptDecoder:
         return turns
 
     def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Turn:
-        generation = self._generate(tokens, self.drafter, self.verifier, key, on_step)
-        notes = self.drafter.notes()
-        baselines, exactness = self._baselines(tokens, generation, key)
+        """Decode freely with the pair and with each autoregressive baseline, one after the other in a drawn order."""
+        baselines: dict[str, Baseline] = {}
+        generation, notes = None, {}
+        arms = self._free_baselines()
+        for name in self._drawn_order(["pair", *arms], key):
+            if name == "pair":
+                generation = self._generate(tokens, self.drafter, self.verifier, key, on_step)
+                notes = self.drafter.notes()
+            else:
+                baselines[name] = self._autoregressive(*arms[name], tokens, key)
+        assert generation is not None
         laps = {phase: [round(lap, 4) for lap in generation.milliseconds.get(phase, [])] for phase in PHASES}
         return Turn(
             prompt_tokens=len(tokens),
@@ -137,36 +164,57 @@ class PromptDecoder:
             finish_reason=generation.finish_reason,
             steps=Steps(**{name: getattr(generation, name) for name in STEP_COUNTS}, notes=notes),
             milliseconds=Milliseconds(**laps),
-            baselines=baselines,
-            exactness=exactness,
+            baselines=self._timings(baselines),
+            exactness=self._exactness(tokens, generation, baselines),
         )
 
-    def _baselines(
-        self, tokens: list[int], generation: Generation, key: str
-    ) -> tuple[Baselines | None, Exactness | None]:
-        """Decode the same turn autoregressively: AR-same always, AR-ref only if baselines are requested."""
-        evaluate = self.settings.evaluate
-        if not (evaluate.baselines or evaluate.exactness):
-            return None, None
-        same = self._autoregressive(self.verifier, self.shared_same, tokens, key)
-        compared = None
-        if self.sampling.greedy and not self.simulated:
-            compared = compare(tokens, generation.tokens, same.tokens, self.verifier)
-        if not evaluate.baselines:
-            return None, _exactness(compared, None)
-        reference = same
-        if self.reference is not None:
-            reference = self._autoregressive(self.reference, self.shared_reference, tokens, key)
-        baselines = Baselines(ar_same=_timing(same), ar_ref=_timing(reference))
-        return baselines, _exactness(compared, generation.tokens == reference.tokens)
+    def _free_baselines(self) -> dict[str, tuple[Verifier, SharedBaselines | None]]:
+        """Return the baselines that are decoded freely.
 
-    def _fidelity_of_turn(self, tokens: list[int], key: str) -> ForcedAnswer:
-        """Compare the verifier with the reference on the reference's answer: KL per token, and the steps of τ_ref."""
+        Greedy AR-ref writes the reference's answer, so it is decoded only once, along that answer. AR-same is timed
+        along it too, and is decoded freely only if its output is compared.
+        """
+        timed = self.settings.evaluate.baselines and not (self.follows_reference and self.sampling.greedy)
+        found = {}
+        if timed or self._compares:
+            found["ar_same"] = (self.verifier, self.shared_same)
+        if timed and self.reference is not None:
+            found["ar_ref"] = (self.reference, self.shared_reference)
+        return found
+
+    @property
+    def _compares(self) -> bool:
+        """Whether the output is compared with AR-same's. Sampled output differs, and a simulated one is meaningless."""
+        evaluate = self.settings.evaluate
+        wanted = evaluate.baselines if evaluate.exactness is None else evaluate.exactness
+        return wanted and self.sampling.greedy and not self.simulated
+
+    def _timings(self, baselines: dict[str, Baseline]) -> Baselines | None:
+        if not self.settings.evaluate.baselines or "ar_same" not in baselines:
+            return None
+        same = baselines["ar_same"]
+        return Baselines(ar_same=_timing(same), ar_ref=_timing(baselines.get("ar_ref", same)))
+
+    def _exactness(self, tokens: list[int], generation: Generation, baselines: dict[str, Baseline]) -> Exactness | None:
+        if not self._compares:
+            return None
+        same = baselines["ar_same"].tokens
+        found = compare(tokens, generation.tokens, same, self.verifier)
+        reference = baselines["ar_ref"].tokens if "ar_ref" in baselines else same
+        knows_reference = self.settings.evaluate.baselines and (self.reference is None or "ar_ref" in baselines)
+        matches = generation.tokens == reference if knows_reference else None
+        return Exactness(found.match_self, found.first_divergence, found.top2_gap, matches)
+
+    def _follow_reference(self, tokens: list[int], key: str, compares: bool) -> ForcedAnswer:
+        """Decode along the reference's answer: the steps of τ_ref, their time, and AR-same and AR-ref on the same text.
+
+        compares: also compare the verifier with the reference: KL and argmax per token
+        """
         assert self.trajectories is not None
         reference = self.reference or self.verifier
         length = self.settings.decode.max_new_tokens
         trajectory = self.trajectories.get(reference, tokens, length, self.tokenizer.stop_tokens)
-        found = measure(reference, self.verifier, trajectory)
+        found = measure(reference, self.verifier, trajectory) if compares else Fidelity([], [])
         answer = trajectory.answer
         emitted, milliseconds = self._along(answer, tokens, key)
         return ForcedAnswer(
@@ -174,8 +222,8 @@ class PromptDecoder:
             emitted=emitted,
             kl=_rounded(found.kl),
             top1=found.top1,
-            noise_kl=_rounded(trajectory.noise_kl),
-            noise_top1=trajectory.noise_top1,
+            noise_kl=_rounded(trajectory.noise_kl) if compares else [],
+            noise_top1=trajectory.noise_top1 if compares else [],
             forced_ms=milliseconds["pair"],
             ar_same_ms=milliseconds.get("ar_same"),
             ar_ref_ms=milliseconds.get("ar_ref"),
@@ -184,8 +232,7 @@ class PromptDecoder:
     def _along(self, answer: list[int], tokens: list[int], key: str) -> tuple[list[int], dict[str, float]]:
         """Decode along the reference's answer with the pair and, if baselines are requested, autoregressively.
 
-        Returns the pair's tokens per step, and the decode time of each. They run within seconds of each other, in an
-        order drawn per turn, so that a change in the machine's speed affects all of them alike.
+        Returns the pair's tokens per step, and the decode time of each in milliseconds.
         """
         arms: dict[str, tuple[Drafter, Verifier]] = {"pair": (self.drafter, self.verifier)}
         if self.settings.evaluate.baselines:
@@ -194,7 +241,7 @@ class PromptDecoder:
                 arms["ar_ref"] = (NoneDrafter(), self.reference)
         emitted: list[int] = []
         milliseconds: dict[str, float] = {}
-        for name in random.Random(f"{self.settings.seed} {key}").sample(list(arms), len(arms)):
+        for name in self._drawn_order(list(arms), key):
             drafter, verifier = arms[name]
             path = self._generate(
                 tokens, drafter, verifier, key, max_new_tokens=len(answer), rule=ReferencePath(answer)
@@ -205,6 +252,13 @@ class PromptDecoder:
         if self.reference is None and "ar_same" in milliseconds:
             milliseconds["ar_ref"] = milliseconds["ar_same"]
         return emitted, milliseconds
+
+    def _drawn_order(self, names: list[str], key: str) -> list[str]:
+        """Return the names in an order drawn for the turn, so that a change in the machine's speed favours none.
+
+        What is compared runs within seconds of each other.
+        """
+        return random.Random(f"{self.settings.seed} {key}").sample(names, len(names))
 
     def _autoregressive(
         self, verifier: Verifier, shared: SharedBaselines | None, tokens: list[int], key: str
@@ -238,14 +292,25 @@ class PromptDecoder:
         return decode(tokens, drafter, verifier, rule, sampling, limits, generator, on_step)
 
 
+def _with_reference(turn: Turn, answer: ForcedAnswer | None) -> Turn:
+    """Add what decoding along the reference's answer says about the turn: its baselines and whether the texts agree.
+
+    At temperature 0 the reference's answer is AR-ref's output, and autoregressive decoding takes the same time per
+    token on any text.
+    """
+    if answer is None:
+        return turn
+    if turn.exactness is not None:
+        turn = replace(turn, exactness=replace(turn.exactness, match_reference=turn.token_ids == answer.token_ids))
+    if answer.ar_same_ms is None or answer.ar_ref_ms is None:
+        return turn
+    decoded, machine = len(answer.token_ids) - 1, socket.gethostname()
+    same = turn.baselines.ar_same if turn.baselines else Timing(decoded, answer.ar_same_ms, machine)
+    return replace(turn, baselines=Baselines(ar_same=same, ar_ref=Timing(decoded, answer.ar_ref_ms, machine)))
+
+
 def _timing(baseline: Baseline) -> Timing:
     return Timing(baseline.decoded_tokens, baseline.decode_ms, baseline.machine)
-
-
-def _exactness(compared: Comparison | None, match_reference: bool | None) -> Exactness | None:
-    if compared is None:
-        return None
-    return Exactness(compared.match_self, compared.first_divergence, compared.top2_gap, match_reference)
 
 
 def _rounded(values: list[float]) -> list[float]:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quasar.config.schema import Grid
 from quasar.console import Reporter
 from quasar.experiment.build import Prepared
-from quasar.results.environment import device_name
 
 MOSTLY_ON_GRID = 0.5
 """Share of weights on a low-bit grid from which on a reference counts as dequantized."""
 
 
-def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: int, folder: Path) -> None:
+def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Path) -> None:
     """Print model, drafter, verifier, device, prompts and output folder.
 
     finished: number of prompts that an earlier attempt has already decoded
@@ -31,8 +28,9 @@ def print_header(reporter: Reporter, parts: Prepared, prompts: int, finished: in
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
         + (lossless if exact and not verifier.is_reference else ""),
         **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
-        "device": f"{device_name(verifier.device)}, {torch.get_num_threads()} threads",
-        "prompts": f"{prompts} from data={settings.data.name}" + (f", {finished} already done" if finished else ""),
+        "device": parts.machine.name,
+        "prompts": f"{len(parts.prompts)} from data={settings.data.name}"
+        + (f", {finished} already done" if finished else ""),
         "output": str(folder),
     }
     reporter.header(entries)

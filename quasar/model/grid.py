@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quasar.model.loading import TensorFiles
+from quasar.model.tensor_files import TensorFiles
 
 GROUP = 32
 """Consecutive inputs that share a scale: the block of GGUF's formats, which divides the groups of all others."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import nn
 
 from quasar.errors import RequestError
 from quasar.model.config import LayerShape, ModelConfig, RopeConfig
+from quasar.model.sources import Checkpoint
+from quasar.model.tensor_files import TensorFiles
 from quasar.model.transformer import Transformer
 
 Progress = Callable[[int, int], None]
@@ -29,6 +29,18 @@ _BLOCK = {
     "mlp.gate_up.{kind}": ["mlp.gate_proj.{kind}", "mlp.up_proj.{kind}"],
     "mlp.down.{kind}": ["mlp.down_proj.{kind}"],
 }
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+) -> Transformer:
+    """Load the unquantized, unpruned model of a checkpoint, or create it if its weights are random.
+
+    Raises RequestError like `load_transformer`.
+    """
+    if checkpoint.folder is None:
+        return random_transformer(tiny_config(), checkpoint.seed, dtype, device)
+    return load_transformer(checkpoint.folder, dtype, device, progress)
 
 
 def load_transformer(
@@ -54,7 +66,9 @@ def load_transformer(
                 f"{tensors.file_of(sources[0])}: {sources[0]} has shape {tuple(stacked.shape)}, but config.json "
                 f"implies {tuple(expected)}; config and weights do not belong together"
             )
-        _set_parameter(model, name, stacked.to(device=device, dtype=dtype))
+        owner, _, attribute = name.rpartition(".")
+        parameter = nn.Parameter(stacked.to(device=device, dtype=dtype), requires_grad=False)
+        setattr(model.get_submodule(owner), attribute, parameter)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight
     if progress is not None:
@@ -112,55 +126,3 @@ def source_names(model: Transformer) -> dict[str, list[str]]:
             sources = _BLOCK[rest] if rest in _BLOCK else _BLOCK[rest.removesuffix(kind) + "{kind}"]
             names[name] = [f"model.layers.{index}.{source.format(kind=kind)}" for source in sources]
     return names
-
-
-def _set_parameter(model: Transformer, name: str, value: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    setattr(module, attribute, torch.nn.Parameter(value, requires_grad=False))
-
-
-class TensorFiles:
-    """The tensors of all ``*.safetensors`` files of a folder, by name."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._where: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise RequestError(f"{folder}: contains no *.safetensors; only safetensors and GGUF files are supported")
-        for file in files:
-            for name in self._handle(file).keys():  # noqa: SIM118 (safe_open is no mapping)
-                self._where[name] = file
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def names(self) -> list[str]:
-        return list(self._where)
-
-    def file_of(self, name: str) -> Path:
-        try:
-            return self._where[name]
-        except KeyError:
-            raise RequestError(f"{self.folder}: tensor {name} is missing; the checkpoint is incomplete") from None
-
-    def read(self, name: str) -> Tensor:
-        file = self.file_of(name)
-        try:
-            return self._handle(file).get_tensor(name)
-        except SafetensorError as error:
-            raise _corrupt(file, error) from None
-
-    def _handle(self, file: Path) -> Any:  # safetensors names no public type
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise _corrupt(file, error) from None
-        return self._open[file]
-
-
-def _corrupt(file: Path, error: Exception) -> RequestError:
-    return RequestError(f"{file}: corrupt or truncated ({error}); delete it and download the model again")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
-from quasar.model.loading import TensorFiles
+from quasar.model.tensor_files import TensorFiles
 from quasar.quantization.packed_rows import PackedRows
 
 NIBBLES = 8

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from quasar.config.schema import NOT_HASHED
+from quasar.config.hash import NOT_HASHED
 from quasar.errors import RequestError
 from quasar.results import metrics
 from quasar.results.runs import StoredRun, flatten, read_run, run_folders

@@ -23,6 +23,7 @@ from quasar.results.intervals import (
     ratio_of_totals,
 )
 from quasar.results.metrics import MISSING
+from quasar.results.rows import CONDITIONS
 
 UNQUANTIZED = "fp16"
 """The verifier that speculation alone is measured with."""
@@ -48,6 +49,11 @@ class Quantity:
     form: Callable[[float], str]
     meaning: str
     derive: Callable[[pd.DataFrame], pd.DataFrame] | None = None
+
+    @property
+    def is_speedup(self) -> bool:
+        """Whether it is a ratio of times or speeds, where 1 means no difference."""
+        return self.form is _times
 
     @property
     def pairs_arms(self) -> bool:
@@ -97,7 +103,7 @@ def partner_rows(rows: pd.DataFrame, all_rows: pd.DataFrame) -> pd.DataFrame | N
     """
     first = rows.iloc[0]
     same = all_rows["verifier"] == UNQUANTIZED
-    for column in ("drafter", "temperature", "max_new_tokens", "draft_tokens"):
+    for column in CONDITIONS:
         same &= all_rows[column] == first[column]
     partner = all_rows[same]
     if partner.empty:
@@ -108,9 +114,30 @@ def partner_rows(rows: pd.DataFrame, all_rows: pd.DataFrame) -> pd.DataFrame | N
     )
 
 
-def arms(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return every arm with its rows, in order of appearance."""
-    return [(str(arm), rows[rows["arm"] == arm]) for arm in rows["arm"].drop_duplicates()]
+@dataclass(frozen=True)
+class Group:
+    """The rows of one arm under the same conditions, which are one line of a table or one mark of a figure."""
+
+    arm: str
+    conditions: dict[str, object]
+    rows: pd.DataFrame
+
+    @property
+    def verifier(self) -> str:
+        return str(self.rows["verifier"].iloc[0])
+
+
+def groups(rows: pd.DataFrame) -> list[Group]:
+    """Split rows by arm and conditions (`quasar.results.rows.CONDITIONS`), in order of appearance."""
+    return [
+        Group(str(key[0]), dict(zip(CONDITIONS, key[1:], strict=True)), found)
+        for key, found in rows.groupby(["arm", *CONDITIONS], sort=False, dropna=False)
+    ]
+
+
+def varying_conditions(rows: pd.DataFrame) -> list[str]:
+    """Return the conditions that have more than one value in these rows."""
+    return [name for name in CONDITIONS if rows[name].nunique(dropna=False) > 1]
 
 
 def _times(value: float) -> str:
@@ -415,6 +442,11 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 
+def estimates(rows: pd.DataFrame, names: Sequence[str]) -> list[tuple[Group, dict[str, Estimate | None]]]:
+    """Return every group of rows with its estimates by quantity. Raises KeyError for an unknown quantity."""
+    return [(group, {name: QUANTITIES[name].of(group.rows, rows) for name in names}) for group in groups(rows)]
+
+
 def conditional_acceptance(position: int) -> Quantity:
     """Return the share of drafts accepted at a position, from 1, among those that reach it: drafts at least that deep
     whose tokens before the position were accepted.
@@ -439,8 +471,3 @@ def conditional_acceptance(position: int) -> Quantity:
 
 def _at(counts: Sequence[int], position: int) -> int:
     return int(counts[position - 1]) if position <= len(counts) else 0
-
-
-def estimates(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[str, Estimate | None]]:
-    """Return the estimates of every arm, by arm and quantity. Raises KeyError for an unknown quantity."""
-    return {arm: {name: QUANTITIES[name].of(found, rows) for name in names} for arm, found in arms(rows)}

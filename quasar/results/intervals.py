@@ -34,14 +34,14 @@ class Estimate:
 
     low, high: None if there are fewer than two prompts, or if no resample differs
     by_repetition: the value in each repetition alone; its spread shows the machine's drift
-    above_one: share of the resamples above 1, for tests of a ratio
+    p_of_one: two-sided bootstrap p-value for the value being 1, at least one over the number of resamples
     """
 
     value: float
     low: float | None = None
     high: float | None = None
     by_repetition: tuple[float, ...] = ()
-    above_one: float | None = None
+    p_of_one: float | None = None
 
 
 def estimate(columns: Mapping[str, np.ndarray], families: Sequence[str], statistic: Statistic) -> Estimate:
@@ -60,7 +60,7 @@ def estimate(columns: Mapping[str, np.ndarray], families: Sequence[str], statist
         }
         return statistic(sums)
 
-    value = float(evaluate(np.ones((1, prompts)), np.ones((1, repetitions)))[0])
+    value = value_of(columns, families, statistic)
     alone = evaluate(np.ones((repetitions, prompts)), np.eye(repetitions))
     by_repetition = tuple(map(float, alone)) if repetitions > 1 else ()
     if prompts < 2:
@@ -69,8 +69,13 @@ def estimate(columns: Mapping[str, np.ndarray], families: Sequence[str], statist
     resampled = resampled[np.isfinite(resampled)]
     without_one = evaluate(1 - np.eye(prompts), np.ones((prompts, repetitions)))
     bounds = _bca(value, resampled, without_one[np.isfinite(without_one)])
-    above = float(np.mean(resampled > 1)) if resampled.size else None
-    return Estimate(value, *bounds, by_repetition=by_repetition, above_one=above)
+    return Estimate(value, *bounds, by_repetition=by_repetition, p_of_one=_p_of_one(resampled))
+
+
+def value_of(columns: Mapping[str, np.ndarray], families: Sequence[str], statistic: Statistic) -> float:
+    """Return the statistic alone, without an interval; arguments as for `estimate`."""
+    member = _membership(families)
+    return float(statistic({name: values.sum(axis=1) @ member for name, values in columns.items()}))
 
 
 def ratio_of_totals(numerator: str, denominator: str) -> Statistic:
@@ -102,21 +107,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _membership(families: Sequence[str]) -> np.ndarray:
-    """Return which prompt is of which family, [Q, F]."""
+    """Return which family each prompt belongs to, one-hot [Q, F]; the families are in alphabetical order."""
     names = sorted(set(families))
     return np.array([[family == name for name in names] for family in families], dtype=np.float64)
 
 
 @lru_cache(maxsize=8)
 def _draws(families: tuple[str, ...], repetitions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how often each prompt, [RESAMPLES, Q], and each repetition, [RESAMPLES, R], is drawn. Every family keeps
-    its number of prompts. All estimates over the same prompts use the same draws.
+    """Return how often each prompt, [RESAMPLES, Q], and each repetition, [RESAMPLES, R], is drawn.
+
+    Every family keeps its number of prompts, unless a family has only one: nothing could vary within it, so all
+    prompts are drawn from one pool then. All estimates over the same prompts use the same draws.
     """
     generator = np.random.default_rng(0)
     member = _membership(families)
+    strata = member.T if member.sum(axis=0).min() > 1 else np.ones((1, len(member)))
     draws = np.zeros((RESAMPLES, len(member)))
-    for family in member.T:
-        places = np.flatnonzero(family)
+    for stratum in strata:
+        places = np.flatnonzero(stratum)
         draws[:, places] = generator.multinomial(len(places), [1 / len(places)] * len(places), RESAMPLES)
     return draws, generator.multinomial(repetitions, [1 / repetitions] * repetitions, RESAMPLES)
 
@@ -124,7 +132,7 @@ def _draws(families: tuple[str, ...], repetitions: int) -> tuple[np.ndarray, np.
 def _bca(value: float, resampled: np.ndarray, without_one: np.ndarray) -> tuple[float | None, float | None]:
     from scipy.special import ndtr, ndtri
 
-    if resampled.size == 0 or np.ptp(resampled) <= 1e-12 * max(1.0, abs(value)):
+    if resampled.size == 0 or without_one.size == 0 or np.ptp(resampled) <= 1e-12 * max(1.0, abs(value)):
         return None, None
     below = np.mean(resampled < value) + np.mean(resampled == value) / 2
     bias = ndtri(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
@@ -135,6 +143,13 @@ def _bca(value: float, resampled: np.ndarray, without_one: np.ndarray) -> tuple[
     levels = ndtr(bias + (bias + ends) / (1 - acceleration * (bias + ends)))
     low, high = np.quantile(resampled, levels)
     return float(low), float(high)
+
+
+def _p_of_one(resampled: np.ndarray) -> float | None:
+    if not resampled.size:
+        return None
+    above = float(np.mean(resampled > 1))
+    return max(2 * min(above, 1 - above), 1 / RESAMPLES)
 
 
 def _divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -8,10 +8,8 @@ import pandas as pd
 
 from quasar.results.collect import all_runs
 from quasar.results.provenance import Provenance, provenance_of, read_provenance
+from quasar.results.publish import ENVIRONMENT, RESULTS
 from quasar.results.rows import read_rows, rows_of_runs
-
-ROWS, PROVENANCE = "results.parquet", "environment.json"
-"""The files of an experiment's folder that tables and figures are made from."""
 
 
 def load(folder: str | Path) -> tuple[pd.DataFrame, Provenance]:
@@ -22,8 +20,8 @@ def load(folder: str | Path) -> tuple[pd.DataFrame, Provenance]:
     Raises RequestError if there are neither, or if the runs are unfinished or not comparable.
     """
     folder = Path(folder)
-    if (folder / ROWS).is_file():
-        return read_rows(folder / ROWS), read_provenance(folder / PROVENANCE)
+    if (folder / RESULTS).is_file():
+        return read_rows(folder / RESULTS), read_provenance(folder / ENVIRONMENT)
     runs = all_runs(folder)
     provenance = provenance_of(runs)
     return rows_of_runs(runs), provenance

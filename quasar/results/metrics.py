@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from quasar.evaluation.repetition import distinct_ngram_ratio
+from quasar.results.intervals import Statistic, Sums, estimate, ratio_of_totals, value_of
 from quasar.results.schema import DECODE_PHASES, PHASES, Exactness, ForcedAnswer, Json, PromptRecord, Turn
 
-BOOTSTRAP_RESAMPLES = 2000
 MISSING = "-"
 """Tables show this in place of a value that was not measured."""
 
@@ -239,20 +239,17 @@ def step_ms(run: Measured) -> float | None:
 
 def speedup_vs_ar_same(run: Measured) -> float | None:
     """Throughput divided by the throughput of autoregressive decoding with the same verifier on the same prompts."""
-    return _speedup_over(run, "ar_same")
+    return _value(_free_times(run, "ar_same"), _free_speedup)
 
 
 def speedup_vs_ar_ref(run: Measured) -> float | None:
     """Throughput divided by the throughput of autoregressive decoding with the reference on the same prompts."""
-    return _speedup_over(run, "ar_ref")
+    return _value(_free_times(run, "ar_ref"), _free_speedup)
 
 
 def speedup_ci95(run: Measured) -> list[float] | None:
-    """95 % confidence interval of the speedup over AR-ref by a percentile bootstrap over prompts.
-
-    None for fewer than two prompts.
-    """
-    return _interval(_paired(run.records, "ar_ref"), _speedup, "percentile")
+    """95 % interval of the speedup over AR-ref (see `quasar.results.intervals`). None for fewer than two prompts."""
+    return _interval(_free_times(run, "ar_ref"), _free_speedup)
 
 
 def reference_text_speedup(run: Measured) -> float | None:
@@ -260,16 +257,12 @@ def reference_text_speedup(run: Measured) -> float | None:
 
     Both decode the same tokens, so that no difference between the texts of two models enters.
     """
-    pairs = _reference_text_times(run)
-    return float(_time_ratio(pairs[0], pairs[1])) if pairs else None
+    return _value(_reference_text_times(run), _TEXT_SPEEDUP)
 
 
 def reference_text_speedup_ci95(run: Measured) -> list[float] | None:
-    """95 % interval of that speedup: a BCa bootstrap (Efron 1987) over prompts. None for fewer than two."""
-    pairs = _reference_text_times(run)
-    if pairs and np.ptp(pairs[1] / pairs[0]) == 0:
-        return None  # BCa has no interval if all prompts have the same ratio.
-    return _interval(pairs, _time_ratio, "BCa")
+    """95 % interval of that speedup (see `quasar.results.intervals`). None for fewer than two prompts."""
+    return _interval(_reference_text_times(run), _TEXT_SPEEDUP)
 
 
 def exact_match_to_self(run: Measured) -> float | None:
@@ -463,66 +456,78 @@ def _noted_steps(steps: Sequence[int], columns: dict[str, list[int]]) -> Json:
     }
 
 
-def _paired(records: Sequence[PromptRecord], baseline: str) -> list[np.ndarray]:
-    """Return four columns over prompts: tokens and milliseconds of the run, tokens and milliseconds of the baseline.
+@dataclass(frozen=True)
+class _Crossed:
+    """Columns [Q, R] over prompts and repetitions, and the task family of each prompt."""
 
-    Prompts are left out if the run or the baseline decoded no token. The list is empty if no prompt is left.
+    columns: dict[str, np.ndarray]
+    families: list[str]
+
+
+def _crossed(run: Measured, values: Callable[[PromptRecord], dict[str, float] | None]) -> _Crossed | None:
+    """Collect ``values`` of every record. A prompt that lacks them in any repetition is left out.
+
+    Returns None if no prompt is left.
     """
-    rows = []
-    for record in records:
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for record in run.records:
+        if (entry := values(record)) is not None:
+            found.setdefault((record.family, record.question_id), []).append(entry)
+    complete = {key: entries for key, entries in found.items() if len(entries) == repetitions(run)}
+    if not complete:
+        return None
+    names = next(iter(complete.values()))[0]
+    columns = {name: np.array([[entry[name] for entry in row] for row in complete.values()]) for name in names}
+    return _Crossed(columns, [family for family, _ in complete])
+
+
+def _free_times(run: Measured, baseline: str) -> _Crossed | None:
+    """Tokens and decode time of the run and of a baseline. Prompts are left out if either decoded no token."""
+
+    def values(record: PromptRecord) -> dict[str, float] | None:
         baselines = [turn.baselines for turn in record.turns if turn.baselines is not None]
-        if len(baselines) < len(record.turns):
-            continue
         timings = [getattr(entry, baseline) for entry in baselines]
         tokens = sum(sum(turn.steps.emitted) for turn in record.turns)
         base_tokens = sum(timing.decoded_tokens for timing in timings)
-        if tokens and base_tokens:
-            base_ms = sum(timing.decode_ms for timing in timings)
-            rows.append((tokens, _decode_ms(record), base_tokens, base_ms))
-    return [np.array(column) for column in zip(*rows, strict=True)]
+        if len(baselines) < len(record.turns) or not tokens or not base_tokens:
+            return None
+        base_ms = sum(timing.decode_ms for timing in timings)
+        return {"tokens": tokens, "ms": _decode_ms(record), "base_tokens": base_tokens, "base_ms": base_ms}
+
+    return _crossed(run, values)
 
 
-def _speedup_over(run: Measured, baseline: str) -> float | None:
-    pairs = _paired(run.records, baseline)
-    return float(_speedup(pairs[0], pairs[1], pairs[2], pairs[3])) if pairs else None
+def _reference_text_times(run: Measured) -> _Crossed | None:
+    """Decode time along the reference's answers, by the pair and by AR-ref."""
 
-
-def _speedup(
-    tokens: np.ndarray, ms: np.ndarray, base_tokens: np.ndarray, base_ms: np.ndarray, axis: int = -1
-) -> np.ndarray:
-    return (tokens.sum(axis) / ms.sum(axis)) / (base_tokens.sum(axis) / base_ms.sum(axis))
-
-
-def _interval(
-    columns: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], method: Literal["percentile", "BCa"]
-) -> list[float] | None:
-    """Return the 95 % bootstrap interval of a statistic of columns over prompts. None for fewer than two prompts."""
-    from scipy import stats
-
-    if not columns or len(columns[0]) < 2:
-        return None
-    interval = stats.bootstrap(
-        columns, statistic, paired=True, vectorized=True, n_resamples=BOOTSTRAP_RESAMPLES, method=method, rng=0
-    ).confidence_interval
-    return [float(interval.low), float(interval.high)]
-
-
-def _reference_text_times(run: Measured) -> list[np.ndarray]:
-    """Columns over the prompts: milliseconds along the reference's answers, by the pair and by AR-ref. Empty if the
-    run did not measure them.
-    """
-    rows = []
-    for record in run.records:
+    def values(record: PromptRecord) -> dict[str, float] | None:
         baselines = [answer.ar_ref_ms for answer in record.fidelity if answer.ar_ref_ms is not None]
         forced = sum(answer.forced_ms for answer in record.fidelity)
-        if forced and baselines and len(baselines) == len(record.fidelity):
-            rows.append((forced, sum(baselines)))
-    return [np.array(column) for column in zip(*rows, strict=True)]
+        if not forced or not baselines or len(baselines) < len(record.fidelity):
+            return None
+        return {"ms": forced, "base_ms": sum(baselines)}
+
+    return _crossed(run, values)
 
 
-def _time_ratio(ms: np.ndarray, base_ms: np.ndarray, axis: int = -1) -> np.ndarray:
-    ratio: np.ndarray = base_ms.sum(axis) / ms.sum(axis)
+def _free_speedup(sums: Sums) -> np.ndarray:
+    ours, theirs = (sums[f"{arm}tokens"].sum(-1) / sums[f"{arm}ms"].sum(-1) for arm in ("", "base_"))
+    ratio: np.ndarray = ours / theirs
     return ratio
+
+
+_TEXT_SPEEDUP = ratio_of_totals("base_ms", "ms")
+
+
+def _value(found: _Crossed | None, statistic: Statistic) -> float | None:
+    return None if found is None else value_of(found.columns, found.families, statistic)
+
+
+def _interval(found: _Crossed | None, statistic: Statistic) -> list[float] | None:
+    if found is None:
+        return None
+    estimated = estimate(found.columns, found.families, statistic)
+    return None if estimated.low is None or estimated.high is None else [estimated.low, estimated.high]
 
 
 def _share(run: Measured, matches: Callable[[Exactness], bool | None]) -> float | None:

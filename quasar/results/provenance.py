@@ -99,7 +99,8 @@ def read_provenance(file: Path) -> Provenance:
     if set(content) != fields:
         wrong = ", ".join(sorted(set(content) ^ fields))
         raise RequestError(f"{file}: another version of the code wrote it (keys {wrong}); run make reproduce again")
-    return Provenance(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    return Provenance(**values)
 
 
 def provenance_of(runs: Sequence[StoredRun]) -> Provenance:
@@ -115,7 +116,6 @@ def provenance_of(runs: Sequence[StoredRun]) -> Provenance:
             f"{len(unfinished)} of {len(runs)} runs are not done: {states}; finish or delete them, then draw again"
         )
     environments = [_environment(run) for run in runs]
-    model = {"model": [run.summary["model"] for run in runs]}
     common: dict[str, Any] = {
         "code_version": _common("code versions", (version for run in runs for version in run.code_versions)),
         "git_commit": _common("commits", (found["git_commit"] for found in environments)),
@@ -123,7 +123,7 @@ def provenance_of(runs: Sequence[StoredRun]) -> Provenance:
         "device": _common("devices", (found["device"] for found in environments)),
         "threads": _common("numbers of threads", (found["threads"] for found in environments)),
         "torch": _common("versions of torch", (found["packages"].get("torch") for found in environments)),
-        "model": _common("models", model["model"]),
+        "model": _common("models", (run.summary["model"] for run in runs)),
         "model_origin": _common("model origins", (found["model"]["origin"] for found in environments)),
         "weights_on_grid": _common("weights", (found["model"]["weights_on_grid"] for found in environments)),
     }

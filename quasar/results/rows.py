@@ -38,7 +38,9 @@ from quasar.results.runs import StoredRun
 from quasar.results.schema import Baselines, Json, PromptRecord, Timing
 from quasar.results.store import read_json
 
-KEY = ("arm", "family", "question", "repetition")
+CONDITIONS = ("drafter", "temperature", "max_new_tokens", "draft_tokens")
+"""The columns of the configuration in which runs of one arm may differ, if a sweep crosses its arms with a grid."""
+KEY = ("arm", *CONDITIONS, "family", "question", "repetition")
 """The columns that identify a row."""
 
 

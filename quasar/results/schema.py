@@ -224,6 +224,11 @@ class Machine:
     device: str
     copy_bandwidth_bytes_per_second: float
 
+    @property
+    def name(self) -> str:
+        """The device, and the number of threads on a CPU. Only times with the same name are comparable."""
+        return f"{self.device}, {self.threads} threads" if self.device.startswith("cpu") else self.device
+
 
 @dataclass(frozen=True)
 class ModelFiles:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from quasar.cache import code_version
-from quasar.config.schema import config_hash
+from quasar.config.hash import config_hash
 from quasar.errors import QuasarError, RequestError
 from quasar.results.generations import GENERATIONS, GenerationsFile
 from quasar.results.schema import Environment, Json, PromptRecord, Status

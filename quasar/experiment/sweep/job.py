@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from quasar.config.schema import config_hash
+from quasar.config.hash import config_hash
 from quasar.console import Reporter
 from quasar.errors import QuasarError, report
 from quasar.results.runs import is_locked, read_run

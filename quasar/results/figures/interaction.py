@@ -19,7 +19,7 @@ from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting
 from quasar.results.figures.figure import Figure, Selection
 from quasar.results.figures.marks import subtitle
 from quasar.results.figures.speed import SPEEDUP
-from quasar.results.intervals import RESAMPLES, Estimate, Sums, estimate, holm
+from quasar.results.intervals import Estimate, Sums, estimate, holm
 
 Value = TypeVar("Value")
 TAU_REF = "mean_acceptance_length_ref"
@@ -153,9 +153,7 @@ def _residual_of_main_effects(chosen: Sequence[Arm]) -> np.ndarray:
 
 def _p_value(found: Estimate) -> float:
     """Return the two-sided p-value of the bootstrap for a ratio of 1; 1 if no resample differs."""
-    if found.low is None or found.above_one is None:
-        return 1.0
-    return float(max(2 * min(found.above_one, 1 - found.above_one), 1 / RESAMPLES))
+    return 1.0 if found.low is None or found.p_of_one is None else found.p_of_one
 
 
 def _totals(quantity: str) -> tuple[str, str]:

@@ -1,0 +1,20 @@
+"""What a run stores in environment.json: its machine, its model and its prompts."""
+
+from __future__ import annotations
+
+from quasar.evaluation.prompts import prompt_set_hash
+from quasar.experiment.build import Prepared
+from quasar.results.schema import Environment, ModelFiles
+
+
+def environment_of(parts: Prepared) -> Environment:
+    """Describe what the results of a run depend on apart from its configuration."""
+    checkpoint = parts.checkpoint
+    return Environment(
+        machine=parts.machine,
+        model=ModelFiles(checkpoint.origin, checkpoint.revision, checkpoint.file_hashes, parts.weights_on_grid),
+        verifier=list(parts.verifier.details),
+        drafter=list(parts.drafter.details),
+        prompt_set=prompt_set_hash(parts.prompts),
+        prompts=len(parts.prompts),
+    )

@@ -1,0 +1,30 @@
+"""The facts about a run that its metrics need in addition to the records."""
+
+from __future__ import annotations
+
+from quasar.experiment.build import Prepared
+from quasar.results.environment import peak_memory_bytes
+from quasar.results.metrics import RunFacts
+
+
+def facts_of(parts: Prepared) -> RunFacts:
+    """Return the facts about a run whose prompts are decoded; its peak memory is read now."""
+    settings, verifier = parts.settings, parts.verifier
+    return RunFacts(
+        model=settings.model.name,
+        drafter=settings.drafter["name"],
+        verifier=settings.verifier["name"],
+        data=settings.data.name,
+        temperature=settings.decode.temperature,
+        verifier_label=verifier.label,
+        is_reference=verifier.is_reference,
+        weight_bytes=verifier.cost.weight_bytes,
+        kv_bytes_per_token=verifier.cost.kv_bytes_per_token,
+        copy_bandwidth=parts.machine.copy_bandwidth_bytes_per_second,
+        peak_memory_bytes=peak_memory_bytes(verifier.device),
+        device=parts.machine.device,
+        simulated=parts.drafter.rule is not None,
+        lossy=settings.decode.acceptance == "typical",
+        model_origin=parts.checkpoint.origin,
+        weights_on_grid=parts.weights_on_grid,
+    )

@@ -1,0 +1,139 @@
+"""Runs an experiment of conf/experiment and writes its results: ``make reproduce EXPERIMENT=main_table``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from quasar.config.schema import CONF, PublishConfig, RunConfig, register
+from quasar.console import Reporter
+from quasar.errors import QuasarError, RequestError
+from quasar.results.agreement import agreements
+from quasar.results.collect import all_runs
+from quasar.results.excerpts import refreshed
+from quasar.results.provenance import provenance_of
+from quasar.results.publish import RESULTS, publish, redraw, require_committable, shortcomings
+from quasar.results.rows import read_rows, rows_of_runs
+from quasar.results.store import write_atomically
+
+COMMITTED = Path("experiments")
+"""The folder of committed results, one folder per experiment."""
+SWEEPS = Path("outputs") / "experiments"
+"""The folder of the experiments' sweeps, and of results that may not be committed."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of conf/experiment: what it publishes, and how often it declares that prompts are decoded."""
+
+    name: str
+    publish: PublishConfig
+    repetitions: int
+
+
+def experiment_names() -> list[str]:
+    return sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+
+
+def load_experiment(name: str) -> Experiment:
+    """Read an experiment. Raises RequestError for an unknown name."""
+    if name not in experiment_names():
+        raise RequestError(f"experiment={name}: not in conf/experiment; choose one of {', '.join(experiment_names())}")
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", overrides=[f"experiment={name}"]))
+    assert isinstance(config, RunConfig)
+    return Experiment(name, config.publish, config.evaluate.repetitions)
+
+
+def reproduce(name: str, overrides: Sequence[str], prompts: Path | None, reporter: Reporter) -> Path:
+    """Run the experiment's sweep, or what an interrupted attempt left of it, and publish its results.
+
+    overrides: further overrides of the sweep, such as ``data.limit=5`` or ``hydra/launcher=slurm``
+    prompts: Spec-Bench JSONL, a file or a folder; None: the built-in prompts
+
+    Results that may not be committed, because they have fewer prompts than declared for example, are written beside the
+    sweep and compared with the committed ones. Returns the folder that was written.
+
+    Raises QuasarError if a job fails; the same command continues the sweep.
+    """
+    experiment = load_experiment(name)
+    data = ["data=builtin"] if prompts is None else ["data=specbench", f"data.path='{prompts.resolve()}'"]
+    sweep = SWEEPS / name / _definition(name, [*data, *overrides])
+    code = _run_sweep([f"experiment={name}", *data, *overrides, f"hydra.sweep.dir={sweep}", "resume=true"])
+    if code:
+        raise QuasarError(f"{sweep}: not every job is done; the same command continues where it stopped")
+    runs = all_runs(sweep)
+    provenance = provenance_of(runs).declared(name, experiment.publish.prompts)
+    rows = rows_of_runs(runs)
+    reasons = shortcomings(rows, provenance, experiment.publish, experiment.repetitions)
+    folder = sweep / "published" if reasons else COMMITTED / name
+    for file in publish(folder, rows, provenance, experiment.publish, complete=not reasons):
+        reporter.line(f"wrote {file}")
+    if reasons:
+        reporter.warning(f"not written to {COMMITTED / name}: {'; '.join(reasons)}")
+        _compare(experiment, folder, reporter)
+    return folder
+
+
+def redraw_all(reporter: Reporter) -> None:
+    """Draw the tables and figures of all committed results again, and copy tables into the README files.
+
+    Raises RequestError if results may not be committed, or their experiment is no longer in conf/experiment.
+    """
+    for folder in committed_folders():
+        experiment = load_experiment(folder.name)
+        require_committable(folder, experiment.publish, experiment.repetitions)
+        for file in redraw(folder, experiment.publish):
+            reporter.line(f"wrote {file}")
+    for file in readmes():
+        write_atomically(file, refreshed(file.read_text(encoding="utf-8"), Path()))
+
+
+def readmes() -> list[Path]:
+    """Return the README files that may contain tables of committed results."""
+    return [file for file in (Path("README.md"), *sorted(COMMITTED.glob("**/README.md"))) if file.is_file()]
+
+
+def committed_folders() -> list[Path]:
+    return sorted(file.parent for file in COMMITTED.glob(f"*/{RESULTS}"))
+
+
+def _run_sweep(arguments: list[str]) -> int:
+    from quasar.main import main
+
+    before = sys.argv
+    sys.argv = ["run.py", "-m", *arguments]
+    try:
+        return main()
+    except HydraException as error:
+        raise RequestError(str(error)) from None
+    finally:
+        sys.argv = before
+
+
+def _definition(name: str, overrides: Sequence[str]) -> str:
+    """Return a folder name that stands for the experiment's file and the overrides: another sweep gets another one."""
+    content = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    return hashlib.sha256(json.dumps([content, *overrides]).encode()).hexdigest()[:8]
+
+
+def _compare(experiment: Experiment, folder: Path, reporter: Reporter) -> None:
+    """Print whether the intervals of this repetition overlap those of the committed results, if there are any."""
+    committed = COMMITTED / experiment.name / RESULTS
+    if not committed.is_file():
+        return
+    names = list(dict.fromkeys(name for names in experiment.publish.tables.values() for name in names))
+    found = agreements(read_rows(committed), read_rows(folder / RESULTS), names)
+    columns = ["arm", "quantity", "committed", "repeated", "intervals"]
+    reporter.table(f"{experiment.name}: committed and repeated", columns, [entry.cells() for entry in found])
+    differing = sum(entry.overlaps is False for entry in found)
+    reporter.line(f"{len(found) - differing} of {len(found)} intervals overlap the committed ones")
