@@ -122,6 +122,23 @@ def figures() -> None:
         redraw_all(Reporter())
 
 
+@app.command("notebooks")
+def run_notebooks(
+    notebooks: Annotated[list[Path], typer.Argument(help="the notebooks, such as notebooks/*.ipynb")],
+    results: Annotated[
+        Path | None, typer.Option(help="folder of results or runs; default: the one that each notebook names")
+    ] = None,
+) -> None:
+    """Execute notebooks and store them with their outputs."""
+    from quasar.results.notebooks import execute
+
+    reporter = Reporter()
+    with _reported_errors():
+        for notebook in notebooks:
+            execute(notebook, results)
+            reporter.line(f"wrote {notebook}")
+
+
 @wandb_runs.command("push")
 def push_runs(
     folder: Annotated[Path, typer.Argument(help="a run, a sweep, or any folder above runs")],
