@@ -2,7 +2,14 @@
 
 import sys
 
-from quasar.main import main
+from quasar.experiment.entry import guarded
+
+
+def run() -> int:
+    from quasar.experiment.main import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(run))

@@ -4,12 +4,13 @@ For example, an entry of the kind ``calibration`` consists of two files in ``$QU
 and a card with the key and the checksum. Both are named by the hash of the key, so that different inputs have different
 entries, and no entry is ever replaced. The checksum is verified when an entry is read. A damaged entry is computed
 again, with a warning. A process that computes an entry holds its lock, and other processes that need the entry wait.
-If the cache folder is not writable, the run continues without the cache, with a warning.
+If the cache folder is not writable, values are kept in memory, with a warning.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
@@ -38,6 +39,9 @@ _SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh", ".jsonl")
 
 T = TypeVar("T")
 
+_in_memory: dict[Path, Any] = {}
+"""Values that could not be written, by the file that they belong to."""
+
 
 @dataclass(frozen=True)
 class Store(Generic[T]):
@@ -46,12 +50,14 @@ class Store(Generic[T]):
     kind:   name of the folder in `cache_folder`
     suffix: suffix of the content files, with the dot
     save, load: write and read a value; ``load`` may raise any exception for a damaged file
+    fits_memory: whether values are kept in memory if the cache folder is not writable
     """
 
     kind: str
     suffix: str
     save: Callable[[T, Path], None]
     load: Callable[[Path], T]
+    fits_memory: bool = True
 
     def get(self, key: Mapping[str, Any], device: torch.device, dtype: torch.dtype, make: Callable[[], T]) -> T:
         """Return the value of a key. If it is missing or damaged, ``make`` computes it, and it is stored.
@@ -76,9 +82,11 @@ class Store(Generic[T]):
             found = self._read(content, json.loads(text))
             if found is not None:
                 return found[0]
+            if content in _in_memory:
+                return copy.deepcopy(_in_memory[content])
             value = make()
-            if writable:
-                self._write(content, value, text)
+            if (not writable or not self._write(content, value, text)) and self.fits_memory:
+                _in_memory[content] = copy.deepcopy(value)
             return value
 
     def _read(self, content: Path, key: dict[str, Any]) -> tuple[T] | None:
@@ -96,9 +104,13 @@ class Store(Generic[T]):
             _warn(f"{content} is damaged ({error}); it is computed again")
             return None
 
-    def _write(self, content: Path, value: T, key: str) -> None:
+    def _write(self, content: Path, value: T, key: str) -> bool:
+        """Write the value and its card; return whether this succeeded. The caller holds the entry's lock."""
         scratch = content.with_name(f"{content.stem}.{os.getpid()}{self.suffix}")
         try:
+            # A process that was killed while it wrote this entry left its file.
+            for leftover in content.parent.glob(f"{content.stem}.*.*"):
+                leftover.unlink()
             self.save(value, scratch)
             card = {"key": json.loads(key), "sha256": _sha256(scratch), "made": int(time.time())}
             # The card is written last, because content without a card is treated as missing.
@@ -107,11 +119,48 @@ class Store(Generic[T]):
             unfinished = scratch.with_suffix(".card")
             unfinished.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
             unfinished.replace(card_of(content))
+            return True
         except OSError as error:
             _warn(f"{content.parent} is not writable ({error.strerror or error}); the run continues without the cache")
+            return False
         finally:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
+
+
+FOLDER_CARD = ".card"
+"""Name of the card in an entry that is a folder, such as a converted model."""
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the checksums of all files into a complete folder."""
+    card = {"sha256": _checksums(folder)}
+    (folder / FOLDER_CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def folder_is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache exists and has the files that `seal_folder` saw. Warns if it is damaged."""
+    if not folder.is_dir():
+        return False
+    card = folder / FOLDER_CARD
+    if not card.exists():
+        # An earlier version of the code made it. From now on it is compared with what it is now.
+        with contextlib.suppress(OSError):
+            seal_folder(folder)
+        return True
+    try:
+        known, found = json.loads(card.read_text(encoding="utf-8"))["sha256"], _checksums(folder)
+        different = [name for name in {**known, **found} if known.get(name) != found.get(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        different = [FOLDER_CARD]
+    if different:
+        _warn(f"{folder} is damaged ({', '.join(different[:5])}); it is made again")
+    return not different
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != FOLDER_CARD)
+    return {str(file.relative_to(folder)): _sha256(file) for file in files}
 
 
 def json_store(kind: str) -> Store[Any]:

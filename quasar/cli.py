@@ -14,8 +14,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from quasar.config.schema import CONF, ModelSource, register
-from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError
+from quasar.results.console import Reporter
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Start runs and manage their results.")
 models = typer.Typer(no_args_is_help=True, help="The models in conf/model.")
@@ -31,10 +31,15 @@ app.add_typer(wandb_runs, name="wandb")
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context) -> None:
     """Decode prompts and measure. Takes the arguments of run.py, for example verifier=int4 drafter=lookahead."""
-    from quasar.main import main
+    from quasar.experiment.entry import guarded
+
+    def program() -> int:
+        from quasar.experiment.main import main
+
+        return main()
 
     sys.argv = ["quasar run", *context.args]
-    raise typer.Exit(main())
+    raise typer.Exit(guarded(program))
 
 
 @models.command()

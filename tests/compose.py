@@ -24,7 +24,7 @@ def composed_run(*overrides: str) -> RunConfig:
 
 
 def resources_for(verifier: TransformerVerifier, setup: Setup, seed: int = 0) -> Resources:
-    """What a run gives to a drafter, for a verifier of `random_transformer` with that seed."""
+    """Return what a run gives to a drafter, for a verifier of `random_transformer` with this seed."""
 
     def another(choice) -> TransformerVerifier:
         node = node_named("verifier", choice) if isinstance(choice, str) else choice

@@ -18,25 +18,25 @@ from quasar.quantization.statistics import Calibration
 from quasar.verifiers.base import Setup
 
 if not torch.cuda.is_available():
-    # Triton reads this when it is first imported: its kernels then run in an interpreter, on any machine.
+    # Triton reads this when it is first imported. Its kernels then run in an interpreter on any machine.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """The tiny models' operations are too small to share between threads."""
+    """Use one thread, because the operations of the tiny models are too small for several threads."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def tiny() -> Transformer:
-    """A random float32 model over 64 tokens; small vocabularies make repetition, and so drafting, likely."""
+    """A random float32 model with a vocabulary of 64 tokens, with which repetition and therefore drafts are likely."""
     return random_transformer(tiny_config(vocab_size=64), seed=0, dtype=torch.float32)
 
 
 @pytest.fixture
 def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
-    """Three random sequences over 64 tokens, whose statistics are cached in a folder of the test's."""
+    """Three random sequences of 64 different tokens. Their statistics are cached in a folder of the test."""
     monkeypatch.setattr("quasar.cache.cache_folder", lambda: tmp_path / "cache")
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(0, 64, (length,), generator=generator) for length in (50, 90, 30)]
@@ -45,13 +45,13 @@ def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
 
 @pytest.fixture
 def setup(calibration: Calibration) -> Setup:
-    """What every verifier can be built with."""
+    """A setup with which every verifier can be built."""
     return Setup(calibration=lambda: calibration)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Checkpoint:
-    """SmolLM2-135M-Instruct from the user's cache, fetched on first use."""
+    """SmolLM2-135M-Instruct from the user's cache. It is downloaded on first use."""
     return locate(model_source("smollm2_135m"))
 
 
@@ -64,7 +64,7 @@ def path_source() -> ModelSource:
 
 @pytest.fixture
 def prompt_file(tmp_path: Path) -> Path:
-    """A Spec-Bench file of three prompts, the last one with two turns."""
+    """A Spec-Bench file with three prompts. The last one has two turns."""
     file = tmp_path / "questions.jsonl"
     file.write_text(
         '{"question_id": 1, "category": "math", "turns": ["one two one two one"]}\n'

@@ -1,4 +1,4 @@
-"""What every op of `quasar_kernels` computes, written down a second time in float64, to compare all backends with.
+"""A second definition of every op of `quasar_kernels`, in float64, which all backends are compared with.
 
 Nothing here calls the package. Integers of quantized activations come in as they are: their format, a float32 scale per
 token or group, is part of what is compared.
@@ -34,13 +34,13 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_w8a8(
     tokens: Tensor, token_scales: Tensor, dtype: torch.dtype, values: Tensor, scales: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Exact sums of an int8 matmul, rounded to float32, scaled and shifted in float32, and rounded to ``dtype``."""
+    """Round exact int8 sums to float32, apply scale and bias in float32, and round to ``dtype``."""
     out = (tokens.double() @ values.double().T).float() * (token_scales * scales)
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
 def linear_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Int8 weights with a scale per row; activations as they are."""
+    """A matmul of int8 weights that have a scale per row with activations that are not quantized."""
     return linear(x, values.double() * scales.double().unsqueeze(1), bias)
 
 
@@ -56,7 +56,7 @@ def linear_w4a8(
     weight: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Exact sums within a group, rounded to float32; groups are scaled and added in float32 in ascending order."""
+    """Round the exact sums of groups to float32, then scale and add them in float32 in ascending order."""
     packed, scales, zeros = weight
     size = tokens.shape[1] // scales.shape[1]
     shifted = int4_values(packed) - zeros.double().repeat_interleave(size, dim=1)
@@ -87,7 +87,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [R, heads, D]; cos, sin: [R, D]. Element j turns with element j + D / 2."""
+    """Rotate heads. x: [R, heads, D]; cos, sin: [R, D]. Element j is paired with element j + D / 2."""
     half, wide = x.shape[2] // 2, x.double()
     low, high = wide[..., :half], wide[..., half:]
     c, s = cos.double().unsqueeze(1), sin.double().unsqueeze(1)
@@ -105,7 +105,7 @@ def rotary_write(
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [R, H, D] and the keys and values of the cache after the write, all float64."""
+    """Return queries [R, H, D] and the cache's keys and values after the write, all in float64."""
     keys, values = (part.double().clone() for part in cache)
     kv_heads, _, head_dim = keys.shape
     rows = len(qkv)
@@ -120,7 +120,7 @@ def rotary_write(
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """Head by head. q: [R, H, D]; keys, values: [H_kv, capacity, D]; visible: bool [R, S]. Returns float64 [R, H D]."""
+    """q: [R, H, D]; keys, values: [H_kv, capacity, D]; visible: bool [R, S]. Returns float64 [R, H D]."""
     rows, heads, head_dim = q.shape
     slots, group = visible.shape[1], heads // len(keys)
     out = torch.empty(rows, heads, head_dim, dtype=torch.float64, device=q.device)
@@ -132,6 +132,6 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tenso
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, block_mask: Tensor) -> Tensor:
-    """`attention` of a block that sees all slots below ``start``, and those of its rows that the mask [R, R] marks."""
+    """Compute `attention` of a block that attends to all slots below ``start`` and to the rows that the mask allows."""
     everything = torch.ones(len(q), start, dtype=torch.bool, device=q.device)
     return attention(q, keys, values, torch.cat([everything, block_mask.bool()], dim=1))

@@ -1,15 +1,15 @@
-"""Records and environments of runs that never were."""
+"""Artificial records and environments of runs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from quasar.results.metrics import RunFacts
-from quasar.results.schema import Environment, Machine, Milliseconds, ModelFiles, Steps, Turn
+from quasar.results.schema import Environment, Inputs, Machine, Milliseconds, ModelFiles, Steps, Turn
 
 
 def turn(drafted: list[int], accepted: list[int], prompt_tokens: int = 4, **others: Any) -> Turn:
-    """A turn of chains of these lengths, a millisecond per phase and step; ``others``: its fields that matter."""
+    """A turn with drafts of these lengths and a millisecond per phase and step. ``others``: other fields."""
     emitted = [count + 1 for count in accepted]
     steps = Steps(drafted, drafted, accepted, emitted, [prompt_tokens] * len(drafted))
     laps = [1.0] * len(drafted)
@@ -25,7 +25,8 @@ def turn(drafted: list[int], accepted: list[int], prompt_tokens: int = 4, **othe
 
 def environment(prompts: int) -> Environment:
     machine = Machine(None, None, "3.11", {}, "Linux", "a CPU", 2, 1, "cpu (a CPU)", 1e10)
-    return Environment(machine, ModelFiles("random weights", None, {}, None), [], [], "hash", prompts)
+    inputs = Inputs("code", "cpu", {}, {str(key): "hash" for key in range(1, prompts + 1)}, {}, None, {})
+    return Environment(machine, ModelFiles("random weights", None, {}, None), [], [], "hash", prompts, inputs)
 
 
 def facts(**others: Any) -> RunFacts:

@@ -1,4 +1,4 @@
-"""Drafters that end their job in ways that no drafter should."""
+"""Drafters that end their job in ways that a drafter should not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quasar.drafters.none import NoneDrafter
 
 
 class _Sabotaged(NoneDrafter):
-    """Ends a run at its second prompt; before it come the warm-up and one prompt."""
+    """Ends a run at its second prompt, after the warm-up and one prompt."""
 
     def __init__(self) -> None:
         self._prompts: set[tuple[int, ...]] = set()
@@ -26,14 +26,14 @@ class _Sabotaged(NoneDrafter):
 
 
 class KilledDrafter(_Sabotaged):
-    """The process dies as by the kernel's out-of-memory killer."""
+    """Kills the process as the out-of-memory killer of the operating system does."""
 
     def end(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FailingDrafter(_Sabotaged):
-    """An error that nobody expects."""
+    """Raises an unexpected error."""
 
     def end(self) -> None:
         raise ZeroDivisionError("sabotage")

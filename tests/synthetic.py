@@ -1,4 +1,4 @@
-"""Rows of experiments that never were, in the form of results.parquet."""
+"""Artificial rows of experiments, in the form of results.parquet."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _steps(
 
 
 def synthetic_provenance(**others: Any) -> Provenance:
-    """The origin of runs that never were."""
+    """The provenance of artificial runs."""
     values: dict[str, Any] = {
         "code_version": "0123456789ab",
         "git_commit": "fedcba9876543210",

@@ -30,7 +30,7 @@ VOCABULARY = 6
 DRAWS = 6_000
 ALPHA = 1e-4
 FEWEST = 5.0
-"""Expected count from which a cell stands for itself in a chi-square test, whose approximation needs so many."""
+"""Smallest expected count of a cell in a chi-square test, which its approximation requires."""
 
 
 def one_hot_logits(tokens: list[int]) -> torch.Tensor:
@@ -65,7 +65,7 @@ def assert_follows(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
     expected, order = probabilities[possible].double().sort()
     expected *= counts.sum() / expected.sum()
     found = counts[possible].double()[order]
-    # The rarest cells together are one.
+    # The rarest cells are merged into one.
     rare = int((expected.cumsum(0) < FEWEST).sum()) + 1 if expected[0] < FEWEST else 1
     found, expected = (torch.cat([cells[:rare].sum().view(1), cells[rare:]]) for cells in (found, expected))
     assert stats.chisquare(found.numpy(), expected.numpy()).pvalue > ALPHA
@@ -96,7 +96,7 @@ def test_one_hot_draft_keeps_the_distribution(accept: Accept, sampling: Sampling
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("accept", [RejectionSampling.accept, RejectionSampling.accept_chain])
 def test_drawn_draft_keeps_the_distribution(accept: Accept, sampling: Sampling) -> None:
-    """Two tokens drawn from a distribution of the draft's own: the joint distribution is the verifier's."""
+    """The draft tokens have their own distribution, but the joint distribution of two tokens is the verifier's."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(1)
     root, following = random_logits(1, seed=2)[0], random_logits(VOCABULARY, seed=3)
     proposals = random_logits(1 + VOCABULARY, seed=4).softmax(-1)
@@ -109,7 +109,7 @@ def test_drawn_draft_keeps_the_distribution(accept: Accept, sampling: Sampling) 
         accepted = accept(rule, draft, Scores(logits), generator)
         emitted = [draft.tokens[node] for node in accepted.path] + [accepted.bonus]
         if len(emitted) == 1:
-            # The sequence goes on with the verifier's own distribution after the replacement.
+            # The sequence continues with the verifier's own distribution after the replacement.
             emitted.append(draw(sampling.probabilities(following[emitted[0]]), generator))
         joint[emitted[0], emitted[1]] += 1
     conditional = torch.stack([sampling.probabilities(row) for row in following])
@@ -119,7 +119,7 @@ def test_drawn_draft_keeps_the_distribution(accept: Accept, sampling: Sampling) 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_tree_of_siblings_keeps_the_distribution(sampling: Sampling) -> None:
-    """Two deterministic siblings, the likelier one tried second and with a child."""
+    """There are two deterministic siblings. The likelier one is tried second and has a child."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(5)
     logits = random_logits(4, seed=6)
     second, likeliest = logits[0].topk(2).indices.flip(0).tolist()
@@ -137,7 +137,7 @@ def test_tree_of_siblings_keeps_the_distribution(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_siblings_drawn_without_replacement_keep_the_distribution(sampling: Sampling) -> None:
-    """Recursive rejection: the second sibling's distribution is the first one's without the first token."""
+    """In recursive rejection, the second sibling's distribution is the first one's without the first token."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(8)
     logits, proposal = random_logits(3, seed=9), random_logits(1, seed=10)[0].softmax(-1)
     counts = torch.zeros(VOCABULARY)
@@ -150,7 +150,7 @@ def test_siblings_drawn_without_replacement_keep_the_distribution(sampling: Samp
 
 
 def drawn_without_replacement(proposal: torch.Tensor, generator: torch.Generator) -> list[tuple[int, torch.Tensor]]:
-    """Two tokens, each with the distribution that it was drawn from."""
+    """There are two tokens, each with the distribution that it was drawn from."""
     first = draw(proposal, generator)
     rest = proposal.clone()
     rest[first] = 0
@@ -160,7 +160,7 @@ def drawn_without_replacement(proposal: torch.Tensor, generator: torch.Generator
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_tree_drawn_without_replacement_keeps_the_distribution(sampling: Sampling) -> None:
-    """Two levels of two siblings each: the joint distribution of two tokens is the verifier's."""
+    """With two levels of two siblings each, the joint distribution of two tokens is the verifier's."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(15)
     root, following = random_logits(1, seed=16)[0], random_logits(VOCABULARY, seed=17)
     proposals = random_logits(1 + VOCABULARY, seed=18).softmax(-1)
@@ -204,7 +204,7 @@ def test_typical_keeps_the_longest_path_of_likely_tokens() -> None:
     assert accepted(Draft.chain([1, 0, 3]), flat, sharp, flat, sharp) == [0, 1, 2]
     assert accepted(Draft.chain([1, 1, 3]), flat, sharp, flat, sharp) == [0]  # 0.08 after the first token
     assert accepted(Draft.chain([3, 0]), sharp, flat, flat) == []
-    # Of two branches the deeper one; of equal ones the first, however likely the others.
+    # The deeper of two branches is kept, and the first of equal ones, however likely the others are.
     assert accepted(Draft([0, 2, 3], [ROOT, ROOT, 1]), flat, sharp, sharp, flat) == [0]
     assert accepted(Draft([0, 2, 0], [ROOT, ROOT, 1]), flat, sharp, sharp, flat) == [1, 2]
     # A kept token below a rejected one does not count.
@@ -218,12 +218,12 @@ def test_typical_bound_falls_with_entropy_and_the_bonus_is_typical_too() -> None
     assert 0.06 < bound < 0.2
     bonuses = [rule.accept(Draft(), Scores(probabilities.log().unsqueeze(0)), generator).bonus for _ in range(DRAWS)]
     counts = torch.bincount(torch.tensor(bonuses), minlength=5)
-    # Over the three typical tokens the bonus keeps the verifier's proportions.
+    # The bonus token has the verifier's proportions among the three typical tokens.
     assert_follows(counts, torch.tensor([0.4, 0.3, 0.2, 0.0, 0.0]))
 
 
 def test_typical_is_lossy() -> None:
-    """Why it is labelled so: a draft that is always the second best token is always kept."""
+    """The rule is lossy: a draft that is always the second best token is always kept."""
     rule, generator = Typical(Sampling(1.0), threshold=0.09, alpha=0.3), torch.Generator().manual_seed(0)
     logits = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()
     assert all(rule.accept(Draft.chain([1]), Scores(logits), generator).path == [0] for _ in range(50))
@@ -231,14 +231,14 @@ def test_typical_is_lossy() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_most_likely_is_the_first_of_equals(dtype: torch.dtype) -> None:
-    """Many ties, over rows longer than any vector or block of a reduction."""
+    """There are many ties, and rows are longer than any vector or block of a reduction."""
     logits = torch.randint(0, 4, (9, 49_157), generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = [row.index(max(row)) for row in logits.tolist()]
     assert most_likely(logits) == expected
 
 
 def test_a_chain_on_a_gpu_is_accepted_like_any_other() -> None:
-    """The cases without chance, through the path that only a GPU takes."""
+    """The cases without randomness take the code path that only a GPU takes."""
     rule, generator = RejectionSampling(Sampling(1.0, top_k=1)), torch.Generator()
     for tokens, targets, count in (([1, 2, 3], [1, 2, 3, 4], 3), ([1, 2, 3], [1, 5, 3, 4], 1), ([], [7], 0)):
         draft, logits = Draft.chain(tokens), one_hot_logits(targets)
@@ -260,7 +260,7 @@ def test_drawing_on_the_device_draws_the_same() -> None:
 
 
 class NothingWaits(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU."""
+    """Refuses operations that make the host wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waiting = ("multinomial", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels: what it measures agrees with itself, and the contenders compute the same thing."""
+"""The benchmark of the kernels: its results are consistent, and all contenders compute the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from quasar_kernels.bench.__main__ import app
-from quasar_kernels.bench.products import BASELINE, backends
+from quasar_kernels.bench.matmuls import BASELINE, backends
 from quasar_kernels.bench.timing import alternating_medians
 from quasar_kernels.cases import LAYERS, Layer, Setting
 from quasar_kernels.dispatch import LayerOp
@@ -48,7 +48,7 @@ def test_every_backend_multiplies_by_the_given_matrix() -> None:
     with torch.inference_mode():
         for backend in backends():
             error = (backend.prepare(weight.clone())(x).double() - exact).norm() / exact.norm()
-            # Rounding to four bits costs about a tenth; any mistake of layout or scale costs everything.
+            # The error of rounding to four bits is about a tenth. A mistake in layout or scale makes a much larger one.
             assert error < (0.15 if backend.bits < 8 else 0.02), backend.name
 
 
@@ -59,7 +59,7 @@ def test_an_op_and_its_peer_agree(layer: Layer, op: LayerOp) -> None:
         case = op.case(Setting(layer, 5, 40))
         ours, theirs = op(*case.arguments), case.peer()
         if isinstance(theirs, tuple):
-            # A value on the border between two integers may fall to either side, and bfloat16 rounds before it does.
+            # A value half-way between two integers may be rounded to either, and bfloat16 rounds before that.
             (values, scale), (expected, expected_scale) = ours[:2], theirs
             error = (values * scale - expected * expected_scale).abs()
             assert (error <= 1.01 * expected_scale + 0.01 * (expected * expected_scale).abs()).all()

@@ -75,7 +75,7 @@ REFERENCES = {
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of `datasets`, which is offline."""
+    """`datasets` is offline and its cache is empty."""
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -109,7 +109,8 @@ def test_rows_become_prompts(name: str, suffix: str, tmp_path: Path) -> None:
     assert [prompt.family for prompt in prompts] == [name, name]
     assert [prompt.turns for prompt in prompts] == TURNS[name]
     assert [prompt.reference for prompt in prompts] == REFERENCES[name]
-    assert prompts[1].place == f"{file}:1"
+    # The second line of a JSONL file, and row 1 (from 0) of a parquet file.
+    assert prompts[1].place == f"{file}:{2 if suffix == 'jsonl' else 1}"
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
@@ -195,14 +196,14 @@ def test_wrong_copies_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("no parquet")
     with pytest.raises(RequestError, match=r"broken\.parquet: cannot be read as parquet"):
         loaded("gsm8k", tmp_path / "broken.parquet")
-    with pytest.raises(RequestError, match=r"copy\.jsonl:0: turns must be a list of one or more texts"):
+    with pytest.raises(RequestError, match=r"copy\.jsonl:1: turns must be a list of one or more texts"):
         loaded("mt_bench", jsonl(tmp_path / "copy.jsonl", [{"prompt": [], "reference": []}, ROWS["mt_bench"][0]]))
     with pytest.raises(RequestError, match=r"data\.name=mine: data\.hub is read for one of mt_bench, humaneval"):
         load_prompts(benchmark("gsm8k", "data.name=mine"))
 
 
 def cached(cache: Path, revision: str, rows: list[dict]) -> None:
-    """Leave rows in the cache of `datasets` as those of GSM8K's test split at a commit."""
+    """Put rows into the cache of `datasets` as GSM8K's test split at a commit."""
     file = jsonl(cache.parent / "source.jsonl", rows)
     dataset = load_dataset("json", data_files={"test": str(file)}, split="test", cache_dir=str(cache.parent / "other"))
     folder = cache / "openai___gsm8k" / "main" / "0.0.0" / revision

@@ -1,4 +1,4 @@
-"""What is kept between runs: keyed by all it depends on, checked when read, made anew when it does not fit."""
+"""The cache: its entries are keyed by all they depend on, checked when read, and computed again if invalid."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Counting:
-    """Makes the number of times that it was asked."""
+    """Returns how often it was called."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -81,7 +81,7 @@ def test_a_damaged_entry_is_made_anew_with_one_warning(folder: Path, damage: str
         assert ANSWERS.get({}, CPU, torch.float32, make) == [2]
         assert ANSWERS.get({}, CPU, torch.float32, make) == [2]
     named = [str(warning.message) for warning in caught]
-    # Without a card the process that made the entry died before it was whole: nothing is wrong.
+    # If there is no card, the process died before the entry was complete, which is no error.
     assert len(named) == (0 if damage == "no card" else 1)
     assert all(str(content) in message for message in named)
 

@@ -1,4 +1,4 @@
-"""`quasar collect`: a row per run whatever its state, a column per key that varies, and what it says of them."""
+"""`quasar collect`: one row per run in any state, one column per key that varies, and its messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quasar.results.schema import PromptRecord
 from quasar.results.store import RunFolder
 from scripts.simulate_sweep import main as simulate
 from tests.compose import composed
-from tests.records import environment
+from tests.records import environment, turn
 
 
 def begun(folder: Path, *overrides: str) -> RunFolder:
@@ -31,13 +31,13 @@ def begun(folder: Path, *overrides: str) -> RunFolder:
 
 def finished(folder: Path, *overrides: str, **metrics: object) -> None:
     run = begun(folder, *overrides)
-    run.append(PromptRecord("1", "chat", []))
-    run.append(PromptRecord("2", "chat", []))
+    run.append(PromptRecord("1", "chat", [turn([1], [1])]))
+    run.append(PromptRecord("2", "chat", [turn([1], [1])]))
     run.finish({"model": "tiny", "prompts": 2, "tokens_per_second": 10.0, "speedup_ci95": None, **metrics})
 
 
 def killed(run: RunFolder) -> None:
-    """The lock falls with the process."""
+    """The lock is released when the process ends."""
     run._lock.release()
 
 
@@ -49,7 +49,7 @@ def test_every_state_has_its_row(tmp_path: Path) -> None:
     finished(tmp_path / "0", "drafter=ngram", speedup_ci95=[1.1, 1.3])
     begun(tmp_path / "1", "drafter=none").status("failed", "Traceback:\nValueError: no")
     cut = begun(tmp_path / "2", "verifier=fp16")
-    cut.append(PromptRecord("1", "chat", []))
+    cut.append(PromptRecord("1", "chat", [turn([1], [1])]))
     with (tmp_path / "2/generations.jsonl").open("a") as stream:
         stream.write('{"question_id": "2", "tur')
     killed(cut)
@@ -78,7 +78,7 @@ def test_columns_are_the_keys_that_vary(tmp_path: Path) -> None:
     finished(tmp_path / "c", "drafter=none", "decode.top_k=5")
     rows = table(tmp_path)
     varying = [column for column in rows.columns if "." in column or column == "seed"]
-    # Of the n-gram drafter's own options those that are set: the run without it has none of them.
+    # Only the n-gram drafter's options that are set are columns; the other run has none of them.
     options = OmegaConf.load(CONF / "drafter/ngram.yaml")
     own = {f"drafter.{key}" for key, value in options.items() if key not in ("_target_", "name") and value is not None}
     assert "drafter.corpus" not in own

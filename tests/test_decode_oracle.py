@@ -23,7 +23,7 @@ STOP_TOKEN = 3
 
 
 class ReciteVerifier:
-    """Its own greedy output is a given text, whatever the prompt; off the text it says token 0."""
+    """Its greedy output is a given text for any prompt. After other text it emits token 0."""
 
     cost = VerifierCost(0, 0)
     device = torch.device("cpu")
@@ -55,7 +55,7 @@ class ReciteVerifier:
 
 
 class GivenDrafts(Drafter):
-    """Proposes the drafts it is given, one per step, without a look at the budget."""
+    """Proposes given drafts, one per step, without regard to the budget."""
 
     def __init__(self, drafts: list[Draft]) -> None:
         self.drafts = drafts
@@ -84,7 +84,7 @@ def spelled(tokens: list[int]) -> str:
 
 
 def expected_output(text: list[int], prompt_length: int, ending: Ending) -> tuple[list[int], str]:
-    """The shortest prefix of the text that ends for one of the reasons, tried one token after the other."""
+    """Return the shortest prefix of the text that ends for one of the reasons, by trying every length."""
     for length in range(1, len(text) + 1):
         output = text[:length]
         if output[-1] in ending.stop_tokens or any(stop in spelled(output) for stop in ending.stop_strings):
@@ -109,7 +109,7 @@ def expected_steps(output: list[int], text: list[int], drafts: list[Draft]) -> l
 
 
 def paths(draft: Draft) -> list[tuple[int, ...]]:
-    """Every path from the root, as tokens; the empty one first."""
+    """Return every path from the root as tokens, the empty one first."""
     found: list[tuple[int, ...]] = [()]
     for token, parent in zip(draft.tokens, draft.parents, strict=True):
         found.append((*found[parent + 1], token))
@@ -118,7 +118,7 @@ def paths(draft: Draft) -> list[tuple[int, ...]]:
 
 @st.composite
 def drafts(draw: st.DrawFn) -> Draft:
-    """A chain or a tree with distinct siblings."""
+    """Return a chain or a tree with distinct siblings."""
     tokens: list[int] = []
     parents: list[int] = []
     for _ in range(draw(st.integers(0, 7))):
@@ -196,12 +196,12 @@ def test_stop_string_inside_a_block_ends_the_output_with_the_token_that_complete
     text = [0, 1, 2, 2, 3, *[0] * 50]
     generation, _ = run(text, [Draft.chain(text[1:8])], 2, Ending(20, 40, frozenset(), stop))
     assert (generation.tokens, generation.finish_reason) == (tokens, "stop")
-    # All seven were accepted; what follows the stop string is dropped.
+    # All seven were accepted. The tokens after the stop string are dropped.
     assert (generation.accepted, generation.emitted) == ([7], [len(tokens) - 1])
 
 
 def test_stop_strings_are_found_across_tokens_of_several_bytes() -> None:
-    """A character of four bytes spread over four tokens, which decode to nothing whole before the last."""
+    """A character of four bytes has four tokens, which decode to no complete character before the last one."""
     data = "🙂".encode()
     strings = StopStrings(["🙂"], lambda tokens: bytes(tokens).decode(errors="replace"))
     output = list(b"a text of some length ") + list(data)

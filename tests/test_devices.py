@@ -1,4 +1,4 @@
-"""What the ops do for tensors that are on another device than the CPU, as far as that shows without one."""
+"""The behaviour of the ops for tensors on other devices, as far as it can be tested on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NoDivisionByNumber(TorchDispatchMode):
-    """CUDA multiplies by the rounded reciprocal where PyTorch is asked to divide by a number."""
+    """CUDA divides by a constant by multiplying by its rounded reciprocal."""
 
     divisions = 0
 

@@ -1,4 +1,4 @@
-"""The draft length that `auto` chooses, against exhaustive arithmetic and simulated acceptance."""
+"""Compares the draft lengths that `auto` chooses with exhaustive arithmetic and simulated acceptance."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Coin(Drafter):
 
 
 def timeless(drafter: Coin, cost: PassCost) -> AdaptiveLength:
-    """On a clock that stands still: drafts cost nothing, and passes what ``cost`` says."""
+    """Use a clock that stands still: drafts take no time, and passes take the time of ``cost``."""
     return AdaptiveLength(drafter, cost, clock=lambda: 0.0)
 
 
 def simulate(auto: AdaptiveLength, rate: float, steps: int, seed: int = 0) -> list[int]:
-    """Every drafted token is right with probability ``rate``; the lengths that were chosen."""
+    """Return the chosen lengths if every drafted token is right with probability ``rate``."""
     generator = random.Random(seed)
     auto.begin(torch.tensor([1]))
     for _ in range(steps):
@@ -94,7 +94,7 @@ def test_step_cost_follows_the_machine_and_the_drafter() -> None:
 
 def test_step_cost_takes_the_lower_median_of_the_latest_drafts() -> None:
     def drafting(*times: float) -> float:
-        """Believed milliseconds per position after drafts of two that took so long."""
+        """Return the estimated milliseconds per position after drafts of two tokens with these times."""
         cost = StepCost(LINEAR)
         for ms in times:
             cost.add(Draft.chain([1, 2]), 0, draft_ms=ms, pass_ms=30.0)
@@ -176,7 +176,7 @@ def test_acceptance_that_improves_is_noticed() -> None:
 
 
 class Clock:
-    """Stands still but for the drafts of an ``Expensive`` drafter."""
+    """A clock that advances only during the drafts of an ``Expensive`` drafter."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -237,14 +237,14 @@ def test_measured_cost_of_the_tiny_model(tiny) -> None:
 
 
 def test_in_a_copied_passage_drafts_are_longer_than_outside() -> None:
-    """Passages of twenty steps whose drafts are right, and as many whose drafts are wrong, in turn."""
+    """Passages of twenty steps with right drafts alternate with passages of twenty steps with wrong ones."""
     auto = timeless(Coin(12), SLOPING)
     auto.begin(torch.tensor([1]))
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for step in range(400):
         copied = step // 20 % 2 == 0
         draft = auto.propose(Context([1, 1], 1, Sampling(), torch.Generator()), 20)
-        # What comes before the first step of a passage with a draft cannot tell of it.
+        # The steps before the first draft of a passage give no information about the passage.
         if step % 20 >= 5 and step >= 200:
             chosen[copied].append(len(draft))
         accepted = len(draft) if copied else 0

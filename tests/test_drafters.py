@@ -1,4 +1,4 @@
-"""Drafters against slow, obvious versions of themselves."""
+"""Compares drafters with slow, obvious implementations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def context(tokens: list[int], prompt_length: int = 1) -> Context:
 def slow_prompt_lookup(
     tokens: list[int], n_max: int, n_min: int, length: int, match: str = "recent", branches: int = 1
 ) -> list[list[int]]:
-    """Continuations by linear search, the first one first."""
+    """Return the continuations by linear search, in the order of the text."""
     for size in range(n_max, n_min - 1, -1):
         ends = [end for end in range(size, len(tokens)) if tokens[end - size : end] == tokens[len(tokens) - size :]]
         found = [tokens[end : end + length] for end in reversed(ends[-LOOKUP_PLACES:])]
@@ -65,14 +65,14 @@ def slow_choice(found: list[list[int]], match: str, branches: int) -> list[list[
 
 
 def grown(drafter: NgramDrafter, tokens: list[int], budget: int) -> Draft:
-    """The draft after a context that grew as in decoding, a few tokens at a time."""
+    """Return the draft after a context that grew by a few tokens at a time, as in decoding."""
     drafter.begin(torch.tensor(tokens[:1]))
     for end in range(2, len(tokens) + 1, 3):
         drafter.propose(context(tokens[:end]), 5)
     return drafter.propose(context(tokens), budget)
 
 
-# Texts of few tokens, which repeat themselves; and texts of long runs of one token.
+# Texts with few different tokens, which repeat themselves, and texts with long runs of one token.
 SHORT_TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 RUNS = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60)), min_size=1, max_size=4).map(
     lambda runs: [token for token, length in runs for _ in range(length)]
@@ -160,7 +160,7 @@ def test_ngram_matches_recent_or_frequent() -> None:
 
 
 def slow_longest_match(text: list[int], tokens: list[int]) -> tuple[int, list[int]]:
-    """Length of the longest end of ``tokens`` that stands in ``text`` before its last place, and all such places."""
+    """Return the length of the longest suffix of ``tokens`` that occurs earlier in ``text``, and all its places."""
     for size in range(len(tokens), 0, -1):
         ends = [end for end in range(size, len(text) + 1) if text[end - size : end] == tokens[len(tokens) - size :]]
         if text is tokens:
@@ -374,7 +374,7 @@ def test_layerskip_refuses_layers_the_model_lacks(options: dict, message: str, t
 
 
 def test_layer_search_finds_the_fastest_set_and_measures_none_twice() -> None:
-    """Speed peaks where layers 2, 3 and 5 of eight are left out."""
+    """The speed is highest if layers 2, 3 and 5 of eight are left out."""
     measured: list[tuple[int, ...]] = []
 
     def speed(skipped: list[int]) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results import environment
 from quasar.results.collect import Collector, tabulate
 from quasar.results.runs import read_run

@@ -467,14 +467,10 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     qkv, rotation = bfloat16(rows, (heads + 2 * kv_heads) * head_dim), (other(rows, head_dim), other(rows, head_dim))
     norms = bfloat16(head_dim), bfloat16(head_dim)
     shape = rows, heads, kv_heads, head_dim
-    tail = (slots - rows) * head_dim * 2
-    ends = tuple(part + tail for part in cache)
     start = guarded.copy(torch.tensor([slots - rows]))
-    loaded.rotary_write(qkv, *rotation, *norms, q, *ends, None, *shape, slots * head_dim, 1e-5, 1)
     loaded.rotary_write(qkv, *rotation, *norms, q, *cache, start.data_ptr(), *shape, slots * head_dim, 1e-5, 1)
-    mask, block_mask = other(rows, slots, dtype=torch.bool), other(rows, rows, dtype=torch.bool)
-    loaded.attention(q, *cache, mask, out, None, *shape, slots, slots * head_dim, 1)
-    loaded.attention(q, *cache, block_mask, out, start.data_ptr(), *shape, rows, slots * head_dim, 1)
+    mask = other(rows, rows, dtype=torch.bool)
+    loaded.attention(q, *cache, mask, out, start.data_ptr(), *shape, slots * head_dim, 1)
 
 
 @needs_kernels

@@ -372,10 +372,16 @@ def test_tuning_remembers_the_fastest(tmp_path: Path, monkeypatch: pytest.Monkey
     other = Shape("linear_bf16", 1, 256, 256)
     another_process = {other.key: {**dataclasses.asdict(tuning.default_tiling(other, 132)), "stages": 9}}
     file = tuning.cache_file(DEVICE)
-    file.write_text(json.dumps(another_process | json.loads(file.read_text())))
+    tilings = another_process | json.loads(file.read_text())["tilings"]
+    file.write_text(json.dumps({"checksum": tuning._checksum(tilings), "tilings": tilings}))
     tuning.tune(shape, DEVICE, milliseconds)
     tuning._table.cache_clear()
     assert tuning.tiling_for(other, DEVICE).stages == 9
+    file.write_text(file.read_text().replace('"stages": 9', '"stages": 8'))
+    tuning._table.cache_clear()
+    tuning.tiling_for.cache_clear()
+    with pytest.warns(RuntimeWarning, match="is damaged .*; default tilings are used"):
+        assert tuning.tiling_for(other, DEVICE) == tuning.default_tiling(other, tuning.multiprocessors(DEVICE))
     tuning._table.cache_clear()
     tuning.tiling_for.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Lookahead against the authors' algorithm (Fu et al. 2024), written out slowly: every row is a separate sequence."""
+"""Compares lookahead with the authors' algorithm (Fu et al. 2024) in a slow form: every row is a separate sequence."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_every_step_is_that_of_the_authors_algorithm(window: int, ngram: int, gu
         drafter = LookaheadDrafter(window, ngram, guesses, pool_from_prompt=False)
         generation = generate(drafter, FP16Verifier(model, Setup(128)), prompt, 64)
         assert generation.tokens == expected
-        # The last step is cut where the output ends.
+        # The last step is shortened at the end of the output.
         assert generation.emitted[:-1] == passes[:-1]
         longest = max(longest, *passes)
     assert longest == ngram  # a guess that was right to its end, and the token after it

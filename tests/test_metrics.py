@@ -1,4 +1,4 @@
-"""The table of metrics: every row against a hand-made run, and all that is derived from it."""
+"""The table of metrics: every metric of a hand-made run, and everything that is derived from the table."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from quasar.config.schema import CONF
-from quasar.console import Reporter
 from quasar.decoding import stopwatch
 from quasar.results import metrics, schema
 from quasar.results.collect import Collector, tabulate
+from quasar.results.console import Reporter
 from quasar.results.metrics import METRICS, Measured, Metric, compute, named, summary_of
 from quasar.results.report import print_report
 from quasar.results.schema import Baselines, Exactness, ForcedAnswer, PromptRecord, Timing

@@ -1,4 +1,4 @@
-"""The decoder against transformers, and against itself: blocks, trees, rollback."""
+"""Compares the decoder with transformers, and passes of blocks and trees with passes of single tokens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def reference_model(config: PreTrainedConfig) -> Any:
-    """A transformers model with weights and biases that matter: its own initialization leaves biases at zero."""
+    """Return a transformers model with random biases, because its own initialization sets them to zero."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
@@ -162,7 +162,7 @@ def test_scratch_rows_see_what_they_should_and_leave_no_trace(tiny: Transformer)
 
 
 def test_rows_that_do_not_fit_into_the_cache_are_refused(tiny: Transformer) -> None:
-    """The kernels check nothing: they would write behind it."""
+    """The kernels check nothing and would write after the end of the cache."""
     cache = KVCache(tiny.config, 4, torch.float32, "cpu")
     tiny(torch.arange(3), cache)
     cache.commit(range(3))
@@ -172,7 +172,7 @@ def test_rows_that_do_not_fit_into_the_cache_are_refused(tiny: Transformer) -> N
 
 
 def test_the_first_slot_may_be_a_tensor(tiny: Transformer) -> None:
-    """As in a captured pass, which does not know where the block ends: stale slots behind it are not seen."""
+    """In a captured pass, which does not know where the block ends, no row attends to the stale slots after it."""
     cache = KVCache(tiny.config, 32, torch.float32, "cpu")
     tiny(torch.arange(30), cache)
     cache.length = 5

@@ -1,4 +1,4 @@
-"""The table of ops, the one ladder of backends, and PyTorch's own operations against `tests.definitions`."""
+"""The table of ops, the choice of backends, and PyTorch's own operations compared with `tests.definitions`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import definitions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Of the largest value of a result; norms and rotations round three times on the way.
+# Tolerances relative to the largest value of a result; norms and rotations round three times.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 ROWS = (1, 3, 17, 65, 130)
 SMALL = Layer(96, 160, 6, 2, 32, True, 100)
@@ -213,7 +213,7 @@ def test_first_maxima() -> None:
 
 @pytest.mark.parametrize("op", LAYER_OPS, ids=[op.name for op in LAYER_OPS])
 def test_the_compiled_kernels_serve_every_op_of_a_layer(op: LayerOp) -> None:
-    """In 16 bit, as verification runs; a fallback would cost time without a word."""
+    """Verification runs in 16 bit, and a silent fallback would be slow."""
     library = cpu.backend()
     if library is None:
         pytest.skip("this machine cannot compile the CPU kernels")
@@ -224,7 +224,7 @@ def test_the_compiled_kernels_serve_every_op_of_a_layer(op: LayerOp) -> None:
 
 
 class Elsewhere:
-    """Stands for rows on a device that this machine lacks."""
+    """Replaces rows on a device that this machine does not have."""
 
     is_cpu = False
 
@@ -240,7 +240,7 @@ def test_the_ladder_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     op = Op("test", backend_of("plain"), Kernel(supports, backend_of("cpu")), Kernel(supports, backend_of("triton")))
     monkeypatch.setattr(dispatch, "backend", object)
-    monkeypatch.setattr(dispatch, "gpu_backend", lambda rows: rows)
+    monkeypatch.setattr(dispatch, "has_gpu_kernels", lambda rows: True)
     x = torch.zeros(2, 2)
     assert op(x) == op(Quantized(x, x, x.dtype)) == "cpu"
     assert op(Elsewhere()) == "triton"
@@ -252,14 +252,14 @@ def test_the_ladder_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = True
     assert Op("test", op.plain, None, None)(x) == Op("test", op.plain, None, None)(Elsewhere()) == "plain"
     monkeypatch.setattr(dispatch, "backend", lambda: None)
-    monkeypatch.setattr(dispatch, "gpu_backend", lambda rows: None)
+    monkeypatch.setattr(dispatch, "has_gpu_kernels", lambda rows: False)
     assert op(x) == op(Elsewhere()) == "plain"
 
 
 @pytest.mark.parametrize(("rows", "context", "capacity"), [(1, 0, 1), (5, 7, 12), (5, 7, 40), (130, 20, 150)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_blocks_of_any_size(dtype: torch.dtype, rows: int, context: int, capacity: int) -> None:
-    """Every row sees the context and what its mask says, and nothing behind the block."""
+    """Every row attends to the context and to the rows that its mask allows, but to nothing after the block."""
     q = normal(rows, 4, 32, dtype=dtype)
     keys, values = normal(2, capacity, 32, dtype=dtype), normal(2, capacity, 32, dtype=dtype).flip(1)
     mask = torch.rand(rows, rows, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -287,7 +287,7 @@ def test_gradients_pass_through_a_fresh_cache() -> None:
 
 @pytest.mark.parametrize("op", LAYER_OPS, ids=lambda op: op.name)
 def test_triton_takes_16_bit_and_short_blocks_alone(op: LayerOp) -> None:
-    """Float32 is the mode in which results are compared exactly; long blocks are prompts."""
+    """Results are compared exactly in float32, and long blocks are prompts, so Triton computes neither."""
     if op.triton is None:
         pytest.skip("it has no kernel in Triton")
     pytest.importorskip("triton")
@@ -303,7 +303,7 @@ def test_the_compiler_sees_pytorchs_operations(monkeypatch: pytest.MonkeyPatch) 
     kernel = Kernel(lambda *arguments: True, lambda *arguments: "kernel")
     op = Op("test", lambda *arguments: "plain", kernel, kernel)
     monkeypatch.setattr(dispatch, "backend", object)
-    monkeypatch.setattr(dispatch, "gpu_backend", lambda rows: rows)
+    monkeypatch.setattr(dispatch, "has_gpu_kernels", lambda rows: True)
     assert op(torch.zeros(1)) == op(Elsewhere()) == "kernel"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert op(torch.zeros(1)) == op(Elsewhere()) == "plain"

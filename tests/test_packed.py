@@ -1,8 +1,9 @@
-"""Checkpoints quantized elsewhere: written here by each format's own rules, or by gguf's quantizer."""
+"""Checkpoints of other quantizers, which are written here by the rules of each format or by gguf's quantizer."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def verifier(path: Path, dense_folder: Path) -> PackedVerifier:
 
 @torch.no_grad()
 def expected_logits(dense: LlamaForCausalLM, restored: dict[str, Tensor]) -> Tensor:
-    """What transformers computes with the restored weights."""
+    """Return what transformers computes with the restored weights."""
     model = LlamaForCausalLM(CONFIG).eval()
     model.load_state_dict({**dense.state_dict(), **restored})
     return model(TOKENS.unsqueeze(0)).logits[0]
@@ -108,8 +109,17 @@ def test_gguf_blocks_stay_packed(kind: str, dense: LlamaForCausalLM, dense_folde
         assert torch.allclose(found.model(TOKENS), oracle(TOKENS.unsqueeze(0)).logits[0], atol=1e-4)
 
 
-def write_gguf(file: Path, dense: LlamaForCausalLM, kind: GGMLQuantizationType) -> dict[str, Tensor]:
-    """A llama.cpp file with quantized linear layers; returns their dequantized weights by Hugging Face name."""
+def write_gguf(
+    file: Path,
+    dense: LlamaForCausalLM,
+    kind: GGMLQuantizationType,
+    add: Callable[[GGUFWriter], None] = lambda writer: None,
+    leave_out: str = "nothing",
+) -> dict[str, Tensor]:
+    """A llama.cpp file with quantized linear layers; returns their dequantized weights by Hugging Face name.
+
+    add: adds metadata and tensors; leave_out: the name of a tensor
+    """
     names = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -138,9 +148,12 @@ def write_gguf(file: Path, dense: LlamaForCausalLM, kind: GGMLQuantizationType) 
     writer.add_vocab_size(96)
     writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
+    add(writer)
     back = {}
     for name, weight in dense.state_dict().items():
         array = weight.numpy()
+        if names[name] == leave_out:
+            continue
         if not is_linear(name):
             writer.add_tensor(names[name], array)
             continue
@@ -192,11 +205,27 @@ def test_four_bit_safetensors(
             tensors[f"{layer}.weight_shape"] = torch.tensor(weight.shape)
             if not symmetric:
                 tensors[f"{layer}.weight_zero_point"] = into_int32(zeros.T.contiguous()).T
-    folder = write(tmp_path, tensors, {"quant_method": method, "bits": 4, "group_size": GROUP})
+    quantization: dict[str, object] = {"quant_method": method, "bits": 4, "group_size": GROUP}
+    if method == "compressed-tensors":
+        quantization = compressed({"num_bits": 4, "strategy": "group", "group_size": GROUP, "symmetric": symmetric})
+    folder = write(tmp_path, tensors, quantization)
     found = verifier(folder, dense_folder)
     assert isinstance(found.model.blocks[0].attention.qkv, W4Linear)
     assert found.model.blocks[0].attention.qkv.weight.symmetric == symmetric
     assert torch.allclose(found.model(TOKENS), expected_logits(dense, back), atol=1e-4)
+
+
+def compressed(
+    weights: dict[str, object], form: str = "pack-quantized", inputs: dict[str, object] | None = None
+) -> dict[str, object]:
+    """The config of a checkpoint of compressed-tensors whose linear layers but lm_head are all quantized alike."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
 
 
 def test_w8a8_safetensors(dense: LlamaForCausalLM, dense_folder: Path, tmp_path: Path) -> None:
@@ -208,8 +237,9 @@ def test_w8a8_safetensors(dense: LlamaForCausalLM, dense_folder: Path, tmp_path:
             tensors[name.replace(".weight", ".weight_scale")] = scales
         else:
             tensors[name] = weight
-    groups = {"group_0": {"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"}}}
-    folder = write(tmp_path, tensors, {"quant_method": "compressed-tensors", "config_groups": groups})
+    inputs = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+    quantization = compressed({"num_bits": 8, "strategy": "channel"}, "int-quantized", inputs)
+    folder = write(tmp_path, tensors, quantization)
     layer = verifier(folder, dense_folder).model.blocks[1].mlp.down
     assert isinstance(layer, W8A8Linear)
     weight = dense.model.layers[1].mlp.down_proj.weight
@@ -229,12 +259,6 @@ def test_what_cannot_be_read_is_named(dense: LlamaForCausalLM, dense_folder: Pat
     write_gguf(tmp_path / "q5.gguf", dense, GGMLQuantizationType.Q5_0)
     with pytest.raises(RequestError, match=r"attn_q\.weight is Q5_0; only Q8_0, Q4_0, Q4_1 can stay quantized"):
         verifier(tmp_path / "q5.gguf", dense_folder)
-    values, scales, zeros = grid(torch.randn(128, 128), symmetric=True)
-    tensors = dict(dense.state_dict())
-    name = "model.layers.0.self_attn.q_proj"
-    del tensors[f"{name}.weight"]
-    tensors |= {f"{name}.qweight": into_int32(values).T, f"{name}.qzeros": into_int32(zeros.T - 1)}
-    tensors |= {f"{name}.scales": scales.T, f"{name}.g_idx": torch.arange(128).flip(0).int() // GROUP}
-    folder = write(tmp_path, tensors, {"quant_method": "gptq", "bits": 4})
-    with pytest.raises(RequestError, match=r"q_proj was quantized with desc_act"):
+    folder = write(tmp_path, dict(dense.state_dict()), {"quant_method": "gptq", "bits": 4, "rotation": "hadamard"})
+    with pytest.raises(RequestError, match=r"quantization_config: rotation=\"hadamard\""):
         verifier(folder, dense_folder)

@@ -1,4 +1,4 @@
-"""Prepared weights read from the cache: the same verifier, bit for bit, without preparing it again."""
+"""A verifier from cached weights equals the prepared one bit for bit, and nothing is prepared again."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_other_models_settings_texts_and_precisions_have_their_own(setup: Setup)
 
 
 def test_every_constructor_argument_is_part_of_the_key(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting that is left out would find the weights of another one."""
+    """If the key lacked a setting, the weights of another value would be found."""
     import inspect
 
     keys: list[dict[str, object]] = []

@@ -1,4 +1,4 @@
-"""Pruned models against dense models with the same weights set to zero, scores against their formulas."""
+"""Compares pruned models with dense models whose weights are zero, and scores with their formulas."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_separate_projections_compute_the_same(make) -> None:
 
 
 def zeroed(model: Transformer, chosen: list[Removal]) -> SeparateTransformer:
-    """The dense model with the output weights of the chosen structures set to zero."""
+    """Return the dense model with the output weights of the chosen structures set to zero."""
     dense = SeparateTransformer(model)
     for block, removal in zip(dense.blocks, chosen, strict=True):
         block.mlp.down.weight.data[:, removal.channels] = 0

@@ -1,4 +1,4 @@
-"""Quantizers against hand-made cases, independent formulas and libraries; kernels' ops against their reference."""
+"""Compares quantizers with hand-made cases, independent formulas and libraries, and ops with their definitions."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_gptq_of_a_small_hessian_by_hand() -> None:
     assert round_int4(torch.tensor([[0.6, 0.6]]), grid).tolist() == [[9, 9]]
     # (1 - 0.6) * 1 / 2 = 0.2 is taken from the second weight: 0.6 - 0.2 = 0.4 rounds down.
     assert gptq_int4(torch.tensor([[0.6, 0.6]]), hessian, grid, damping=0.0, reorder=False).tolist() == [[9, 8]]
-    # Where the inputs are uncorrelated there is nothing to correct.
+    # If the inputs are uncorrelated, there is nothing to correct.
     assert gptq_int4(torch.tensor([[0.6, 0.6]]), torch.eye(2), grid, damping=0.0, reorder=False).tolist() == [[9, 9]]
 
 
@@ -416,5 +416,5 @@ def test_bitsandbytes_int8_is_our_w8a8_rounding() -> None:
     values, largest = layer.state.CB, layer.state.SCB
     assert (values.int() - ours.values).abs().max() <= 1
     assert torch.allclose(largest / 127, ours.scales, rtol=1e-3)
-    # On a CPU it leaves the activations as they are.
+    # On a CPU it does not quantize the activations.
     assert torch.allclose(found, x @ (values * (largest / 127).unsqueeze(1)).T, atol=1e-5)

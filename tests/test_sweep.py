@@ -1,4 +1,4 @@
-"""Multiruns: planned, resumed, frozen, their failures told, their baselines shared."""
+"""Multiruns: planning, resuming, frozen configuration, reported failures and shared baselines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quasar.cli import app
 from quasar.errors import RequestError
 from quasar.evaluation.fidelity import Trajectory, trajectory_of
 from quasar.experiment import run as run_module
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.runs import read_run
 from quasar.results.store import LOCK
@@ -45,7 +45,7 @@ Sweep = Callable[..., Ended]
 def sweep(
     tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Sweep:
-    """``run.py -m`` with the tiny model in this process."""
+    """Call ``run.py -m`` with the tiny model in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("quasar.results.environment.copy_bandwidth", lambda _: 1e10)
 
@@ -97,7 +97,7 @@ def test_a_failed_job_is_told_and_stops_no_other(sweep: Sweep, tmp_path: Path) -
 
 
 class Ends(Callback):
-    """Notes that Hydra's last callback came."""
+    """Records that Hydra's last callback was called."""
 
     seen = 0
 
@@ -155,7 +155,7 @@ def test_resume_takes_up_what_is_not_done(sweep: Sweep, tmp_path: Path) -> None:
     tokens = [[turn["token_ids"] for turn in record["turns"]] for record in records(folder / "1")]
     assert tokens == [[turn["token_ids"] for turn in record["turns"]] for record in map(json.loads, lines)]
     assert status(folder / "1")["status"] == "done"
-    # The sabotaged jobs came one prompt further, from where they had failed.
+    # The sabotaged jobs continued where they had failed and decoded one more prompt.
     assert [len(records(folder / job)) for job in "23"] == [2, 2]
 
 

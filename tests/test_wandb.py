@@ -1,4 +1,4 @@
-"""W&B beside runs: what it holds is what the files hold, and nothing that it does touches a run."""
+"""W&B: it contains the same as the files of a run, and its failures do not affect the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from wandb.proto import wandb_internal_pb2
 
 from quasar.cli import app
 from quasar.config.schema import CONF
-from quasar.main import main
+from quasar.experiment.main import main
 from quasar.results.runs import read_config
 from quasar.results.wandb import live
 from quasar.results.wandb.target import key_is_configured
@@ -35,7 +35,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No key of the machine's user, and no server but ours."""
+    """Use no key of the user, and only the test's server."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for name in ("DATA", "CACHE", "ARTIFACT"):
@@ -62,7 +62,7 @@ def run(tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capf
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The processes beside runs; they do not outlive the test."""
+    """The processes that push runs. They end with the test."""
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -202,7 +202,7 @@ def test_pushing_again_makes_the_same_runs(run: Run, tmp_path: Path) -> None:
         ]
         assert (after[3].run_group, after[3].job_type, after[3].project) == ("s", "sweep", "mine")
     first, second = pushed[1]
-    # Runs made one after the other by one process stay apart.
+    # Consecutive runs of one process are separate.
     assert first[3].run_id != second[3].run_id
     assert [first[0]["seed"], second[0]["seed"]] == [0, 1]
     assert len(first[1]) == len(second[1]) == 4
@@ -214,7 +214,7 @@ def test_a_server_that_never_answers_holds_no_run(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        # Were it waited for, the test would run into its time limit.
+        # If the run waited for it, the test would exceed its time limit.
         code, output = run("logger=wandb", "logger.wait=3600", "hydra.run.dir=o")
         assert code == 0
         assert (tmp_path / "o/summary.json").exists()

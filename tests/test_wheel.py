@@ -1,4 +1,4 @@
-"""The packages where they meet others: the wheel installed outside the repository, and Hugging Face's `kernels`."""
+"""The installed wheel outside the repository, and the packages together with Hugging Face's `kernels`."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ DOWN, GATE_UP = (4096, 12288), (24576, 4096)  # of Qwen3-8B
 SMALL = (576, 1536)  # of SmolLM2-135M
 GROUP_SIZE = 128
 NOT_DIVISIBLE = ("rows", "start", "block_mask", "counters", "width", "heads", "kv_heads", "splits", "stripes")
-"""Arguments that need not be multiples of 16, as the launcher would find them."""
+"""Arguments that need not be multiples of 16."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def products(architecture: int) -> Iterator[Case]:
             shape = _shape(op, rows, outputs, inputs)
             name = f"{kind} {rows} x {outputs} x {inputs}"
             yield product(name, kind, shape, default_tiling(shape, PROCESSORS))
-        # The tilings of float16 are those of bfloat16.
+        # Float16 has the same tilings as bfloat16.
         for rows, (outputs, inputs) in ((6, DOWN), (32, GATE_UP)) if architecture == 90 and "fp16" not in kind else ():
             shape = _shape(op, rows, outputs, inputs)
             for tiling in candidates(shape, PROCESSORS)[1:]:

@@ -16,8 +16,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
 
-from quasar.console import Reporter
 from quasar.errors import QuasarError
+from quasar.results.console import Reporter
 
 POLL_SECONDS = 1.0
 QUEUE_SECONDS = 5.0
@@ -40,7 +40,11 @@ class _SubmititLauncher(BaseSubmititLauncher):
             (list(overrides), "hydra.sweep.dir", initial_job_idx + index, str(index), Singleton.get_state())
             for index, overrides in enumerate(job_overrides)
         ]
-        return self._run(self._executor(), parameters)
+        try:
+            executor = self._executor()
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            raise _not_submitted(self._EXECUTOR, error) from None
+        return self._run(executor, parameters)
 
     def _run(self, executor: Any, parameters: list[tuple[Any, ...]]) -> list[JobReturn]:
         raise NotImplementedError
@@ -71,7 +75,7 @@ class SlurmLauncher(_SubmititLauncher):
         try:
             jobs = executor.map_array(self, *zip(*parameters, strict=True))
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            raise QuasarError(f"hydra/launcher=slurm: the jobs could not be submitted ({error})") from None
+            raise _not_submitted(self._EXECUTOR, error) from None
         array = jobs[0].job_id.split("_")[0]
         reporter.line(f"submitted {len(jobs)} jobs as {array}, logs in {jobs[0].paths.folder.parent}")
         try:
@@ -95,12 +99,23 @@ class LocalLauncher(_SubmititLauncher):
         returns: list[JobReturn] = []
         with Reporter().live("jobs") as update:
             for start in range(0, len(parameters), self.parallel):
-                jobs = [executor.submit(self, *arguments) for arguments in parameters[start : start + self.parallel]]
+                try:
+                    jobs = [executor.submit(self, *each) for each in parameters[start : start + self.parallel]]
+                except (OSError, RuntimeError) as error:
+                    raise _not_submitted(self._EXECUTOR, error) from None
                 for job in jobs:
                     job.wait()
                     returns.append(_returned(job, "its process was killed"))
                     update(len(returns), len(parameters), "")
         return returns
+
+
+def _not_submitted(cluster: str, error: Exception) -> QuasarError:
+    """The error of jobs that could not be submitted, with the words of the command that failed (sbatch)."""
+    words = getattr(error, "stderr", None) or str(error)
+    text = words.decode(errors="replace") if isinstance(words, bytes) else words
+    launcher = {"slurm": "slurm", "local": "slurm_local"}[cluster]
+    return QuasarError(f"hydra/launcher={launcher}: the jobs could not be submitted: {' '.join(text.split())}")
 
 
 def _wait(jobs: Sequence[Any], progress: Callable[[int, str], None]) -> list[JobReturn]:
@@ -121,9 +136,8 @@ def _wait(jobs: Sequence[Any], progress: Callable[[int, str], None]) -> list[Job
                 missed[index] = 0 if job.job_id in queued else missed[index] + 1
             if index not in returns and (job.paths.result_pickle.exists() or missed[index] >= MISSED_POLLS):
                 returns[index] = _returned(job, _fate(job.job_id))
-        progress(
-            len(returns), ", ".join(f"{count} {state}" for state, count in Counter((queued or {}).values()).items())
-        )
+        states = ", ".join(f"{count} {state}" for state, count in Counter((queued or {}).values()).items())
+        progress(len(returns), "the queue does not answer" if queued is None else states)
         if len(returns) == len(jobs):
             return [returns[index] for index in range(len(jobs))]
         time.sleep(POLL_SECONDS)

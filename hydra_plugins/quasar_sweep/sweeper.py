@@ -18,12 +18,14 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from quasar.config.hash import config_hash
 from quasar.config.schema import check
-from quasar.console import Reporter
-from quasar.errors import QuasarError, RequestError, report
+from quasar.errors import QuasarError, RequestError, actionable, report, storage_error
+from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded
-from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, summary_line
-from quasar.experiment.sweep.report import print_outcome, print_plan
+from quasar.experiment.sweep.inputs import refuse_other_inputs
+from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, planning, summary_line
+from quasar.experiment.sweep.report import print_interrupted, print_outcome, print_plan
 from quasar.experiment.sweep.snapshot import freeze
+from quasar.results.console import Reporter
 from quasar.results.runs import is_locked, read_run
 from quasar.results.store import write_status
 
@@ -65,7 +67,7 @@ class ResumableSweeper(BasicSweeper):
         except QuasarError as error:
             code = report(error)
         except OSError as error:
-            code = report(QuasarError(f"the sweep's folder cannot be written: {error}"))
+            code = report(storage_error(error.filename or self._config.hydra.sweep.dir, error))
         if code:
             # Hydra calls this only if nothing is raised.
             self._context.callbacks.on_multirun_end(config=self._config)
@@ -77,19 +79,31 @@ class ResumableSweeper(BasicSweeper):
             freeze(self._context.config_loader, Path(temporary))
             requests = self._requests(arguments)
             root = self._choose_folder(arguments, [request.config_hash for request in requests])
-            jobs = plan(requests, root, self._config.resume, settings.any_code)
             if settings.dry_run:
-                print_plan(jobs, root, reporter)
+                print_plan(self._plan(requests, root, reporter), root, reporter)
                 return 0
             launcher = self._make_launcher(root)
-            begin(jobs, root, sys.argv)
+            with planning(root):
+                jobs = self._plan(requests, root, reporter)
+                begin(jobs, root, sys.argv)
             freeze(self._context.config_loader, root)
         reporter.line(f"sweep {root}, {summary_line(jobs)}")
-        codes = self._launch(launcher, [job for job in jobs if job.launches], root)
+        try:
+            codes = self._launch(launcher, [job for job in jobs if job.launches], root)
+        except KeyboardInterrupt:
+            left = [read_run(root / job.folder) for job in jobs if job.action != "same"]
+            print_interrupted(left, root, reporter)
+            return INTERRUPTED
         runs = [read_run(root / job.folder) for job in jobs if job.action != "same"]
         print_outcome(runs, root, reporter)
         # The sweep that runs a job elsewhere also reports it.
         return max(codes) if codes else int(any(run.status in ("failed", "partial") for run in runs))
+
+    def _plan(self, requests: Sequence[Request], root: Path, reporter: Reporter) -> list[Job]:
+        any_code = self._config.sweep.any_code
+        jobs = plan(requests, root, self._config.resume, any_code)
+        refuse_other_inputs(jobs, root, any_code, reporter)
+        return jobs
 
     def _requests(self, arguments: list[str]) -> list[Request]:
         """Every job of the grid, composed and checked, so that a wrong value is told before any job starts."""
@@ -103,10 +117,10 @@ class ResumableSweeper(BasicSweeper):
                 OmegaConf.set_struct(config, False)
                 del config["hydra"]
             try:
-                check(config)
+                settings = check(config)
             except RequestError as error:
                 raise RequestError(f"{error} (in the job {' '.join(job)})") from None
-            requests.append(Request(tuple(filter(_of_job, job)), config_hash(config)))
+            requests.append(Request(tuple(filter(_of_job, job)), config_hash(config), settings))
         return requests
 
     def _grid(self, arguments: list[str]) -> list[Sequence[str]]:
@@ -181,8 +195,9 @@ class ResumableSweeper(BasicSweeper):
             try:
                 returned = list(launcher.launch(overrides, initial_job_idx=len(codes)))
                 fault = None
-            except Exception:
-                returned, fault = [JobReturn()] * len(batch), traceback.format_exc()
+            except Exception as error:
+                report(error)
+                returned, fault = [JobReturn()] * len(batch), _text(error)
             codes += [_settle(job, root, result, fault) for job, result in zip(batch, returned, strict=True)]
         return codes
 
@@ -198,12 +213,28 @@ def _settle(job: Job, root: Path, returned: JobReturn, fault: str | None) -> int
     stored = read_run(folder)
     if stored.status == "done":
         return 0
-    if stored.status == "failed" or is_locked(folder):
+    if stored.status == "failed":
         return _exit_code(returned)
+    if is_locked(folder):
+        # The sweep whose process works on the job reports it.
+        left_to_it = returned.status == JobStatus.COMPLETED and returned.return_value == 0
+        return 0 if left_to_it else _exit_code(returned)
     if returned.status == JobStatus.FAILED:
-        fault = "".join(traceback.format_exception(returned._return_value))
-    write_status(folder, "failed", fault or "the job ended without a result", job.request.config_hash)
+        fault = _text(returned._return_value)
+    try:
+        # A job that never started has no folder yet.
+        folder.mkdir(parents=True, exist_ok=True)
+        write_status(folder, "failed", fault or "the job ended without a result", job.request.config_hash)
+    except OSError as error:
+        # The other jobs are settled nevertheless.
+        report(storage_error(folder, error))
     return 1
+
+
+def _text(error: Exception) -> str:
+    """The message of an error that the user can act on, else its traceback."""
+    known = actionable(error)
+    return "".join(traceback.format_exception(error)) if known is None else str(known)
 
 
 def _exit_code(returned: JobReturn) -> int:

@@ -1,4 +1,4 @@
-"""The copy bandwidth of a device's memory, which every fraction of a bandwidth refers to."""
+"""Measures the copy bandwidth of a device's memory, which all fractions of a bandwidth refer to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ COPIES = 5
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second while copying a buffer larger than any cache; the best of several copies."""
-    # A GPU copies so fast that a smaller buffer would time the launch too.
+    """Return the bytes read and written per second by the best of several copies of a buffer larger than any cache."""
+    # A GPU copies so fast that a smaller buffer would also measure the launch.
     size = 1 << 30 if device.type == "cuda" else 256 << 20
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Cases that measure and check the ops between the matmuls: the layers of real models."""
+"""Arguments that the ops between the matmuls are measured and checked with: the layers of real models."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A block of rows in a layer. context: cached tokens before it; group_size: of quantized results, None for one
-    scale per row."""
+    """A block of rows in a layer.
+
+    context: number of cached tokens before the block
+    group_size: group size of quantized results; None for one scale per row
+    """
 
     layer: Layer
     rows: int
@@ -46,13 +49,13 @@ class Setting:
     dtype: torch.dtype = torch.bfloat16
 
     def normal(self, *shape: int) -> Tensor:
-        """Random values in the dtype of the setting."""
+        """Return random values in the dtype of the setting."""
         return torch.randn(shape, device=self.device).to(self.dtype)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of an op, and what it is measured against.
+    """Arguments of an op, and the computation that it is compared with.
 
     peer: PyTorch's own call that computes the same
     moved_bytes: what the op must read and write

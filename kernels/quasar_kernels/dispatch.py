@@ -1,4 +1,4 @@
-"""How an op finds the backend that computes it. Nothing else chooses by a tensor's device."""
+"""Chooses the backend that computes an op. No other module chooses by a tensor's device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu.library import backend
-from quasar_kernels.gpu import gpu_backend
+from quasar_kernels.gpu import has_gpu_kernels
 from quasar_kernels.weights import Quantized
 
 
@@ -29,14 +29,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Op:
-    """An op with one row per backend. All take the same arguments; the first is on the device that counts.
+    """An op and its backends. All take the same arguments; the device of the first argument decides.
 
-    plain: PyTorch's own operations: the definition that the kernels follow, and what serves every device, dtype and
-        size for which there is no kernel. Given float64 it computes in float64, which makes it their oracle.
+    plain: PyTorch's own operations. They define the op, and compute it for every device, dtype and size without a
+        kernel. They compute float64 arguments in float64, so that the kernels can be compared with them
     cpu: the compiled library's kernel, whose ``run`` takes the `Library` before the arguments
-    triton: the kernel for CUDA, whose ``run`` imports Triton; None if PyTorch's operations are good enough there
-    differentiable: whether gradients may flow through it. Kernels have none, so PyTorch's operations compute the op
-        wherever gradients are recorded.
+    triton: the kernel for CUDA, whose ``run`` imports Triton; None if PyTorch's operations are used there
+    differentiable: whether gradients may flow through the op. Kernels have no gradients, so PyTorch's operations
+        compute the op where gradients are recorded
+    check: raises ValueError for arguments with which a kernel would access memory outside of them
 
     Under ``torch.compile`` PyTorch's operations compute every op, so that the compiler sees them.
     """
@@ -46,6 +47,7 @@ class Op:
     cpu: Kernel | None
     triton: Kernel | None
     differentiable: bool = True
+    check: Callable[..., None] = field(kw_only=True, default=lambda *arguments: None)
 
     def __call__(self, *arguments: Any) -> Any:
         first = arguments[0]
@@ -54,8 +56,10 @@ class Op:
             if rows.is_cpu:
                 cpu = self.cpu
                 if cpu is not None and cpu.supports(*arguments) and (library := backend()) is not None:
+                    self.check(*arguments)
                     return cpu.run(library, *arguments)
-            elif self.triton is not None and gpu_backend(rows) is not None and self.triton.supports(*arguments):
+            elif self.triton is not None and has_gpu_kernels(rows) and self.triton.supports(*arguments):
+                self.check(*arguments)
                 return self.triton.run(*arguments)
         return self.plain(*arguments)
 
@@ -64,7 +68,7 @@ class Op:
 class LayerOp(Op):
     """An op between the matmuls.
 
-    case: arguments to measure and check it with
+    case: returns arguments to measure and check it with
     reads_cache: whether it reads the cached context, so that its time depends on the length
     """
 
@@ -73,12 +77,12 @@ class LayerOp(Op):
 
 
 def in_16_bit(x: torch.Tensor, *others: Any) -> bool:
-    """Whether a Triton kernel of a layer op takes rows x. In float32, where results are compared exactly, none does."""
+    """Return whether x is in 16 bit. Triton kernels do not take float32, in which results are compared exactly."""
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def triton_function(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module of `quasar_kernels.triton`, which is imported when the function is first called."""
+    """Return a function of a module of `quasar_kernels.triton`. The first call imports the module."""
 
     def run(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"quasar_kernels.triton.{module}"), name)(*arguments)
@@ -87,5 +91,5 @@ def triton_function(module: str, name: str) -> Callable[..., Any]:
 
 
 def triton_groups(group_size: int | None) -> bool:
-    """Whether the Triton kernels quantize groups of this size: powers of two, or whole rows."""
+    """Return whether the Triton kernels quantize groups of this size: a power of two, or the whole row."""
     return group_size is None or group_size & (group_size - 1) == 0

@@ -1,4 +1,4 @@
-"""Where compiled kernels and tuned tilings are kept between processes."""
+"""The folder in which compiled kernels and tuned tilings are stored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$QUASAR_CACHE``, or the user's cache folder for Quasar on this platform."""
+    """Return ``$QUASAR_CACHE``, or the user's cache folder for Quasar on this platform."""
     if chosen := os.environ.get("QUASAR_CACHE"):
         return Path(chosen)
     try:

@@ -1,14 +1,15 @@
-"""What the five matmuls have in common: ``x W^T + bias`` with weights of some format."""
+"""The common parts of the five matmuls, ``x W^T + bias`` with weights of some format."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cpu.calls import multiply
 from quasar_kernels.cpu.library import ACTIVATION_DTYPES, Library
 from quasar_kernels.dispatch import Kernel, Op
@@ -22,9 +23,9 @@ Weight = DenseWeight | Int8Weight | Int4Weight
 class Matmul(Op):
     """An op of the form (x, weight, bias).
 
-    weight_bits: of a stored weight, without its scale
-    activations: "float" if they stay as they are; "int8" per token or "int8 groups" if the op quantizes them
-    round: a weight [N, K] of the op's format, from a float matrix and a group size that some formats ignore
+    weight_bits: stored bits of a weight, without its scale
+    activations: "float" if the op does not quantize them; "int8" if it quantizes per token, "int8 groups" in groups
+    round: rounds a float matrix [N, K] to the op's format; takes the matrix and a group size, which some formats ignore
     """
 
     weight_bits: int = field(kw_only=True)
@@ -33,27 +34,27 @@ class Matmul(Op):
 
     @property
     def format(self) -> str:
-        """The short name: bits of weights and activations, such as w4a16."""
+        """The short name with the bits of weights and activations, such as w4a16."""
         return self.name.removeprefix("linear_")
 
     def bits(self, group_size: int) -> float:
-        """Stored per weight, with the 16-bit scales of groups."""
+        """Return the stored bits per weight, with the 16-bit scales of groups."""
         return self.weight_bits + (16 / group_size if self.weight_bits == 4 else 0)
 
     def quantized(self, x: Tensor, group_size: int) -> Tensor | Quantized:
-        """Activations as the op before may pass them on: x itself if this op does not quantize."""
+        """Quantize x as the op before this one does, or return x if this op takes floats."""
         if self.activations == "float":
             return x
         return as_quantized(x, group_size if self.activations == "int8 groups" else None)
 
 
 def as_quantized(x: Tensor | Quantized, group_size: int | None = None) -> Quantized:
-    """Activations quantized per token or group, by PyTorch's operations unless they are already."""
+    """Quantize activations per token or per group with PyTorch's operations, unless they are quantized already."""
     return x if isinstance(x, Quantized) else Quantized(*quantize_tokens(x, group_size), x.dtype)
 
 
 def cpu_matmul(function: str) -> Kernel:
-    """The row of a matmul that the compiled library has under this name; float16 activations are widened for it."""
+    """Return the kernel of the compiled library with this name. Float16 activations are widened to float32 for it."""
 
     def supports(x: Tensor | Quantized, weight: Weight, bias: Tensor | None = None) -> bool:
         return weight.packed_for_kernels() is not None
@@ -72,11 +73,12 @@ def cpu_matmul(function: str) -> Kernel:
 
 
 def triton_matmul(run: Callable[..., Tensor], group_sizes: tuple[int, ...] | None = None) -> Kernel:
-    """The row of a matmul in Triton: few rows that can be read 16 bytes at a time.
+    """Return a Triton kernel of a matmul, for few rows that can be read 16 bytes at a time.
 
-    run: takes x, weight, bias and, to try it, a tiling; group_sizes: those that it takes, None if weights have none
+    run: takes x, weight, bias and optionally a tiling
+    group_sizes: the group sizes that it takes; None if the weights have no groups
 
-    Float32 is the mode in which results are compared exactly; it is left to PyTorch.
+    PyTorch computes float32, because results are compared exactly in float32.
     """
 
     def supports(x: Tensor | Quantized, weight: Weight | Tensor, bias: Tensor | None = None) -> bool:
@@ -90,9 +92,13 @@ def triton_matmul(run: Callable[..., Tensor], group_sizes: tuple[int, ...] | Non
             and (group_sizes is None or getattr(weight, "group_size", None) in group_sizes)
         )
 
-    return Kernel(supports, run)
+    def checked(x: Tensor | Quantized, weight: Weight | Tensor, *others: Any) -> Tensor:
+        checks.matmul(x, weight, *others)
+        return run(x, weight, *others)
+
+    return Kernel(supports, checked)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of a dtype are added up: float32, or float64 if they are float64."""
+    """Return the dtype in which values are summed: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,7 +1,7 @@
-"""Weight matrices as the ops take them.
+"""Weight matrices, the operands of the matmuls.
 
-A weight is given in its canonical form (what `quasar_kernels.reference` takes) and keeps one copy of its values: once a
-backend has packed it, the canonical form is computed from the packed one when somebody asks for it.
+A weight is given in its canonical form, which `quasar_kernels.reference` takes, and stores one copy of its values. Once
+a backend has packed it, the canonical form is computed from the packed one at every access.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Int8Weight:
     group_size = 0
 
     def __init__(self, values: Tensor, scales: Tensor) -> None:
+        if values.dim() != 2 or values.dtype != torch.int8 or scales.shape != (len(values),):
+            raise ValueError(
+                f"expected int8 values [N, K] with scales [N], got {values.dtype} {list(values.shape)} with scales "
+                f"{list(scales.shape)}"
+            )
         self.outputs, self.inputs = values.shape
         self.scales = scales
         self._values: Tensor | None = values
@@ -53,14 +58,14 @@ class Int8Weight:
 
     @staticmethod
     def prepare(values: Tensor, scales: Tensor) -> Int8Weight:
-        """As the constructor, but packed now instead of at the first matmul."""
+        """Construct a weight and pack it now instead of at the first matmul."""
         weight = Int8Weight(values, scales)
         weight.packed_for_kernels()
         return weight
 
     @staticmethod
     def rounded(values: Tensor) -> Int8Weight:
-        """A float matrix [N, K], rounded to nearest and packed."""
+        """Round a float matrix [N, K] to nearest and pack it."""
         scales = values.float().abs().amax(1) / reference.INT8_MAX
         return Int8Weight.prepare(torch.round(values.float() / scales.unsqueeze(1)).to(torch.int8), scales)
 
@@ -100,6 +105,13 @@ class Int4Weight:
     def __init__(
         self, packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype = torch.bfloat16
     ) -> None:
+        rows, groups = scales.shape if scales.dim() == 2 else (0, 0)
+        valid = packed.dim() == 2 and packed.dtype == torch.uint8 and zeros.shape == scales.shape
+        if not valid or rows != len(packed) or groups == 0 or packed.shape[1] * 2 % groups:
+            raise ValueError(
+                f"expected uint8 [N, K / 2] with scales and zeros [N, G], got {packed.dtype} {list(packed.shape)} with "
+                f"scales {list(scales.shape)} and zeros {list(zeros.shape)}"
+            )
         self.outputs, self.inputs = len(packed), packed.shape[1] * 2
         self.group_size = self.inputs // scales.shape[1]
         self.symmetric, self.dtype = symmetric, dtype
@@ -113,14 +125,14 @@ class Int4Weight:
 
     @staticmethod
     def prepare(packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype) -> Int4Weight:
-        """Pack a weight for matmuls with activations of ``dtype`` now instead of at the first product."""
+        """Construct a weight for activations of ``dtype`` and pack it now instead of at the first matmul."""
         weight = Int4Weight(packed, scales, zeros, symmetric, dtype)
         weight.packed_for_kernels()
         return weight
 
     @staticmethod
     def rounded(values: Tensor, group_size: int) -> Int4Weight:
-        """A 16-bit matrix [N, K], rounded to nearest on a symmetric grid in groups, and packed."""
+        """Round a 16-bit matrix [N, K] to nearest on a symmetric grid in groups, and pack it."""
         groups = values.float().view(len(values), -1, group_size)
         scales = groups.abs().amax(2) / 7
         quants = (torch.round(groups / scales.unsqueeze(2)) + SYMMETRIC_ZERO).to(torch.uint8).view(values.shape)
@@ -152,7 +164,7 @@ class Int4Weight:
         return self.outputs * self.inputs // 2 + groups * scale_bytes + (0 if self.symmetric else groups // 2)
 
     def canonical(self) -> tuple[Tensor, Tensor, Tensor]:
-        """packed, scales and zeros as `quasar_kernels.reference` takes them."""
+        """Return packed, scales and zeros in the form that `quasar_kernels.reference` takes."""
         if self._canonical is not None:
             return self._canonical
         if self._triton is not None:
@@ -162,7 +174,7 @@ class Int4Weight:
         return unpack_int4(self._packed)
 
     def dequantize(self) -> Tensor:
-        """float32 [N, K]."""
+        """Return the matrix, float32 [N, K]."""
         return reference.dequantize_int4(*self.canonical())
 
     def packed_for_kernels(self) -> PackedWeight | None:
@@ -173,7 +185,7 @@ class Int4Weight:
         return self._packed
 
     def packed_for_triton(self) -> PackedInt4:
-        """The form for the Triton kernels, from its first use on the only copy of the 4-bit integers on a GPU."""
+        """Return the form for the Triton kernels. After its first use it is the only copy of the 4-bit integers."""
         if self._triton is None:
             from quasar_kernels.triton.int4_packing import pack_int4
 
@@ -183,7 +195,7 @@ class Int4Weight:
         return self._triton[0]
 
     def packed_for_torch(self) -> tuple[Tensor, Tensor] | None:
-        """The form for PyTorch's bfloat16 4-bit matmul on a CPU, or None if it does not apply."""
+        """Return the form for PyTorch's bfloat16 4-bit matmul on a CPU, or None if it does not apply."""
         if self._torch_packed is not None:
             return self._torch_packed
         if (
@@ -214,12 +226,12 @@ class DenseWeight:
 
     @staticmethod
     def has_kernels(values: Tensor) -> bool:
-        """Whether a matrix of this shape and device can be packed."""
+        """Return whether a matrix of this shape and device can be packed."""
         return _has_kernels(values.device, *values.shape)
 
     @staticmethod
     def prepare(values: Tensor) -> DenseWeight:
-        """As the constructor, but packed now instead of at the first matmul."""
+        """Construct a weight and pack it now instead of at the first matmul."""
         weight = DenseWeight(values)
         weight.packed_for_kernels()
         return weight
@@ -238,7 +250,7 @@ class DenseWeight:
         return self.outputs * self.inputs * self.dtype.itemsize
 
     def rows(self, indices: Tensor) -> Tensor:
-        """[len(indices), K]: the look-up of an embedding that shares its weight with the output layer."""
+        """Return rows, [len(indices), K], for an embedding that is tied to the output layer. indices: int64 [R]."""
         if self._values is not None:
             return self._values[indices]
         assert self._packed is not None

@@ -45,6 +45,7 @@ class ModelSource:
     repo: Optional[str] = None
     revision: Optional[str] = None
     path: Optional[str] = None
+    dequantize: bool = False
     package: Optional[PackageSource] = None
     seed: int = 0
     chat_template: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class EvaluateConfig:
     baselines: bool = MISSING
     fidelity: bool = MISSING
     accuracy: bool = MISSING
+    unsafe_code: bool = MISSING
     exactness: Optional[bool] = MISSING
     repetitions: int = MISSING
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.decoding.stopwatch import Stopwatch
-from quasar.drafters.base import Drafter, Resources
+from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.verifiers.base import Verifier
 
 MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
@@ -230,6 +230,10 @@ class AdaptiveLength(Drafter):
     def prepare(self, resources: Resources) -> None:
         self.drafter.prepare(resources)
         self.details = self.drafter.details
+
+    def start(self, finished: Iterable[FinishedSequence]) -> None:
+        """Pass the sequences on. The estimates start again, because they describe the speed of this process."""
+        self.drafter.start(finished)
 
     def begin(self, prompt: Tensor) -> None:
         self._chosen, self._gains = [], []

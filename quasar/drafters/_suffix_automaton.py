@@ -53,6 +53,19 @@ class AutomatonIndex:
         """Add a text to the memory, which all sequences are matched against."""
         self._memory.extend([*tokens, SEPARATOR])
 
+    def start(self, finished: Iterable[tuple[list[int], list[int]]]) -> None:
+        """Replace the remembered outputs by those of other sequences, given their (prompt, output) in order.
+
+        Without ``remember_outputs`` this does nothing: a text that was given to `memorize` stays.
+        """
+        if not self._remember_outputs:
+            return
+        self._memory, self._own, self._prompt = SuffixAutomaton(), SuffixAutomaton(), ()
+        self._waiting.clear()
+        for prompt, output in finished:
+            self.begin(prompt)
+            self.extend(prompt + output)
+
     def begin(self, prompt: list[int]) -> None:
         if self._remember_outputs:
             self._finish_sequence(tuple(prompt))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,18 @@ class Resources:
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
 
+@dataclass(frozen=True)
+class FinishedSequence:
+    """A sequence that an earlier attempt decoded.
+
+    prompt: token ids
+    output: the generated token ids that the drafter had seen when it made its last draft
+    """
+
+    prompt: list[int]
+    output: list[int]
+
+
 class Drafter:
     """Guesses the tokens that follow a context. Only `propose` must be implemented.
 
@@ -55,6 +67,13 @@ class Drafter:
         """Prepare the drafter. Called once, before the first sequence.
 
         Raises RequestError if the drafter cannot draft for the verifier.
+        """
+
+    def start(self, finished: Iterable[FinishedSequence]) -> None:
+        """Start the run's first prompt. Called once, after the warm-up, whose sequences must be forgotten.
+
+        finished: the sequences that earlier attempts of the run decoded, in order. A drafter that learns from one
+            prompt to the next takes them up, so that a continued run drafts like one that was never interrupted
         """
 
     def begin(self, prompt: Tensor) -> None:

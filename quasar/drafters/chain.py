@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from quasar.config.build import build, node_named
 from quasar.decoding.acceptance import AcceptanceRule, Accepted, Greedy
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.decoding.scores import Scores
-from quasar.drafters.base import Drafter, Resources
+from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
 
 NOBODY = "none"
@@ -55,6 +56,11 @@ class ChainDrafter(Drafter):
         for name, member in zip(self.names, self.members, strict=True):
             member.prepare(resources)
             self.details += tuple(f"{name}: {detail}" for detail in member.details)
+
+    def start(self, finished: Iterable[FinishedSequence]) -> None:
+        finished = list(finished)
+        for member in self.members:
+            member.start(finished)
 
     def begin(self, prompt: Tensor) -> None:
         self._winners = []

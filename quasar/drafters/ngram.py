@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from quasar.decoding.draft import Context, Draft, merge_into_tree
 from quasar.drafters._suffix_automaton import SEPARATOR, AutomatonIndex, Match
-from quasar.drafters.base import Drafter, Resources
+from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
+from quasar.inputs import expanded, read_text
 
 # Number of latest places that lookup keeps per n-gram. This bounds the cost of a step.
 LOOKUP_PLACES = 64
@@ -75,12 +77,16 @@ class NgramDrafter(Drafter):
         """Read the corpus. Raises RequestError if it is not a text file."""
         if self.corpus is not None and isinstance(self._index, AutomatonIndex):
             try:
-                text = Path(self.corpus).expanduser().read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                text = read_text(expanded(self.corpus, "drafter.corpus"))
+            except RequestError as error:
                 raise RequestError(f"drafter.corpus={self.corpus}: not a readable text file ({error})") from None
             tokens = resources.encode(text)
             self._index.memorize(tokens)
             self.details = (f"corpus of {len(tokens)} tokens",)
+
+    def start(self, finished: Iterable[FinishedSequence]) -> None:
+        if isinstance(self._index, AutomatonIndex):
+            self._index.start((sequence.prompt, sequence.output) for sequence in finished)
 
     def begin(self, prompt: Tensor) -> None:
         self._index.begin(prompt.tolist())

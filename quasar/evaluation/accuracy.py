@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import re
 from decimal import Decimal, InvalidOperation
 
+from quasar.evaluation.extraction import program_of, task_of
 from quasar.evaluation.prompts import Prompt
 from quasar.evaluation.sandbox import passes
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _DOCSTRING = re.compile(r"(\"{3}|'{3})(.*?)\1", re.DOTALL)
-_CODE_START = re.compile(r"^(?:from |import |def |class |@)", re.MULTILINE)
+_ENTRY_POINT = re.compile(r"^check\((\w+)\)\s*\Z", re.MULTILINE)
 
 
 def graded(prompt: Prompt, output: str) -> bool | None:
@@ -25,13 +24,17 @@ def graded(prompt: Prompt, output: str) -> bool | None:
     """
     if prompt.reference and "####" in prompt.reference[0]:
         return final_number(output) == final_number(prompt.reference[0])
-    given = code_of(prompt.turns[0])
-    if given is None:
+    entry_point = None if prompt.test is None else _ENTRY_POINT.search(prompt.test)
+    task = task_of(prompt.turns[0], entry_point[1] if entry_point else None)
+    if task is None:
         return None
-    test = prompt.test if prompt.test is not None else examples_as_test(given)
+    test = prompt.test if prompt.test is not None else examples_as_test(task.code)
     if test is None:
         return None
-    return passes(f"{solution(given, output)}\n\n{test}")
+    program = program_of(task, output)
+    if program is None:
+        return False
+    return passes(program, test, task.context, task.own, trusts=task.is_class)
 
 
 def final_number(text: str) -> Decimal | None:
@@ -41,37 +44,6 @@ def final_number(text: str) -> Decimal | None:
         return Decimal(numbers[-1].replace(",", "").rstrip(".")) if numbers else None
     except InvalidOperation:
         return None
-
-
-def code_of(text: str) -> str | None:
-    """Return the Python code of a prompt: its fenced code, or everything from the first line of code on."""
-    fenced = _FENCE.search(text)
-    if fenced:
-        return fenced.group(1)
-    start = _CODE_START.search(text)
-    return text[start.start() :] if start else None
-
-
-def solution(given: str, output: str) -> str:
-    """Return a whole program: the code of the output, after the given code if the output only continues it."""
-    fenced = _FENCE.search(output)
-    code = fenced.group(1) if fenced else output
-    names = re.findall(r"^def (\w+)", given, re.MULTILINE)
-    if names and re.search(rf"^def (?:{'|'.join(names)})\b", code, re.MULTILINE):
-        return f"{_helpers(given)}\n{code}"
-    body = code if code.startswith((" ", "\t")) else "\n".join(f"    {line}" for line in code.splitlines())
-    return f"{given.rstrip()}\n{body}"
-
-
-def _helpers(given: str) -> str:
-    """What the last function of ``given``, the one to be completed, may use: imports, and all code above it."""
-    imports = "\n".join(re.findall(r"^(?:from|import) .*$", given, re.MULTILINE))
-    last = [found.start() for found in re.finditer(r"^(?:@.*\n)*def ", given, re.MULTILINE)][-1]
-    try:
-        ast.parse(given[:last])
-    except SyntaxError:  # prose between the imports and the function
-        return imports
-    return f"{given[:last]}\n{imports}"
 
 
 def examples_as_test(given: str) -> str | None:

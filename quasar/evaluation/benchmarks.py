@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quasar.config.schema import DataConfig, HubDataset
 from quasar.errors import RequestError
+from quasar.inputs import expanded, is_companion, json_lines, kind_of, parsed_json, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """One row of a dataset, or of a Spec-Bench file: column names and their values."""
 
-_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+_SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
 def benchmark_rows(data: DataConfig) -> Iterator[tuple[str, Row]]:
@@ -24,27 +26,23 @@ def benchmark_rows(data: DataConfig) -> Iterator[tuple[str, Row]]:
 
     The rows come from ``data.path`` if it is set, otherwise from ``data.hub`` through the cache of ``datasets``. The
     form has the keys ``question_id``, ``turns``, ``reference`` and what grades an answer. ``question_id`` is the row's
-    number in its split, from 0.
+    number in its split, from 0. The place of a row of a JSONL file is the file and the line; otherwise it ends in the
+    row's number.
 
-    Raises RequestError if the dataset is not available or lacks a column; the message names the remedy.
+    Raises RequestError if the dataset is not available, lacks a column or has a value of another type; the message
+    names the place and the remedy.
     """
     form = _FORMS.get(data.name)
     if form is None:
         raise RequestError(f"data.name={data.name}: data.hub is read for one of {', '.join(_FORMS)} only")
     assert data.hub is not None
     if data.path is None:
-        origin, dataset = f"{data.hub.repo}@{str(data.hub.revision)[:8]}", _from_hub(data.name, data.hub)
+        rows = _dataset_rows(_from_hub(data.name, data.hub), f"{data.hub.repo}@{str(data.hub.revision)[:8]}")
     else:
-        origin, dataset = data.path, _from_path(Path(data.path).expanduser(), data.hub)
-    missing = [column for column in form.columns if column not in dataset.column_names]
-    if missing:
-        raise RequestError(
-            f"{origin}: data={data.name} needs the columns {', '.join(form.columns)}; {', '.join(missing)} not found"
-        )
-    # Only these rows are converted: a split may hold tens of thousands.
-    count = len(dataset) if data.limit is None else min(data.limit, len(dataset))
-    for number, row in enumerate(dataset.select(range(count))):
-        yield f"{origin}:{number}", {"question_id": number, **form.convert(row)}
+        rows = _path_rows(expanded(data.path, "data.path"), data.hub)
+    # Only these rows are read and converted: a split may hold tens of thousands.
+    for number, (place, row) in enumerate(islice(rows, data.limit)):
+        yield place, {"question_id": number, **form.converted(row, place, data.name)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,21 @@ class _Form:
 
     columns: tuple[str, ...]
     convert: Callable[[Row], Row]
+    kind: type = str
+
+    def converted(self, row: Any, place: str, name: str) -> Row:
+        if not isinstance(row, dict):
+            raise RequestError(f"{place}: must be a JSON object, found {row!r:.80}")
+        missing = [column for column in self.columns if column not in row]
+        if missing:
+            raise RequestError(
+                f"{place}: data={name} needs the columns {', '.join(self.columns)}; {', '.join(missing)} not found"
+            )
+        for column in self.columns:
+            if not isinstance(row[column], self.kind):
+                kind = "a text" if self.kind is str else "a list of texts"
+                raise RequestError(f"{place}: the column {column} must be {kind}, found {row[column]!r:.80}")
+        return self.convert(row)
 
 
 def _mt_bench(row: Row) -> Row:
@@ -80,7 +93,7 @@ def _cnn_dm(row: Row) -> Row:
 
 
 _FORMS = {
-    "mt_bench": _Form(("prompt", "reference"), _mt_bench),
+    "mt_bench": _Form(("prompt", "reference"), _mt_bench, list),
     "humaneval": _Form(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
     "gsm8k": _Form(("question", "answer"), _gsm8k),
     "alpaca": _Form(("instruction", "input", "output"), _alpaca),
@@ -112,32 +125,46 @@ def _not_had(name: str, hub: HubDataset, reason: str) -> RequestError:
     )
 
 
-def _from_path(path: Path, hub: HubDataset) -> Dataset:
+def _dataset_rows(dataset: Dataset, origin: str) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(dataset):
+        yield f"{origin}:{number}", row
+
+
+def _path_rows(path: Path, hub: HubDataset) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     files = _data_files(path, hub)
-    reader = _READERS[files[0].suffix]
-    try:
-        return load_dataset(reader, data_files=[str(file) for file in files], split="train")
-    except (OSError, ValueError, DatasetsError) as error:
-        raise RequestError(f"data.path={path}: cannot be read as {reader} ({_first_line(error)})") from None
+    if files[0].suffix == ".parquet":
+        try:
+            dataset = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        except (OSError, ValueError, DatasetsError) as error:
+            raise RequestError(f"data.path={path}: cannot be read as parquet ({_first_line(error)})") from None
+        yield from _dataset_rows(dataset, str(path))
+    for file in files:
+        if file.suffix == ".json" and (text := read_text(file)).lstrip().startswith("["):
+            rows = parsed_json(text, str(file))
+            yield from ((f"{file}:{number}", row) for number, row in enumerate(rows))
+        elif file.suffix != ".parquet":
+            yield from json_lines(file)
 
 
 def _data_files(path: Path, hub: HubDataset) -> list[Path]:
     """The file itself, or the split's files in a folder laid out as the dataset's repository or flat."""
-    if path.is_file():
-        if path.suffix not in _READERS:
-            raise RequestError(f"data.path={path}: must be one of {', '.join(_READERS)}, or a folder of them")
+    if kind_of(path, "data.path") == "file":
+        if path.suffix not in _SUFFIXES:
+            raise RequestError(f"data.path={path}: must be one of {', '.join(_SUFFIXES)}, or a folder of them")
         return [path]
-    if not path.is_dir():
-        raise RequestError(f"data.path={path}: no such file or folder; pass a parquet or JSONL file or their folder")
     root = path / hub.subset if hub.subset and (path / hub.subset).is_dir() else path
-    for suffix in _READERS:
-        files = sorted(root.rglob(f"*{suffix}"))
+    for suffix in _SUFFIXES:
+        files = sorted(file for file in root.rglob(f"*{suffix}") if not is_companion(file))
         if files:
-            return [file for file in files if file.name.startswith(hub.split)] or files
-    raise RequestError(f"data.path={path}: no *{', *'.join(_READERS)} file there")
+            chosen = [file for file in files if file.name.startswith(hub.split)] or files
+            for file in chosen:
+                if kind_of(file, "data.path") != "file":
+                    raise RequestError(f"data.path={path}: {file} is a folder, no {suffix} file; rename or move it")
+            return chosen
+    raise RequestError(f"data.path={path}: no *{', *'.join(_SUFFIXES)} file there")
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,18 +13,20 @@ import torch
 
 from quasar.config.build import build, node_named
 from quasar.config.schema import RunConfig
-from quasar.console import Reporter
 from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter, Resources
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
+from quasar.evaluation.sandbox import required_isolation
 from quasar.experiment.capacity import cache_capacity
 from quasar.experiment.decoder import WARM_UP
 from quasar.model.devices import choose_device, choose_dtype
 from quasar.model.grid import weights_on_grid
-from quasar.model.loading import load_model
 from quasar.model.sources import Checkpoint, locate
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
+from quasar.model.transformer import Transformer
+from quasar.quantization.packed import load_reference, quantized_share
+from quasar.results.console import Reporter
 from quasar.results.environment import describe_machine
 from quasar.results.schema import Machine
 from quasar.verifiers.base import LayeredVerifier, Setup, Verifier
@@ -49,6 +52,11 @@ class Prepared:
     machine: Machine
     weights_on_grid: float | None
 
+    @property
+    def isolation(self) -> str | None:
+        """What isolates generated code; None if none is executed."""
+        return required_isolation(self.settings.evaluate)
+
 
 def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, reporter: Reporter) -> Prepared:
     """Load the model, transform it into the verifier, and prepare the drafter. Writes no file of the run.
@@ -61,8 +69,12 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
         checkpoint = locate(settings.model, stage)
     tokenizer = load_tokenizer(checkpoint)
     warm_up = tokenizer.encode_chat(WARM_UP)
-    with reporter.progress("loading weights") as advance:
-        model = load_model(checkpoint, dtype, device, advance)
+
+    def load(dtype: torch.dtype) -> Transformer:
+        with reporter.progress("loading weights") as advance:
+            return load_reference(checkpoint, dtype, device, advance)
+
+    model = load(dtype)
     capacity = cache_capacity(prompts, settings.decode.max_new_tokens, tokenizer, model.config.context_length)
     calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
     with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
@@ -79,33 +91,32 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
         "torch": torch.__version__,
     }
     with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
-        another = partial(_build_another, checkpoint, dtype, device, replace(setup, progress=advance), reporter)
+        another = partial(_build_another, load, dtype, device, replace(setup, progress=advance))
         drafter.prepare(Resources(verifier, tokenizer.encode, another, calibration, identity, advance))
     if settings.decode.draft_tokens == "auto":
         drafter = AdaptiveLength(drafter, measure_pass_cost(verifier, warm_up, verifier.capacity))
     gc.collect()
     reference = None
     if (settings.evaluate.baselines or settings.evaluate.fidelity) and not verifier.is_reference:
-        with reporter.progress("loading the reference") as advance:
-            reference = FP16Verifier(load_model(checkpoint, verifier.dtype, verifier.device, advance), setup)
-    on_grid = None if checkpoint.folder is None else weights_on_grid(checkpoint.folder)
+        reference = FP16Verifier(load(verifier.dtype), setup)
+    on_grid = None
+    if checkpoint.folder is not None:
+        # Dequantized weights are on the grid of the integers that they come from.
+        on_grid = (quantized_share if checkpoint.dequantized else weights_on_grid)(checkpoint.folder)
     return Prepared(settings, prompts, checkpoint, tokenizer, drafter, verifier, reference, machine, on_grid)
 
 
 def _build_another(
-    checkpoint: Checkpoint,
+    load: Callable[[torch.dtype], Transformer],
     run_dtype: torch.dtype,
     device: torch.device,
     setup: Setup,
-    reporter: Reporter,
     choice: str | dict[str, Any],
 ) -> LayeredVerifier:
     """Build another verifier of the run's model, given its name or its config node; ``dtype`` auto is ``run_dtype``."""
     node = node_named("verifier", choice) if isinstance(choice, str) else choice
     name = node.get("dtype", "auto")
     dtype = run_dtype if name == "auto" else choose_dtype(name, device)
-    with reporter.progress("loading weights") as advance:
-        model = load_model(checkpoint, dtype, device, advance)
-    built = build("verifier", node, model, setup)
+    built = build("verifier", node, load(dtype), setup)
     assert isinstance(built, LayeredVerifier)
     return built

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quasar.console import Reporter
 from quasar.decoding.draft import StepResult
 from quasar.evaluation.fidelity import Trajectories
 from quasar.experiment.build import Prepared
 from quasar.experiment.decoder import PromptDecoder
+from quasar.experiment.resuming import finished_sequences
 from quasar.results.baselines import SharedBaselines, baseline_identity
+from quasar.results.console import Reporter
 from quasar.results.metrics import Measured, named
 from quasar.results.schema import PromptRecord
 from quasar.results.store import RunFolder
@@ -30,6 +31,7 @@ def decode_all(
     done = {(record.question_id, record.repetition) for record in records}
     planned = [(prompt, repetition) for repetition in range(parts.settings.evaluate.repetitions) for prompt in prompts]
     decoder.warm_up()
+    parts.drafter.start(finished_sequences(prompts, records, parts.tokenizer))
     tokens, steps = 0, 0
     finished, speed, rate = Measured(), named("tokens_per_second"), ""
     with reporter.live("decoding") as update:
@@ -41,8 +43,7 @@ def decode_all(
 
         for prompt, repetition in planned:
             if (prompt.key, repetition) not in done:
-                record = decoder.decode_prompt(prompt, on_step, repetition)
-                folder.append(record)
+                record = folder.append(decoder.decode_prompt(prompt, on_step, repetition))
                 records.append(record)
                 # The speed comes from the measured decode times; elapsed time would include baselines and fidelity.
                 finished.add(record)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from quasar.cache import device_identity
 from quasar.evaluation.prompts import prompt_set_hash
 from quasar.experiment.build import Prepared
+from quasar.experiment.inputs import inputs_of
 from quasar.results.schema import Environment, ModelFiles
 
 
@@ -17,4 +19,6 @@ def environment_of(parts: Prepared) -> Environment:
         drafter=list(parts.drafter.details),
         prompt_set=prompt_set_hash(parts.prompts),
         prompts=len(parts.prompts),
+        inputs=inputs_of(parts.settings, parts.prompts, checkpoint, device_identity(parts.verifier.device)),
+        sandbox=parts.isolation,
     )

@@ -27,4 +27,5 @@ def facts_of(parts: Prepared) -> RunFacts:
         lossy=settings.decode.acceptance == "typical",
         model_origin=parts.checkpoint.origin,
         weights_on_grid=parts.weights_on_grid,
+        sandbox=parts.isolation,
     )

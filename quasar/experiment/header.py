@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quasar_kernels.cpu.levels import NO_KERNELS
+
 from quasar.config.schema import Grid
-from quasar.console import Reporter
 from quasar.experiment.build import Prepared
+from quasar.results.console import Reporter
+from quasar.results.schema import Machine
 
 MOSTLY_ON_GRID = 0.5
 """Share of weights on a low-bit grid from which on a reference counts as dequantized."""
@@ -28,9 +31,10 @@ def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Pat
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
         + (lossless if exact and not verifier.is_reference else ""),
         **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
-        "device": parts.machine.name,
+        "device": parts.machine.name + _kernels(parts.machine),
         "prompts": f"{len(parts.prompts)} from data={settings.data.name}"
         + (f", {finished} already done" if finished else ""),
+        **({} if parts.isolation is None else {"sandbox": f"generated code is isolated by {parts.isolation}"}),
         "output": str(folder),
     }
     reporter.header(entries)
@@ -45,6 +49,14 @@ def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Pat
             "reproduces this grid at these settings. It is lossless here, but this does not show how lossy quantizing "
             "the original model would be"
         )
+
+
+def _kernels(machine: Machine) -> str:
+    """Return the level of the CPU kernels and why it is this one; an empty text for a GPU."""
+    if not machine.kernels:
+        return ""
+    level = "no" if machine.kernels == NO_KERNELS else machine.kernels
+    return f", {level} kernels ({machine.kernels_reason})"
 
 
 def _on_grid(verifier: dict[str, Any], grid: Grid) -> bool:

@@ -14,10 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from quasar.config.schema import CONF, PublishConfig, RunConfig, register
-from quasar.console import Reporter
 from quasar.errors import QuasarError, RequestError
 from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs
+from quasar.results.console import Reporter
 from quasar.results.excerpts import refreshed
 from quasar.results.provenance import provenance_of
 from quasar.results.publish import RESULTS, publish, redraw, require_committable, shortcomings
@@ -108,7 +108,7 @@ def committed_folders() -> list[Path]:
 
 
 def _run_sweep(arguments: list[str]) -> int:
-    from quasar.main import main
+    from quasar.experiment.main import main
 
     before = sys.argv
     sys.argv = ["run.py", "-m", *arguments]

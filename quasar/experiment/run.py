@@ -9,14 +9,15 @@ from omegaconf import DictConfig
 
 from quasar.config.build import build
 from quasar.config.schema import check
-from quasar.console import Reporter
 from quasar.drafters.base import Drafter
 from quasar.evaluation.prompts import load_prompts
+from quasar.evaluation.sandbox import required_isolation
 from quasar.experiment.build import prepare
 from quasar.experiment.decode import decode_all
 from quasar.experiment.environment import environment_of
 from quasar.experiment.facts import facts_of
 from quasar.experiment.header import print_header
+from quasar.results.console import Reporter
 from quasar.results.metrics import Measured, compute, summary_of
 from quasar.results.report import print_report
 from quasar.results.schema import Json
@@ -37,6 +38,7 @@ def run(
     settings = check(config)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    required_isolation(settings.evaluate)
     prompts = load_prompts(settings.data)
     drafter: Drafter = build("drafter", settings.drafter)
     run_folder = RunFolder(folder, config, settings.resume)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from quasar.errors import RequestError
-from quasar.model.config import LayerShape, ModelConfig, RopeConfig
-from quasar.model.sources import Checkpoint
-from quasar.model.tensor_files import TensorFiles
+from quasar.model.config import LayerShape, ModelConfig, RopeConfig, quantization_method
+from quasar.model.json_files import warn_once
+from quasar.model.tensor_files import TensorFiles, same
 from quasar.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from quasar.model.sources import Checkpoint
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) in units of the caller's choice."""
 
 # Name of a tensor in `Transformer` -> names of the checkpoint's tensors whose rows are stacked.
-_TOP = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TOP = {"embedding.weight": _EMBEDDING, "norm.weight": "model.norm.weight"}
 _BLOCK = {
     "attention_norm.weight": ["input_layernorm.weight"],
     "attention.qkv.{kind}": ["self_attn.q_proj.{kind}", "self_attn.k_proj.{kind}", "self_attn.v_proj.{kind}"],
@@ -48,26 +54,31 @@ def load_transformer(
 ) -> Transformer:
     """Load a Hugging Face checkpoint of a supported architecture.
 
-    Raises RequestError for an unsupported architecture, a missing tensor or a corrupt file; the message names the file.
+    Raises RequestError for an unsupported architecture, quantized weights, a corrupt file, and tensors that are not
+    exactly those that the config implies; the message names the file.
     """
     config = ModelConfig.read(folder)
+    if (method := quantization_method(folder)) is not None:
+        raise RequestError(
+            f"{folder}: its weights are quantized ({method}), so it is no reference as it is. Measure it with "
+            "verifier=packed verifier.path=FOLDER against the unquantized model, or pass model.dequantize=true to use "
+            "its dequantized weights"
+        )
+    tensors = TensorFiles(folder)
+    config = tied_as_stored(config, tensors)
     with torch.device("meta"):
         model = Transformer(config)
     model.to(dtype)
-    tensors = TensorFiles(folder)
     names = source_names(model)
+    if config.tie_word_embeddings and _EMBEDDING not in tensors and _HEAD in tensors:
+        names["embedding.weight"] = [_HEAD]  # transformers ties in both directions
+    _require_exact(model, names, tensors)
     for done, (name, sources) in enumerate(names.items()):
         if progress is not None:
             progress(done, len(names))
-        stacked = torch.cat([tensors.read(source) for source in sources])
-        expected = model.get_parameter(name).shape
-        if stacked.shape != expected:
-            raise RequestError(
-                f"{tensors.file_of(sources[0])}: {sources[0]} has shape {tuple(stacked.shape)}, but config.json "
-                f"implies {tuple(expected)}; config and weights do not belong together"
-            )
+        stacked = torch.cat([tensors.read_float(source).to(dtype) for source in sources])
         owner, _, attribute = name.rpartition(".")
-        parameter = nn.Parameter(stacked.to(device=device, dtype=dtype), requires_grad=False)
+        parameter = nn.Parameter(stacked.to(device=device), requires_grad=False)
         setattr(model.get_submodule(owner), attribute, parameter)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight
@@ -75,6 +86,22 @@ def load_transformer(
         progress(len(names), len(names))
     model.rope = type(model.rope)(config.rope, config.head_dim).to(device)
     return model.eval().requires_grad_(False)
+
+
+def tied_as_stored(config: ModelConfig, tensors: TensorFiles) -> ModelConfig:
+    """Return the config with ``tie_word_embeddings`` as transformers 5 sets it for these tensors.
+
+    A checkpoint that contains different weights for embedding and lm_head is not tied, whatever its config says.
+    """
+    if not config.tie_word_embeddings or _HEAD not in tensors or _EMBEDDING not in tensors:
+        return config
+    if same(tensors.read(_HEAD), tensors.read(_EMBEDDING)):
+        return config
+    warn_once(
+        f"{tensors.folder}/config.json: tie_word_embeddings is true, but {_HEAD} and {_EMBEDDING} differ; as in "
+        "transformers, they are not tied"
+    )
+    return replace(config, tie_word_embeddings=False)
 
 
 def random_transformer(
@@ -126,3 +153,29 @@ def source_names(model: Transformer) -> dict[str, list[str]]:
             sources = _BLOCK[rest] if rest in _BLOCK else _BLOCK[rest.removesuffix(kind) + "{kind}"]
             names[name] = [f"model.layers.{index}.{source.format(kind=kind)}" for source in sources]
     return names
+
+
+def source_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a Hugging Face checkpoint of the model, by name."""
+    config = model.config
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, sources in source_names(model).items():
+        shape = tuple(model.get_parameter(name).shape)
+        rows: tuple[int, ...] = (shape[0],)
+        if len(sources) == 3:
+            layer = config.layers[int(name.split(".")[1])]
+            rows = tuple(config.head_dim * heads for heads in (layer.num_heads, *2 * (layer.num_kv_heads,)))
+        elif len(sources) == 2:
+            rows = (shape[0] // 2,) * 2
+        shapes |= {source: (count, *shape[1:]) for source, count in zip(sources, rows, strict=True)}
+    return shapes
+
+
+def _require_exact(model: Transformer, names: dict[str, list[str]], tensors: TensorFiles) -> None:
+    """Require that the files contain the tensors that the model has, in their shapes, and no others."""
+    shapes = source_shapes(model)
+    if names["embedding.weight"] == [_HEAD]:
+        shapes[_HEAD] = shapes.pop(_EMBEDDING)
+    tensors.require_shapes(shapes)
+    # A tied checkpoint may contain the weight twice; `tied_as_stored` has compared the two.
+    tensors.require_only([*shapes, _HEAD] if model.config.tie_word_embeddings else shapes, "config.json does not imply")

@@ -38,6 +38,8 @@ def _frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
         return _llama3(frequencies, parameters), 1.0
     if config.type == "yarn":
         return _yarn(frequencies, config.theta, head_dim, parameters)
+    if config.type == "factors":
+        return frequencies / torch.tensor(config.factors), parameters["attention_factor"]
     return frequencies, 1.0
 
 
@@ -57,8 +59,10 @@ def _yarn(frequencies: Tensor, theta: float, head_dim: int, parameters: dict[str
     def dimension(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension(parameters.get("beta_fast", 32.0))), 0)
-    high = min(math.ceil(dimension(parameters.get("beta_slow", 1.0))), head_dim - 1)
+    low, high = dimension(parameters.get("beta_fast", 32.0)), dimension(parameters.get("beta_slow", 1.0))
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     steps = torch.arange(head_dim // 2, dtype=torch.float32)
     interpolated = ((steps - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
     scale = parameters.get("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)

@@ -20,18 +20,27 @@ from typing import Any
 
 from filelock import FileLock
 
-from quasar.cache import cache_folder
+from quasar.cache import cache_folder, folder_is_whole, seal_folder
 from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError
+from quasar.model.config import quantization_method
+from quasar.model.gguf_file import GGUFFile, write_dequantized
+from quasar.model.json_files import first_line, read_object
+from quasar.model.tensor_files import TensorFiles
+from quasar.model.tokenizer_files import has_tokenizer
 
 Status = Callable[[str, int, int], None]
 """Called with (description, done, total) while a model is downloaded or converted."""
+
+CONVERSION = "v2"
+"""The version of the conversion of GGUF files, in the names of the cache's folders."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
 MODEL_FILES = (
     "*.safetensors",
+    "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
@@ -48,6 +57,7 @@ class Checkpoint:
     folder: folder with config.json, safetensors and tokenizer files; None for a random model
     origin: description of the source of the weights
     grid:   the quantization grid that the weights are already on, or None if it is not known
+    dequantized: whether the folder contains quantized weights, which are dequantized when the model is loaded
     """
 
     name: str
@@ -57,6 +67,7 @@ class Checkpoint:
     grid: Grid | None = None
     seed: int = 0
     chat_template: dict[str, Any] = field(default_factory=dict)
+    dequantized: bool = False
 
     @cached_property
     def identity(self) -> str:
@@ -118,9 +129,26 @@ def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Che
                 f"model.path={path}: a file must be GGUF (.gguf); otherwise pass the checkpoint's folder"
             )
         digest = sha256_of(path)
-        folder = _converted(path, f"{path.stem}-{digest[:12]}", status)
+        folder = _converted(path, _conversion(path.stem, digest), status)
         return Checkpoint(source.name, folder, f"GGUF file {path}, dequantized", digest, chat_template=template)
-    return Checkpoint(source.name, path, f"folder {path}", chat_template=template)
+    return _whole(source, path, f"folder {path}", None, template)
+
+
+def _whole(
+    source: ModelSource, folder: Path, origin: str, revision: str | None, template: dict[str, Any]
+) -> Checkpoint:
+    """Return the checkpoint in a folder. Raises RequestError if model.dequantize does not fit its weights."""
+    method = quantization_method(folder)
+    if source.dequantize and method is None:
+        raise RequestError(f"model.dequantize=true: the weights in {folder} are not quantized; leave it out")
+    if source.dequantize:
+        origin = f"{origin}, dequantized from {method}"
+    return Checkpoint(source.name, folder, origin, revision, chat_template=template, dequantized=source.dequantize)
+
+
+def _conversion(name: str, digest: str) -> Path:
+    """Return the cache's folder for a dequantized file. Another way of converting has to have another name."""
+    return cache_folder() / "models" / f"{name}-{digest[:12]}-{CONVERSION}"
 
 
 def _hub(source: ModelSource, template: dict[str, Any]) -> Checkpoint | str:
@@ -138,18 +166,21 @@ def _hub(source: ModelSource, template: dict[str, Any]) -> Checkpoint | str:
         return f"the hub rejected the request: {str(error).splitlines()[0]}"
     except OSError as error:
         return f"no connection: {error}"
-    return Checkpoint(source.name, folder, f"Hugging Face hub, {source.repo}", folder.name, chat_template=template)
+    # Without a network the hub's library returns whatever it has of the model.
+    if (missing := _missing(folder)) is not None:
+        return f"its local copy is incomplete: {missing}"
+    return _whole(source, folder, f"Hugging Face hub, {source.repo}", folder.name, template)
 
 
 def _package(source: ModelSource, status: Status, template: dict[str, Any]) -> Checkpoint:
     """Return the model in the GGUF file of a Python package, which is dequantized once and cached."""
     package = source.package
     assert package is not None
-    folder = cache_folder() / "models" / f"{source.name}-{package.sha256[:12]}"
-    if not folder.exists():
+    folder = _conversion(source.name, package.sha256)
+    if not folder_is_whole(folder):
         with tempfile.TemporaryDirectory(prefix="quasar-") as scratch:
             gguf = _download_package(package, Path(scratch), status)
-            _converted(gguf, folder.name, status)
+            _converted(gguf, folder, status)
     origin = f"package {package.requirement}, {Path(package.file).name}, dequantized (the hub was not reachable)"
     if source.source == "package":
         origin = origin.removesuffix(" (the hub was not reachable)")
@@ -204,17 +235,21 @@ def _bytes_below(folder: Path) -> int:
     return total
 
 
-def _converted(gguf: Path, name: str, status: Status) -> Path:
+def _converted(gguf: Path, folder: Path, status: Status) -> Path:
     """Dequantize a GGUF file to BF16 safetensors with config and tokenizer. Concurrent runs wait for the first one."""
-    folder = cache_folder() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if folder.exists():
+        if folder_is_whole(folder):
             return folder
+        # A killed conversion left its folder.
+        for leftover in folder.parent.glob(f"{folder.name}.*/"):
+            shutil.rmtree(leftover, ignore_errors=True)
         status(f"dequantizing {gguf.name}", 0, 1)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder.parent))
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            _dequantize(gguf, unfinished)
+            _dequantize(gguf, unfinished, status)
+            seal_folder(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -223,21 +258,25 @@ def _converted(gguf: Path, name: str, status: Status) -> Path:
     return folder
 
 
-def _dequantize(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+def _dequantize(gguf: Path, folder: Path, status: Status) -> None:
+    from transformers import AutoTokenizer
 
+    what = f"dequantizing {gguf.name}"
+    write_dequantized(GGUFFile(gguf), folder, lambda done, total: status(what, done, total))
     # The loader prints progress bars, even to a log file.
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.bfloat16,
-            )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
-            raise RequestError(f"{gguf}: not a readable GGUF file of a supported architecture ({error})") from error
-        model.save_pretrained(folder)
+        except Exception as error:  # the libraries below raise whatever a damaged vocabulary makes them raise
+            raise RequestError(f"{gguf}: contains no usable tokenizer ({first_line(error)})") from error
         tokenizer.save_pretrained(folder)
+
+
+def _missing(folder: Path) -> str | None:
+    """Return what a folder lacks to be a whole checkpoint, or None; a download may have been interrupted."""
+    try:
+        read_object(folder / "config.json")
+        TensorFiles(folder)
+    except RequestError as error:
+        return str(error)
+    return None if has_tokenizer(folder) else f"{folder}: contains no tokenizer"

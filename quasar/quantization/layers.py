@@ -40,20 +40,30 @@ class W8A16Linear(_Int8Linear):
 
 
 class W4Linear(QuantizedLinear):
-    """A linear layer with 4-bit weights in groups. With ``activation_bits`` 8 its inputs are int8 in these groups."""
+    """A linear layer with 4-bit weights in groups. With ``activation_bits`` 8 its inputs are int8 in these groups.
 
-    def __init__(self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16) -> None:
+    input_order: int64 [K], the input that each column of the weight is multiplied with; None if it is that of the same
+        index. The op before must not quantize such inputs, because it would do so in the groups of another order
+    """
+
+    def __init__(
+        self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16, input_order: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
-        self.int8_activations = activation_bits == 8
+        self.weight, self.bias, self.input_order = weight, bias, input_order
+        self.int8_activations = activation_bits == 8 and input_order is None
         self.activation_group_size = weight.group_size
+        self._quantizes = activation_bits == 8
 
     @property
     def weight_bytes(self) -> int:
         return self.weight.nbytes + _bias_bytes(self.bias)
 
     def forward(self, x: Activations) -> Tensor:
-        if self.int8_activations or isinstance(x, Quantized):
+        if self.input_order is not None:
+            assert isinstance(x, Tensor)
+            x = x.index_select(1, self.input_order)
+        if self._quantizes or isinstance(x, Quantized):
             return quasar_kernels.linear_w4a8(x, self.weight, self.bias)
         return quasar_kernels.linear_w4a16(x, self.weight, self.bias)
 
@@ -73,12 +83,35 @@ class PackedLinear(nn.Module):
         return quasar_kernels.linear_bf16(x, self.weight, self.bias)
 
 
+class PackedEmbedding(nn.Module):
+    """An embedding that reads its rows from the packed weight of the output layer, which it is tied to."""
+
+    weight_bytes = 0
+    """The output layer counts the table."""
+
+    def __init__(self, table: DenseWeight) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table.rows(tokens)
+
+
 def pack_linears(model: nn.Module) -> None:
-    """Replace every unquantized bfloat16 linear layer by a `PackedLinear`, in place, if there are kernels for it."""
-    linears = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)]
-    for name, linear in linears:
-        if linear.weight.dtype == torch.bfloat16 and DenseWeight.has_kernels(linear.weight):
-            model.set_submodule(name, PackedLinear(linear))
+    """Replace every unquantized bfloat16 linear layer by a `PackedLinear`, in place, if there are kernels for it.
+
+    An embedding that is tied to such a layer becomes a `PackedEmbedding`, so that its table is in memory only once.
+    """
+    modules = list(model.named_modules())
+    embeddings = {module.weight: name for name, module in modules if isinstance(module, nn.Embedding)}
+    for name, linear in modules:
+        if type(linear) not in (nn.Linear, Linear) or linear.weight.dtype != torch.bfloat16:
+            continue
+        if DenseWeight.has_kernels(linear.weight):
+            packed = PackedLinear(linear)
+            model.set_submodule(name, packed)
+            if linear.weight in embeddings:
+                model.set_submodule(embeddings[linear.weight], PackedEmbedding(packed.weight))
 
 
 class GroupInt8Linear(QuantizedLinear):
@@ -86,19 +119,33 @@ class GroupInt8Linear(QuantizedLinear):
 
     The weights are dequantized in every call, so it is not faster than 16 bit.
 
-    values: int8 [N, K]; scales: float32 [N, G]
+    values: int8 [N, K]; scales: float32 [N, G]; zeros: float32 [N, G], or None if all are 0
+    input_order: int64 [K], the input that each column is multiplied with; None if it is that of the same index
     """
 
-    def __init__(self, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bias: Tensor | None = None,
+        zeros: Tensor | None = None,
+        input_order: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.values, self.scales, self.bias = values, scales, bias
+        self.values, self.scales, self.bias, self.zeros = values, scales, bias, zeros
+        self.input_order = input_order
 
     @property
     def weight_bytes(self) -> int:
         return self.values.nbytes + 2 * self.scales.numel() + _bias_bytes(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = self.values.view(*self.scales.shape, -1) * self.scales.unsqueeze(2)
+        if self.input_order is not None:
+            x = x.index_select(1, self.input_order)
+        groups = self.values.view(*self.scales.shape, -1)
+        if self.zeros is not None:
+            groups = groups - self.zeros.unsqueeze(2)
+        groups = groups * self.scales.unsqueeze(2)
         return F.linear(x, groups.view(self.values.shape).to(x.dtype), self.bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
-from quasar.model.loading import Progress, source_names
+from quasar.model.loading import Progress, load_model, source_names
+from quasar.model.sources import Checkpoint
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear
+from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.packed_gguf import GGUFCheckpoint
 from quasar.quantization.packed_rows import PackedRows
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
@@ -37,6 +39,10 @@ class PackedCheckpoint(Protocol):
         """Return the quantized weight of a linear layer; None if it is stored as floats."""
         ...
 
+    def require_all_read(self) -> None:
+        """Raise RequestError if the checkpoint contains tensors that have not been read."""
+        ...
+
 
 def open_packed(path: Path) -> PackedCheckpoint:
     """Open a GGUF file, or a folder with compressed-tensors, GPTQ or AWQ safetensors.
@@ -48,14 +54,35 @@ def open_packed(path: Path) -> PackedCheckpoint:
     return GGUFCheckpoint(path) if path.is_file() else SafetensorsCheckpoint(path)
 
 
+def load_reference(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress) -> Transformer:
+    """Load the unpruned model of a checkpoint in ``dtype``; quantized weights are dequantized if that was asked for."""
+    if not checkpoint.dequantized:
+        return load_model(checkpoint, dtype, device, progress)
+    assert checkpoint.folder is not None
+    return load_packed(open_packed(checkpoint.folder), dtype, device, 16, progress, dequantize=True)
+
+
+def quantized_share(path: Path) -> float:
+    """Return the share of a checkpoint's matrix weights that are stored quantized."""
+    checkpoint = SafetensorsCheckpoint(path)
+    sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items() if len(shape) == 2}
+    return sum(size for name, size in sizes.items() if checkpoint.quantizes(name)) / sum(sizes.values())
+
+
 def load_packed(
     checkpoint: PackedCheckpoint,
     dtype: torch.dtype,
     device: torch.device,
     activation_bits: int,
     progress: Progress,
+    dequantize: bool = False,
 ) -> Transformer:
-    """Load the model of a checkpoint. Its quantized linear layers stay quantized; everything else is in ``dtype``."""
+    """Load the model of a checkpoint. Its quantized linear layers stay quantized; everything else is in ``dtype``.
+
+    dequantize: whether the quantized layers are in ``dtype`` too
+
+    Raises RequestError if the tensors are not exactly those that the checkpoint's config implies.
+    """
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
     model.to(dtype)
@@ -64,7 +91,8 @@ def load_packed(
         progress(done, len(names))
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        parts = [checkpoint.packed(source) for source in sources] if _may_be_packed(name, module) else []
+        kept = not dequantize and _may_be_packed(name, module)
+        parts = [checkpoint.packed(source) for source in sources] if kept else []
         whole = [part for part in parts if part is not None]
         if not whole:
             dense = torch.cat([checkpoint.dense(source) for source in sources])
@@ -80,6 +108,7 @@ def load_packed(
         if module.bias is not None:
             layer.bias = module.bias  # still on the meta device; its values are loaded in a later iteration
     progress(len(names), len(names))
+    checkpoint.require_all_read()
     if checkpoint.config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight
     model.rope = type(model.rope)(checkpoint.config.rope, checkpoint.config.head_dim).to(device)
@@ -108,15 +137,25 @@ def _layer(
 ) -> nn.Module:
     """Build one layer from the stacked rows of its parts."""
     first = parts[0]
-    if any((part.bits, part.scales.shape[1]) != (first.bits, first.scales.shape[1]) for part in parts):
-        raise RequestError(f"{checkpoint.path}: {', '.join(sources)} are quantized in different formats")
+    kinds = {(part.bits, part.scales.shape[1], part.quantized_inputs) for part in parts}
+    if len(kinds) > 1 or any(not _same_order(part.order, first.order) for part in parts):
+        raise RequestError(
+            f"{checkpoint.path}: {', '.join(sources)} are quantized in different formats or with different orders of "
+            "their inputs, but form one layer here. Pass model.path=FOLDER model.dequantize=true to dequantize them"
+        )
     values = torch.cat([part.values for part in parts]).to(device)
     scales = torch.cat([part.scales for part in parts]).float().to(device)
+    zeros = torch.cat([part.zeros for part in parts]).float().to(device)
+    order = None if first.order is None else first.order.to(device)
+    symmetric = all(part.symmetric for part in parts)
     if first.bits == 4:
-        zeros = torch.cat([part.zeros for part in parts]).float().to(device)
-        symmetric = all(part.symmetric for part in parts)
         weight = Int4Weight.prepare(pack_int4(values), scales, zeros, symmetric, dtype)
-        return W4Linear(weight, None, activation_bits)
-    if all(part.quantized_inputs for part in parts) and scales.shape[1] == 1:
-        return W8A8Linear(Int8Weight.prepare(values, scales.squeeze(1)), None)
-    return GroupInt8Linear(values, scales)
+        return W4Linear(weight, None, activation_bits, order)
+    if scales.shape[1] == 1 and symmetric:
+        layer = W8A8Linear if first.quantized_inputs else W8A16Linear
+        return layer(Int8Weight.prepare(values, scales.squeeze(1)), None)
+    return GroupInt8Linear(values, scales, zeros=None if symmetric else zeros, input_order=order)
+
+
+def _same_order(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is second or (first is not None and second is not None and torch.equal(first, second))

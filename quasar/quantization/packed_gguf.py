@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quasar.errors import RequestError
-from quasar.model.config import ModelConfig
+from quasar.model.gguf_file import GGUFFile
 from quasar.quantization.packed_rows import PackedRows
 
 BLOCK = 32
@@ -18,60 +17,26 @@ KEPT_PACKED = ("Q8_0", "Q4_0", "Q4_1")
 # Types that are stored as floats.
 _FLOATS = ("F32", "F16", "BF16")
 
-_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_IN_BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 class GGUFCheckpoint:
-    """Implements `PackedCheckpoint` for one GGUF file, which is mapped into memory.
+    """Implements `PackedCheckpoint` for one GGUF file.
 
-    Raises RequestError if the file is corrupt or its architecture is not supported.
+    Raises RequestError as `GGUFFile` does, which requires that the file has no tensors besides those of the model.
     """
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-        from transformers import AutoConfig
-
         self.path = path
-        try:
-            reader = GGUFReader(path)
-            raw = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-        except (ValueError, OSError, KeyError, IndexError) as error:
-            raise RequestError(f"{path}: not a readable GGUF file of a supported architecture ({error})") from None
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        raw["tie_word_embeddings"] = "output.weight" not in self._tensors
-        self.config = ModelConfig.from_json(raw, str(path))
-        # Only files of this architecture store the rows of q and k in the order of ggml's rotary embedding.
-        self._interleaved = str(reader.fields["general.architecture"].contents()) == "llama"
+        self._file = GGUFFile(path)
+        self.config = self._file.config
 
     def __contains__(self, name: str) -> bool:
-        return _gguf_name(name) in self._tensors
+        return name in self._file.shapes
 
     def dense(self, name: str) -> Tensor:
-        from gguf import quants
-
-        tensor = self._tensor(name)
-        try:
-            values = quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise RequestError(f"{self.path}: tensor {tensor.name}: {error}") from None
-        dense = torch.from_numpy(np.array(values, dtype=np.float32))
-        return self._in_order(name, dense)
+        return self._file.dense(name)
 
     def packed(self, name: str) -> PackedRows | None:
-        tensor = self._tensor(name)
+        tensor = self._file.tensor(name)
         kind = tensor.tensor_type.name
         if kind in _FLOATS:
             return None
@@ -83,33 +48,11 @@ class GGUFCheckpoint:
         rows = int(tensor.shape[1])
         blocks = torch.from_numpy(np.array(tensor.data, dtype=np.uint8)).view(rows, int(tensor.shape[0]) // BLOCK, -1)
         found = _int8(blocks) if kind == "Q8_0" else _int4(blocks, offset=kind == "Q4_1")
-        values, scales, zeros = (self._in_order(name, part) for part in (found.values, found.scales, found.zeros))
+        values, scales, zeros = (self._file.in_order(name, part) for part in (found.values, found.scales, found.zeros))
         return PackedRows(found.bits, values, scales, zeros, found.symmetric)
 
-    def _tensor(self, name: str) -> Any:  # gguf's reader is untyped
-        stored = _gguf_name(name)
-        if stored not in self._tensors:
-            raise RequestError(f"{self.path}: tensor {stored} is missing; the file is incomplete")
-        return self._tensors[stored]
-
-    def _in_order(self, name: str, rows: Tensor) -> Tensor:
-        """Reorder the rows of q and k, [heads * D, ...], for the rotary embedding of Hugging Face.
-
-        ggml rotates the pairs (0, 1), (2, 3), …; Hugging Face rotates the pairs (0, D / 2), (1, D / 2 + 1), ….
-        """
-        if not self._interleaved or not name.endswith(("q_proj.weight", "k_proj.weight")):
-            return rows
-        shape = self.config.layers[0]
-        heads = shape.num_heads if "q_proj" in name else shape.num_kv_heads
-        return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _gguf_name(name: str) -> str:
-    owner, _, kind = name.rpartition(".")
-    if owner in _TOP:
-        return f"{_TOP[owner]}.{kind}"
-    index, _, rest = owner.removeprefix("model.layers.").partition(".")
-    return f"blk.{index}.{_IN_BLOCK[rest]}.{kind}"
+    def require_all_read(self) -> None:
+        """Do nothing: `GGUFFile` has compared the tensors with the metadata."""
 
 
 def _int8(blocks: Tensor) -> PackedRows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -13,9 +14,10 @@ class PackedRows:
     """Quantized rows of one linear layer, ``(values - zeros) * scales``.
 
     values: uint8 [N, K] in 0..15 for 4 bits, int8 [N, K] for 8 bits
-    scales, zeros: float32 [N, G], of G groups of consecutive inputs; zeros need not be whole numbers
+    scales, zeros: float32 [N, G], of G groups of consecutive columns; zeros need not be whole numbers
     symmetric: every zero is the middle of the range
     quantized_inputs: 8 bits: made for int8 activations per token
+    order: int64 [K], the input that each column is multiplied with, or None if it is that of the same index
     """
 
     bits: Literal[4, 8]
@@ -24,3 +26,10 @@ class PackedRows:
     zeros: Tensor
     symmetric: bool
     quantized_inputs: bool = False
+    order: Tensor | None = None
+
+    def restored(self) -> Tensor:
+        """Return the dequantized weight, float32 [N, K], with its inputs in the model's order."""
+        groups = self.values.float().view(*self.scales.shape, -1)
+        weight = ((groups - self.zeros.unsqueeze(2)) * self.scales.unsqueeze(2)).view(self.values.shape)
+        return weight if self.order is None else torch.empty_like(weight).index_copy_(1, self.order, weight)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from filelock import FileLock, Timeout
 from quasar.cache import code_version
 from quasar.config.schema import RunConfig
 from quasar.errors import RequestError
+from quasar.inputs import open_regular
 from quasar.results.generations import whole_lines
-from quasar.results.schema import Json
+from quasar.results.schema import CHECKSUM_KEY, Json, checksum
 
 LOCK_SECONDS = 3600.0
 
@@ -79,7 +81,9 @@ class SharedBaselines:
         self._read()
         if key not in self._known:
             baseline = decode()
-            line = json.dumps({"key": key, "device": self._device, **asdict(baseline)}) + "\n"
+            values = asdict(baseline)
+            sealed = {"device": self._device, CHECKSUM_KEY: checksum({"key": key, **values})}
+            line = json.dumps({"key": key, **sealed, **values}) + "\n"
             with self._file.open("ab") as stream:
                 stream.truncate(self._read_bytes)
                 stream.write(line.encode())
@@ -92,18 +96,25 @@ class SharedBaselines:
         """Read the lines that were added since the last call."""
         if not self._file.exists():
             return
-        with self._file.open("rb") as stream:
+        with open_regular(self._file) as stream:
             stream.seek(self._read_bytes)
             entries, whole = whole_lines(stream.read())
         self._read_bytes += whole
         for entry in entries:
-            key, device = entry.pop("key"), entry.pop("device")
+            key, device, given = entry.pop("key"), entry.pop("device"), entry.pop(CHECKSUM_KEY, None)
             if device != self._device:
                 raise RequestError(
                     f"{self._file}: the baselines of this sweep were measured on {device}, but this job runs on "
                     f"{self._device}; speedups would compare two devices. Pass another hydra.sweep.dir for this "
                     "device, or sweep.share_baselines=false"
                 )
+            if given != checksum({"key": key, **entry}):
+                warnings.warn(
+                    f"{self._file}: a baseline was changed after it was written; it is decoded again",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                continue
             self._known[key] = Baseline(**entry)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from quasar_kernels.bandwidth import copy_bandwidth
+from quasar_kernels.cpu import kernel_level
 
 from quasar.results.schema import Machine
 
@@ -19,6 +20,7 @@ PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "triton", "bitsa
 def describe_machine(device: torch.device) -> Machine:
     """Describe this machine and the installed code and packages; measures the copy bandwidth of ``device``."""
     commit, dirty = _git()
+    level, reason = kernel_level() if device.type == "cpu" else ("", "")
     return Machine(
         git_commit=commit,
         git_dirty=dirty,
@@ -30,6 +32,8 @@ def describe_machine(device: torch.device) -> Machine:
         threads=torch.get_num_threads(),
         device=device_name(device),
         copy_bandwidth_bytes_per_second=copy_bandwidth(device),
+        kernels=level,
+        kernels_reason=reason,
     )
 
 

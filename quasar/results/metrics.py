@@ -37,6 +37,7 @@ class RunFacts:
     copy_bandwidth: bytes per second, see `quasar_kernels.bandwidth.copy_bandwidth`
     simulated: whether acceptance was replayed, so that the generated text is meaningless
     lossy: whether the acceptance rule does not preserve the verifier's distribution
+    sandbox: what isolates the generated code that is graded; None if none is executed
     """
 
     model: str
@@ -55,6 +56,7 @@ class RunFacts:
     lossy: bool
     model_origin: str
     weights_on_grid: float | None
+    sandbox: str | None = None
 
 
 class Measured:
@@ -473,7 +475,7 @@ def _crossed(run: Measured, values: Callable[[PromptRecord], dict[str, float] | 
     for record in run.records:
         if (entry := values(record)) is not None:
             found.setdefault((record.family, record.question_id), []).append(entry)
-    complete = {key: entries for key, entries in found.items() if len(entries) == repetitions(run)}
+    complete = {key: entries for key, entries in sorted(found.items()) if len(entries) == repetitions(run)}
     if not complete:
         return None
     names = next(iter(complete.values()))[0]

@@ -12,8 +12,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from quasar.console import Reporter
 from quasar.results.collect import Collector, all_runs, tabulate, write
+from quasar.results.console import Reporter
 from quasar.results.runs import STATES, StoredRun, flatten
 
 STATUS_ROWS = 24

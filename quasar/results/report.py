@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quasar.console import Reporter
 from quasar.results import metrics
+from quasar.results.console import Reporter
 from quasar.results.metrics import MISSING, Measured, Metric, named
 from quasar.results.schema import Json
 
@@ -63,7 +63,8 @@ def _notes(run: Measured, values: Json) -> list[str]:
             f"KL {_text(values, 'kl_noise_floor')}, top-1 {_text(values, 'top1_noise_floor')}."
         )
     if values["task_accuracy"] is not None:
-        notes.append(f"Task accuracy: {_accuracies(run)}.")
+        isolation = f"; generated code was isolated by {run.facts.sandbox}" if run.facts.sandbox else ""
+        notes.append(f"Task accuracy: {_accuracies(run)}{isolation}.")
     if values["distinct_4gram_ratio_reference"] is not None and values["distinct_4gram_ratio"] is not None:
         notes.append(
             f"Distinct 4-grams: {_text(values, 'distinct_4gram_ratio')} in the output, "
@@ -80,7 +81,22 @@ def _notes(run: Measured, values: Json) -> list[str]:
             "Speedup over AR-ref along the reference's own text, so that both decode the same tokens: "
             f"{_text(values, 'reference_text_speedup')}, 95 % interval {interval}."
         )
-    return notes + _divergences(run)
+    return notes + _attempts(run) + _divergences(run)
+
+
+def _attempts(run: Measured) -> list[str]:
+    """Return a note if the run was interrupted and continued."""
+    attempts = {record.attempt for record in run.records}
+    if len(attempts) < 2:
+        return []
+    adaptive = any("chosen_length" in turn.steps.notes for turn in run.turns)
+    effect = (
+        "the estimates of decode.draft_tokens=auto started again in each, so that draft lengths and times differ from "
+        "those of a run that was never interrupted"
+        if adaptive
+        else "their times were measured at different moments"
+    )
+    return [f"The prompts were decoded in {len(attempts)} attempts (attempt in generations.jsonl): {effect}."]
 
 
 def _validity(run: Measured) -> list[str]:

@@ -7,6 +7,8 @@ is added or removed or changes its meaning. The keys of summary.json are those o
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -14,8 +16,9 @@ from typing import Any, TypeVar
 Json = dict[str, Any]
 """A JSON object whose keys are not described by a dataclass."""
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 VERSION_KEY = "schema_version"
+CHECKSUM_KEY = "checksum"
 
 Record = TypeVar("Record")
 
@@ -175,6 +178,7 @@ class PromptRecord:
     correct: whether the answer solves its task; None if it was not graded
     fidelity: one entry per turn; empty if fidelity was not measured
     repetition: number of the repetition, from 0
+    attempt: number of the attempt that decoded the prompt; above 1 if the run was interrupted and continued before
     """
 
     question_id: str
@@ -183,18 +187,24 @@ class PromptRecord:
     correct: bool | None = None
     fidelity: list[ForcedAnswer] = field(default_factory=list)
     repetition: int = 0
+    attempt: int = 1
 
     def to_json(self) -> Json:
-        return {
+        content = {
             VERSION_KEY: SCHEMA_VERSION,
             **vars(self),
             "turns": [turn.to_json() for turn in self.turns],
             "fidelity": [vars(answer) for answer in self.fidelity],
         }
+        return {**content, CHECKSUM_KEY: checksum(content)}
 
     @classmethod
     def from_json(cls, content: object) -> PromptRecord:
-        """Return the record in a line. Raises ValueError if its schema version differs or a key is missing."""
+        """Return the record in a line.
+
+        Raises ValueError if its schema version differs, a key is missing, or its checksum shows that it was changed
+        after it was written.
+        """
         if not isinstance(content, Mapping):
             raise ValueError("it is not a JSON object")
         if content.get(VERSION_KEY) != SCHEMA_VERSION:
@@ -206,12 +216,23 @@ class PromptRecord:
             values["fidelity"] = [_built(ForcedAnswer, answer) for answer in values["fidelity"]]
         except (TypeError, AttributeError) as error:
             raise ValueError(str(error)) from None
+        if content.get(CHECKSUM_KEY) != checksum(content):
+            raise ValueError("its checksum does not fit: it was changed after it was written")
         return cls(**values)
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return a checksum over an object's keys and values, apart from the checksum that it contains."""
+    kept = {key: value for key, value in content.items() if key != CHECKSUM_KEY}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that a run was measured on, with its code and packages."""
+    """The machine that a run was measured on, with its code and packages.
+
+    kernels, kernels_reason: level of the CPU kernels, and why this level is used; empty on a GPU
+    """
 
     git_commit: str | None
     git_dirty: bool | None
@@ -223,6 +244,8 @@ class Machine:
     threads: int
     device: str
     copy_bandwidth_bytes_per_second: float
+    kernels: str = ""
+    kernels_reason: str = ""
 
     @property
     def name(self) -> str:
@@ -245,12 +268,72 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What the records of a run depend on besides its configuration. A run is continued only with equal inputs.
+
+    code_version: see `quasar.cache.code_version`
+    device: name of the GPU, or the level of the CPU kernels; other devices may round differently
+    packages: versions of the packages that compute logits and encode texts
+    prompts: hash of every prompt, by its question id
+    model: SHA-256 of the model's files by name
+    calibration: hash of the calibration text; None if the run has none
+    files: SHA-256 of other files that the configuration names, by key
+    """
+
+    code_version: str
+    device: str
+    packages: dict[str, str]
+    prompts: dict[str, str]
+    model: dict[str, str]
+    calibration: str | None
+    files: dict[str, str]
+
+    @classmethod
+    def from_json(cls, content: Json | None) -> Inputs | None:
+        """Return the inputs in environment.json, or None if the file was missing or damaged or lacks them."""
+        try:
+            return _built(cls, (content or {})["inputs"])
+        except (KeyError, ValueError):
+            return None
+
+    def differences(self, recorded: Inputs) -> list[str]:
+        """Return a sentence part for everything that differs from the recorded inputs."""
+        found = []
+        for name, words in _INPUT_WORDS.items():
+            before, now = getattr(recorded, name), getattr(self, name)
+            if before == now:
+                continue
+            if isinstance(now, dict) and isinstance(before, dict):
+                changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+                shown = ", ".join(changed[:NAMED_DIFFERENCES]) + (", ..." if len(changed) > NAMED_DIFFERENCES else "")
+                found.append(f"{words} ({shown})")
+            elif name == "calibration":
+                found.append(words)
+            else:
+                found.append(f"{words} ({before} before, {now} now)")
+        return found
+
+
+_INPUT_WORDS = {
+    "code_version": "the version of the code",
+    "device": "the device or the level of its kernels",
+    "packages": "versions of packages",
+    "prompts": "prompts",
+    "model": "files of the model",
+    "calibration": "the calibration text",
+    "files": "files that the configuration names",
+}
+NAMED_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
 class Environment:
-    """The content of environment.json. The keys of ``machine`` are at its top level.
+    """What environment.json says of one attempt at a run. The keys of ``machine`` are at its top level.
 
     verifier, drafter: sentences on what was decided while the verifier and the drafter were built
     prompt_set: hash of all prompts
     prompts: number of prompts
+    sandbox: what isolates the generated code that is graded; None if none is executed
     """
 
     machine: Machine
@@ -259,9 +342,11 @@ class Environment:
     drafter: list[str]
     prompt_set: str
     prompts: int
+    inputs: Inputs
+    sandbox: str | None = None
 
     def to_json(self) -> Json:
-        content = {**vars(self.machine), **vars(self), "model": vars(self.model)}
+        content = {**vars(self.machine), **vars(self), "model": vars(self.model), "inputs": vars(self.inputs)}
         del content["machine"]
         return content
 

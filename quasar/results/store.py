@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shlex
 import socket
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,13 +19,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from quasar.cache import code_version
 from quasar.config.hash import config_hash
-from quasar.errors import QuasarError, RequestError
+from quasar.errors import RequestError, actionable, storage_error
 from quasar.results.generations import GENERATIONS, GenerationsFile
-from quasar.results.schema import Environment, Json, PromptRecord, Status
+from quasar.results.schema import Environment, Inputs, Json, PromptRecord, Status
 
 LOCK = ".lock"
+ENVIRONMENT = "environment.json"
 # `is_locked` in another process holds the lock for a moment while it checks the folder; this is long enough to wait.
 LOCK_SECONDS = 5.0
+
+
+class BusyError(RequestError):
+    """Another process is working on the run."""
 
 
 class RunFolder:
@@ -32,41 +40,47 @@ class RunFolder:
     The process holds a lock on the folder from `begin` until the status is done or failed. The lock is released if the
     process dies, so a run whose status is "running" and whose folder is not locked was killed.
 
-    Raises RequestError if the folder contains results of another configuration or records of another schema.
+    Raises RequestError if the folder contains results of another configuration or records of another schema, and
+    StorageError if it cannot be written.
     """
 
     def __init__(self, path: Path, config: DictConfig, resume: bool) -> None:
         self.path = path
         self.hash = config_hash(config)
-        self._config = config
+        self._config, self._resume = config, resume
         self._lock = FileLock(path / LOCK)
-        previous = self._previous_hash()
-        if previous is not None and previous != self.hash:
-            raise RequestError(
-                f"{path} contains a run with another configuration (hash {previous}, this one has {self.hash}); "
-                "choose another hydra.run.dir"
-            )
-        if previous is not None and not resume:
-            raise RequestError(
-                f"{path} already contains this run; pass resume=true to continue it, or another hydra.run.dir"
-            )
+        self._begun = False
+        self._attempt = 1
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+            raise storage_error(path, PermissionError(13, os.strerror(13)))
+        self._require_same_run()
         GenerationsFile(path / GENERATIONS).read_on()
 
     def begin(self, command: list[str], environment: Environment) -> list[PromptRecord]:
         """Write config, environment and status; return the records of prompts that an earlier attempt finished.
 
-        Raises RequestError if another process is working on the run.
+        Everything that the folder contains is compared while the lock is held, because another run may have begun in
+        the folder meanwhile.
+
+        Raises BusyError if another process is working on the run, RequestError if the folder has become another run's
+        or if the records were made from other inputs, and StorageError if the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            raise RequestError(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+            raise BusyError(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+        except OSError as error:
+            raise storage_error(self.path, error) from None
         try:
-            return self._begin(command, environment)
+            self._require_same_run()
+            records = self._recover(environment.inputs)
+            self._begin(command, environment, len(records))
+            self._begun = True
         except BaseException:
             self._lock.release()
             raise
+        return records
 
     @contextmanager
     def failures_recorded(self) -> Iterator[None]:
@@ -76,28 +90,33 @@ class RunFolder:
         except KeyboardInterrupt:
             self._failed("interrupted")
             raise
-        except QuasarError as error:
-            if self._lock.is_locked or not isinstance(error, RequestError):
-                self._failed(str(error))
-            raise
-        except Exception:
-            self._failed(traceback.format_exc())
+        except BaseException as error:
+            known = actionable(error)
+            if self._begun or not isinstance(known, RequestError):
+                self._failed(traceback.format_exc() if known is None else str(known))
             raise
 
-    def append(self, record: PromptRecord) -> None:
-        """Append one prompt's record and flush it to disk. If writing fails, the file is left unchanged."""
+    def append(self, record: PromptRecord) -> PromptRecord:
+        """Append one prompt's record and flush it to disk. If writing fails, the file is left unchanged.
+
+        Returns the record with the number of this attempt, as it is in the file.
+        """
+        record = replace(record, attempt=self._attempt)
+        file = self.path / GENERATIONS
         line = (json.dumps(record.to_json(), ensure_ascii=False) + "\n").encode()
-        descriptor = os.open(self.path / GENERATIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            before = os.fstat(descriptor).st_size
+        with _named(file):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                _write_all(descriptor, line)
-                os.fsync(descriptor)
-            except OSError:
-                os.ftruncate(descriptor, before)
-                raise
-        finally:
-            os.close(descriptor)
+                before = os.fstat(descriptor).st_size
+                try:
+                    _write_all(descriptor, line)
+                    os.fsync(descriptor)
+                except BaseException:
+                    os.ftruncate(descriptor, before)
+                    raise
+            finally:
+                os.close(descriptor)
+        return record
 
     def finish(self, summary: Json) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -115,35 +134,110 @@ class RunFolder:
             if state != "running":
                 self._lock.release()
 
-    def _begin(self, command: list[str], environment: Environment) -> list[PromptRecord]:
+    def _begin(self, command: list[str], environment: Environment, finished: int) -> None:
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
         values = OmegaConf.to_container(self._config, resolve=True)
-        header = f"# config hash: {self.hash}\n# command: {' '.join(command)}\n"
+        header = f"# config hash: {self.hash}\n# command: {_one_line(command)}\n"
         write_atomically(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(values)))
-        write_atomically(self.path / "environment.json", json.dumps(environment.to_json(), indent=2) + "\n")
+        content = self._environment(command, environment, finished)
+        write_atomically(self.path / ENVIRONMENT, json.dumps(content, indent=2) + "\n")
         self.status("running")
-        return self._recover()
+
+    def _environment(self, command: list[str], environment: Environment, finished: int) -> Json:
+        """Return the content of environment.json with an entry for this attempt.
+
+        Entries of earlier attempts stay as they are. The top level describes the attempt that made the first record.
+        """
+        previous = read_json(self.path / ENVIRONMENT) or {}
+        attempts = previous.get("attempts")
+        attempts = attempts if isinstance(attempts, list) else []
+        self._attempt = len(attempts) + 1
+        attempt = {
+            "attempt": self._attempt,
+            "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+            "command": command,
+            "prompts_done_before": finished,
+            **environment.to_json(),
+        }
+        described = {key: value for key, value in previous.items() if key not in ("run_id", "attempts")}
+        return {
+            "run_id": previous.get("run_id") or secrets.token_hex(8),
+            **(described if finished else environment.to_json()),
+            "attempts": [*attempts, attempt],
+        }
 
     def _failed(self, error: str) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.status("failed", error)
+        if self._begun or self._claimed():
+            self.status("failed", error)
 
-    def _previous_hash(self) -> str | None:
+    def _claimed(self) -> bool:
+        """Lock the folder before `begin`, unless it has become another run's or already contains the finished run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            self._require_same_run()
+        except (OSError, Timeout, RequestError):
+            self._lock.release()
+            return False
+        status = read_status(self.path)
+        if status is not None and status.status == "done":
+            self._lock.release()
+            return False
+        return True
+
+    def _require_same_run(self) -> None:
+        """Raise RequestError if the folder contains another configuration, or this one and it must not be resumed."""
         config = self.path / "config.yaml"
         if not config.exists():
-            return None
-        first = config.read_text(encoding="utf-8").split("\n", 1)[0]
-        return first.removeprefix("# config hash: ").strip()
+            if (self.path / GENERATIONS).exists():
+                raise RequestError(
+                    f"{self.path} contains records but no config.yaml, so that their configuration is unknown; choose "
+                    "another hydra.run.dir"
+                )
+            return
+        first = config.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
+        previous = first.removeprefix("# config hash: ").strip()
+        if previous != self.hash:
+            raise RequestError(
+                f"{self.path} contains a run with another configuration (hash {previous}, this one has {self.hash}); "
+                "choose another hydra.run.dir"
+            )
+        if not self._resume:
+            raise RequestError(
+                f"{self.path} already contains this run; pass resume=true to continue it, or another hydra.run.dir"
+            )
 
-    def _recover(self) -> list[PromptRecord]:
-        """Return the records of the complete lines, and remove an incomplete line that a crash left after them."""
+    def _recover(self, inputs: Inputs) -> list[PromptRecord]:
+        """Return the records of the complete lines, and remove an incomplete line that a crash left after them.
+
+        Raises RequestError if the records are not answers to these prompts or were made from other inputs.
+        """
         file = self.path / GENERATIONS
         generations = GenerationsFile(file)
         records = generations.read_on()
+        if records:
+            require_same_inputs(self.path, inputs)
+            generations.require_prompts(inputs.prompts)
         if file.exists() and generations.whole_bytes != file.stat().st_size:
             os.truncate(file, generations.whole_bytes)
         return records
+
+
+def require_same_inputs(folder: Path, inputs: Inputs) -> None:
+    """Raise RequestError if the records in a run's folder were made from other inputs; the message names them."""
+    recorded = Inputs.from_json(read_json(folder / ENVIRONMENT))
+    if recorded is None:
+        different = f"{ENVIRONMENT} does not say what its records were made from"
+    elif found := inputs.differences(recorded):
+        different = f"its records were made with a difference in {'; '.join(found)}"
+    else:
+        return
+    raise RequestError(
+        f"{folder}: {different}. Results of both would be mixed; restore what has changed, or choose another "
+        "hydra.run.dir (for a sweep: another hydra.sweep.dir)"
+    )
 
 
 def write_status(folder: Path, state: str, error: str | None, config_hash: str) -> None:
@@ -158,7 +252,15 @@ def write_status(folder: Path, state: str, error: str | None, config_hash: str) 
         machines=_with(previous.machines if previous else [], socket.gethostname()),
         pid=os.getpid(),
     )
-    write_atomically(folder / "status.json", json.dumps(status.to_json(), indent=2) + "\n")
+    file = folder / "status.json"
+    try:
+        write_atomically(file, json.dumps(status.to_json(), indent=2) + "\n")
+    except OSError:
+        if previous is None or state == "running":
+            raise
+        # A full disk has no room for a second file, but the existing one has room for a short error.
+        short = replace(status, error=None if error is None else error.strip().splitlines()[-1])
+        _overwrite(file, json.dumps(short.to_json(), indent=2) + "\n")
 
 
 def read_status(folder: Path) -> Status | None:
@@ -170,28 +272,60 @@ def read_json(file: Path) -> Json | None:
     """Return the JSON object in a file; None if the file is missing or contains no object."""
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
 
 def write_atomically(file: Path, content: str) -> None:
-    """Replace a file's content at once, so that readers see the old or the new content; if writing fails, the old."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    """Replace a file's content at once, so that readers see the old or the new content; if writing fails, the old.
+
+    Raises OSError with the file's name.
+    """
+    # The name is random, because processes of several machines may have the same id.
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
+    with _named(file):
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _overwrite(file: Path, content: str) -> None:
+    """Write new content over the old one, which needs no room on the disk unless it is longer by blocks."""
+    data = content.encode()
+    with _named(file):
+        descriptor = os.open(file, os.O_WRONLY)
+        try:
+            _write_all(descriptor, data)
+            os.ftruncate(descriptor, len(data))
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Add the file's name to an OSError. Errors of a write do not have one."""
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
+
+
+def _one_line(command: list[str]) -> str:
+    """Return a command for a comment in a YAML file, which ends at any kind of line break."""
+    text = shlex.join(command)
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _with(known: list[str], value: str) -> list[str]:

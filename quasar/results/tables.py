@@ -76,7 +76,8 @@ def _family_table(rows: pd.DataFrame, quantity: Quantity) -> str:
 
 
 def _labels(group: Group, conditions: Sequence[str]) -> list[str]:
-    return [group.arm, *(f"{group.conditions[name]}" for name in conditions)]
+    values = [group.conditions[name] for name in conditions]
+    return [group.arm, *(f"{value:g}" if isinstance(value, float) else str(value) for value in values)]
 
 
 def _cells(values: Mapping[str, Estimate | None]) -> list[str]:

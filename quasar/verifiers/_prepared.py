@@ -138,4 +138,4 @@ def _load(file: Path) -> _Weights:
         return _Weights(**json.loads(opened.metadata()["weights"]), tensors=tensors)
 
 
-STORE = Store("verifiers", ".safetensors", _save, _load)
+STORE = Store("verifiers", ".safetensors", _save, _load, fits_memory=False)

@@ -1,1 +1,1 @@
-"""What a GPU makes of the kernels and of whole verification passes, in one folder of JSON and plots."""
+"""Measures and checks the kernels and whole verification passes on a GPU; writes one folder of JSON and plots."""

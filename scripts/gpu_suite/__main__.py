@@ -1,4 +1,4 @@
-"""Run every section, each on its own: a failure is recorded with its traceback, and what was measured is kept."""
+"""Runs every section separately. A failure is recorded with its traceback, and all measurements are kept."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 TUNING_SHARE = 0.25
-"""Of the time that is left when tuning begins."""
+"""Share of the remaining time, at the beginning of tuning, that tuning may take."""
 GRACE_SECONDS = 8.0
-"""After its time is up, for a section to end and the closing ones to run."""
+"""Time after the suite's end for the current section to stop and for the closing sections to run."""
 DEVICE_IS_BROKEN = 75
-"""Exit code of a process after which another one should resume."""
+"""Exit code of a process that another process should resume."""
 
 
 def main() -> int:
-    """Exit code 0: all is well; 1: a section failed or a kernel was wrong; 2: no device; 75: start again to resume."""
+    """Return the exit code: 0 (success), 1 (a section failed or a kernel was wrong), 2 (no device), 75 (resume)."""
     arguments = _arguments()
     if arguments.device == "cpu":
-        # Read when Triton is imported.
+        # Triton reads it when it is imported.
         os.environ["TRITON_INTERPRET"] = "1"
-        os.environ["QUASAR_CACHE"] = str(arguments.output)  # tilings chosen by an interpreter's times are worthless
+        os.environ["QUASAR_CACHE"] = str(arguments.output)  # the interpreter's times are useless for tuning
     import torch
 
     from scripts.gpu_suite import (
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def _exit_when_hanging(seconds: float) -> None:
-    """A wait for a device that does not answer cannot be interrupted, only ended with the process."""
+    """End the process, because a wait for a device that does not answer cannot be interrupted."""
     watchdog = threading.Timer(seconds, lambda: os._exit(DEVICE_IS_BROKEN))
     watchdog.daemon = True
     watchdog.start()

@@ -1,4 +1,4 @@
-"""The figures that the kernels are meant to reach on an H100, and whether this run reached them."""
+"""The targets of the kernels on an H100, and whether this run reached them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PASS_ROWS, PASS_CONTEXT = 6, 2048
 
 
 def measure(results: Json) -> list[Json]:
-    """A line per bar: the value, the target, met or not; the value is null if the run did not measure it."""
+    """Return one line per target: the value (null if not measured), the target, and whether it is met."""
     products = [row for row in results.get("products", []) if row.get("model") == MODEL and "microseconds" in row]
     bandwidth = results.get("environment", {}).get("copy_bandwidth_bytes_per_second")
     return [
@@ -69,7 +69,7 @@ def _overhead_bars(results: Json) -> Iterator[Json]:
 
 
 def _least(name: str, values: dict[str, float], target: float, wanted: int) -> Json:
-    """A bar for the least of several values; not met as long as one of those ``wanted`` was not measured."""
+    """Return a target for the smallest of several values. It is not met if fewer than ``wanted`` were measured."""
     worst = min(values, key=lambda key: values[key], default=None)
     bar = _bar(name, None if worst is None else values[worst], target, worst, values)
     if bar["met"] and len(values) < wanted:

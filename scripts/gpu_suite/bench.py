@@ -1,4 +1,4 @@
-"""Every product of the three models in every form, from memory: copies of a weight larger than the L2 cache rotate."""
+"""Times every matmul of the three models in every form. Copies of a weight rotate, so that it is read from memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from scripts.gpu_suite.record import Json, Recorder
 from scripts.gpu_suite.timing import milliseconds_per_call
 
 ROTATED_BYTES = 192 << 20
-"""Bytes that one replay reads; an H100's L2 cache holds 50 MB."""
+"""Bytes that one replay reads. The L2 cache of an H100 has 50 MB."""
 MOST_COPIES = 256
 FEWEST_CALLS = 8
 SHARE_FOR_PASSES = 0.4
-"""Of the suite's time, to be left when the bench ends."""
+"""Share of the suite's time that must be left when the benchmark ends."""
 
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
-    """A row per product, contender and number of rows; the largest model first, in case time runs out."""
+    """Return one row per matmul, contender and number of rows. The largest model is first, because time may run out."""
     rows: list[Json] = []
     for product in reversed(plan.products):
         for name, build in builders(product, plan.device):

@@ -1,4 +1,4 @@
-"""A peer of the captured passes: the model's own forward pass under ``torch.compile``, as gpt-fast runs its model."""
+"""Times the model's forward pass under ``torch.compile``, as in gpt-fast, for comparison with captured passes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scripts.gpu_suite.record import Json, Recorder
 from scripts.gpu_suite.timing import milliseconds_per_call
 
 ROWS = (6, 1)
-"""The block of the bars first: every size is compiled on its own."""
+"""The numbers of rows, that of the targets first, because every size is compiled separately."""
 SECONDS_TO_COMPILE = 75.0
 
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
-    """A row per number of rows, in BF16 at the main context."""
+    """Return one row per number of rows, in BF16 at the main context length."""
     name, config = plan.passes_model
     model = random_model(config, "bf16", plan.device, torch.bfloat16)
     rows: list[Json] = []
@@ -36,7 +36,7 @@ def measure(plan: Plan, recorder: Recorder) -> list[Json]:
 
 @torch.inference_mode()
 def _measure(model: Transformer, rows: int, plan: Plan) -> tuple[float, float]:
-    """Time of a pass, and the sum of its logits' magnitudes: that of the captured pass but for rounding."""
+    """Return the time of a pass and the sum of its logits' magnitudes, which captured passes give up to rounding."""
     cache = filled_cache(model, plan)
     cache.length = plan.main_context
     chain = Draft.chain(list(range(1, rows)))

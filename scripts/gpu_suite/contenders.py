@@ -1,4 +1,4 @@
-"""One matmul in every form that can compute it: our kernels and their peers."""
+"""One matmul in every form that can compute it: these kernels and those of other libraries."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from scripts.gpu_suite.plan import Product
 
 TINYGEMM_K_TILES = 8
 INT_MM_ROWS = 32
-"""`torch._int_mm` takes more than 16 rows only; shorter blocks are padded for it."""
+"""Smallest number of rows of `torch._int_mm`. Smaller blocks are padded."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A backend with one copy of a weight. nbytes: of the weight, as it is read; run: the product on given rows."""
+    """A backend with one copy of a weight. nbytes: bytes of the weight; run: computes the matmul on rows."""
 
     name: str
     nbytes: int
@@ -35,7 +35,7 @@ Build = Callable[[], Contender]
 
 
 def builders(product: Product, device: torch.device) -> Iterator[tuple[str, Build]]:
-    """Name and constructor of every contender that this machine can run; every call makes a fresh copy."""
+    """Return name and constructor of every contender that runs on this machine. A constructor makes a new copy."""
     n, k = product.outputs, product.inputs
     yield "cublas_bf16", lambda: _cublas(n, k, device)
     for op in MATMULS:
@@ -56,7 +56,7 @@ def _cublas(n: int, k: int, device: torch.device) -> Contender:
 
 
 def _ours(op: Matmul, product: Product, device: torch.device) -> Contender:
-    """Without quantization of the activations, which a model fuses into the op before."""
+    """Return the op of this package. Activations are quantized outside of the timed part, as a model fuses this."""
     assert op.triton is not None
     values = torch.randn(product.outputs, product.inputs, device=device, dtype=torch.bfloat16)
     weight, run = op.round(values, product.group_size), op.triton.run
@@ -64,7 +64,7 @@ def _ours(op: Matmul, product: Product, device: torch.device) -> Contender:
 
 
 def _int_mm(n: int, k: int, device: torch.device) -> Contender:
-    """The matmul alone, without scales: a lower bound for W8A8 by PyTorch's own operations."""
+    """The matmul without scales. Its time is a lower bound for W8A8 with PyTorch's own operations."""
     values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
 
     def run(x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _torch_int4pack(n: int, k: int, group_size: int, device: torch.device) -> Co
 
 
 def _torchao(n: int, k: int, group_size: int, device: torch.device) -> Contender:
-    """Its 4-bit weights in the layout for tensor cores."""
+    """Return torchao's matmul with 4-bit weights in the layout for tensor cores."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     layer = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
@@ -115,7 +115,7 @@ _last_quantized: tuple[Tensor, Matmul, int, Tensor | Quantized] | None = None
 
 
 def _quantized(op: Matmul, x: Tensor, group_size: int) -> Any:
-    """The rows as an op takes them, computed once per tensor, op and group size, outside of what is timed."""
+    """Return the rows in the form that an op takes. They are computed once, outside of the timed part."""
     global _last_quantized
     if _last_quantized is None or _last_quantized[0] is not x or _last_quantized[1:3] != (op, group_size):
         _last_quantized = x, op, group_size, op.quantized(x, group_size)

@@ -1,4 +1,4 @@
-"""Every Triton kernel against the op's definition in float64, on random inputs and outputs that begin as poison."""
+"""Compares every Triton kernel with the op's definition in float64, on random inputs and poisoned outputs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from scripts.gpu_suite.record import Json, Recorder
 from scripts.gpu_suite.workers import in_processes
 
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
-"""Largest difference, in units of a row's largest value."""
+"""Largest allowed difference, relative to the largest value of a row."""
 INTERPRETER_TOLERANCE = 2**-5
 SHARE_OF_TIME = 0.3
-"""Of the suite's; a kernel that hangs must leave time for the others."""
+"""Share of the suite's time for this section, so that a kernel that hangs leaves time for the others."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A product to check: N, K, and in which forms."""
+    """A matmul to check: N, K, and the forms of the weight."""
 
     outputs: int
     inputs: int
@@ -41,7 +41,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process checks at a time. weights: of products; None: everything else"""
+    """The part that one process checks. weights: the matmuls' weights; None for all other ops."""
 
     plan: Plan
     seed: int
@@ -58,16 +58,16 @@ FULL = (
     Weights(4096, 12288, True, (64, 128), (False,)),
     Weights(24576, 4096, False, (128,), (True,)),
 )
-"""Ragged N; then the shapes of the models. The first two are checked in float16 too."""
+"""Matmuls with an irregular N, then those of the models. The first two are also checked in float16."""
 TINY_LAYERS = (Layer(64, 96, 4, 2, 32, True, 64),)
 FULL_LAYERS = (Layer(1000, 1000, 12, 4, 40, False, 64), *LAYERS.values())
-"""A ragged one; then those of the models."""
+"""A layer with irregular sizes, then those of the models."""
 QUANTIZATION_STEP = 1 / 127
-"""Two quantizers may put a value that lies between two steps on different ones."""
+"""Two quantizers may round a value between two steps to different steps."""
 
 
 def measure(plan: Plan, recorder: Recorder) -> Json:
-    """All cases with their errors; ``correct`` where an error is within the tolerance of the dtype."""
+    """Return all cases with their errors. A case is ``correct`` if its error is within the tolerance of the dtype."""
     seed = torch.seed() % 2**31
     found: Json = {"seed": seed, "cases": [], "wrong": 0}
     limit = SHARE_OF_TIME * recorder.seconds_left()
@@ -97,7 +97,7 @@ def _check(job: Job) -> list[Json]:
 
 
 def _failed(job: Job, error: Exception) -> list[Json]:
-    """A kernel that does not compile or crashes its process must not hide the others."""
+    """Return the failure of a part whose kernel does not compile or crashes its process."""
     reason = f"{type(error).__name__}: {str(error)[:500]}"
     return [
         {"op": str(job.weights or "between the matmuls"), "dtype": str(job.dtype), "correct": False, "error": reason}
@@ -106,7 +106,7 @@ def _failed(job: Job, error: Exception) -> list[Json]:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialized tensors hold NaN or 99 meanwhile, so that an element that a kernel leaves out is seen."""
+    """Fill uninitialized tensors with NaN or 99, so that an element that a kernel does not write is noticed."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def poisoned(*size: Any, **options: Any) -> Tensor:
@@ -143,7 +143,7 @@ def _matmuls(job: Job) -> Iterator[Json]:
 
 
 def _weights(plan: Plan, op: Matmul, shape: Weights, dtype: torch.dtype) -> Iterator[Weight]:
-    """Random weights of an op's format."""
+    """Yield random weights of an op's format."""
     size = shape.outputs, shape.inputs
     if op.weight_bits == 16:
         yield DenseWeight(_normal(plan, *size, dtype=dtype))
@@ -177,7 +177,7 @@ def _contexts(plan: Plan) -> tuple[int, ...]:
 
 
 def _layer_op(plan: Plan, op: LayerOp, setting: Setting) -> Iterator[Json]:
-    """An op's results, and the arguments that it may have written to, on the same values in float64."""
+    """Return an op's results on the same values in float64, and the arguments that it may have written to."""
     arguments = op.case(setting).arguments
     if op.triton is None or not op.triton.supports(*arguments):
         return
@@ -194,7 +194,7 @@ def _layer_op(plan: Plan, op: LayerOp, setting: Setting) -> Iterator[Json]:
 
 
 def _copied(argument: Any) -> Any:
-    """A copy for the definition: 16-bit values in float64."""
+    """Return a copy for the definition, with 16-bit values in float64."""
     if not isinstance(argument, Tensor):
         return argument
     return argument.double() if argument.is_floating_point() else argument.clone()
@@ -220,7 +220,7 @@ def _product(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def _quantization(job: Job) -> Iterator[Json]:
-    """Bit for bit: the integers of a token must not depend on the backend."""
+    """Compare bit for bit, because the integers of a token must not depend on the backend."""
     plan, dtype = job.plan, job.dtype
     for count, width in ((1, 64), (5, 96)) if plan.tiny else ((1, 576), (6, 4096), (17, 12288), (64, 1000)):
         x = _normal(plan, count, width, dtype=dtype)
@@ -232,7 +232,7 @@ def _quantization(job: Job) -> Iterator[Json]:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest value of a row; infinite where a value is not finite."""
+    """Return the largest difference relative to the largest value of a row. It is infinite if a value is not finite."""
     if not actual.isfinite().all():
         return float("inf")
     scale = expected.abs().amax(-1, keepdim=True).clamp_min(1e-9)
@@ -240,7 +240,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _case(plan: Plan, op: str, dtype: torch.dtype, error: float, **facts: Any) -> Json:
-    # Norms and rotations round two or three times on the way.
+    # Norms and rotations round two or three times.
     tolerance = TOLERANCE[dtype] * (1 if op.startswith("linear") else 3)
     if plan.device.type == "cpu":
         tolerance = max(tolerance, INTERPRETER_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Decoding with SmolLM2, autoregressively and with prompt lookup, by this program and by transformers."""
+"""Decodes with SmolLM2, autoregressively and with prompt lookup, with this program and with transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = (
 
 
 class PromptLookup(Drafter):
-    """As `quasar.drafters.ngram`, by linear search and without a validating library."""
+    """The drafter `quasar.drafters.ngram` with a linear search, which needs no pydantic."""
 
     def propose(self, context: Context, budget: int) -> Draft:
         tokens = context.tokens
@@ -48,7 +48,7 @@ class PromptLookup(Drafter):
 
 
 def measure(plan: Plan, recorder: Recorder) -> Json:
-    """Empty if no checkpoint was given."""
+    """Decode in every weight format. Nothing is measured if no checkpoint was given."""
     if plan.smollm2 is None:
         return {"skipped": "no --smollm2 FOLDER"}
     rows: list[Json] = []

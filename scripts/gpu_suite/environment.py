@@ -1,4 +1,4 @@
-"""On what the suite ran."""
+"""Describes the machine that the suite ran on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "bitsandbytes", "torchao
 
 
 def measure(plan: Plan) -> Json:
-    """Versions, device and the copy bandwidth that every fraction refers to."""
+    """Return versions, the device, and the copy bandwidth that all fractions refer to."""
     facts: Json = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -45,7 +45,7 @@ def measure(plan: Plan) -> Json:
 
 
 def answers() -> bool:
-    """Whether the CUDA context of this process still works: an illegal access breaks it for good."""
+    """Return whether the CUDA context of this process still works. An illegal access breaks it permanently."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""A randomly initialized model built where it is used, in every weight format."""
+"""Builds randomly initialized models on the device, in every weight format."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
 from scripts.gpu_suite.plan import GROUP_SIZE, SMALL_GROUP_SIZE
 
 FORMATS = ("bf16", "int8", "int4", "int4 head8")
-"""Of the blocks' linear layers; the head is in 16 bit, but for the last one, where it is int8 per row."""
+"""Formats of the blocks' linear layers. The head is in 16 bit, except for the last one, where it is int8 per row."""
 
 
 def random_model(config: ModelConfig, weights: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Weights of the scale that keeps activations finite; they say nothing about what the model would write."""
+    """Build a model whose random weights have a scale that keeps activations finite. Its text is meaningless."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Transformer(config)
@@ -55,7 +55,7 @@ def _linear(linear: nn.Linear, kind: str, device: torch.device, dtype: torch.dty
 
 
 def _random_int4(outputs: int, inputs: int, group_size: int, device: torch.device) -> Int4Weight:
-    """A symmetric weight in the kernels' own form already, of which a GPU holds nothing else then."""
+    """Return a symmetric weight that is already in the kernels' form, so that the GPU stores no other copy."""
     packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
     scales = torch.full((outputs, inputs // group_size), 0.25 * inputs**-0.5, device=device)
     weight = Int4Weight(packed, scales, torch.full_like(scales, 8), symmetric=True)

@@ -1,4 +1,4 @@
-"""What a step of the decode loop takes beyond its pass: filling buffers, reading tokens, accepting, bookkeeping."""
+"""Times the part of a decoding step outside its pass: filling buffers, reading tokens, acceptance, bookkeeping."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ FORMATS = ("int8", "int4")
 
 
 class FixedDrafter(Drafter):
-    """Proposes the same tokens at every step, which costs nothing."""
+    """Proposes the same tokens at every step, which takes no time."""
 
     def propose(self, context: Context, budget: int) -> Draft:
         return Draft.chain(list(range(1, 1 + min(DRAFT_TOKENS, budget))))
 
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
-    """Per weight format: a step, its phases by the device's clock, and what it takes beyond the graph alone.
+    """Return for each weight format the time of a step, of its phases on the device, and outside the graph.
 
     The phase ``verify`` holds the host's work of filling buffers and launching the graph too.
     """
@@ -77,7 +77,7 @@ def measure(plan: Plan, recorder: Recorder) -> list[Json]:
 
 
 def _graph_milliseconds(verifier: FP16Verifier) -> float | None:
-    """Of the pass of a step, at the context where decoding ended; None if it runs op by op."""
+    """Return the time of a step's pass at the context length where decoding ended; None if it runs op by op."""
     executor = verifier.executor
     graph = executor.graph_of(1 + DRAFT_TOKENS) if isinstance(executor, CudaGraphExecutor) else None
     return None if graph is None else statistics.median(replay_milliseconds(graph.replay))

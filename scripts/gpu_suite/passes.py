@@ -1,4 +1,4 @@
-"""Whole verification passes of a randomly initialized model, as CUDA graphs."""
+"""Times whole verification passes of a randomly initialized model as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scripts.gpu_suite.timing import milliseconds_per_call, replay_milliseconds
 
 
 def measure(plan: Plan, recorder: Recorder) -> list[Json]:
-    """A row per weight format, number of rows and context."""
+    """Return one row per weight format, number of rows and context length."""
     rows: list[Json] = []
     for weights in FORMATS:
         name, config = plan.passes_model
@@ -37,7 +37,7 @@ def measure(plan: Plan, recorder: Recorder) -> list[Json]:
 
 
 def filled_cache(model: Transformer, plan: Plan) -> KVCache:
-    """A cache with random keys and values in every slot, the same ones in every section."""
+    """Return a cache with random keys and values in every slot, the same in every section."""
     torch.manual_seed(0)
     cache = KVCache(model.config, max(plan.contexts) + bucket_for(max(plan.rows)), model.dtype, model.device)
     for stored in (*cache.keys, *cache.values):

@@ -1,4 +1,4 @@
-"""What is measured: models, shapes, rows and contexts, at full size or as a toy."""
+"""The plan of the measurements: models, shapes, numbers of rows and context lengths, at full or toy size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Product:
 
     @property
     def group_size(self) -> int:
-        """128 if it divides K, as in most 4-bit checkpoints."""
+        """The group size, which is 128 if it divides K, as in most 4-bit checkpoints."""
         return GROUP_SIZE if self.inputs % GROUP_SIZE == 0 else SMALL_GROUP_SIZE
 
 
@@ -47,12 +47,12 @@ class Plan:
 
     @property
     def main_context(self) -> int:
-        """The context of the bars."""
+        """The context length of the targets."""
         return 64 if self.tiny else 2048
 
     @property
     def models(self) -> dict[str, ModelConfig]:
-        """By name; the last one is the one whose whole passes are timed."""
+        """The models by name. Whole passes are timed for the last one."""
         if self.tiny:
             return {"toy": _qwen3(128, 256, 2, 4, 2, 32, 256)}
         smollm2 = LayerShape(num_heads=9, num_kv_heads=3, intermediate_size=1536)

@@ -1,4 +1,4 @@
-"""Two figures: products against cuBLAS, and whole passes against the bytes they read."""
+"""Draws two figures: the matmuls compared with cuBLAS, and whole passes against the bytes that they read."""
 
 from __future__ import annotations
 

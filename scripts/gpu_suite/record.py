@@ -1,4 +1,4 @@
-"""The suite's one results file, on disk after every section."""
+"""The results file of the suite, which is written after every section."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 Json = dict[str, Any]
 
 CLOSING_SECTIONS = ("simulation", "bars", "plots")
-"""They take almost no time, need no device, and report what the others found."""
+"""The closing sections. They take almost no time, need no device, and report the results of the others."""
 DIED = "the process died in this section"
 
 
 class TimeUp(BaseException):
-    """Raised in a section at the end of the suite's time; no Exception, as sections record those and go on."""
+    """Raised in a section at the end of the suite's time. It is not an Exception, because sections catch those."""
 
 
 class Recorder:
-    """Runs sections and writes ``results.json``; nothing that a section raises reaches the next one.
+    """Runs sections and writes ``results.json``. An exception in a section does not affect the next one.
 
-    resume: go on with the file of a process that died or whose device no longer answered, after its last section
+    resume: continue the file of a process that died or whose device stopped answering, after its last section
     """
 
     def __init__(self, folder: Path, seconds: float, resume: bool = False) -> None:
@@ -37,12 +37,12 @@ class Recorder:
             self.results = json.loads(self._file.read_text(encoding="utf-8"))
 
     def seconds_left(self) -> float:
-        """Until the suite must end; negative after it."""
+        """Return the seconds until the suite must end. They are negative after that."""
         begin: float = self.results["begin"]
         return self.seconds - (time.time() - begin)
 
     def run(self, name: str, section: Callable[[], Any]) -> None:
-        """Carry out a section and record its result, or its traceback, and how long it took.
+        """Run a section and record its duration and its result or traceback.
 
         A section that an earlier process began is not begun again.
         """
@@ -70,7 +70,7 @@ class Recorder:
         self.write()
 
     def keep(self, name: str, partial: Any) -> None:
-        """Record what a running section has so far."""
+        """Record the results that a running section has so far."""
         self.results[name] = partial
         self.write()
 
@@ -80,7 +80,7 @@ class Recorder:
         temporary.replace(self._file)
 
     def finish(self) -> int:
-        """The exit code: 0 if every section ended well and every kernel was correct."""
+        """Return the exit code, which is 0 if no section failed and every kernel was correct."""
         failed = [name for name, entry in self.results["sections"].items() if entry["error"]]
         wrong = [case for case in self.results.get("correctness", {}).get("cases", []) if not case["correct"]]
         for case in wrong[:20]:
@@ -95,7 +95,7 @@ class Recorder:
 
 @contextmanager
 def _alarm(seconds: float | None) -> Iterator[None]:
-    """Raises `TimeUp` inside after that time."""
+    """Raise `TimeUp` in the body after this time."""
     if seconds is None:
         yield
         return

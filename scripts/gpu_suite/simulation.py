@@ -1,4 +1,4 @@
-"""SIMULATED tokens per second: measured times of whole passes at a recorded run's acceptance."""
+"""SIMULATES tokens per second from measured times of whole passes and the acceptance of a recorded run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scripts.gpu_suite.record import Json
 
 
 def measure(plan: Plan, passes: list[Json]) -> Json:
-    """Per weight format, with the trace's drafts and without any; nothing without a trace.
+    """Return for each weight format the speed with the trace's drafts and without drafts; nothing without a trace.
 
     Counts passes only: drafting and bookkeeping take no time here.
     """
@@ -37,7 +37,7 @@ def measure(plan: Plan, passes: list[Json]) -> Json:
 
 
 def _milliseconds(passes: list[Json], turn: TracedTurn, with_drafts: bool) -> float:
-    """Sum over the steps of a turn; a pass of a size that was not measured takes the time of the next larger one."""
+    """Sum the times of a turn's steps. A pass of an unmeasured size takes the time of the next larger measured one."""
     sizes = sorted({row["rows"] for row in passes})
     total, context = 0.0, turn.prompt_tokens
     for drafted, accepted in zip(turn.drafted, turn.accepted, strict=True):

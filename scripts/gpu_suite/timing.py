@@ -1,4 +1,4 @@
-"""Times of device work without the host's share: calls are captured in a CUDA graph and the graph is replayed."""
+"""Times work on the device without the host's part: calls are captured in a CUDA graph, which is replayed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPEATS = 11
 
 
 def milliseconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = REPEATS) -> float:
-    """Median over replays of the time of all calls, divided by their number.
+    """Return the median over replays of the time of all calls, divided by their number.
 
     Calls on different copies of the weights, together larger than the L2 cache, time what a model sees: each of
     its weights is read once a pass.
@@ -36,7 +36,7 @@ def milliseconds_per_call(calls: Sequence[Callable[[], object]], device: torch.d
 
 
 def replay_milliseconds(replay: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Device time of each of several calls, after two that are not counted."""
+    """Return the device time of each of several calls. Two calls before them are not counted."""
     for _ in range(2):
         replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

@@ -1,4 +1,4 @@
-"""Search the tilings of the largest model's products; compiled by many processes first, timed by this one alone."""
+"""Searches the tilings of the largest model's matmuls. Many processes compile them, and this one alone times them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from scripts.gpu_suite.timing import milliseconds_per_call
 from scripts.gpu_suite.workers import MOST_PROCESSES, in_processes
 
 ROWS = (6, 32)
-"""One number of rows per size of tile that the suite measures."""
+"""One number of rows for every tile size that the suite measures."""
 ROTATED_BYTES = 160 << 20
 REPEATS = 5
 SHARE_TO_COMPILE = 0.6
-"""Of the section's time. What is not compiled by then is compiled when it is timed."""
+"""Share of the section's time for compilation. Later, kernels are compiled when they are timed."""
 
 
 def measure(plan: Plan, seconds: float) -> list[Json]:
-    """The chosen tiling of every shape beside the default; shapes for which there was no time keep the default."""
+    """Return the chosen tiling of every shape and the default. Shapes for which there was no time keep the default."""
     deadline = time.perf_counter() + seconds
     shapes = _shapes(plan)
     if plan.device.type == "cuda":
@@ -61,7 +61,7 @@ def measure(plan: Plan, seconds: float) -> list[Json]:
 
 
 def _shapes(plan: Plan) -> list[Shape]:
-    """The most important first: the shapes and ops of the bars."""
+    """Return the shapes to tune, the most important first: the shapes and ops of the targets."""
     model = plan.passes_model[0]
     products = [product for product in plan.products if product.model == model]
     return [
@@ -74,7 +74,7 @@ def _shapes(plan: Plan) -> list[Shape]:
 
 
 def _is_used(op: Matmul, in_head: bool) -> bool:
-    """Whether a model has such a layer: heads are never in 4 bit, and int8 weights alone are for heads."""
+    """Return whether a model has such a layer. Heads are never in 4 bit, and W8A16 is used only for heads."""
     if in_head:
         return op.weight_bits > 4
     return op.weight_bits != 8 or op.activations != "float"
@@ -92,7 +92,7 @@ def _op(shape: Shape) -> Matmul:
 
 
 class _Call:
-    """A matmul with a weight of its own."""
+    """Return a matmul with its own weight."""
 
     def __init__(self, shape: Shape, tiling: Tiling, device: torch.device) -> None:
         op = _op(shape)
@@ -108,7 +108,7 @@ class _Call:
 
 
 def _compile(shapes: list[Shape], device: torch.device, seconds: float) -> None:
-    """Fill Triton's cache on disk: a kernel takes a second to compile, and there are hundreds."""
+    """Fill Triton's cache on disk, because a kernel takes a second to compile and there are hundreds."""
     jobs = [(shape, tiling) for shape in shapes for tiling in tuning.candidates(shape, tuning.multiprocessors(device))]
     shares = [(jobs[first::MOST_PROCESSES], device) for first in range(MOST_PROCESSES)]
     for _ in in_processes(_compile_share, shares, lambda share, error: None, device, seconds=seconds):
@@ -118,7 +118,7 @@ def _compile(shapes: list[Shape], device: torch.device, seconds: float) -> None:
 def _compile_share(share: tuple[list[tuple[Shape, Tiling]], torch.device]) -> None:
     jobs, device = share
     for shape, tiling in jobs:
-        # A kernel is compiled for its sizes' divisibility by 16, not for the sizes.
+        # A compiled kernel depends on whether its sizes are divisible by 16, not on the sizes themselves.
         small = dataclasses.replace(shape, outputs=min(shape.outputs, 4096))
         try:
             _Call(small, tiling, device)()

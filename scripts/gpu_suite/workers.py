@@ -1,4 +1,4 @@
-"""Work in separate processes: kernels compile side by side, and a crash of the CUDA context affects one process."""
+"""Runs work in separate processes, so that kernels compile in parallel and a crash affects only one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def in_processes(
     most: int = MOST_PROCESSES,
     seconds: float = float("inf"),
 ) -> Iterator[Result]:
-    """``work`` of every job, in order; ``failed`` for a job that raised, whose process died, or that took too long.
+    """Return ``work`` of every job, in order; ``failed`` if a job raised, its process died, or it took too long.
 
     A process takes one job: an illegal access breaks everything that its process does with the device later.
     On a CPU the jobs run in this process, because a dry run gains nothing from others.
@@ -70,7 +70,7 @@ class _Pool(Generic[Job, Result]):
             process.kill()
 
     def _advance(self) -> None:
-        """Start what there is room for, and wait for a process to end."""
+        """Start as many jobs as allowed, and wait for a process to end."""
         left = self._deadline - time.monotonic()
         while left > 0 and self._started < len(self._jobs) and len(self._running) < self._most:
             self._start(self._started)

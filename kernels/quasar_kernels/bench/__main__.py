@@ -1,4 +1,4 @@
-"""Every op and backend over the matrices and layers of real models; see `main` for what is written.
+"""Measures every op and backend with the matrices and layers of real models. `main` names the files that it writes.
 
     python -m quasar_kernels.bench --shapes 4096x4096 --rows 1,8 --output /tmp/bench
 
@@ -22,8 +22,8 @@ from rich.progress import track
 from quasar_kernels import cpu
 from quasar_kernels.bandwidth import copy_bandwidth
 from quasar_kernels.bench.layer_ops import LayerMeasurement, measure_layer
-from quasar_kernels.bench.products import DEFAULT_SHAPES, GROUP_SIZE, Measurement, backends, matrices_of, measure
-from quasar_kernels.bench.report import layer_tables, plot, product_tables
+from quasar_kernels.bench.matmuls import DEFAULT_SHAPES, GROUP_SIZE, Measurement, backends, matrices_of, measure
+from quasar_kernels.bench.report import layer_tables, matmul_tables, plot
 from quasar_kernels.cases import LAYERS
 
 app = typer.Typer(add_completion=False)
@@ -74,7 +74,7 @@ def main(
     recorder.print(f"{report['cpu']}, {report['threads']} threads, level {report['level']}, torch {torch.__version__}")
     recorder.print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s; W4 in groups of {GROUP_SIZE}; milliseconds per call,")
     recorder.print("in brackets the speedup over torch's BF16 linear and the weights' share of the copy bandwidth")
-    for table in product_tables(found, blocks):
+    for table in matmul_tables(found, blocks):
         recorder.print(table)
     recorder.print("Ops between the matmuls: milliseconds per call, in brackets the speedup over PyTorch's operations")
     for table in layer_tables(between, blocks):

@@ -1,4 +1,4 @@
-"""The ops between the matmuls, over the layers of real models, against PyTorch's own operations."""
+"""Compares the ops between the matmuls with PyTorch's own operations, for the layers of real models."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ CONTEXTS = (512, 4096)
 
 @dataclass(frozen=True)
 class LayerMeasurement:
-    """Medians of many calls; torch_milliseconds: of PyTorch's operations for the same, in the same run.
+    """The measurement of one op; times are medians of many calls.
 
-    context: cached tokens that the op reads, None if it reads none
-    bandwidth_fraction: of the bytes that must be read and written, against the copy bandwidth of the run
+    torch_milliseconds: time of PyTorch's own operations for the same, in the same run
+    context: number of cached tokens that the op reads; None if it reads none
+    bandwidth_fraction: bytes that must be read and written per second, as a fraction of the copy bandwidth of the run
     """
 
     op: str
@@ -48,7 +49,7 @@ def _measure(
 ) -> LayerMeasurement:
     setting = Setting(LAYERS[model], rows, context or 0)
     first = op.case(setting)
-    # What an activation-sized op reads was just written in a real pass, and so is cached; a KV cache is not.
+    # In a real pass the activations that an op reads were just written and are cached, but the KV cache is not.
     copies = copies_of(2 * first.moved_bytes) if op.reads_cache else 1
     cases: list[Case] = [first, *(op.case(setting) for _ in range(copies - 1))]
     contenders: list[list[Callable[[], object]]] = [

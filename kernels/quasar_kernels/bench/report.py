@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.table import Table
 
 from quasar_kernels.bench.layer_ops import LayerMeasurement
-from quasar_kernels.bench.products import BASELINE, Measurement
+from quasar_kernels.bench.matmuls import BASELINE, Measurement
 from quasar_kernels.ops import MATMULS
 
 
-def product_tables(found: list[Measurement], blocks: list[int]) -> Iterator[Table]:
-    """A table per matrix, a row per backend."""
+def matmul_tables(found: list[Measurement], blocks: list[int]) -> Iterator[Table]:
+    """Return one table per matrix, with one row per backend."""
     for outputs, inputs in dict.fromkeys((one.outputs, one.inputs) for one in found):
         here = [one for one in found if (one.outputs, one.inputs) == (outputs, inputs)]
         table = Table("", *[f"M = {rows}" for rows in blocks], title=f"{outputs} × {inputs}", title_justify="left")
@@ -29,7 +29,7 @@ def product_tables(found: list[Measurement], blocks: list[int]) -> Iterator[Tabl
 
 
 def layer_tables(found: list[LayerMeasurement], blocks: list[int]) -> Iterator[Table]:
-    """A table per model, a row per op and context."""
+    """Return one table per model, with one row per op and context length."""
     for model in dict.fromkeys(one.model for one in found):
         here = [one for one in found if one.model == model]
         table = Table("", *[f"M = {rows}" for rows in blocks], title=model, title_justify="left")
@@ -42,7 +42,7 @@ def layer_tables(found: list[LayerMeasurement], blocks: list[int]) -> Iterator[T
 
 
 def plot(found: list[Measurement], blocks: list[int], path: Path) -> None:
-    """Speedups over the baseline by the number of rows, a panel per matrix."""
+    """Plot the speedup over the baseline against the number of rows, with one panel per matrix."""
     import matplotlib
 
     matplotlib.use("Agg")

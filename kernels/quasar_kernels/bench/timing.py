@@ -1,4 +1,4 @@
-"""Timing shared by the benchmarks: alternating calls and data that no cache holds."""
+"""Times alternating calls on data that is not in any cache."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 
 ROTATED_BYTES = 160 << 20
-"""Data of all contenders together that is read between two uses of the same copy: several last-level caches."""
+"""Bytes that all contenders together read between two uses of the same copy: several times the last-level cache."""
 WARM_UP_ROUNDS = 2
 
 
 def copies_of(round_bytes: float) -> int:
-    """How many copies of data that takes ``round_bytes`` a round keep it out of the caches until its next turn."""
+    """Return the number of copies with which data of ``round_bytes`` per round is not cached at its next use."""
     return max(2, math.ceil(ROTATED_BYTES / round_bytes))
 
 
 def alternating_medians(contenders: Sequence[Sequence[Callable[[], object]]], repetitions: int) -> list[float]:
-    """Median seconds of each contender, all taking turns call by call; each call works on its next copy of the data."""
+    """Return the median seconds of each contender. They take turns, and each call uses the next copy of the data."""
     times: list[list[float]] = [[] for _ in contenders]
     for turn in range(WARM_UP_ROUNDS + repetitions):
         for index, calls in enumerate(contenders):

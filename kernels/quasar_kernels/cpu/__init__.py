@@ -1,10 +1,10 @@
 """C++ kernels for x86 processors, compiled on first use.
 
-`backend` gives the compiled library, or None if the machine has no compiler or no AVX2; the packed weights of
-`quasar_kernels.cpu.packing` are the operands of its matmuls.
+`backend` returns the compiled library, or None if the machine has no compiler or no AVX2. Its matmuls take the packed
+weights of `quasar_kernels.cpu.packing`.
 """
 
-from quasar_kernels.cpu.library import Library, backend, use_level
+from quasar_kernels.cpu.library import Library, backend, kernel_level, use_level
 from quasar_kernels.cpu.packing import PackedWeight, pack_dense, pack_int4, pack_int8
 from quasar_kernels.cpu.tape import NotRecordableError, Tape
 
@@ -14,6 +14,7 @@ __all__ = [
     "PackedWeight",
     "Tape",
     "backend",
+    "kernel_level",
     "pack_dense",
     "pack_int4",
     "pack_int8",

@@ -1,7 +1,7 @@
 // Puts activations into the order in which the matmuls read them.
 //
-// The rows of a tile are interleaved unit by unit: units [K units][rows of the tile]. A product then walks one
-// pointer, whatever the number of rows, and every unit is a broadcast operand.
+// The rows of a tile are interleaved unit by unit: units [K units][rows of the tile]. A matmul then advances only one
+// pointer, for any number of rows, and every unit is a broadcast operand.
 #pragma once
 
 #include "buffer.h"
@@ -11,14 +11,15 @@
 namespace {
 
 constexpr int64_t LANES = 16;
-constexpr int64_t CHUNK_ROWS = 64;  // rows of one pass over the weights
+constexpr int64_t CHUNK_ROWS = 64;  // number of rows in one pass over the weights
 
 struct Tile {
     int64_t first_row;  // within the chunk
     int64_t rows;
 };
 
-// As few tiles as the registers allow, of nearly equal heights. The `terms` rows of one token stay together.
+// Returns the smallest number of tiles that the registers allow. The tiles have nearly equal heights, and the `terms`
+// rows of one token are in the same tile.
 inline int64_t count_tiles(int64_t rows, int64_t terms = 1) {
     const int64_t most = MAX_TILE_ROWS / terms;
     return (rows / terms + most - 1) / most;
@@ -29,13 +30,13 @@ inline Tile tile_at(int64_t rows, int64_t index, int64_t terms = 1) {
     return {terms * (index * height + (index < taller ? index : taller)), terms * (height + (index < taller))};
 }
 
-// The prepared activations of a chunk, in one buffer that the calling thread keeps between calls.
+// The prepared activations of a chunk. They are in one buffer, which the calling thread keeps between calls.
 struct Activations {
     const int32_t* rows;  // [rows][units]: the scratch below, or the activations themselves
     int32_t* scratch;     // [rows][units]
     int32_t* units;       // [tile][units][rows of the tile]
     int32_t* offsets;     // where integer accumulators start: [rows][groups]
-    float* sums;          // of each group, for zero points: [rows][groups]
+    float* sums;          // sum of each group, for zero points: [rows][groups]
     float* scales;        // [rows][groups]
 
     static Activations of(int64_t rows, int64_t units, int64_t groups) {
@@ -55,7 +56,7 @@ inline Floats load_activations(const Request& request, int64_t element) {
     return request.bfloat16() ? load_bfloat16(request.x + 2 * element) : load_float32(request.x + 4 * element);
 }
 
-// Sums of the values of each group of a row that was quantized before, and a copy of its scales.
+// Sums the values of each group of a row that is already quantized, and copies its scales.
 inline void sum_quantized_row(const Request& request, int64_t row, int64_t groups, int64_t group_size, int32_t* sums,
                               float* scales) {
     const uint8_t* values = request.x + row * groups * group_size;
@@ -67,8 +68,8 @@ inline void sum_quantized_row(const Request& request, int64_t row, int64_t group
     }
 }
 
-// `reference.quantize_tokens` for the groups of one row, from element `first` on: values and scales are equal to its
-// results, bit for bit. sums: of the values of each group.
+// Computes `reference.quantize_tokens` for the groups of one row, from element `first` on. Values and scales equal its
+// results bit for bit. sums: sums of the values of each group.
 inline void quantize_row(const Request& request, int64_t first, int64_t groups, int64_t group_size, int8_t* values,
                          int32_t* sums, float* scales) {
     for (int64_t group = 0; group < groups; ++group) {
@@ -91,9 +92,9 @@ inline void quantize_row(const Request& request, int64_t first, int64_t groups, 
 
 constexpr int64_t UNITS_PER_STEP = 8;  // every row has a multiple of eight units
 
-// Interleaves the units [first, first + UNITS_PER_STEP) of a tile. Threads take ranges of units, not rows, so that no
-// two of them write to one cache line, and a range is short, so that rows a large power of two apart do not evict
-// each other before they are used.
+// Interleaves the units [first, first + UNITS_PER_STEP) of a tile. Threads work on ranges of units, not of rows, so
+// that no two threads write to the same cache line. The ranges are short, so that rows whose distance is a large power
+// of two do not evict each other before they are used.
 inline void interleave(const Activations& activations, Tile tile, int64_t units, int64_t first) {
     const int32_t* rows = activations.rows + tile.first_row * units + first;
     int32_t* target = activations.units + tile.first_row * units + first * tile.rows;

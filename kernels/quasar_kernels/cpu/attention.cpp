@@ -1,8 +1,9 @@
-// Softmax attention of a block of rows over the static KV cache, bfloat16 in and out, float32 inside.
+// Computes softmax attention of a block of rows over the static KV cache. Inputs and outputs are bfloat16, and the
+// computation is in float32.
 //
 // The query heads of a KV head are packed into rows, so that each key is read once for all of them. The context is
-// split at multiples of CHUNK_KEYS slots, and the parts are merged in ascending order: a row's result depends neither
-// on the number of rows, nor on the number of threads, nor on slots that it does not see.
+// split at multiples of CHUNK_KEYS slots, and the parts are merged in ascending order. Therefore a row's result does
+// not depend on the number of rows, on the number of threads, or on slots that the row does not attend to.
 #include <omp.h>
 
 #include <algorithm>
@@ -32,7 +33,7 @@ struct Attention {
     const uint16_t* q;       // [rows][heads][head_dim]
     const uint16_t* keys;    // [kv_heads][..][head_dim], head_stride elements from head to head
     const uint16_t* values;  // likewise
-    const uint8_t* mask;     // [rows][slots - prefix], of the slots behind the prefix, all of which every row sees
+    const uint8_t* mask;     // [rows][rows], for the slots after the prefix; every row attends to the whole prefix
     uint16_t* out;           // [rows][heads][head_dim]
     int64_t rows, heads, kv_heads, head_dim, slots, prefix, head_stride;
     float scale;
@@ -41,7 +42,7 @@ struct Attention {
     int64_t chunks() const { return (slots + CHUNK_KEYS - 1) / CHUNK_KEYS; }
 };
 
-// Of one row and chunk: the largest score, the sum of exp(score - largest), and head_dim sums of values.
+// The results of one row and chunk: the largest score, the sum of exp(score - largest), and head_dim sums of values.
 struct Partials {
     float* memory;
     int64_t size;
@@ -61,7 +62,7 @@ struct Scratch {
     alignas(64) float scores[TILE_ROWS * CHUNK_KEYS];
 };
 
-// A pair of bfloat16 per lane, against a pair of the query that all lanes share.
+// Multiplies the pair of bfloat16 in every lane by a pair of the query, which is the same for all lanes.
 inline Floats add_pairs(Floats sum, Ints key_pairs, int32_t query_pair) {
 #ifdef __AVX512BF16__
     return dot_bfloat16(sum, key_pairs, query_pair);
@@ -74,7 +75,8 @@ inline Floats add_pairs(Floats sum, Ints key_pairs, int32_t query_pair) {
 #endif
 }
 
-// Sixteen bytes, nonzero where a row of the mask sees a slot from `first` on; `padded` is there for those at an edge.
+// Returns sixteen bytes that are nonzero where the row attends to the slots from `first` on. At the edges of the mask
+// they are written to `padded`.
 inline const uint8_t* lane_mask(const Attention& job, const uint8_t* mask, int64_t first, uint8_t (&padded)[LANES]) {
     if (first >= job.prefix && first + LANES <= job.slots) return mask + first - job.prefix;
     for (int64_t lane = 0; lane < LANES; ++lane) {
@@ -113,12 +115,13 @@ ScoreFunction score_function(int64_t rows, std::integer_sequence<int, ROWS...>) 
     return functions[rows - 1];
 }
 
-// Weights of one row and chunk replace its scores: pairs of bfloat16 where products take pairs, else float32.
+// Returns the attention weights of one row, which have replaced its scores: pairs of bfloat16 if the processor
+// multiplies pairs, else float32.
 inline const int32_t* weights_of(const float* scores, int64_t row) {
     return reinterpret_cast<const int32_t*>(scores + row * CHUNK_KEYS);
 }
 
-// Sums of weights times values of the chunk, for ROWS rows and VECTORS vectors of the head.
+// Computes the sums of attention weights times values over the chunk, for ROWS rows and VECTORS vectors of the head.
 template <int ROWS, int VECTORS>
 void add_values(const Attention& job, const float* scores, const uint16_t* values, int64_t keys, float* const* results) {
     Floats sums[ROWS][VECTORS];
@@ -128,7 +131,7 @@ void add_values(const Attention& job, const float* scores, const uint16_t* value
         for (int vector = 0; vector < VECTORS; ++vector) sums[row][vector] = zero_floats();
 #ifdef __AVX512BF16__
     for (int64_t key = 0; key < keys; key += 2, values += 2 * job.head_dim) {
-        // The weight behind the last key is zero.
+        // The weight after the last key is zero.
         const uint16_t* next = key + 1 < keys ? values + job.head_dim : values;
         Ints pairs[VECTORS];
 #pragma GCC unroll 2
@@ -172,7 +175,7 @@ void add_rows(const Attention& job, const float* scores, const uint16_t* values,
         advance();
         add_values<ROWS, VALUE_VECTORS>(job, scores, values + element, keys, place);
     }
-    constexpr int REST = VALUE_VECTORS > 1 ? 2 : 1;  // vectors; heads are multiples of two
+    constexpr int REST = VALUE_VECTORS > 1 ? 2 : 1;  // number of vectors; a head has an even number of them
     for (; element < job.head_dim; element += REST * LANES) {
         advance();
         add_values<ROWS, REST>(job, scores, values + element, keys, place);
@@ -187,7 +190,8 @@ AddFunction add_function(int64_t rows, std::integer_sequence<int, ROWS...>) {
     return functions[rows - 1];
 }
 
-// Scores of the chunk become weights exp(score - largest); all are 0 where nothing is visible.
+// Replaces the scores of the chunk by the attention weights exp(score - largest), or by 0 if the row attends to no
+// slot.
 inline void to_weights(float* scores, int64_t keys, float* largest, float* sum) {
     Floats top = broadcast(-INFINITY);
     for (int64_t key = 0; key < keys; key += LANES) top = larger(top, load_float32(scores + key));
@@ -201,7 +205,7 @@ inline void to_weights(float* scores, int64_t keys, float* largest, float* sum) 
     for (int64_t key = 0; key < keys; key += LANES) {
         const Floats weights = exponential(subtract(load_float32(scores + key), broadcast(*largest)));
 #ifdef __AVX512BF16__
-        // Half as wide, so the front of the row never overtakes the scores that are still to be read.
+        // The weights are half as wide as the scores, so they never overwrite scores that have not been read yet.
         total = add(total, store_rounded(reinterpret_cast<uint16_t*>(scores) + key, weights));
 #else
         store_float32(scores + key, weights);
@@ -218,7 +222,7 @@ inline bool any_visible(const Attention& job, const uint8_t* const* masks, int64
     return false;
 }
 
-// Fetches LANES rows of a head, or as many elements as there are.
+// Prefetches LANES rows of a head, or as many elements as there are.
 inline void prefetch_rows(const Attention& job, const uint16_t* rows, int64_t elements) {
     constexpr int64_t LINE = 32;
     elements = std::min(elements, LANES * job.head_dim);
@@ -247,12 +251,12 @@ void attend_chunk(const Attention& job, const Partials& partials, const Task& ta
     const uint16_t* value_rows = job.values + task.kv_head * job.head_stride + first * job.head_dim;
     const ScoreFunction score = score_function(task.count, std::make_integer_sequence<int, TILE_ROWS>());
     for (int64_t key = 0; key < keys; key += LANES) {
-        // Sixteen rows are read at once; hardware prefetchers do not detect that.
+        // Sixteen rows are read at a time, which hardware prefetchers do not detect.
         prefetch_rows(job, key_rows + (first + key + LANES) * job.head_dim, (keys - key - LANES) * job.head_dim);
         prefetch_rows(job, value_rows + key * job.head_dim, (keys - key) * job.head_dim);
         const int32_t* tile[LANES];
         for (int64_t lane = 0; lane < LANES; ++lane) {
-            // Lanes behind the last slot repeat it: they are masked, and nothing behind the cache is read.
+            // Lanes after the last slot read that slot again. They are masked, and nothing after the cache is read.
             const int64_t slot = std::min(first + key + lane, job.slots - 1);
             tile[lane] = reinterpret_cast<const int32_t*>(key_rows + slot * job.head_dim);
         }
@@ -317,13 +321,12 @@ void attend_batch(const Attention& job, int32_t threads) {
 
 void quasar_attention(const uint16_t* q, const uint16_t* keys, const uint16_t* values, const uint8_t* mask, uint16_t* out,
                       const int64_t* start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                      int64_t slots, int64_t head_stride, int32_t threads) {
+                      int64_t head_stride, int32_t threads) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    const int64_t prefix = start == nullptr ? 0 : *start;
-    if (start != nullptr) slots = prefix + rows;
+    const int64_t prefix = *start, slots = prefix + rows;
     for (int64_t row = 0; row < rows; row += BATCH_ROWS) {
         const int64_t offset = row * heads * head_dim;
-        attend_batch({q + offset, keys, values, mask + row * (slots - prefix), out + offset,
+        attend_batch({q + offset, keys, values, mask + row * rows, out + offset,
                       std::min(BATCH_ROWS, rows - row), heads, kv_heads, head_dim, slots, prefix, head_stride, scale},
                      threads);
     }

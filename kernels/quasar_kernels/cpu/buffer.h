@@ -5,12 +5,12 @@
 
 namespace {
 
-// Memory that grows and stays: kept per thread between calls, so that the steady state allocates nothing.
+// Memory that only grows. Every thread keeps its own between calls, so that later calls allocate nothing.
 struct Buffer {
     void* memory = nullptr;
     int64_t capacity = 0;
 
-    // At least so many bytes, aligned to a vector; their content is undefined.
+    // Returns at least this many bytes, aligned to a vector. Their content is undefined.
     void* reserve(int64_t bytes) {
         if (bytes > capacity) {
             std::free(memory);

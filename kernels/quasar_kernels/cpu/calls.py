@@ -1,7 +1,7 @@
 """Calls of the library's functions on tensors.
 
-The ops between the matmuls take bfloat16 tensors on the CPU; `fits` and `fits_heads` tell whether the library takes
-these, and nothing here checks it again.
+The ops between the matmuls take bfloat16 tensors on the CPU. `fits` and `fits_heads` return whether the library takes
+given tensors; the other functions do not check this again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MAX_HEAD_DIM = 512
 
 
 def fits(x: Tensor, size: int, multiple: int = LANES) -> bool:
-    """Whether x is bfloat16, and size a multiple of the vector length."""
+    """Return whether x is bfloat16 and ``size`` a multiple of ``multiple``."""
     return x.dtype == torch.bfloat16 and size % multiple == 0
 
 
 def fits_heads(x: Tensor, keys: Tensor) -> bool:
-    """Whether x and a cache [H_kv, capacity, D] like its keys fit."""
+    """Return whether the library takes x with a cache [H_kv, capacity, D] whose keys are ``keys``."""
     head_dim = keys.shape[2]
     fitting_cache = head_dim <= MAX_HEAD_DIM and keys.stride()[1:] == (head_dim, 1) and keys.dtype == x.dtype
     return fitting_cache and fits(x, head_dim, HEAD_DIM_MULTIPLE)
@@ -44,12 +44,12 @@ def multiply(
     token_scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x W^T + bias`` with one of a library's matmuls.
+    """Compute ``x W^T + bias`` with one of the library's matmuls.
 
     x: bfloat16 or float32 [M, K] on the CPU, or int8 with float32 ``token_scales`` [M, G] (one for int8 weights, else
     one for each of the weight's groups) and the ``dtype`` of the result; bias: bfloat16 or float32 [N].
     Returns [M, N] in the dtype of x.
-    Raises ValueError for other shapes, dtypes or devices: the library itself checks nothing.
+    Raises ValueError for other shapes, dtypes or devices, because the library itself checks nothing.
     """
     if dtype is None:
         dtype = x.dtype
@@ -91,7 +91,7 @@ def multiply(
 def rms_norm(
     library: Library, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The normalized rows of ``x + residual``, and that sum."""
+    """Return the normalized rows of ``x + residual``, and the sum."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     return out, _rms_norm(library, x, weight, eps, residual, out.data_ptr())
@@ -105,7 +105,7 @@ def rms_norm_quantize(
     residual: Tensor | None = None,
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalized rows of ``x + residual`` [M, K], as int8 and their scales [M, K / group_size], and that sum."""
+    """Return the normalized rows of ``x + residual`` [M, K] as int8, their scales [M, K / group_size], and the sum."""
     x = x.contiguous()
     values, scales = _quantized(len(x), x.shape[1], group_size)
     return values, scales, _rms_norm(library, x, weight, eps, residual, None, (values, scales))
@@ -131,7 +131,7 @@ def silu_mul_quantize(library: Library, gate_up: Tensor, group_size: int | None 
 
 
 def first_maxima(library: Library, x: Tensor) -> Tensor:
-    """int64 [M], for x [M, S]."""
+    """Return the argmax of each row of x [M, S], int64 [M]."""
     x = x.contiguous()
     indices = torch.empty(len(x), dtype=torch.int64)
     library.first_maxima(x.data_ptr(), indices.data_ptr(), *x.shape, torch.get_num_threads())
@@ -145,12 +145,12 @@ def rotary_write(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: Tensor | None,
+    start: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """start: int64 [1], the first slot when the kernel runs, or None for 0. The rows must fit into the cache."""
+    """start: int64 [1], the first slot, which the kernel reads when it runs. The rows must fit the cache."""
     qkv = qkv.contiguous()
     rows = len(qkv)
     kv_heads, _, head_dim = keys.shape
@@ -165,7 +165,7 @@ def rotary_write(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
-        None if start is None else start.data_ptr(),
+        start.data_ptr(),
         rows,
         heads,
         kv_heads,
@@ -177,16 +177,15 @@ def rotary_write(
     return q
 
 
-def block_attention(
-    library: Library, q: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, mask: Tensor
-) -> Tensor:
-    """mask: bool [R, R] over the slots from ``start``, int64 [1], on, and every row sees those before; without a start
-    bool [R, S] over the first S slots. Raises ValueError for a mask of another shape."""
+def block_attention(library: Library, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+    """Every row attends to all slots below ``start``, int64 [1], and to the rows of the block that mask allows.
+
+    mask: bool [R, R]. Raises ValueError for a mask of another shape.
+    """
     q, mask = q.contiguous(), mask.contiguous()
     rows, heads, head_dim = q.shape
-    kv_heads, slots = len(keys), mask.shape[1]
-    if len(mask) != rows or slots > (keys.shape[1] if start is None else rows):
-        raise ValueError(f"mask {list(mask.shape)} does not fit {rows} rows and {keys.shape[1]} slots")
+    if mask.shape != (rows, rows):
+        raise ValueError(f"mask {list(mask.shape)} does not fit {rows} rows; it must be [{rows}, {rows}]")
     out = torch.empty((rows, heads * head_dim), dtype=torch.bfloat16)
     library.attention(
         q.data_ptr(),
@@ -194,12 +193,11 @@ def block_attention(
         values.data_ptr(),
         mask.data_ptr(),
         out.data_ptr(),
-        None if start is None else start.data_ptr(),
+        start.data_ptr(),
         rows,
         heads,
-        kv_heads,
+        len(keys),
         head_dim,
-        slots,
         keys.stride(0),
         torch.get_num_threads(),
     )
@@ -207,7 +205,7 @@ def block_attention(
 
 
 def _quantized(rows: int, size: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Room for int8 values [rows, size] and their scales."""
+    """Allocate int8 values [rows, size] and their scales."""
     groups = size // (group_size or size)
     return torch.empty((rows, size), dtype=torch.int8), torch.empty((rows, groups), dtype=torch.float32)
 
@@ -221,7 +219,7 @@ def _rms_norm(
     out: int | None,
     quantized: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Normalize into ``out``, or into ``quantized`` values and scales; returns the sum that was normalized."""
+    """Write the normalized rows to ``out``, or to ``quantized`` as values and scales; return the sum before."""
     total, total_pointer, residual_pointer = x, None, None
     if residual is not None:
         residual = residual.contiguous()

@@ -1,14 +1,14 @@
-#include "dense_product.h"
+#include "dense_matmul.h"
 #include "exports.h"
 
 MATMUL(linear_bf16) {
     const Request request{x, token_scales, out, bias, rows, flags, threads};
 #ifdef __AVX512BF16__
-    if (request.bfloat16()) return multiply<DenseProduct<DenseKind::BFLOAT16_PAIRS>>(*weight, request);
+    if (request.bfloat16()) return multiply<DenseMatmul<DenseKind::BFLOAT16_PAIRS>>(*weight, request);
 #endif
-    multiply<DenseProduct<DenseKind::BFLOAT16_WEIGHTS>>(*weight, request);
+    multiply<DenseMatmul<DenseKind::BFLOAT16_WEIGHTS>>(*weight, request);
 }
 
 MATMUL(linear_f32) {
-    multiply<DenseProduct<DenseKind::FLOAT32_WEIGHTS>>(*weight, {x, token_scales, out, bias, rows, flags, threads});
+    multiply<DenseMatmul<DenseKind::FLOAT32_WEIGHTS>>(*weight, {x, token_scales, out, bias, rows, flags, threads});
 }

@@ -1,8 +1,8 @@
 // Every function of the library and its arguments. This is the only list: `exports.h` declares from it, `replay.cpp`
-// makes recorded calls from it, and `functions.py` reads it for ctypes, in the plain form that it has here. Who
-// includes it defines FUNCTION(name, arguments...) before; so there is no include guard.
+// makes recorded calls from it, and `functions.py` parses it for ctypes. A file that includes it first defines
+// FUNCTION(name, arguments...), so it has no include guard.
 
-// All matmuls take the same arguments. x [rows][inputs], out [rows][outputs], bias [outputs] or null; token_scales
+// All matmuls take the same arguments: x [rows][inputs], out [rows][outputs], bias [outputs] or null, and token_scales
 // [rows][groups] if x is int8, else null.
 #define MATMUL_ARGUMENTS                                                                                          \
     const Weight *weight, const uint8_t *x, const float *token_scales, uint8_t *out, const uint8_t *bias,         \
@@ -14,34 +14,35 @@ FUNCTION(linear_w4a16, MATMUL_ARGUMENTS)
 FUNCTION(linear_bf16, MATMUL_ARGUMENTS)
 FUNCTION(linear_f32, MATMUL_ARGUMENTS)
 
-// The ops between the matmuls take and give bfloat16. Results go to `out`, or quantized to `quantized` [rows][size] and
-// `scales` [rows][size / group].
+// The ops between the matmuls take bfloat16. They write bfloat16 to `out`, or int8 to `quantized` [rows][size] and
+// scales to `scales` [rows][size / group].
 
-// Normalizes the rows of x [rows][size]; if there is a residual, those of x + residual, which go to `total`.
+// Normalizes the rows of x [rows][size]. If there is a residual, it normalizes x + residual and writes that sum to
+// `total`.
 FUNCTION(rms_norm, const uint8_t *x, const uint8_t *residual, const uint8_t *weight, uint8_t *total, uint8_t *out,
          int8_t *quantized, float *scales, int64_t rows, int64_t size, int64_t group, float eps, int32_t threads)
 
-// gate_up [rows][2][size]: silu(gate) * up, the first factor rounded
+// Computes silu(gate) * up from gate_up [rows][2][size]. The first factor is rounded to bfloat16.
 FUNCTION(silu_mul, const uint8_t *gate_up, uint8_t *out, int8_t *quantized, float *scales, int64_t rows, int64_t size,
          int64_t group, int32_t threads)
 
-// The argmax of each row of x [rows][size], the first if several values are largest; rows without NaN.
+// Writes the argmax of each row of x [rows][size], the first one if several values are largest. No value is NaN.
 FUNCTION(first_maxima, const uint8_t *x, int64_t *indices, int64_t rows, int64_t size, int32_t threads)
 
-// qkv [rows][heads + 2 * kv_heads][head_dim]; cosines, sines [rows][head_dim]. Rotated queries go to q
-// [rows][heads][head_dim], rotated keys and values to slots `*start` on (0 without one) of keys and values
-// [kv_heads][..][head_dim], head_stride elements from head to head. q_weight, k_weight: norms of the heads
-// [head_dim], or null.
+// Takes qkv [rows][heads + 2 * kv_heads][head_dim] and cosines, sines [rows][head_dim]. Rotated queries go to q
+// [rows][heads][head_dim]; rotated keys and values go to the slots from `*start` on of keys and values
+// [kv_heads][..][head_dim], with head_stride elements from head to head. q_weight, k_weight: weights of the heads'
+// norms [head_dim], or null.
 FUNCTION(rotary_write, const uint8_t *qkv, const float *cosines, const float *sines, const uint8_t *q_weight,
          const uint8_t *k_weight, uint8_t *q, uint8_t *keys, uint8_t *values, const int64_t *start, int64_t rows,
          int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps, int32_t threads)
 
-// q [rows][heads][head_dim], out likewise; keys, values [kv_heads][..][head_dim], head_stride elements from head to
-// head; head_dim: a multiple of 32, at most 512. Without `start` mask [rows][slots] tells which of the first `slots`
-// slots a row sees; with it every row sees all slots below `*start`, and mask [rows][rows] speaks of those behind.
+// q and out [rows][heads][head_dim]; keys, values [kv_heads][..][head_dim], with head_stride elements from head to
+// head; head_dim is a multiple of 32, at most 512. Every row attends to all slots below `*start`, and to row j of the
+// block, in slot `*start + j`, if its element j of mask [rows][rows] is nonzero.
 FUNCTION(attention, const uint16_t *q, const uint16_t *keys, const uint16_t *values, const uint8_t *mask,
          uint16_t *out, const int64_t *start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-         int64_t slots, int64_t head_stride, int32_t threads)
+         int64_t head_stride, int32_t threads)
 
-// Asks for huge pages below a buffer that has not been written yet.
+// Requests huge pages for a buffer that has not been written yet.
 FUNCTION(advise_huge_pages, uint8_t *memory, int64_t bytes)

@@ -1,4 +1,4 @@
-"""The functions of the C interface as ctypes calls them, read from `functions.h`, which lists them all."""
+"""Reads the signatures of the C interface from `functions.h`, which lists all functions, for ctypes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _TYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.
 
 
 class Signature(NamedTuple):
-    """The ctypes type of every argument, and which argument is the number of rows; None if there is no such one."""
+    """The ctypes type of every argument, and the index of the argument that is the number of rows; None without one."""
 
     arguments: tuple[type, ...]
     rows: int | None
 
 
 def read_signatures(header: str) -> dict[str, Signature]:
-    """Every ``FUNCTION(name, arguments...)`` of a header by name. Raises KeyError for a type that is not known.
+    """Return every ``FUNCTION(name, arguments...)`` of a header by name. Raises KeyError for an unknown type.
 
     >>> read_signatures("FUNCTION(twice, const float *x, int64_t rows)")["twice"].rows
     1

@@ -1,5 +1,5 @@
-// The ops between the matmuls: bfloat16 in, bfloat16 or int8 per token out, float32 inside. Every row is computed
-// on its own, in an order that does not depend on the others.
+// The ops between the matmuls. They take bfloat16, compute in float32, and return bfloat16 or int8 with a scale per
+// token. Every row is computed independently of the other rows.
 #include <omp.h>
 
 #include "activations.h"
@@ -8,10 +8,11 @@
 
 namespace {
 
-// Elements below which one thread is done before the others have started.
+// With fewer elements than this, one thread finishes before the others have started.
 constexpr int64_t PARALLEL_ELEMENTS = 8192;
 
-// Where rows go: bfloat16 [rows][size], or int8 [rows][size] and float32 scales [rows][size / group].
+// The memory that the rows are written to: bfloat16 [rows][size], or int8 [rows][size] and float32 scales
+// [rows][size / group].
 struct Target {
     uint8_t* out;
     int8_t* quantized;
@@ -19,7 +20,7 @@ struct Target {
     int64_t group;
 };
 
-// Calls write(row, bfloat16 pointer) for every row, then quantizes it if that is wanted.
+// Calls write(row, bfloat16 pointer) for every row, and then quantizes the row if the target is int8.
 template <class Write>
 void for_each_row(const Target& target, int64_t rows, int64_t size, int32_t threads, Write write) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * size >= PARALLEL_ELEMENTS)
@@ -41,7 +42,7 @@ void for_each_row(const Target& target, int64_t rows, int64_t size, int32_t thre
     }
 }
 
-// 1 / sqrt(mean of squares + eps)
+// Returns 1 / sqrt(mean of squares + eps).
 inline float inverse_magnitude(const uint8_t* x, int64_t size, float eps) {
     Floats sum = zero_floats();
     for (int64_t k = 0; k < size; k += LANES) {
@@ -51,7 +52,7 @@ inline float inverse_magnitude(const uint8_t* x, int64_t size, float eps) {
     return 1.0f / __builtin_sqrtf(sum_floats(sum) / static_cast<float>(size) + eps);
 }
 
-// Rounds to bfloat16 and back: where a sequence of PyTorch operations would round.
+// Rounds to bfloat16 and widens again, at the places where a sequence of PyTorch operations rounds.
 inline Floats rounded(Floats values) {
     alignas(32) uint8_t lanes[2 * LANES];
     store_bfloat16(lanes, values);
@@ -67,7 +68,8 @@ struct Rotation {
     const float* sines;
 };
 
-// One head of one row: normalized if there is a weight, then rotated. Halves are rotated against each other.
+// Normalizes one head of one row if there is a weight, and then rotates it. Element k is paired with element
+// k + head_dim / 2.
 inline void rotate_head(const uint8_t* x, const uint8_t* weight, float eps, Rotation rotation, int64_t head_dim,
                         uint8_t* out) {
     const float factor = weight == nullptr ? 1.0f : inverse_magnitude(x, head_dim, eps);
@@ -109,7 +111,7 @@ void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, fl
         const uint8_t* source = gate_up + 4 * row * size;
         for (int64_t k = 0; k < size; k += LANES) {
             const Floats gate = load_bfloat16(source + 2 * k), up = load_bfloat16(source + 2 * (size + k));
-            // Beyond 88 e^-gate would overflow, and silu is 0 there in bfloat16 either way.
+            // For a gate below -88, e^-gate would overflow; silu is 0 in bfloat16 there.
             const Floats bounded = larger(gate, broadcast(-88.0f));
             const Floats denominator = add(broadcast(1.0f), exponential(subtract(zero_floats(), bounded)));
             store_bfloat16(target + 2 * k, multiply(rounded(divide(gate, denominator)), up));
@@ -140,7 +142,7 @@ void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* 
                          const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, const int64_t* start,
                          int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,
                          int32_t threads) {
-    const int64_t width = (heads + 2 * kv_heads) * head_dim, first = start == nullptr ? 0 : *start;
+    const int64_t width = (heads + 2 * kv_heads) * head_dim, first = *start;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_ELEMENTS)
     for (int64_t row = 0; row < rows; ++row) {
         const uint8_t* source = qkv + 2 * row * width;

@@ -1,8 +1,8 @@
 #include "exports.h"
-#include "int8_product.h"
+#include "int8_matmul.h"
 
-MATMUL(linear_w8a8) { multiply<Int8Product>(*weight, {x, token_scales, out, bias, rows, flags, threads}); }
+MATMUL(linear_w8a8) { multiply<Int8Matmul>(*weight, {x, token_scales, out, bias, rows, flags, threads}); }
 
 MATMUL(linear_w8a16) {
-    multiply<Int8WideProduct>(*weight, {x, token_scales, out, bias, rows, flags, threads});
+    multiply<Int8WideMatmul>(*weight, {x, token_scales, out, bias, rows, flags, threads});
 }

@@ -1,4 +1,4 @@
-// What crosses the C interface; `library.py` declares the same structure.
+// The types of the C interface. `packing.py` declares the same structure for ctypes.
 #pragma once
 
 #include <cstdint>
@@ -6,15 +6,17 @@
 enum ScaleKind : int32_t { SCALE_FLOAT32 = 0, SCALE_FLOAT16 = 1 };
 enum ZeroKind : int32_t { ZERO_EIGHT = 0, ZERO_NIBBLE = 1, ZERO_FLOAT32 = 2 };
 enum RequestFlags : int32_t {
-    ACTIVATIONS_BFLOAT16 = 1,  // else float32; the output likewise
+    ACTIVATIONS_BFLOAT16 = 1,  // dtype of activations and output; float32 if not set
     BIAS_BFLOAT16 = 2,
-    ACTIVATIONS_INT8 = 4,  // quantized before, with token_scales [rows][groups]; ACTIVATIONS_BFLOAT16 then tells the output's type
+    // The activations are already quantized, with token_scales [rows][groups]. ACTIVATIONS_BFLOAT16 is then the dtype
+    // of the output.
+    ACTIVATIONS_INT8 = 4,
 };
 
-// A packed weight. Sixteen outputs form a block; within it the 32-bit units of the outputs are interleaved, so that
-// one 64-byte vector holds the same unit of sixteen outputs: values [outputs / 16][units][16]. A unit is four int8
-// (stored as w + 128), two bfloat16, one float32, or eight 4-bit integers: k = 0..3 in the low halves of its bytes,
-// k = 4..7 in the high halves. Scales [outputs / 16][groups][16] and zeros likewise follow the same blocks.
+// A packed weight. Sixteen outputs form a block. Within a block the 32-bit units of the outputs are interleaved, so
+// that one 64-byte vector contains the same unit of sixteen outputs: values [outputs / 16][units][16]. A unit is four
+// int8 (stored as w + 128), two bfloat16, one float32, or eight 4-bit integers: k = 0..3 in the low halves of its
+// bytes, k = 4..7 in the high halves. Scales and zero points are in the same blocks, [outputs / 16][groups][16].
 struct Weight {
     int64_t outputs;
     int64_t inputs;

@@ -14,7 +14,12 @@ LEVEL_VARIABLE = "QUASAR_CPU_LEVEL"
 
 @dataclass(frozen=True)
 class Level:
-    """name: what `QUASAR_CPU_LEVEL` calls it; features: as Linux lists them; flags: the compiler's."""
+    """An ISA level.
+
+    name: its name in `QUASAR_CPU_LEVEL`
+    features: the names of the required processor features in Linux
+    flags: the flags of the compiler
+    """
 
     name: str
     features: frozenset[str]
@@ -34,12 +39,12 @@ def _level(name: str, *features: str, options: tuple[str, ...] = ()) -> Level:
 
 
 def _flag(feature: str) -> str:
-    """What GCC and Clang call a feature that Linux lists."""
+    """Return the flag of GCC and Clang for a feature, given its name in Linux."""
     return f"-m{feature.replace('_', '-' if feature.startswith('amx') else '')}"
 
 
 EMULATED = "amx-emulated"
-# Best first. The last computes what `amx` does without its instructions, for tests on other processors.
+# From best to worst. The last one computes the same as `amx` without its instructions, for tests on other processors.
 LEVELS = (
     _level("amx", *_AVX512_BF16, *_TILES),
     _level("avx512bf16", *_AVX512_BF16),
@@ -52,15 +57,15 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_levels() -> tuple[Level, ...]:
-    """The levels that this processor and its operating system support, best first."""
+    """Return the levels that this processor and its operating system support, from best to worst."""
     features = _processor_features()
     return tuple(level for level in LEVELS if level.features <= features)
 
 
 def chosen_levels(name: str | None = None) -> tuple[Level, ...]:
-    """The named level, or the one that `QUASAR_CPU_LEVEL` names, or all that may be used, best first.
+    """Return the named level, or the one that `QUASAR_CPU_LEVEL` names, or all usable levels from best to worst.
 
-    None means PyTorch's own operations. Raises ValueError if the name is no level, or not one of this processor's.
+    An empty result means PyTorch's own operations. Raises ValueError if this processor has no level of that name.
     """
     available = available_levels()
     wanted = name or os.environ.get(LEVEL_VARIABLE)
@@ -77,7 +82,7 @@ def chosen_levels(name: str | None = None) -> tuple[Level, ...]:
 
 
 def _processor_features() -> frozenset[str]:
-    # Linux lists a feature only if the operating system saves its registers too.
+    # Linux lists a feature only if the operating system also saves its registers.
     if platform.machine() not in {"x86_64", "AMD64"}:
         return frozenset()
     try:
@@ -91,6 +96,6 @@ def _processor_features() -> frozenset[str]:
 
 @functools.cache
 def _tiles_permitted() -> bool:
-    """Ask Linux for the tile registers, which a process may use only with permission: 8 KiB more to save per thread."""
+    """Ask Linux for permission to use the tile registers, which add 8 KiB to the saved state of a thread."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0

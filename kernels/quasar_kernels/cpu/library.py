@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quasar_kernels.cpu.build import BuildError, library_path
 from quasar_kernels.cpu.functions import FUNCTIONS
-from quasar_kernels.cpu.levels import Level, chosen_levels
+from quasar_kernels.cpu.levels import LEVEL_VARIABLE, NO_KERNELS, Level, chosen_levels
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float32)
 ACTIVATIONS_BFLOAT16 = 1
@@ -26,8 +27,11 @@ MatmulFunction = Callable[[int, int, int | None, int, int | None, int, int, int]
 
 
 class Library:
-    """The functions of one level, an attribute for each that `functions.h` lists. They are called through ctypes
-    directly: an operator of `torch.library` would add several microseconds to each call."""
+    """The functions of one level, with one attribute for each function in `functions.h`.
+
+    They are called directly through ctypes, because an operator of `torch.library` would add several microseconds to
+    each call.
+    """
 
     def __init__(self, path: Path, level: Level) -> None:
         self.level = level
@@ -41,13 +45,13 @@ class Library:
         def __getattr__(self, function: str) -> Callable[..., None]: ...
 
     def replayed(self, name: str) -> int:
-        """Address of the function that makes a recorded call of a kernel."""
+        """Return the address of the function that executes a recorded call of a kernel."""
         address = ctypes.cast(getattr(self._library, f"replay_{name}"), ctypes.c_void_p).value
         assert address is not None
         return address
 
     def ask_for_huge_pages(self, memory: Tensor) -> None:
-        """Ask for huge pages below a large tensor that has not been written yet."""
+        """Request huge pages for a large tensor that has not been written yet."""
         if memory.nbytes >= HUGE_PAGE_BYTES:
             self.advise_huge_pages(memory.data_ptr(), memory.nbytes)
 
@@ -62,10 +66,10 @@ _forced_level: str | None = None
 
 
 def use_level(name: str | None) -> None:
-    """Use the kernels of the named level from now on, "torch" for none, None for what `QUASAR_CPU_LEVEL` or the
-    processor says. Weights that are packed already serve every level.
+    """Use the kernels of the named level from now on; "torch" means no kernels, and None the default level.
 
-    Raises ValueError if the name is no level, or one that this processor does not have.
+    The default is the level in `QUASAR_CPU_LEVEL`, or else the best one. Packed weights are the same for all levels.
+    Raises ValueError if this processor has no level of that name.
     """
     global _forced_level
     chosen_levels(name)
@@ -75,23 +79,48 @@ def use_level(name: str | None) -> None:
 
 @functools.cache
 def backend() -> Library | None:
-    """The library of this machine's level, compiled on first use; None if PyTorch's operations compute everything.
+    """Return the library of this machine's level, or None if PyTorch's operations compute everything.
 
-    Warns once if the kernels cannot be compiled. Raises ValueError if `QUASAR_CPU_LEVEL` names an unknown level.
+    It is compiled on first use. Warns once if the best level cannot be used. Raises ValueError if `QUASAR_CPU_LEVEL`
+    names an unknown level.
     """
-    return _loaded(chosen_levels(_forced_level))
+    return _loaded(chosen_levels(_forced_level)).library
+
+
+def kernel_level() -> tuple[str, str]:
+    """The name of the level in use, "torch" for none, and the reason why it is this one, in a few words."""
+    found = backend()
+    levels = chosen_levels(_forced_level)
+    if failures := _loaded(levels).failures:
+        reason = "; ".join(f"{name} is off: {error}" for name, error in failures)
+    elif named := _forced_level or os.environ.get(LEVEL_VARIABLE):
+        reason = f"{LEVEL_VARIABLE}={named}" if _forced_level is None else "chosen by the caller"
+    else:
+        reason = "the best of this processor" if levels else "this processor has no AVX2"
+    return NO_KERNELS if found is None else found.level.name, reason
+
+
+class _Loaded(NamedTuple):
+    """The library that could be loaded, and the better levels that could not, with the reasons."""
+
+    library: Library | None
+    failures: tuple[tuple[str, str], ...]
 
 
 @functools.cache
-def _loaded(levels: tuple[Level, ...]) -> Library | None:
-    reasons = []
+def _loaded(levels: tuple[Level, ...]) -> _Loaded:
+    failures: list[tuple[str, str]] = []
+    found = None
     for level in levels:
-        # A compiler may be too old for the best level and good enough for the next.
+        # A compiler may be too old for the best level, but support the next one.
         try:
-            return Library(library_path(level), level)
+            found = Library(library_path(level), level)
+            break
         except (BuildError, OSError) as error:
-            reasons.append(error)
-    if reasons:
-        message = f"CPU kernels are off, PyTorch's operations are used: {reasons[-1]}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return None
+            failures.append((level.name, str(error)))
+    if failures:
+        used = "CPU kernels are off, PyTorch's operations are used"
+        if found is not None:
+            used = f"CPU kernels of level {failures[0][0]} are off, those of level {found.level.name} are used"
+        warnings.warn(f"{used}: {failures[-1][1]}", RuntimeWarning, stacklevel=3)
+    return _Loaded(found, tuple(failures))

@@ -1,9 +1,9 @@
-"""Weights in the order in which the kernels read them.
+"""Packs weights in the order in which the kernels read them.
 
-Sixteen outputs form a block. Within it the 32-bit units of the outputs are interleaved, [N / 16, units, 16], so that
-one 64-byte vector holds the same unit of sixteen outputs and a block is one contiguous stream. A unit is four int8
-(stored as w + 128), two bfloat16, one float32, or eight 4-bit integers: inputs 0 to 3 in the low halves of its bytes,
-4 to 7 in the high halves. Scales and zero points of groups follow the same blocks, [N / 16, groups, 16].
+Sixteen outputs form a block. Within a block the 32-bit units of the outputs are interleaved, [N / 16, units, 16], so
+that one 64-byte vector contains the same unit of sixteen outputs, and a block is one contiguous stream. A unit is four
+int8 (stored as w + 128), two bfloat16, one float32, or eight 4-bit integers: inputs 0 to 3 in the low halves of its
+bytes, 4 to 7 in the high halves. Scales and zero points of groups are in the same blocks, [N / 16, groups, 16].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quasar_kernels.reference import unpack_int4 as unpack_nibbles
 
 BLOCK_OUTPUTS = 16
 INPUTS_MULTIPLE = 32
-# Beyond these the integer sums would leave int32, or a group's sum the integers that float32 holds exactly.
+# With more inputs the integer sums would overflow int32. In larger groups a sum would not be exact in float32.
 MAX_INPUTS = 1 << 17
 MAX_GROUP_SIZE = 1 << 13
 SIGN_BIT = -128
@@ -32,7 +32,7 @@ ZERO_EIGHT, ZERO_NIBBLE, ZERO_FLOAT32 = 0, 1, 2
 
 
 class _Structure(ctypes.Structure):
-    """`Weight` of interface.h."""
+    """The structure `Weight` of interface.h."""
 
     _fields_ = (
         ("outputs", ctypes.c_int64),
@@ -51,8 +51,8 @@ class PackedWeight:
     """A packed weight and its description for the library.
 
     values: int32 [N / 16, units, 16]; scales: float32 [N] for int8, or float32 or float16 [N / 16, groups, 16];
-    zeros: uint8 [N / 16, groups, 8] (two 4-bit zero points a byte), float32 [N / 16, groups, 16], or None for 8.
-    Every scale is multiplied by ``scale_unit``, a power of two. The tensors must not be resized or moved.
+    zeros: uint8 [N / 16, groups, 8] (two 4-bit zero points per byte), float32 [N / 16, groups, 16], or None if all are
+    8. Every scale is multiplied by ``scale_unit``, a power of two. The tensors must not be resized or moved.
     """
 
     def __init__(
@@ -67,6 +67,13 @@ class PackedWeight:
         self.values, self.scales, self.zeros = values, scales, zeros
         self.outputs, self.inputs = values.shape[0] * BLOCK_OUTPUTS, inputs
         self.group_size, self.scale_unit = group_size, scale_unit
+        groups = self.outputs * (inputs // group_size if group_size else 1)
+        for part, expected in (
+            (scales, groups),
+            (zeros, groups // 2 if zeros is not None and zeros.dtype == torch.uint8 else groups),
+        ):
+            if part is not None and (part.numel() != expected or not part.is_contiguous()):
+                raise ValueError(f"expected {expected} scales and zero points without gaps, got {list(part.shape)}")
         zero_kind = ZERO_EIGHT if zeros is None else ZERO_NIBBLE if zeros.dtype == torch.uint8 else ZERO_FLOAT32
         self._structure = _Structure(
             self.outputs,
@@ -87,7 +94,7 @@ class PackedWeight:
 
 
 def packable(outputs: int, inputs: int, group_size: int = INPUTS_MULTIPLE) -> bool:
-    """Whether the kernels take a weight of this shape."""
+    """Return whether the kernels take a weight of this shape."""
     return (
         outputs % BLOCK_OUTPUTS == 0
         and inputs % INPUTS_MULTIPLE == 0
@@ -98,35 +105,35 @@ def packable(outputs: int, inputs: int, group_size: int = INPUTS_MULTIPLE) -> bo
 
 
 def pack_int8(values: Tensor, scales: Tensor) -> PackedWeight:
-    """values: int8 [N, K]; scales: float32 [N]."""
+    """Pack values, int8 [N, K], with scales, float32 [N]."""
     return PackedWeight(_pack_units(values ^ SIGN_BIT), values.shape[1], scales.float().contiguous())
 
 
 def unpack_int8(weight: PackedWeight) -> Tensor:
-    """int8 [N, K]."""
+    """Return the packed values, int8 [N, K]."""
     return _unpack_units(weight.values, torch.int8) ^ SIGN_BIT
 
 
 def pack_dense(values: Tensor) -> PackedWeight:
-    """values: bfloat16 or float32 [N, K]."""
+    """Pack values, bfloat16 or float32 [N, K]."""
     return PackedWeight(_pack_units(values), values.shape[1])
 
 
 def unpack_dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """[N, K] in the dtype that was packed."""
+    """Return the packed values [N, K]. dtype: the dtype that was packed."""
     return _unpack_units(weight.values, dtype)
 
 
 def unpack_dense_rows(weight: PackedWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Some rows, [len(rows), K], of a matrix in the dtype that was packed: an embedding look-up. rows: int [R]."""
+    """Return the rows with the indices ``rows``, int64 [R], as [R, K]. dtype: the dtype that was packed."""
     blocks = torch.div(rows, BLOCK_OUTPUTS, rounding_mode="floor")
     return weight.values[blocks, :, rows % BLOCK_OUTPUTS].contiguous().view(dtype)
 
 
 def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor, scale_unit: float | None) -> PackedWeight:
-    """packed: uint8 [N, K / 2] as in `reference.pack_int4`; scales, zeros: float32 [N, K / group_size].
+    """Pack uint8 [N, K / 2] as in `reference.pack_int4`, with scales and zeros, float32 [N, K / group_size].
 
-    With a ``scale_unit`` the scales are stored as float16 multiples of it, else as float32.
+    With a ``scale_unit`` the scales are stored as float16 multiples of it, otherwise as float32.
     """
     inputs = packed.shape[1] * 2
     group_size = inputs // scales.shape[1]
@@ -137,7 +144,7 @@ def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor, scale_unit: float |
 
 
 def unpack_int4(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """What `pack_int4` was given: packed uint8 [N, K / 2]; scales, zeros float32 [N, K / group_size]."""
+    """Return what was packed: uint8 [N, K / 2], and scales and zeros, float32 [N, K / group_size]."""
     assert weight.scales is not None
     octets = _unpack_units(weight.values, torch.uint8).view(weight.outputs, -1, 4)
     values = torch.stack([octets & 0xF, octets >> 4], dim=2).flatten(1)
@@ -152,7 +159,10 @@ def unpack_int4(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def float16_scale_unit(scales: Tensor) -> float:
-    """The power of two that brings the largest scale to [2^14, 2^15): the smallest normal float16 is 2^-29 of it."""
+    """Return the power of two u for which the largest scale divided by u is in [2^14, 2^15).
+
+    The smallest normal float16 is then 2^-29 of the largest scale.
+    """
     largest = scales.abs().amax().item()
     return 2.0 ** (math.frexp(largest)[1] - 15) if largest > 0 else 1.0
 

@@ -1,5 +1,5 @@
-// Makes a recorded sequence of calls again in one call: kernels take microseconds, and running an interpreter between
-// them would take longer.
+// Repeats a recorded sequence of calls in one call, because a kernel takes a few microseconds and running the Python
+// interpreter between two kernels would take longer.
 #include <cstring>
 #include <utility>
 
@@ -7,7 +7,8 @@
 
 namespace {
 
-// The arguments of a call, one per 64-bit slot; rows_slot is the index of the one that varies from replay to replay.
+// A recorded call. Every argument is in a 64-bit slot; rows_slot is the index of the number of rows, the only argument
+// that varies from replay to replay.
 struct Call {
     void (*invoke)(const uint64_t* slots);
     uint64_t* slots;

@@ -1,4 +1,4 @@
-// Sixteen-lane vectors for processors with AVX2, FMA and F16C: every vector is a pair of registers.
+// Sixteen-lane vectors for processors with AVX2, FMA and F16C. Every vector is a pair of registers.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,7 @@ namespace {
 // Four accumulators of two registers each leave half of the 16 registers to weights and temporaries.
 constexpr int MAX_TILE_ROWS = 4;
 
-// Stored bytes are w + 128; here they are turned back into signed weights, so accumulators start at zero.
+// Stored bytes are w + 128. They are converted back to signed weights here, so accumulators start at zero.
 constexpr int32_t BYTE_OFFSET = 0;
 
 struct Floats {
@@ -20,8 +20,8 @@ struct Floats {
 struct Ints {
     __m256i low, high;
 };
-// maddubs adds two products in 16 bits and saturates. With |w| <= 128 as its unsigned side and the weight's sign
-// moved to an activation of at most 127 in magnitude the sum stays below 2 * 128 * 127 = 32512: exact.
+// maddubs adds two products in 16 bits and saturates. Its unsigned operand is |w| <= 128, and the sign of the weight is
+// moved to the activation, whose magnitude is at most 127. The sum is at most 2 * 128 * 127 = 32512, so it is exact.
 struct Bytes {
     Ints magnitudes, signs;
 };
@@ -67,13 +67,13 @@ inline Floats round_to_integers(Floats values) {  // ties to even
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(values.low, mode), _mm256_round_ps(values.high, mode)};
 }
-// values where x >= least, else 0
+// Returns the values where x >= least, and 0 elsewhere.
 inline Floats keep_from(Floats values, Floats x, float least) {
     const __m256 bound = _mm256_set1_ps(least);
     return {_mm256_and_ps(values.low, _mm256_cmp_ps(x.low, bound, _CMP_GE_OQ)),
             _mm256_and_ps(values.high, _mm256_cmp_ps(x.high, bound, _CMP_GE_OQ))};
 }
-// values where the byte is not 0, else -infinity
+// Returns the values where the byte is not 0, and -infinity elsewhere.
 inline __m256 mask_eight(__m256 values, const uint8_t* visible) {
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(visible)));
     const __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(bytes, _mm256_setzero_si256()));
@@ -82,19 +82,19 @@ inline __m256 mask_eight(__m256 values, const uint8_t* visible) {
 inline Floats mask_invisible(Floats values, const uint8_t* visible) {
     return {mask_eight(values.low, visible), mask_eight(values.high, visible + 8)};
 }
-// One bit per lane, set where both are equal.
+// Returns one bit per lane, which is set if both are equal.
 inline uint32_t equal_lanes(Floats a, Floats b) {
     const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ));
     const int high = _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ));
     return static_cast<uint32_t>(low | high << 8);
 }
-// 2^n for integers n in [-126, 127]
+// Returns 2^n for integers n in [-126, 127].
 inline __m256 eight_powers_of_two(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline Floats power_of_two(Floats n) { return {eight_powers_of_two(n.low), eight_powers_of_two(n.high)}; }
 
-// Sixteen rows of sixteen 32-bit units become sixteen columns, [unit][16].
+// Transposes sixteen rows of sixteen 32-bit units to [unit][16].
 inline void transpose(const int32_t* const (&rows)[16], int64_t first, int32_t* target) {
     for (int row = 0; row < 16; ++row)
         for (int unit = 0; unit < 16; ++unit) target[16 * unit + row] = rows[row][first + unit];
@@ -120,7 +120,8 @@ inline void store_float32(void* target, Floats values) {
     _mm256_storeu_ps(lanes, values.low);
     _mm256_storeu_ps(lanes + 8, values.high);
 }
-// Round to nearest, ties to even, as PyTorch does; NaN stays NaN. The result lies in the low half of each lane.
+// Rounds to the nearest bfloat16, ties to even, as PyTorch does; NaN stays NaN. The result is in the low half of each
+// lane.
 inline __m256i round_to_bfloat16(__m256 values) {
     const __m256i bits = _mm256_castps_si256(values);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -131,7 +132,7 @@ inline __m256i round_to_bfloat16(__m256 values) {
 }
 inline void store_bfloat16(void* target, Floats values) {
     const __m256i packed = _mm256_packus_epi32(round_to_bfloat16(values.low), round_to_bfloat16(values.high));
-    // The pack works within 128-bit halves: put its quarters back in order.
+    // The instruction packs within 128-bit halves, so the quarters are put back in order.
     _mm256_storeu_si256(static_cast<__m256i*>(target), _mm256_permute4x64_epi64(packed, 0b11011000));
 }
 inline Ints round_to_ints(Floats values) {  // ties to even
@@ -149,12 +150,12 @@ inline Ints load_int8(const void* source) {
     return {_mm256_cvtepi8_epi32(lanes), _mm256_cvtepi8_epi32(_mm_srli_si128(lanes, 8))};
 }
 inline void store_int8(int8_t* target, Ints values) {
-    // The packs work within 128-bit halves: put the quarters back in order.
+    // The instructions pack within 128-bit halves, so the quarters are put back in order.
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(values.low, values.high), 0b11011000);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(target), bytes);
 }
-// Sixteen 4-bit integers stored in eight bytes, the even lanes in the low halves.
+// Loads sixteen 4-bit integers from eight bytes; the even lanes are in the low halves.
 inline Floats load_nibbles(const void* source) {
     const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(source));
     const __m128i mask = _mm_set1_epi8(15);
@@ -193,7 +194,7 @@ inline Ints dot_nibbles(Ints sum, Ints weights, int32_t activations) {
             add_pairs(sum.high, _mm256_maddubs_epi16(weights.high, x))};
 }
 
-// Nibble SHIFT / 4 of every lane, less 8.
+// Returns nibble SHIFT / 4 of every lane minus 8.
 template <int SHIFT>
 inline Floats centered_nibbles(Ints packed) {
     const __m256i mask = _mm256_set1_epi32(15), center = _mm256_set1_epi32(8);

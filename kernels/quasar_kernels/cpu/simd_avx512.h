@@ -11,8 +11,8 @@ namespace {
 // Sixteen accumulators leave half of the 32 registers to weights, scales and constants.
 constexpr int MAX_TILE_ROWS = 16;
 
-// dpbusd multiplies unsigned weights by signed activations: stored bytes are w + 128, and accumulators start at
-// -128 * (sum of the activations), which makes the result exact again.
+// dpbusd multiplies unsigned weights by signed activations. Stored bytes are w + 128, and accumulators start at
+// -128 * (sum of the activations), so the result is exact.
 constexpr int32_t BYTE_OFFSET = 128;
 
 using Floats = __m512;
@@ -39,18 +39,18 @@ inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats round_to_integers(Floats values) {  // ties to even
     return _mm512_roundscale_ps(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// values where x >= least, else 0
+// Returns the values where x >= least, and 0 elsewhere.
 inline Floats keep_from(Floats values, Floats x, float least) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_GE_OQ), values);
 }
-// values where the byte is not 0, else -infinity
+// Returns the values where the byte is not 0, and -infinity elsewhere.
 inline Floats mask_invisible(Floats values, const uint8_t* visible) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(visible));
     return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(bytes, bytes), values);
 }
-// One bit per lane, set where both are equal.
+// Returns one bit per lane, which is set if both are equal.
 inline uint32_t equal_lanes(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-// 2^n for integers n in [-126, 127]
+// Returns 2^n for integers n in [-126, 127].
 inline Floats power_of_two(Floats n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
@@ -65,7 +65,7 @@ inline Floats load_bfloat16(const void* source) {
 }
 inline void store_float32(void* target, Floats values) { _mm512_storeu_ps(target, values); }
 inline void store_bfloat16(void* target, Floats values) {
-    // Round to nearest, ties to even, as PyTorch does; NaN stays NaN.
+    // Rounds to the nearest bfloat16, ties to even, as PyTorch does; NaN stays NaN.
     const __m512i bits = _mm512_castps_si512(values);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_srli_epi32(
@@ -83,7 +83,7 @@ inline Ints load_int8(const void* source) {
 inline void store_int8(int8_t* target, Ints values) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtsepi32_epi8(values));
 }
-// Sixteen 4-bit integers stored in eight bytes, the even lanes in the low halves.
+// Loads sixteen 4-bit integers from eight bytes; the even lanes are in the low halves.
 inline Floats load_nibbles(const void* source) {
     const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(source));
     const __m128i mask = _mm_set1_epi8(15);
@@ -104,7 +104,7 @@ inline Ints dot_nibbles(Ints sum, Ints weights, int32_t activations) {
     return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(activations));
 }
 
-// Nibble SHIFT / 4 of every lane, less 8. The permutation looks at the low four bits of an index only.
+// Returns nibble SHIFT / 4 of every lane minus 8. The permutation uses only the low four bits of an index.
 template <int SHIFT>
 inline Floats centered_nibbles(Ints packed) {
     const Floats table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -116,7 +116,7 @@ inline Floats odd_bfloat16(Ints pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
 }
 
-// Sixteen rows of sixteen 32-bit units become sixteen columns, [unit][16].
+// Transposes sixteen rows of sixteen 32-bit units to [unit][16].
 inline void transpose(const int32_t* const (&rows)[16], int64_t first, int32_t* target) {
     __m512i a[16], b[16];
 #pragma GCC unroll 16
@@ -134,7 +134,7 @@ inline void transpose(const int32_t* const (&rows)[16], int64_t first, int32_t* 
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
-    // Quarters are a 4 x 4 matrix for every u: transpose it by halves.
+    // For every u the quarters are a 4 x 4 matrix, which is transposed in two steps.
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
         const __m512i low = _mm512_shuffle_i32x4(a[u], a[4 + u], 0x44), low2 = _mm512_shuffle_i32x4(a[8 + u], a[12 + u], 0x44);
@@ -151,36 +151,36 @@ inline Floats dot_bfloat16(Floats sum, Ints weights, int32_t activations) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(activations));
 }
 
-// Rounds to bfloat16, stores that and returns it widened.
+// Rounds to bfloat16, stores the result, and returns it as float32.
 inline Floats store_rounded(void* target, Floats values) {
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(values);
     _mm256_storeu_si256(static_cast<__m256i*>(target), rounded);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
 }
 
-// Two rows of 32 bfloat16 become pairs, one element of each row; of every eight elements the first four go to low.
+// Forms pairs of the elements of two rows of 32 bfloat16. Of every eight pairs the first four go to `low`.
 inline void pair_rows(const void* first, const void* second, Ints& low, Ints& high) {
     const Ints a = load_ints(first), b = load_ints(second);
     low = _mm512_unpacklo_epi16(a, b);
     high = _mm512_unpackhi_epi16(a, b);
 }
-// Stores 32 sums in natural order that stem from pairs of `pair_rows`.
+// Stores 32 sums that were computed from pairs of `pair_rows`, in the order of the elements.
 inline void store_paired(float* target, Floats low, Floats high) {
     const Floats front = _mm512_shuffle_f32x4(low, high, 0x44), back = _mm512_shuffle_f32x4(low, high, 0xEE);
     store_float32(target, _mm512_shuffle_f32x4(front, front, 0xD8));
     store_float32(target + 16, _mm512_shuffle_f32x4(back, back, 0xD8));
 }
 
-// Sixteen bfloat16 in the order in which `centered_bfloat16_nibbles` gives weights: of every eight, the pairs
-// (0, 2), (1, 3), (4, 6), (5, 7).
+// Stores sixteen bfloat16 in the order in which `centered_bfloat16_nibbles` returns weights: of every eight elements,
+// the pairs (0, 2), (1, 3), (4, 6), (5, 7).
 inline void store_bfloat16_pairs(void* target, const void* source) {
     const __m256i natural = _mm256_loadu_si256(static_cast<const __m256i*>(source));
     const __m256i low = _mm256_shufflelo_epi16(natural, 0b11011000);
     _mm256_storeu_si256(static_cast<__m256i*>(target), _mm256_shufflehi_epi16(low, 0b11011000));
 }
 
-// Nibbles SHIFT / 4 and SHIFT / 4 + 4 of every lane, less 8, as a pair of bfloat16. The table repeats because the
-// permutation looks at five bits of an index, the fifth of which belongs to the next nibble.
+// Returns nibbles SHIFT / 4 and SHIFT / 4 + 4 of every lane minus 8, as a pair of bfloat16. The table repeats because
+// the permutation uses five bits of an index, and the fifth bit belongs to the next nibble.
 template <int SHIFT>
 inline Ints centered_bfloat16_nibbles(Ints packed) {
     alignas(64) static constexpr uint16_t TABLE[32] = {

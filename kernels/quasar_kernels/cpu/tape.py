@@ -1,8 +1,8 @@
-"""Calls of the library, recorded once and then made again all together.
+"""Records calls of the library once, and replays all of them in one call.
 
-Kernels take a few microseconds each; running the interpreter between them would take longer. Recording runs Python
-code in which every operation is a call of the library, without making the calls; replaying makes them, on
-whatever the same memory holds by then. This does on a CPU what a CUDA graph does on a GPU.
+A kernel takes a few microseconds, and running the interpreter between two kernels would take longer. Recording runs
+Python code in which every operation is a call of the library, but does not execute the calls. A replay executes them on
+the current content of the same memory. A tape is to a CPU what a CUDA graph is to a GPU.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from quasar_kernels.cpu.library import Library
 
 
 class NotRecordableError(Exception):
-    """The code calls an operation that is not in the library; the message names it."""
+    """Raised if the code calls an operation that is not in the library. The message names the operation."""
 
 
 class Tape:
     """The calls that ``run`` makes, for up to ``max_rows`` rows.
 
-    run: works on tensors of ``max_rows`` rows that stay where they are, and returns others, `results`. Code and
-        tensors may hold nothing but the number of rows that should vary from replay to replay.
-    memory: what holds the results and all that lies between
+    run: works on tensors of ``max_rows`` rows that stay in place, and returns new tensors, `results`. Only the number
+        of rows may vary from replay to replay
+    memory: the memory of the results and of all intermediate tensors
 
-    Raises NotRecordableError if ``run`` does anything but call the library.
+    Raises NotRecordableError if ``run`` does anything other than calling the library.
     """
 
     def __init__(self, library: Library, max_rows: int, run: Callable[[], tuple[Tensor, ...]]) -> None:
@@ -48,23 +48,23 @@ class Tape:
         )
 
     def replay(self, rows: int) -> None:
-        """Make the calls for the first ``rows`` rows. Raises ValueError for more than were recorded."""
+        """Execute the calls for the first ``rows`` rows. Raises ValueError if this is more than was recorded."""
         if not 0 < rows <= self._max_rows:
             raise ValueError(f"{rows} rows: recorded for 1 to {self._max_rows}")
         self._library.replay(ctypes.addressof(self._calls), len(self._calls), rows)
 
 
 class _Call(ctypes.Structure):
-    """`Call` of replay.cpp."""
+    """The structure `Call` of replay.cpp."""
 
     _fields_ = (("invoke", ctypes.c_void_p), ("slots", ctypes.c_void_p), ("rows_slot", ctypes.c_int64))
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes calls of the library, serves `torch.empty` from memory of its own, and lets nothing else pass.
+    """Records calls of the library, serves `torch.empty` from its own memory, and refuses every other operation.
 
-    Memory is taken again when the tensor in it is gone: the order of calls, which stays, makes that as safe in every
-    replay as it was in the recorded run. No view of such a tensor can outlive it, because taking one is an operation.
+    Memory is used again once the tensor in it has been deleted. The order of calls is the same in every replay, so this
+    is as safe as in the recorded run. A view of such a tensor cannot outlive it, because making a view is an operation.
     """
 
     def __init__(self, library: Library, max_rows: int) -> None:
@@ -76,7 +76,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def intercepting(self) -> Iterator[None]:
-        """Calls of the library are noted instead of made."""
+        """Record calls of the library instead of executing them."""
         functions = {name: getattr(self._library, name) for name in FUNCTIONS}
         try:
             for name, signature in FUNCTIONS.items():
@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _word(value: int | float | None, kind: type) -> int:
-    """An argument as the 64 bits from which replay.cpp reads it."""
+    """Return an argument as the 64 bits that replay.cpp reads."""
     if kind is ctypes.c_float:
         assert value is not None
         return int(struct.unpack("<I", struct.pack("<f", value))[0])

@@ -1,8 +1,9 @@
-// Tile registers (AMX): sixteen rows of 64 bytes each, and products of two of them into a third.
+// Tile registers (AMX). A register has sixteen rows of 64 bytes; an instruction multiplies two registers and adds the
+// product to a third one.
 //
-// A block of packed weights is a sequence of tiles as it lies in memory: sixteen units of sixteen outputs. Activations
-// are read where they are, row by row, so that nothing has to be interleaved. `EMULATED_TILES` computes the same
-// without the instructions, for tests on processors that lack them.
+// A block of packed weights is a sequence of tiles in memory: sixteen units of sixteen outputs. Activations are read
+// row by row and need no interleaving. `EMULATED_TILES` computes the same without these instructions, for tests on
+// processors that lack them.
 #pragma once
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) || defined(EMULATED_TILES)
@@ -17,7 +18,7 @@
 
 namespace {
 
-// What the instruction that configures the registers reads.
+// The operand of the instruction that configures the registers.
 struct TileShapes {
     uint8_t palette = 1;
     uint8_t first_row = 0;
@@ -82,7 +83,7 @@ inline void multiply_tiles() {
                            tile_element<uint8_t>(RIGHT, k / 4, 4 * output + k % 4);
                 std::memcpy(place, &sum, sizeof(sum));
             } else {
-                // Inputs at even and at odd places are summed apart, then added to what was there.
+                // Even and odd inputs are summed separately, and the two sums are then added to the register.
                 float even = 0, odd = 0;
                 for (int k = 0; k < units; ++k) {
                     even = std::fma(tile_bfloat16(LEFT, row, 2 * k), tile_bfloat16(RIGHT, k, 2 * output), even);
@@ -97,8 +98,8 @@ inline void multiply_tiles() {
 
 #else
 
-// Not the compiler's intrinsics: they take literal numbers of registers, and those of GCC do not tell it what memory
-// they read.
+// The compiler's intrinsics are not used: they take only literal register numbers, and those of GCC do not declare
+// which memory they read.
 inline void configure_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
 inline void release_tiles() { asm volatile("tilerelease" ::: "memory"); }
 
@@ -126,15 +127,16 @@ constexpr int64_t UNITS_PER_TILE = 16;
 constexpr int64_t TILE_ROW_BYTES = 64;
 constexpr int64_t TILE_BYTES = 1024;
 
-// Registers: sums, activations and the activations of the last units, for tiles of rows of two heights; then weights.
+// The registers of sums, of activations, and of the activations of the last units, for tiles of two heights; then those
+// of the weights.
 constexpr int LOW_TILE = 0, HIGH_TILE = 3, WEIGHTS = 6, LAST_WEIGHTS = 7;
 
 inline int64_t low_tile_rows(int64_t rows) { return rows / count_tiles(rows); }
 
-// While it lives, the registers of the calling thread have the shapes that a product of these rows needs.
+// During its lifetime, the registers of the calling thread have the shapes that a matmul of these rows needs.
 class TileRegisters {
    public:
-    // rows: of the activations; units: of one row, of 32 bits each
+    // rows: number of rows of activations; units: number of 32-bit units of one row
     TileRegisters(int64_t rows, int64_t units) {
         TileShapes shapes;
         const int64_t last_units = units % UNITS_PER_TILE, low_rows = low_tile_rows(rows);
@@ -159,10 +161,10 @@ class TileRegisters {
     TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// Adds the product of the rows of a tile and of a block of weights to sums [rows][16], of 32 bits each.
-// fetch: called for every 64 bytes of weights.
+// Multiplies the rows of a tile by a block of weights and adds to sums [rows][16], which have 32 bits each. It calls
+// fetch for every 64 bytes of weights.
 template <TileKind KIND, int HEIGHT, class Fetch>
-inline void add_tile_product(const int32_t* rows, int64_t units, const uint8_t* values, Fetch fetch, void* sums) {
+inline void multiply_tile_rows(const int32_t* rows, int64_t units, const uint8_t* values, Fetch fetch, void* sums) {
     constexpr int ROWS = HEIGHT + 1, LAST_ROWS = HEIGHT + 2;
     load_tile<HEIGHT>(sums, TILE_ROW_BYTES);
     int64_t unit = 0;

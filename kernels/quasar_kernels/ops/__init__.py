@@ -1,4 +1,4 @@
-"""The table of all ops. One file per op: its signature, its definition, its rows in `dispatch`, and its case.
+"""The table of all ops. The file of an op contains its signature, its definition, its kernels, and its case.
 
 The benchmark, the GPU suite and the tests go through this table.
 """
@@ -17,7 +17,7 @@ from quasar_kernels.ops import (
 )
 
 MATMULS = (linear_w8a8.OP, linear_w4a16.OP, linear_bf16.OP, linear_w4a8.OP, linear_w8a16.OP)
-"""The most important first, for those who may run out of time."""
+"""The matmuls, the most important first, because the GPU suite may run out of time."""
 LAYER_OPS = (
     add_rms_norm.OP,
     add_rms_norm.QUANTIZING,
@@ -27,4 +27,4 @@ LAYER_OPS = (
     block_attention.OP,
     first_maxima.OP,
 )
-"""Those between the matmuls; each has a case to measure."""
+"""The ops between the matmuls. Each has a case to measure."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import EPS, Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function, triton_groups
@@ -12,7 +13,7 @@ from quasar_kernels.reference import quantize_tokens, rms_norm
 
 
 def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """RMS normalization (Zhang & Sennrich 2019) of ``x + residual``, rounded where a sequence of operations would.
+    """Compute the RMS normalization (Zhang & Sennrich 2019) of ``x + residual``, rounded like separate operations.
 
     x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
     """
@@ -23,7 +24,7 @@ def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 def add_rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_rms_norm`, then `reference.quantize_tokens`: int8 [M, K], float32 scales [M, G], and the sum [M, K]."""
+    """Compute `add_rms_norm`, then `reference.quantize_tokens`: int8 [M, K], scales float32 [M, G], the sum [M, K]."""
     out: tuple[Tensor, Tensor, Tensor] = QUANTIZING(x, weight, eps, residual, group_size)
     return out
 
@@ -84,6 +85,7 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.rms_norm),
     triton=Kernel(in_16_bit, triton_function("norm", "add_rms_norm")),
     case=_case,
+    check=checks.rms_norm,
 )
 QUANTIZING = LayerOp(
     "add_rms_norm_quantize",
@@ -91,4 +93,5 @@ QUANTIZING = LayerOp(
     cpu=Kernel(_library_takes, calls.rms_norm_quantize),
     triton=Kernel(_triton_quantizes, triton_function("norm", "add_rms_norm_quantize")),
     case=_quantizing_case,
+    check=checks.rms_norm,
 )

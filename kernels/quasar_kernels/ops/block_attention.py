@@ -6,32 +6,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
-from quasar_kernels.reference import attend
+
+EXACT_BLOCK = 128
+"""Largest float32 block whose attention accumulates in float64. Float32 is the mode in which exactness is asserted, and
+this way a row's result does not depend on how many other rows are in its block. Int8 quantization of the activations
+would otherwise turn a difference in the last bit into a different integer."""
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
-    """Softmax attention; every row sees every slot below ``start``.
+    """Compute softmax attention. Every row attends to every slot below ``start``.
 
-    q: float [R, H, D]; keys, values: [H_kv, capacity, D], the block's own rows at slots ``start`` on (int64 [1], read
-    when the kernel runs); block_mask: bool or integer [R, R], True where a row sees a row of the block. Query head h
-    reads KV head h // (H / H_kv). Returns [R, H D] in the dtype of q. On a CPU in bfloat16 a row's result depends
-    neither on the other rows nor on slots that it does not see.
+    q: float [R, H, D]; keys, values: [H_kv, capacity, D], with the rows of the block in the slots from ``start`` on
+    (int64 [1], read when the kernel runs); block_mask: bool or integer [R, R], nonzero if a row attends to a row of the
+    block. Query head h reads KV head h // (H / H_kv). Returns [R, H D] in the dtype of q. On a CPU in bfloat16, a row's
+    result does not depend on the other rows or on slots that the row does not attend to.
     """
     out: Tensor = OP(q, keys, values, start, block_mask)
     return out
 
 
 def _plain(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
-    """For blocks of any size; gradients pass through it. It does not wait for the device to learn ``start``, so it
-    reads every slot of ``keys``: a caller that knows where the block ends gives it no more."""
+    """Compute blocks of any size, with gradients.
+
+    To read ``start`` it would have to wait for the device, so it reads every slot of ``keys``. A caller that knows
+    where the block ends passes only the slots up to there.
+    """
     rows = len(q)
     place = torch.arange(keys.shape[1], device=q.device) - start
     in_block = (place >= 0) & (place < rows)
     visible = (place < 0) | (in_block & block_mask.bool()[:, place.clamp(0, rows - 1)])
-    return attend(q, keys, values, visible)
+    return _attend(q, keys, values, visible)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Compute softmax attention: q [R, H, D]; keys, values [H_kv, S, D]; visible bool [R, S]. Returns [R, H * D].
+
+    The H / H_kv query heads of a KV head are packed into rows, so that each key is read once.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
+    packed = q.transpose(0, 1).reshape(1, kv_heads, group * rows, head_dim)
+    mask = visible.repeat(group, 1)
+    if q.dtype == torch.float32 and rows <= EXACT_BLOCK:
+        packed, keys, values = packed.double(), keys.double(), values.double()
+    out = F.scaled_dot_product_attention(packed, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask)
+    return out.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)
 
 
 def _library_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> bool:
@@ -41,7 +65,7 @@ def _library_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block
 def _triton_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> bool:
     from quasar_kernels.triton.tuning import MAX_ROWS
 
-    # For more rows, those of a prompt, the kernel would split the context for each of them.
+    # The kernel would split the context for each of the many rows of a prompt.
     return in_16_bit(q) and len(q) <= MAX_ROWS
 
 
@@ -66,5 +90,6 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.block_attention),
     triton=Kernel(_triton_takes, triton_function("attention", "block_attention")),
     case=_case,
+    check=checks.block_attention,
     reads_cache=True,
 )

@@ -1,16 +1,17 @@
-"""The argmax of each row: the greedy choice of tokens."""
+"""The argmax of each row, which is the greedy choice of tokens."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp
 
 
 def first_maxima(x: Tensor) -> Tensor:
-    """The argmax of each row; the first one if several values are largest. x: [M, S] without NaN; returns int64 [M]."""
+    """Return the argmax of each row, int64 [M]; the first one if several values are largest. x: [M, S] without NaN."""
     out: Tensor = OP(x)
     return out
 
@@ -29,4 +30,11 @@ def _case(setting: Setting) -> Case:
     return Case((x,), lambda: x.argmax(-1), x.nbytes)
 
 
-OP = LayerOp("first_maxima", plain=_plain, cpu=Kernel(_library_takes, calls.first_maxima), triton=None, case=_case)
+OP = LayerOp(
+    "first_maxima",
+    plain=_plain,
+    cpu=Kernel(_library_takes, calls.first_maxima),
+    triton=None,
+    case=_case,
+    check=checks.first_maxima,
+)

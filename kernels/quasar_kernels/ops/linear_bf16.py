@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` with bfloat16 (or, in exactness mode, float32) weights, summed in float32.
+    """Compute ``x W^T + bias`` with bfloat16 weights (float32 weights in exactness mode), summed in float32.
 
     x: float [M, K]; weight: [N, K]; bias: [N]. Returns [M, N] in the dtype of x.
     """
@@ -28,7 +28,7 @@ def linear_bf16(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> T
 
 
 def linear_dense(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_bf16` of a plain tensor, which only Triton has a kernel for. values: [N, K] in the dtype of x."""
+    """Compute `linear_bf16` for a tensor, for which only Triton has a kernel. values: [N, K] in the dtype of x."""
     out: Tensor = DENSE(x, values, bias)
     return out
 

@@ -14,13 +14,13 @@ from quasar_kernels.weights import Int4Weight
 if TYPE_CHECKING:
     from quasar_kernels.triton.tuning import Tiling
 
-# PyTorch's packed 4-bit matmul re-reads the weights every few rows: beyond this many, dequantizing once is cheaper.
+# PyTorch's packed 4-bit matmul reads the weights again every few rows. For more rows, dequantizing once is faster.
 TORCH_INT4_MAX_ROWS = 64
 TRITON_GROUP_SIZES = (32, 64, 128, 256)
 
 
 def linear_w4a16(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` with group-wise 4-bit weights ``(q - zero) * scale``.
+    """Compute ``x W^T + bias`` with group-wise 4-bit weights ``(q - zero) * scale``.
 
     x: float [M, K]; weight: [N, K]; bias: [N]. Returns [M, N] in the dtype of x.
     """

@@ -20,8 +20,7 @@ TRITON_GROUP_SIZES = (64, 128, 256)
 
 
 def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` with 4-bit weights and int8 activations, both scaled by group: of a token's activations too, as
-    weights of a group share a scale anyway.
+    """Compute ``x W^T + bias`` with 4-bit weights and int8 activations, both with one scale per group.
 
     x: float [M, K], quantized inside in the groups of the weight, or `Quantized` in that way by the op before; weight:
     [N, K]; bias: [N]. Returns [M, N] in the dtype of x. Within a group the sum of ``token * (q - zero)`` is an exact
@@ -32,8 +31,11 @@ def linear_w4a8(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None =
 
 
 def _plain(x: Tensor | Quantized, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """One matmul of integers per group. They and their sums are exact in float32 for groups of up to 8192 inputs,
-    since 127 * 15 * 8192 < 2^24, and also in the 16-bit formats to which PyTorch may be told to round its operands."""
+    """Compute one matmul of integers per group.
+
+    The integers and their sums are exact in float32 for groups of up to 8192 inputs, since 127 * 15 * 8192 < 2^24. The
+    integers are also exact in the 16-bit formats to which PyTorch may be configured to round its operands.
+    """
     tokens, token_scales, dtype = as_quantized(x, weight.group_size)
     packed, scales, zeros = weight.canonical()
     size, computed = weight.group_size, compute_dtype(dtype)

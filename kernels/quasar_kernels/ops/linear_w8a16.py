@@ -1,4 +1,4 @@
-"""``x W^T + bias`` with int8 weights and activations as they are."""
+"""``x W^T + bias`` with int8 weights and activations that are not quantized."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def linear_w8a16(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias``, int8 weights with per-channel scales.
+    """Compute ``x W^T + bias`` with int8 weights and per-channel scales.
 
-    x: float [M, K]; weight: [N, K]; bias: [N]. Returns [M, N] in the dtype of x. The compiled kernels take activations
-    as integers of 15 bit per token, which is finer than bfloat16 is near a token's largest value.
+    x: float [M, K]; weight: [N, K]; bias: [N]. Returns [M, N] in the dtype of x. The compiled kernels round
+    activations to 15-bit integers with one scale per token, which is finer than bfloat16 near a token's largest value.
     """
     out: Tensor = OP(x, weight, bias)
     return out

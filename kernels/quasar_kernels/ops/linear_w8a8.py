@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from quasar_kernels.triton.tuning import Tiling
 
 CUDA_INT_MM_MIN_ROWS = 17
-"""Fewer are refused by `torch._int_mm` on CUDA."""
+"""`torch._int_mm` refuses fewer rows on CUDA."""
 
 
 def linear_w8a8(x: Tensor | Quantized, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias``, int8 × int8: the int32 sums are exact, and scaled per token and per output channel in float32.
+    """Compute ``x W^T + bias`` in int8. The int32 sums are exact, and scaled per token and output channel in float32.
 
     x: float [M, K], quantized inside with one scale per token, or `Quantized` in that way by the op before; weight:
     [N, K]; bias: [N]. Returns [M, N] in the dtype of x.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import EPS, Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
@@ -26,8 +27,8 @@ def rotary_write(
     the cache.
 
     qkv: float [R, (H + 2 H_kv) D], query heads first; cos, sin: float32 [R, D], halves repeated; keys, values:
-    [H_kv, capacity, D], written at slots ``start`` on (int64 [1], read when the kernel runs); q_norm, k_norm: weights
-    [D] of an RMS normalization of each head, or None. Returns the rotated queries [R, H, D].
+    [H_kv, capacity, D], written to the slots from ``start`` on (int64 [1], read when the kernel runs); q_norm, k_norm:
+    weights [D] of an RMS normalization of each head, or None. Returns the rotated queries [R, H, D].
     """
     out: Tensor = OP(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps)
     return out
@@ -86,4 +87,5 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.rotary_write),
     triton=Kernel(in_16_bit, triton_function("rotary", "rotary_write")),
     case=_case,
+    check=checks.rotary_write,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from quasar_kernels import checks
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function, triton_groups
@@ -12,7 +13,7 @@ from quasar_kernels.reference import quantize_tokens
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` (SwiGLU, Shazeer 2020), rounded after each of the two.
+    """Compute ``silu(gate) * up`` (SwiGLU, Shazeer 2020), rounded after each of the two operations.
 
     gate_up: float [M, 2 S], the gates first. Returns [M, S] in its dtype.
     """
@@ -21,7 +22,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """`silu_mul`, then `reference.quantize_tokens`: int8 [M, S] and float32 scales [M, G]."""
+    """Compute `silu_mul`, then `reference.quantize_tokens`: int8 [M, S] and float32 scales [M, G]."""
     out: tuple[Tensor, Tensor] = QUANTIZING(gate_up, group_size)
     return out
 
@@ -60,6 +61,7 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.silu_mul),
     triton=Kernel(in_16_bit, triton_function("activation", "silu_mul")),
     case=_case,
+    check=checks.silu_mul,
 )
 QUANTIZING = LayerOp(
     "silu_mul_quantize",
@@ -67,4 +69,5 @@ QUANTIZING = LayerOp(
     cpu=Kernel(_library_takes, calls.silu_mul_quantize),
     triton=Kernel(_triton_quantizes, triton_function("activation", "silu_mul_quantize")),
     case=_quantizing_case,
+    check=checks.silu_mul,
 )

@@ -5,5 +5,5 @@ Triton is imported by the modules of this package only, which are imported where
 
 import os
 
-# Triton 3.9 warns at every compilation until somebody decides; fused multiply-add is what the kernels assume.
+# Triton 3.9 warns at every compilation unless this is set. The kernels assume fused multiply-add.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

@@ -1,4 +1,4 @@
-"""SwiGLU's element-wise part, with quantization of the result."""
+"""The element-wise part of SwiGLU, with optional quantization of the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 1024
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """As `ops.silu_mul.silu_mul`. gate_up: float [M, 2 I], gate first; returns [M, I] in its dtype."""
+    """Compute `ops.silu_mul.silu_mul`. gate_up: float [M, 2 I], gate first; returns [M, I] in its dtype."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, BLOCK_ELEMENTS))
@@ -23,7 +23,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_quantize(gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """As `ops.silu_mul.silu_mul_quantize`: int8 [M, I] and float32 scales [M, G]."""
+    """Compute `ops.silu_mul.silu_mul_quantize`: int8 [M, I] and float32 scales [M, G]."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out, scales = quantized_room(rows, width, group_size, gate_up.device)
     block = triton.next_power_of_2(width)
@@ -50,7 +50,7 @@ def silu_mul_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Grid: (rows, blocks of the width). Rounds where the model does: after SiLU and after the product."""
+    """Grid: (rows, blocks of the width). Rounds after SiLU and after the multiplication, as the model does."""
     dtype = gate_up.dtype.element_ty
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

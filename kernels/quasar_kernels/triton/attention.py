@@ -1,8 +1,8 @@
-"""Attention of a verification block: the context is split between programs, whose results are merged.
+"""Attention of a verification block. The context is split between programs, and their results are merged.
 
-Flash-decoding (Dao et al. 2023) for a block of rows: a program takes one KV head and a share of the slots, with
-the query heads of the KV head and the rows of the block packed into one tile, so that each key is read once. The
-shares are merged by their log-sum-exp.
+This is flash-decoding (Dao et al. 2023) for a block of rows. A program computes one KV head and a part of the slots.
+The query heads of the KV head and the rows of the block are packed into one tile, so that each key is read once. The
+parts are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MERGE_ELEMENTS = 128
 def block_attention(
     q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor, splits: int | None = None
 ) -> Tensor:
-    """As `ops.block_attention.block_attention`; ``start`` and the mask are read on the device. Returns [R, H * D].
+    """Compute `ops.block_attention.block_attention`; ``start`` and the mask are read on the device. Returns [R, H * D].
 
-    splits: programs that share the context, by default from the device and the number of heads alone, so that a
-    captured CUDA graph fits every context length.
+    splits: number of programs that share the context. The default depends only on the device and on the number of
+        heads, so that a captured CUDA graph is valid for every context length
     """
     rows, heads, head_dim = q.shape
     kv_heads = len(keys)
@@ -73,7 +73,7 @@ def block_attention(
 
 
 def attention_launch(rows: int, group: int, head_dim: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Compile-time values and launch options for a block of ``rows`` with ``group`` query heads to a KV head."""
+    """Return compile-time values and launch options for ``rows`` rows with ``group`` query heads per KV head."""
     constants = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -105,10 +105,11 @@ def block_attention_kernel(
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Grid: (KV heads, splits, blocks of packed rows). Packed row p is head p % GROUP of row p // GROUP.
+    """Compute the partial results. Grid: (KV heads, splits, blocks of packed rows).
 
-    partial: unnormalized float32 [splits, R * H, D]; statistics: float32 [2, splits, R * H], the largest logit in
-    units of log 2 and the sum of exponentials relative to it.
+    Packed row p is head p % GROUP of row p // GROUP. partial: unnormalized sums, float32 [splits, R * H, D];
+    statistics: float32 [2, splits, R * H], the largest logit in units of log 2 and the sum of exponentials relative to
+    it.
     """
     kv_head, split = tl.program_id(0), tl.program_id(1)
     packed = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -119,7 +120,7 @@ def block_attention_kernel(
     end = context + rows
     share = tl.cdiv(tl.cdiv(end, splits), BLOCK_SLOTS) * BLOCK_SLOTS
     begin, stop = split * share, tl.minimum(split * share + share, end)
-    # Slots before this one are seen by every row, and nothing is looked up in the mask for them.
+    # Every row attends to all slots before this one, so the mask is not read for them.
     middle = tl.minimum(tl.maximum(context // BLOCK_SLOTS * BLOCK_SLOTS, begin), stop)
     query_place = (row * heads + head)[:, None] * HEAD_DIM + depth[None, :]
     query = tl.load(q + query_place, mask=inside[:, None] & (depth[None, :] < HEAD_DIM), other=0.0)
@@ -160,9 +161,9 @@ def block_attention_kernel(
 
 @triton.jit
 def add_slots(logits, value, largest, total, accumulator, WIDE: tl.constexpr):
-    """Running softmax with the logits of some more slots [rows, slots] and their values [slots, D]."""
+    """Update the running softmax with the logits [rows, slots] and the values [slots, D] of further slots."""
     highest = tl.maximum(largest, tl.max(logits, axis=1))
-    # A row that has seen nothing yet must not subtract infinity from itself.
+    # For a row without a visible slot so far, infinity must not be subtracted from infinity.
     anchor = tl.where(highest == float("-inf"), 0.0, highest)
     weights = tl.exp2(logits - anchor[:, None])
     correction = tl.exp2(largest - anchor)
@@ -183,9 +184,9 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows, blocks of the width). Adds the splits' shares, each weighted by its part of the softmax.
+    """Add the partial results, each weighted by its part of the softmax. Grid: (rows, blocks of the width).
 
-    PADDED: the splits, rounded up to a power of two; all are loaded at once.
+    PADDED: number of splits, rounded up to a power of two; all of them are loaded at once
     """
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -198,6 +199,6 @@ def merge_kernel(
     share = tl.load(partial + place, mask=inside, other=0.0)
     highest = tl.max(logit, axis=0)
     weight = tl.exp2(logit - tl.where(column < width, highest, 0.0)[None, :])
-    # Columns beyond the width are not stored, but must not divide by 0 either.
+    # Columns beyond the width are not stored, but they must not divide by 0.
     result = tl.sum(weight * share, axis=0) / tl.where(column < width, tl.sum(weight * total, axis=0), 1.0)
     tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=column < width)

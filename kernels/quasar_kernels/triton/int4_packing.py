@@ -1,9 +1,9 @@
 """The form in which the 4-bit kernels read a weight.
 
-A group of g inputs takes g / 2 bytes: byte j holds input j in its low and input j + g / 2 in its high half, so that
-a program multiplies two contiguous runs of activations and interleaves nothing. Halves hold ``q - 8`` in two's
-complement. The bytes of a group of 16 outputs are contiguous, which makes a program's read of one group a few long
-runs of 16-byte loads.
+A group of g inputs takes g / 2 bytes. Byte j contains input j in its low half and input j + g / 2 in its high half, so
+that a program multiplies two contiguous runs of activations and needs no interleaving. The halves are ``q - 8`` in
+two's complement. The bytes of a group are contiguous for 16 outputs, so that a program reads a group in a few long runs
+of 16-byte loads.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class PackedInt4:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a matmul reads."""
+        """The number of bytes that a matmul reads."""
         return self.values.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
     def canonical(self) -> Tensor:
-        """The 4-bit integers as `pack_int4` was given them: uint8 [N, K / 2]."""
+        """Return the 4-bit integers in the form that `pack_int4` takes: uint8 [N, K / 2]."""
         rows = self.values.transpose(1, 2).flatten(0, 1)[: self.outputs]
         groups = torch.cat([rows & 0xF, rows >> 4], dim=2) ^ MIDDLE
         return reference.pack_int4(groups.flatten(1))

@@ -1,4 +1,4 @@
-"""16-bit activations × unquantized or int8 weights. With few rows cuBLAS wastes bandwidth."""
+"""Matmuls of 16-bit activations with unquantized or int8 weights, because cuBLAS wastes bandwidth for few rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""4-bit weights × 16-bit or int8 activations; the weights are unpacked in the registers of the tensor cores."""
+"""Matmuls of 4-bit weights with 16-bit or int8 activations. The weights are unpacked in registers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quasar_kernels.triton.int4_packing import PackedInt4
 from quasar_kernels.triton.split_k import Workspace, arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
-# The kernels shift a half byte to the top of an int8, where it stands for 16 times its value.
+# The kernels shift a half byte to the top of an int8, which multiplies its value by 16.
 W4A8_FACTOR = 16.0
 
 
@@ -163,7 +163,7 @@ def linear_w4_kernel(
 
 @triton.jit
 def sum_of_group(x_low, x_high, INT8: tl.constexpr):
-    """Sum of a group's activations, float32 [BLOCK_M], in the units of the dot product."""
+    """Return the sum of a group's activations, float32 [BLOCK_M], in the units of the dot product."""
     if INT8:
         return (tl.sum(x_low.to(tl.int32), axis=1) + tl.sum(x_high.to(tl.int32), axis=1)).to(tl.float32) * 16.0
     return tl.sum(x_low.to(tl.float32), axis=1) + tl.sum(x_high.to(tl.float32), axis=1)
@@ -171,10 +171,10 @@ def sum_of_group(x_low, x_high, INT8: tl.constexpr):
 
 @triton.jit
 def unpack_to_float(packed, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """``q - 8`` of the low and of the high halves of bytes, in ``dtype``.
+    """Return ``q - 8`` of the low and of the high halves of bytes, in ``dtype``.
 
     A 16-bit float whose last mantissa bit is worth 1 takes q as its lowest bits: 128 + q in bfloat16, 1024 + q in
-    float16. Written as assembly because the compiler would convert byte by byte.
+    float16. It is written in assembly because the compiler would convert every byte separately.
     """
     if ASSEMBLY:
         if dtype == tl.bfloat16:
@@ -239,7 +239,7 @@ def unpack_to_float(packed, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def unpack_to_int8(packed, ASSEMBLY: tl.constexpr):
-    """``16 (q - 8)`` of the low and of the high halves of bytes, int8."""
+    """Return ``16 (q - 8)`` of the low and of the high halves of bytes, int8."""
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
             """

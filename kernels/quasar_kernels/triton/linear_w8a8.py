@@ -1,4 +1,4 @@
-"""int8 weights × int8 activations on the integer tensor cores, scales and bias in the epilogue."""
+"""Matmuls of int8 weights with int8 activations on the integer tensor cores; the epilogue applies scales and bias."""
 
 from __future__ import annotations
 

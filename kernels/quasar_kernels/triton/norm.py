@@ -11,7 +11,7 @@ from quasar_kernels.triton.quantize import quantized_room, store_quantized
 
 
 def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `ops.add_rms_norm.add_rms_norm`: the normalized rows and the sum, both [M, K] in the dtype of x."""
+    """Compute `ops.add_rms_norm.add_rms_norm`: the normalized rows and the sum, both [M, K] in the dtype of x."""
     out = torch.empty_like(x)
     total = _launch(x, weight, eps, residual, out, None)
     return out, total
@@ -20,7 +20,7 @@ def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 def add_rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.add_rms_norm.add_rms_norm_quantize`: int8 [M, K], float32 scales [M, G] and the sum."""
+    """Compute `ops.add_rms_norm.add_rms_norm_quantize`: int8 [M, K], float32 scales [M, G] and the sum."""
     out, scales = quantized_room(len(x), x.shape[1], group_size, x.device)
     total = _launch(x, weight, eps, residual, out, scales, group_size)
     return out, scales, total
@@ -71,7 +71,7 @@ def rms_norm_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Grid: (rows,). Rounds where the model does: after the addition, after the normalization and at the end."""
+    """Grid: (rows,). Rounds after the addition, after the normalization and at the end, as the model does."""
     dtype = x.dtype.element_ty
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)

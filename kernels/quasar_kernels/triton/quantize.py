@@ -11,8 +11,10 @@ from quasar_kernels.weights import Quantized
 
 
 def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """As `reference.quantize_tokens`: int8 [M, K] and float32 scales [M, K / group_size]. x: float [M, K], contiguous
-    rows."""
+    """Compute `reference.quantize_tokens`: int8 [M, K] and float32 scales [M, K / group_size].
+
+    x: float [M, K] with contiguous rows
+    """
     rows, width = x.shape
     out, scales = quantized_room(rows, width, group_size, x.device)
     block = triton.next_power_of_2(width)
@@ -29,12 +31,12 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
 
 
 def quantized(x: Tensor | Quantized, group_size: int | None = None) -> Quantized:
-    """Activations quantized per token or group, unless they are already."""
+    """Quantize activations per token or per group, unless they are quantized already."""
     return x if isinstance(x, Quantized) else Quantized(*quantize_tokens(x.contiguous(), group_size), x.dtype)
 
 
 def quantized_room(rows: int, width: int, group_size: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Empty tensors for quantized rows and their scales."""
+    """Allocate tensors for quantized rows and their scales."""
     values = torch.empty(rows, width, dtype=torch.int8, device=device)
     return values, torch.empty(rows, width // (group_size or width), dtype=torch.float32, device=device)
 
@@ -50,8 +52,10 @@ def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr, GROUP: tl
 
 @triton.jit
 def store_quantized(value, out, scales, row, width, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """Quantize and store a float32 row [BLOCK], of which ``width`` elements count, in groups; GROUP is BLOCK for one
-    scale per row. The same integers as the reference, ties to even."""
+    """Quantize the first ``width`` elements of a float32 row [BLOCK] in groups, and store them.
+
+    GROUP is BLOCK for one scale per row. The integers equal those of the reference, which rounds ties to even.
+    """
     column = tl.arange(0, BLOCK)
     if GROUP == BLOCK:
         rounded, scale = quantize(value, tl.max(tl.abs(value), axis=0))
@@ -70,8 +74,8 @@ def store_quantized(value, out, scales, row, width, BLOCK: tl.constexpr, GROUP: 
 
 @triton.jit
 def quantize(value, largest):
-    """int8 of float32 values, and the scale that ``largest`` magnitudes give."""
+    """Return float32 values rounded to int8, and their scale, given the largest magnitudes."""
     scale = tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
-    # Above 2^23 a float32 has no fraction left: adding and subtracting 1.5 * 2^23 rounds to an integer.
+    # A float32 above 2^23 has no fraction, so adding and subtracting 1.5 * 2^23 rounds to an integer.
     rounded = (tl.div_rn(value, scale) + 12582912.0) - 12582912.0
     return rounded.to(tl.int8), scale

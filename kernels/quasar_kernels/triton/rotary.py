@@ -19,7 +19,7 @@ def rotary_write(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """As `ops.rotary_write.rotary_write`; ``start`` is read on the device. Returns the queries [R, H, D]."""
+    """Compute `ops.rotary_write.rotary_write`; ``start`` is read on the device. Returns the queries [R, H, D]."""
     rows, head_dim = len(qkv), cos.shape[1]
     kv_heads = len(keys)
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -65,7 +65,7 @@ def rotary_write_kernel(
     HALF: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Grid: (rows, query, key and value heads). A program holds the two halves of a head, which rotation mixes."""
+    """Grid: (rows, query, key and value heads). A program computes both halves of a head; rotation mixes them."""
     dtype = qkv.dtype.element_ty
     row, head = tl.program_id(0), tl.program_id(1)
     low = tl.arange(0, HALF)

@@ -1,4 +1,4 @@
-"""The end of a matmul whose K dimension several programs share: the last one to arrive adds the partial sums.
+"""The end of a matmul whose K dimension is split between programs. The last program adds the partial sums.
 
 Partial sums are added in ascending order of the split, whichever program comes last, so that a result does not
 depend on timing. The programs of a tile meet at a counter, which the last one sets back to 0 for the next launch.
@@ -18,11 +18,11 @@ from torch import Tensor
 def arrive(
     partials, counters, accumulator, tile, split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr
 ):
-    """Leave this program's partial sums; returns True in the last program of the tile."""
+    """Store this program's partial sums. Returns True in the last program of the tile."""
     element = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     base = (tile * SPLIT_K + split) * (BLOCK_M * BLOCK_N)
     tl.store(partials + base + element, accumulator)
-    # Every thread's partial sums must be out before one thread announces them.
+    # The partial sums of every thread must be visible before one thread announces them.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
     return arrived == SPLIT_K - 1
@@ -30,20 +30,22 @@ def arrive(
 
 @triton.jit
 def collect(partials, counters, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
-    """The sum over all splits of a tile, [BLOCK_M, BLOCK_N] in the dtype of the partial sums."""
+    """Return the sum over all splits of a tile, [BLOCK_M, BLOCK_N] in the dtype of the partial sums."""
     element = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=partials.dtype.element_ty)
     for split in tl.static_range(SPLIT_K):
         base = (tile * SPLIT_K + split) * (BLOCK_M * BLOCK_N)
-        # The L1 cache may hold what another program has overwritten since.
+        # The L1 cache may contain values that another program has overwritten.
         total += tl.load(partials + base + element, cache_modifier=".cg")
     tl.store(counters + tile, 0)
     return total
 
 
 class Workspace:
-    """Partial sums and counters of one device, shared by all matmuls of a stream; never freed, as captured
-    CUDA graphs keep their addresses."""
+    """Partial sums and counters of one device, which all matmuls of a stream share.
+
+    They are never freed, because captured CUDA graphs contain their addresses.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -54,11 +56,11 @@ class Workspace:
     @staticmethod
     @functools.cache
     def of(device: torch.device) -> Workspace:
-        """The workspace of a device."""
+        """Return the workspace of a device."""
         return Workspace(device)
 
     def reserve(self, tiles: int, elements: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``elements`` 32-bit partial sums of ``dtype``, uninitialized, and ``tiles`` counters at 0."""
+        """Return ``elements`` uninitialized 32-bit partial sums of ``dtype``, and ``tiles`` counters that are 0."""
         if elements > len(self._partials):
             self._kept.append(self._partials)
             self._partials = torch.empty(max(elements, 1 << 20), dtype=torch.int32, device=self._device)

@@ -1,4 +1,4 @@
-"""How a matmul is cut into programs: a fixed default per shape class, or what was fastest when it was tried.
+"""Divides a matmul into programs: by a fixed default per class of shapes, or by the fastest tiling that was tried.
 
 Choices found by `tune` are kept in ``triton/<GPU>.json`` of the cache folder, one per op,
 N, K, group size and number of rows in steps of a tile.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +23,13 @@ from quasar_kernels.folder import cache_folder
 from quasar_kernels.triton.device import multiprocessors
 
 MAX_ROWS = 64
-"""Rows up to which these kernels are meant; larger blocks are compute-bound and belong to cuBLAS."""
+"""Largest number of rows for these kernels. Larger blocks are compute-bound, and cuBLAS computes them."""
 INPUTS_MULTIPLE = 16
-"""Reads of 16 bytes must not cross the end of a row."""
+"""K must be a multiple of it, because reads of 16 bytes must not cross the end of a row."""
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.int8)
-"""Of the rows that the matmuls take; int8 if they are quantized already."""
+"""Dtypes of the rows that the matmuls take; int8 is for quantized rows."""
 FEWEST_ITERATIONS = 4
-"""A split of K with fewer iterations than this would spend its time filling and draining the pipeline."""
+"""Smallest number of iterations of a split of K. With fewer, most of the time is spent filling the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,11 @@ class Tiling:
     stages: int = 4
 
     def grid(self, rows: int, outputs: int) -> tuple[int, int, int]:
-        """Blocks of N, splits of K, blocks of M."""
+        """Return the numbers of blocks of N, splits of K, and blocks of M."""
         return _blocks(outputs, self.block_n), self.split_k, _blocks(rows, self.block_m)
 
     def workspace(self, rows: int, outputs: int) -> tuple[int, int]:
-        """Tiles and partial sums that split-K needs room for; none without it."""
+        """Return the numbers of tiles and of partial sums that split-K needs memory for; 0 without split-K."""
         if self.split_k == 1:
             return 0, 0
         columns, _, row_blocks = self.grid(rows, outputs)
@@ -56,7 +58,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Shape:
-    """A matmul to be tuned. op: its name in `quasar_kernels.ops`; group_size: of the weight, 0 if it has none"""
+    """A matmul to tune. op: its name in `quasar_kernels.ops`; group_size: that of the weight, 0 without groups."""
 
     op: str
     rows: int
@@ -76,15 +78,15 @@ class Shape:
 
 @functools.lru_cache(maxsize=4096)
 def tiling_for(shape: Shape, device: torch.device) -> Tiling:
-    """The tuned tiling if there is one, else the default."""
+    """Return the tuned tiling if there is one, otherwise the default."""
     return _table(cache_file(device)).get(shape.key) or default_tiling(shape, multiprocessors(device))
 
 
 def default_tiling(shape: Shape, processors: int) -> Tiling:
-    """A tiling that fills the GPU: enough programs for every multiprocessor, and reads of 64 bytes and more a row."""
+    """Return a tiling with enough programs for every multiprocessor and with reads of at least 64 bytes per row."""
     if shape.group_size:
-        # Unpacking costs instructions, which nearly two programs per multiprocessor hide better than one.
-        # In wider blocks the scales change threads through shared memory in every iteration.
+        # Nearly two programs per multiprocessor hide the instructions for unpacking better than one.
+        # In wider blocks the scales move between threads through shared memory in every iteration.
         programs, block_n = 7 * processors // 4, 64
         block_k = _groups_per_iteration(shape) * shape.group_size
     else:
@@ -96,23 +98,23 @@ def default_tiling(shape: Shape, processors: int) -> Tiling:
     split_k = 1
     while tiles * split_k < programs and iterations // (2 * split_k) >= FEWEST_ITERATIONS:
         split_k *= 2
-    # Four warps would have to spill registers there.
+    # Four warps would spill registers there.
     warps = 8 if shape.op in ("linear_w4a8", "linear_w8a16") and shape.block_m == 32 else 4
     return Tiling(shape.block_m, block_n, block_k, split_k, warps)
 
 
 def candidates(shape: Shape, processors: int) -> list[Tiling]:
-    """The default and its neighbours, the default first."""
+    """Return the default and its neighbours, the default first."""
     base = default_tiling(shape, processors)
     changes = [
         {"split_k": max(1, base.split_k // 2)},
         {"split_k": base.split_k * 2},
-        {"block_n": base.block_n // 2, "warps": 4},  # with more, a thread would load less than 16 bytes
+        {"block_n": base.block_n // 2, "warps": 4},  # with more warps, a thread would load less than 16 bytes
         {"stages": base.stages + 1},
     ]
     if shape.group_size:
         changes.append({"warps": 8})
-        if shape.block_m == 16:  # more rows would have to spill registers
+        if shape.block_m == 16:  # more rows would spill registers
             changes.append({"block_n": base.block_n * 2})
     else:
         changes += [{"block_n": base.block_n * 2}, {"block_n": base.block_n * 2, "warps": 8}]
@@ -123,13 +125,15 @@ def candidates(shape: Shape, processors: int) -> list[Tiling]:
 
 
 def tune(shape: Shape, device: torch.device, milliseconds: Callable[[Tiling], float]) -> Tiling:
-    """Time every candidate and remember the fastest. ``milliseconds`` runs a tiling and may raise if it does
-    not fit the device."""
+    """Time every candidate and store the fastest.
+
+    milliseconds: runs a tiling and returns its time; it may raise if the tiling does not fit the device
+    """
     timed: list[tuple[float, Tiling]] = []
     for tiling in candidates(shape, multiprocessors(device)):
         try:
             timed.append((milliseconds(tiling), tiling))
-        except Exception as error:  # Triton's errors of a tiling that does not fit have no common type
+        except Exception as error:  # Triton's errors for a tiling that does not fit have no common type
             if "out of resource" not in str(error).lower():
                 raise
     best = min(timed, key=lambda pair: pair[0])[1]
@@ -141,22 +145,34 @@ def tune(shape: Shape, device: torch.device, milliseconds: Callable[[Tiling], fl
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where the choices of a GPU model are kept."""
+    """Return the file with the choices for a GPU model."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     return cache_folder() / "triton" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
 
 
 @functools.cache
 def _table(file: Path) -> dict[str, Tiling]:
-    """By file, not by device: ``cuda`` and ``cuda:0`` are different devices to PyTorch."""
+    """Read the tilings of a file. The file is the key, because ``cuda`` and ``cuda:0`` are different devices."""
     return _read(file)
 
 
 def _read(file: Path) -> dict[str, Tiling]:
+    """The choices in a file. A damaged file is ignored with a warning, and replaced by the next `tune`."""
     try:
-        return dict(_entries(json.loads(file.read_text(encoding="utf-8"))))
-    except (OSError, ValueError):
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw["checksum"] != _checksum(raw["tilings"]):
+            raise ValueError("its checksum does not fit")
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"cache: {file} is damaged ({error}); default tilings are used until it is tuned again"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return {}
+    return dict(_entries(raw["tilings"]))
+
+
+def _checksum(tilings: dict[str, dict[str, int]]) -> str:
+    return hashlib.sha256(json.dumps(tilings, sort_keys=True).encode()).hexdigest()
 
 
 def _entries(raw: dict[str, dict[str, int]]) -> Iterator[tuple[str, Tiling]]:
@@ -170,15 +186,16 @@ def _entries(raw: dict[str, dict[str, int]]) -> Iterator[tuple[str, Tiling]]:
 def _write(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
-    # Another process may have tuned other shapes meanwhile.
+    # Another process may have tuned other shapes in the meantime.
     table = _read(file) | _table(file)
-    content = {key: dataclasses.asdict(tiling) for key, tiling in sorted(table.items())}
+    tilings = {key: dataclasses.asdict(tiling) for key, tiling in sorted(table.items())}
+    content = {"checksum": _checksum(tilings), "tilings": tilings}
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
 
 
 def _groups_per_iteration(shape: Shape) -> int:
-    """As many groups as make 64 bytes of a row, of those counts that divide the groups of a row."""
+    """Return the number of groups that make 64 bytes of a row, out of the numbers that divide the groups of a row."""
     wanted = max(1, 128 // shape.group_size)
     groups = shape.inputs // shape.group_size
     return next(count for count in (4, 2, 1) if count <= wanted and groups % count == 0)

@@ -10,13 +10,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from quasar.config.hash import config_hash
-from quasar.console import Reporter
-from quasar.errors import QuasarError, report
+from quasar.errors import report
+from quasar.results.console import Reporter
 from quasar.results.runs import is_locked, read_run
-from quasar.results.store import write_status
+from quasar.results.store import BusyError, write_status
 from quasar.results.wandb.live import logged
 
-DONE, FAILED = 0, 1
+DONE = 0
 BASELINES = "baselines"
 """Name of the folder, in a sweep's folder, for the baselines that its jobs share."""
 
@@ -42,13 +42,13 @@ def run_job(config: DictConfig) -> int:
     try:
         with logged(config.logger, folder, reporter):
             run.run(config, folder, command, reporter, shared)
-    except QuasarError as error:
+    except BusyError:
+        # Another sweep has begun the job since this one was planned, and reports it.
+        reporter.line(f"job {folder.name}: running elsewhere")
+        return DONE
+    except Exception as error:
         _write_traceback(folder, key)
         return report(error)
-    except Exception:
-        _write_traceback(folder, key)
-        traceback.print_exc()
-        return FAILED
     return DONE
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from quasar.cache import code_version
+from quasar.config.schema import RunConfig
 from quasar.errors import RequestError
 from quasar.results.runs import MANIFEST, StoredRun, read_run
 from quasar.results.schema import Json
@@ -17,14 +22,16 @@ from quasar.results.store import read_json, write_atomically
 
 SUPERSEDED = ".superseded"
 """Name of the folder, in a sweep's folder, for results that were computed by other versions of the code."""
+LOCK = ".sweep.lock"
 
 
 @dataclass(frozen=True)
 class Request:
-    """A job that the command line requests."""
+    """A job that the command line requests. settings: its checked configuration."""
 
     overrides: tuple[str, ...]
     config_hash: str
+    settings: RunConfig
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,18 @@ class Job:
         return self.action in ("new", "continue", "again")
 
 
+@contextmanager
+def planning(root: Path) -> Iterator[None]:
+    """Hold the lock of the sweep's folder, so that sweeps that begin in it at once give their jobs separate folders."""
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / LOCK):
+        yield
+
+
 def plan(requests: Sequence[Request], root: Path, resume: bool, any_code: bool) -> list[Job]:
     """Plan the jobs of a sweep in ``root``. A job is identified by its configuration hash and the version of the code.
 
-    any_code: also accept results that were computed by other versions of the code
+    any_code: also accept finished results that were computed by other versions of the code
 
     Raises RequestError if the folder already contains a sweep and ``resume`` is off.
     """
@@ -107,7 +122,7 @@ def newest_sweep(root: Path, hashes: Iterable[str]) -> Path | None:
 
 
 def put_aside(root: Path, folder: str) -> None:
-    target = root / SUPERSEDED / f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
+    target = root / SUPERSEDED / f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     target.parent.mkdir(parents=True, exist_ok=True)
     (root / folder).rename(target)
 
@@ -133,7 +148,9 @@ def _known(request: Request, root: Path, folder: str, any_code: bool) -> Job:
     stored = read_run(root / folder, request.overrides)
     if stored.status == "running":
         return Job(request, folder, "running", stored)
-    if not any_code and set(stored.code_versions) - {code_version()}:
+    other_code = bool(set(stored.code_versions) - {code_version()})
+    # An unfinished job is never continued by other code, because its results would be mixed.
+    if other_code and not (any_code and stored.status == "done"):
         return Job(request, folder, "new", stored, replaces=True)
     actions = {"done": "done", "failed": "again", "pending": "new", "partial": "continue"}
     return Job(request, folder, actions[stored.status], stored)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from quasar.console import Reporter
 from quasar.experiment.sweep.plan import Job, summary_line
+from quasar.results.console import Reporter
 from quasar.results.overview import unfinished_rows
 from quasar.results.runs import StoredRun
 
@@ -24,6 +25,21 @@ def print_plan(jobs: Sequence[Job], root: Path, reporter: Reporter) -> None:
     columns = ["job", "action", "prompts done", "overrides"]
     reporter.console.print(reporter.build_table(str(root), columns, rows, text=(0, 1, 3)))
     reporter.line(summary_line(jobs))
+
+
+def print_interrupted(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> None:
+    """Print what an interrupted sweep has done, what is left, and how to continue it."""
+    counts = Counter(run.status for run in runs)
+    begun = counts["failed"] + counts["partial"]
+    parts = [f"{counts['done']} of {len(runs)} jobs done"]
+    parts += [
+        f"{count} {words}" for count, words in ((begun, "to continue"), (counts["pending"], "not begun")) if count
+    ]
+    if counts["running"]:
+        parts.append(f"{counts['running']} still running")
+    reporter.line()
+    reporter.line(f"sweep {root} was interrupted: {', '.join(parts)}")
+    reporter.line("pass resume=true to the same command to continue it")
 
 
 def print_outcome(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import tempfile
 from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -34,11 +34,18 @@ def _copy(folder: Path, snapshots: Path) -> Path:
     for name, content in files.items():
         digest.update(str(name).encode() + b"\0" + content + b"\0")
     target = (snapshots / digest.hexdigest()[:12]).absolute()
-    if not target.exists():
-        unfinished = target.with_suffix(".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if target.exists():
+        return target
+    snapshots.mkdir(parents=True, exist_ok=True)
+    # Other sweeps may begin in this folder at the same time.
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=snapshots) as temporary:
+        unfinished = Path(temporary) / target.name
         for name, content in files.items():
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             (unfinished / name).write_bytes(content)
-        unfinished.rename(target)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
     return target

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 from quasar_kernels.cpu import NotRecordableError, backend
-from quasar_kernels.gpu import gpu_backend
+from quasar_kernels.gpu import has_gpu_kernels
 
 from quasar.model.execution.cpu_tape import CpuTapeExecutor
 from quasar.model.execution.cuda_graph import CudaGraphExecutor
@@ -21,7 +21,7 @@ def executor_for(model: Transformer, cache: KVCache) -> EagerExecutor:
     Execution is eager if there are no kernels for the dtype. Float32 always uses PyTorch's operations, because it is
     the dtype for exact comparisons. Warns and names the layer if there are kernels, but a layer cannot be recorded.
     """
-    if model.dtype != torch.float32 and gpu_backend(model.embedding.weight) is not None:
+    if model.dtype != torch.float32 and has_gpu_kernels(model.norm.weight):
         return CudaGraphExecutor(model, cache)
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and (library := backend()) is not None:
         try:

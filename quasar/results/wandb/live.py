@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quasar.config.schema import LoggerConfig
-from quasar.console import Reporter
+from quasar.results.console import Reporter
 from quasar.results.store import read_json
 from quasar.results.wandb.log import sync_command
 from quasar.results.wandb.process import OUTCOME, stamp

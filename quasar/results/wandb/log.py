@@ -15,10 +15,11 @@ from quasar.results.generations import GENERATIONS, GenerationsFile
 from quasar.results.metrics import Measured
 from quasar.results.runs import MANIFEST, StoredRun, read_run
 from quasar.results.schema import Json, PromptRecord
+from quasar.results.store import ENVIRONMENT, read_json
 from quasar.results.wandb.target import FOLDER, Target, choose_mode
 
 STAGING = "staging"
-ARTIFACT_FILES = ("config.yaml", "environment.json", GENERATIONS, "summary.json", "status.json")
+ARTIFACT_FILES = ("config.yaml", ENVIRONMENT, GENERATIONS, "summary.json", "status.json")
 INIT_SECONDS = 30
 POLL_SECONDS = 2.0
 
@@ -26,7 +27,7 @@ POLL_SECONDS = 2.0
 def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = None) -> Json:
     """Create or update the W&B run of a run folder; return its mode, URL and local directory.
 
-    Pushing again updates the same W&B run, because its id is derived from the folder and W&B ignores history that it
+    Pushing again updates the same W&B run, because its id is kept in the folder and W&B ignores history that it
     already has. Errors of wandb are passed on.
 
     begun: if given, it is called with the same values once W&B has answered, and `push` follows the run until it ends
@@ -75,12 +76,18 @@ def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = No
 
 
 def run_id(run: StoredRun) -> str:
-    """Return the id of a run in W&B: the id set by a W&B sweep agent, else a hash of its folder and configuration."""
+    """Return the id of a run in W&B: the id set by a W&B sweep agent, else the id in the run's environment.json.
+
+    The latter is drawn when the run begins, so that runs of different sweeps never share an id, and moving a folder
+    does not change it. A run that failed before it began has the hash of its path and configuration.
+    """
     kept = run.folder / FOLDER / "id"
     if kept.exists():
         return kept.read_text().strip()
-    place = "/".join(run.folder.absolute().parts[-2:])
-    return hashlib.sha256(f"{place}/{run.config_hash}".encode()).hexdigest()[:16]
+    drawn = (read_json(run.folder / ENVIRONMENT) or {}).get("run_id")
+    if isinstance(drawn, str):
+        return drawn
+    return hashlib.sha256(f"{run.folder.resolve()}/{run.config_hash}".encode()).hexdigest()[:16]
 
 
 def sync_command(place: Json) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from quasar.console import Reporter
 from quasar.errors import RequestError
 from quasar.results.collect import Collector
+from quasar.results.console import Reporter
 from quasar.results.runs import StoredRun
 from quasar.results.wandb.log import push, sync_command
 from quasar.results.wandb.target import Target, choose_mode

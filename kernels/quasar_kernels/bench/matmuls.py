@@ -1,4 +1,4 @@
-"""Our matmuls and those of peers, over the matrices of real models."""
+"""Compares the matmuls with those of other libraries, for the matrices of real models."""
 
 from __future__ import annotations
 
@@ -23,26 +23,33 @@ MODELS = {
     "qwen3-0.6b": [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)],
     "qwen3-8b": [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096)],
 }
-# All of them but the head of the largest, which takes gigabytes and minutes.
+# All of them except the head of the largest model, which takes gigabytes and minutes.
 DEFAULT_SHAPES = "4096x4096,smollm2-135m,qwen3-0.6b,6144x4096,24576x4096,4096x12288"
 GROUP_SIZE = 64
 BASELINE = "torch bf16"
 
-Product = Callable[[Tensor], Tensor]
+Multiply = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """prepare: a weight, bfloat16 [N, K], becomes a matmul with it; bits: stored per weight, with its scales."""
+    """A way to compute a matmul.
+
+    prepare: returns the matmul with a weight, bfloat16 [N, K]
+    bits: stored bits per weight, with its scales
+    """
 
     name: str
-    prepare: Callable[[Tensor], Product]
+    prepare: Callable[[Tensor], Multiply]
     bits: float
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians of many calls; bandwidth_fraction is of the weights alone, against the copy bandwidth of the run."""
+    """The measurement of one matmul; times are medians of many calls.
+
+    bandwidth_fraction: bytes of the weights per second, as a fraction of the copy bandwidth of the run
+    """
 
     backend: str
     outputs: int
@@ -54,7 +61,7 @@ class Measurement:
 
 
 def backends() -> list[Backend]:
-    """The baseline, our matmuls, and the peers that are installed."""
+    """Return the baseline, the matmuls of this package, and those of the installed libraries."""
     group_bits = 4 + 16 / GROUP_SIZE
     return [
         Backend(BASELINE, lambda weight: lambda x: F.linear(x, weight), 16),
@@ -74,17 +81,17 @@ def measure(
     weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
     round_bytes = sum(outputs * inputs * backend.bits / 8 for backend in candidates)
     copies = copies_of(round_bytes)
-    # Dense backends would share one tensor: each copy needs its own.
-    products = [[backend.prepare(weight.clone()) for _ in range(copies)] for backend in candidates]
+    # Dense backends would share one tensor, but every copy needs its own.
+    matmuls = [[backend.prepare(weight.clone()) for _ in range(copies)] for backend in candidates]
     for rows in blocks:
         x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-        medians = alternating_medians([[partial(one, x) for one in copied] for copied in products], repetitions)
+        medians = alternating_medians([[partial(one, x) for one in copied] for copied in matmuls], repetitions)
         for backend, median in zip(candidates, medians, strict=True):
             fraction = outputs * inputs * backend.bits / 8 / median / bandwidth
             yield Measurement(backend.name, outputs, inputs, rows, median * 1e3, medians[0] / median, fraction)
 
 
-def _ours(op: Matmul, weight: Tensor) -> Product:
+def _ours(op: Matmul, weight: Tensor) -> Multiply:
     packed = op.round(weight, GROUP_SIZE)
     return lambda x: op(x, packed)
 
@@ -101,13 +108,13 @@ def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.uint8).view(weight.shape), scales
 
 
-def _torch_int8(weight: Tensor) -> Product:
+def _torch_int8(weight: Tensor) -> Multiply:
     values, scales = _int8(weight)
     scales = scales.to(torch.bfloat16)
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, values, scales)
 
 
-def _torch_int4(weight: Tensor) -> Product:
+def _torch_int4(weight: Tensor) -> Multiply:
     values, scales = _int4(weight)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(torch.int32), 1)
     pairs = torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
@@ -115,18 +122,18 @@ def _torch_int4(weight: Tensor) -> Product:
 
 
 def _onednn() -> list[Backend]:
-    """oneDNN's W8A8, if it is right: without VNNI it adds pairs of products in 16 bit, which overflow silently."""
+    """Return oneDNN's W8A8 if it is correct; without VNNI it adds pairs of products in 16 bits, which overflow."""
     ones = torch.ones(64, 128, dtype=torch.bfloat16)
     right = torch.allclose(_onednn_w8a8(ones)(ones[:1]).float(), torch.tensor(128.0), rtol=0.02)
     return [Backend("onednn w8a8", _onednn_w8a8, 8)] if right else []
 
 
-def _onednn_w8a8(weight: Tensor) -> Product:
+def _onednn_w8a8(weight: Tensor) -> Multiply:
     values, scales = _int8(weight)
     packed = torch.ops.onednn.qlinear_prepack(values, None)
     zeros = torch.zeros(len(scales), dtype=torch.int32)
 
-    def product(x: Tensor) -> Tensor:
+    def matmul(x: Tensor) -> Tensor:
         tokens, token_scales = reference.quantize_tokens(x)
         # Without AMX only unsigned activations, here with zero point 128, have a fast kernel.
         tokens = (tokens.view(torch.uint8) ^ 128).contiguous()
@@ -135,7 +142,7 @@ def _onednn_w8a8(weight: Tensor) -> Product:
         )
         return (out * token_scales).to(x.dtype)
 
-    return product
+    return matmul
 
 
 def _bitsandbytes() -> list[Backend]:
@@ -145,7 +152,7 @@ def _bitsandbytes() -> list[Backend]:
         return []
     layers: Any = bitsandbytes.nn
 
-    def nf4(weight: Tensor) -> Product:
+    def nf4(weight: Tensor) -> Multiply:
         options = {"compute_dtype": torch.bfloat16, "quant_type": "nf4", "compress_statistics": False}
         layer = layers.Linear4bit(*reversed(weight.shape), bias=False, device="meta", **options)
         layer.weight = layers.Params4bit(
@@ -153,7 +160,7 @@ def _bitsandbytes() -> list[Backend]:
         )
         return layer.to("cpu").eval()
 
-    def int8(weight: Tensor) -> Product:
+    def int8(weight: Tensor) -> Multiply:
         layer = layers.Linear8bitLt(
             *reversed(weight.shape), bias=False, has_fp16_weights=False, threshold=0.0, device="meta"
         )
@@ -164,7 +171,7 @@ def _bitsandbytes() -> list[Backend]:
 
 
 def matrices_of(shapes: str) -> list[tuple[int, int]]:
-    """The matrices that ``--shapes`` names. Raises typer.BadParameter for a name that is none."""
+    """Return the matrices that ``--shapes`` names. Raises typer.BadParameter for an unknown name."""
     names = list(MODELS) if shapes == "all" else shapes.split(",")
     found: list[tuple[int, int]] = []
     for name in names:

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table, box
 from rich.text import Text
 
+from quasar.errors import QuasarError
+
 PLAIN_WIDTH = 160
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -21,9 +23,9 @@ class Reporter:
     """Writes to standard output: progress bars and boxes on a terminal, else lines without control characters."""
 
     def __init__(self) -> None:
-        console = Console(highlight=False)
+        console = _Console(highlight=False)
         self.interactive = console.is_terminal
-        self.console = console if self.interactive else Console(highlight=False, width=PLAIN_WIDTH)
+        self.console = console if self.interactive else _Console(highlight=False, width=PLAIN_WIDTH)
 
     def line(self, text: str = "", style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
@@ -91,3 +93,9 @@ class Reporter:
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         return table
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Fail as a run does. Rich would exit the program, and the run's status would stay "running"."""
+        raise QuasarError("standard output was closed; the same command continues the run") from None

@@ -1,4 +1,4 @@
-// bfloat16 or float32 weights: the baseline of the low-bit matmuls.
+// Matmuls with bfloat16 or float32 weights, which are the baseline of the low-bit matmuls.
 #pragma once
 
 #include "linear.h"
@@ -7,7 +7,7 @@ namespace {
 
 enum class DenseKind {
     BFLOAT16_PAIRS,    // bfloat16 weights and activations, multiplied in pairs
-    BFLOAT16_WEIGHTS,  // bfloat16 weights, both sides widened to float32
+    BFLOAT16_WEIGHTS,  // bfloat16 weights; weights and activations are widened to float32
     FLOAT32_WEIGHTS,
 };
 
@@ -15,7 +15,8 @@ template <DenseKind KIND>
 struct DenseRegisters : VectorsOnly {};
 
 #ifdef HAS_TILES
-// Whatever the number of rows: the sums of a row must not depend on it, and tiles add in another order than vectors.
+// Tiles are used for any number of rows. The sums of a row must not depend on this number, and tiles add in another
+// order than vectors.
 template <>
 struct DenseRegisters<DenseKind::BFLOAT16_PAIRS> : SingleTerm {
     using Registers = JobTiles;
@@ -24,7 +25,7 @@ struct DenseRegisters<DenseKind::BFLOAT16_PAIRS> : SingleTerm {
 #endif
 
 template <DenseKind KIND>
-struct DenseProduct : DenseRegisters<KIND> {
+struct DenseMatmul : DenseRegisters<KIND> {
     static constexpr int64_t INPUTS_PER_UNIT = KIND == DenseKind::BFLOAT16_PAIRS ? 2 : 1;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = KIND == DenseKind::FLOAT32_WEIGHTS ? 1 : 2;
     static constexpr int64_t UNITS_PER_VECTOR = INPUTS_PER_WEIGHT_UNIT / INPUTS_PER_UNIT;
@@ -46,7 +47,7 @@ struct DenseProduct : DenseRegisters<KIND> {
 #ifdef HAS_TILES
         if constexpr (KIND == DenseKind::BFLOAT16_PAIRS) {
             FOR_EACH_ROW store_float32(results + row * LANES, zero_floats());
-            return add_block_product<TileKind::BFLOAT16_PAIRS>(job, tile, block, results);
+            return multiply_block<TileKind::BFLOAT16_PAIRS>(job, tile, block, results);
         }
 #endif
         const int32_t* units = tile_units(job, tile);

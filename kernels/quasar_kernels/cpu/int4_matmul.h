@@ -1,13 +1,13 @@
-// 4-bit weights in groups × int8 activations, or × activations as they are.
+// Matmuls of 4-bit weights in groups with int8 activations, or with activations that are not quantized.
 #pragma once
 
 #include "linear.h"
 
 namespace {
 
-constexpr int64_t INPUTS_PER_VECTOR = 8;  // of each of sixteen outputs, in 64 bytes of 4-bit integers
+constexpr int64_t INPUTS_PER_VECTOR = 8;  // inputs of each of sixteen outputs in 64 bytes of 4-bit integers
 
-// Where the scales and zero points of sixteen outputs and one group lie.
+// The scales and zero points of sixteen outputs and one group.
 inline Floats group_scales(const Weight& weight, int64_t index) {
     return weight.scale_kind == SCALE_FLOAT16 ? load_float16(weight.scales + 2 * LANES * index)
                                               : load_float32(weight.scales + 4 * LANES * index);
@@ -17,7 +17,7 @@ inline Floats group_zeros(const Weight& weight, int64_t index) {
                                            : load_float32(weight.zeros + 4 * LANES * index);
 }
 
-struct Int4Int8Product : VectorsOnly {
+struct Int4Int8Matmul : VectorsOnly {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
 
@@ -40,8 +40,9 @@ struct Int4Int8Product : VectorsOnly {
         }
     }
 
-    // Within a group the sum of token * (q - zero) is exact, or rounded once where zero points are no integers; the
-    // groups are then scaled and added in ascending order, products and sum each rounded, as the reference does.
+    // Within a group the sum of token * (q - zero) is exact, or it is rounded once if the zero points are not integers.
+    // The groups are then scaled and added in ascending order. Every product and every sum is rounded, as in the
+    // reference.
     template <int ROWS>
     static void multiply_tile(const Job& job, Tile tile, int64_t block, float* results) {
         const Weight& weight = job.weight;
@@ -91,10 +92,10 @@ struct Int4Int8Product : VectorsOnly {
     }
 };
 
-// Activations stay floating point; the 4-bit integers become q - 8 in registers, exactly, and each group's sum is
-// scaled. BFLOAT16 products take activations in pairs, the others widen to float32.
+// Activations stay floating point. The 4-bit integers are converted exactly to q - 8 in registers, and the sum of each
+// group is scaled. With BFLOAT16 activations are multiplied in pairs; otherwise they are widened to float32.
 template <bool BFLOAT16>
-struct Int4FloatProduct : VectorsOnly {
+struct Int4FloatMatmul : VectorsOnly {
     static constexpr int64_t INPUTS_PER_UNIT = BFLOAT16 ? 2 : 1;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = INPUTS_PER_VECTOR;
     static constexpr int64_t UNITS_PER_VECTOR = INPUTS_PER_VECTOR / INPUTS_PER_UNIT;

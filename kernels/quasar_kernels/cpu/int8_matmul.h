@@ -1,4 +1,4 @@
-// int8 weights × int8 activations, or × activations of nearly 16 bit.
+// Matmuls of int8 weights with int8 activations, or with activations of 15 bits.
 #pragma once
 
 #include "linear.h"
@@ -6,8 +6,8 @@
 namespace {
 
 #ifdef HAS_TILES
-// From here on sixteen vectors of weights take dot products longer (half a cycle for each vector and row) than a
-// product of tiles, which each have to wait for the sums of the last (52 cycles).
+// From this number of rows on, dot products with sixteen vectors of weights (half a cycle for each vector and row) take
+// longer than one multiplication of tiles, each of which waits for the sums of the one before (52 cycles).
 constexpr int64_t LEAST_ROWS_FOR_TILES = 8;
 
 struct Int8Registers : SingleTerm {
@@ -18,7 +18,7 @@ struct Int8Registers : SingleTerm {
 using Int8Registers = VectorsOnly;
 #endif
 
-// Adds the products of a tile's bytes to sums, one per row of activations.
+// Adds the dot products of a tile's bytes to sums, one per row of activations.
 template <int ROWS>
 inline void add_byte_products(const Job& job, Tile tile, int64_t block, Ints (&sums)[ROWS]) {
     const int32_t* units = tile_units(job, tile);
@@ -34,7 +34,7 @@ inline void add_byte_products(const Job& job, Tile tile, int64_t block, Ints (&s
     }
 }
 
-struct Int8Product : Int8Registers {
+struct Int8Matmul : Int8Registers {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = 4;
 
@@ -73,15 +73,15 @@ struct Int8Product : Int8Registers {
     static void multiply_in_tiles(const Job& job, Tile tile, int64_t block, float* results) {
         alignas(64) int32_t sums[ROWS * LANES];
         FOR_EACH_ROW store_ints(sums + row * LANES, broadcast_int(job.activations.offsets[tile.first_row + row]));
-        add_block_product<TileKind::SIGNED_BY_UNSIGNED_BYTES>(job, tile, block, sums);
+        multiply_block<TileKind::SIGNED_BY_UNSIGNED_BYTES>(job, tile, block, sums);
         FOR_EACH_ROW store_float32(results + row * LANES, to_floats(load_ints(sums + row * LANES)));
     }
 #endif
 };
 
-// Activations become integers of 15 bit, 128 * high + low, and each term is a row of its own: exact integer dot
-// products where 16-bit ones would take weights that are widened first.
-struct Int8WideProduct : VectorsOnly {
+// Activations are rounded to integers of 15 bits, 128 * high + low, and each of the two terms is a separate row. The
+// int8 dot products are exact, and the weights need not be widened to 16 bits.
+struct Int8WideMatmul : VectorsOnly {
     static constexpr int64_t TERMS = 2;
     static constexpr int64_t INPUTS_PER_UNIT = 4;
     static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = 4;
@@ -123,12 +123,12 @@ struct Int8WideProduct : VectorsOnly {
     }
 
     static Floats scale(const Job& job, int64_t token, int64_t block, Floats sums) {
-        return Int8Product::scale(job, token, block, sums);
+        return Int8Matmul::scale(job, token, block, sums);
     }
 
    private:
     static constexpr float HIGH_UNIT = 128.0f;
-    static constexpr float LARGEST = 127 * HIGH_UNIT;  // its high term is the largest int8
+    static constexpr float LARGEST = 127 * HIGH_UNIT;  // the high term of this value is the largest int8
 };
 
 }  // namespace

@@ -1,0 +1,116 @@
+"""What the ops require of their arguments before a kernel computes them: the kernels themselves check nothing.
+
+Every function takes the arguments of an op and raises ValueError, which names the argument, if a kernel would read or
+write outside of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
+) -> None:
+    size = x.shape[-1]
+    _require("weight", weight, (size,), contiguous=True, device=x.device)
+    if residual is not None:
+        _require("residual", residual, x.shape, x.dtype, device=x.device)
+    _require_groups(size, group_size)
+
+
+def silu_mul(gate_up: Tensor, group_size: int | None = None) -> None:
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up: expected two halves [M, 2 S], got {list(gate_up.shape)}")
+    _require_groups(gate_up.shape[1] // 2, group_size)
+
+
+def first_maxima(x: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"x: expected [M, S] with values in every row, got {list(x.shape)}")
+
+
+def rotary_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    _require_cache(keys, values, qkv)
+    kv_heads, capacity, head_dim = keys.shape
+    if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] <= 2 * kv_heads * head_dim:
+        raise ValueError(f"qkv: expected [R, (H + 2 * {kv_heads}) * {head_dim}], got {list(qkv.shape)}")
+    rows = len(qkv)
+    if rows > capacity:
+        raise ValueError(f"qkv: {rows} rows do not fit into a cache of {capacity} slots")
+    for name, part in (("cos", cos), ("sin", sin)):
+        _require(name, part, (rows, head_dim), torch.float32, contiguous=True, device=qkv.device)
+    _require("start", start, (1,), torch.int64, device=qkv.device)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm: expected both or neither")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            _require(name, norm, (head_dim,), contiguous=True, device=qkv.device)
+
+
+def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> None:
+    _require_cache(keys, values, q)
+    kv_heads, _, head_dim = keys.shape
+    if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % kv_heads:
+        raise ValueError(f"q: expected [R, a multiple of {kv_heads}, {head_dim}], got {list(q.shape)}")
+    _require("start", start, (1,), torch.int64, device=q.device)
+    _require("block_mask", block_mask, (len(q), len(q)), device=q.device)
+
+
+def matmul(x: Any, weight: Any, bias: Tensor | None = None, tiling: Any = None) -> None:
+    """x: Tensor, or `Quantized`; weight: Tensor [N, K], or a weight of `quasar_kernels.weights`."""
+    outputs, inputs = weight.shape if isinstance(weight, Tensor) else (weight.outputs, weight.inputs)
+    rows = x if isinstance(x, Tensor) else x.values
+    if rows.dim() != 2 or rows.shape[1] != inputs:
+        raise ValueError(f"x: expected [M, {inputs}], got {list(rows.shape)}")
+    if not isinstance(x, Tensor):
+        groups = inputs // (getattr(weight, "group_size", 0) or inputs)
+        _require("values of x", x.values, rows.shape, torch.int8)
+        _require("scales of x", x.scales, (len(rows), groups), torch.float32, device=rows.device)
+    if bias is not None:
+        _require("bias", bias, (outputs,), device=rows.device)
+
+
+def _require_cache(keys: Tensor, values: Tensor, rows: Tensor) -> None:
+    if keys.dim() != 3 or 0 in keys.shape:
+        raise ValueError(f"keys: expected [H_kv, capacity, D], got {list(keys.shape)}")
+    _require("keys", keys, keys.shape, rows.dtype, device=rows.device)
+    _require("values", values, keys.shape, keys.dtype, device=rows.device)
+    if keys.stride() != values.stride() or keys.stride()[1:] != (keys.shape[2], 1):
+        raise ValueError(
+            f"keys and values: expected heads of consecutive slots, got strides {keys.stride()} and {values.stride()}"
+        )
+
+
+def _require_groups(size: int, group_size: int | None) -> None:
+    if group_size is not None and (group_size < 1 or size % group_size):
+        raise ValueError(f"group_size: expected a divisor of {size}, got {group_size}")
+
+
+def _require(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...] | torch.Size,
+    dtype: torch.dtype | None = None,
+    contiguous: bool = False,
+    device: torch.device | None = None,
+) -> None:
+    right = tensor.shape == shape and dtype in (None, tensor.dtype) and device in (None, tensor.device)
+    if not right or (contiguous and not tensor.is_contiguous()):
+        raise ValueError(
+            f"{name}: expected {dtype or 'values'} {list(shape)}{' without gaps' if contiguous else ''} on "
+            f"{device or tensor.device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )

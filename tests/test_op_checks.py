@@ -1,0 +1,176 @@
+"""No op passes an array to a kernel that the kernel would leave: wrong shapes, dtypes and gaps are refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import quasar_kernels
+import torch
+from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized
+from quasar_kernels.cpu import packing
+from quasar_kernels.cpu.levels import available_levels
+
+ROWS, HIDDEN, HEADS, KV_HEADS, DIM, SLOTS = 3, 64, 4, 2, 32, 8
+needs_kernels = pytest.mark.skipif(not available_levels() or shutil.which("g++") is None, reason="no CPU kernels")
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+def norm() -> dict[str, Any]:
+    return {"x": bf16(ROWS, HIDDEN), "weight": bf16(HIDDEN), "eps": 1e-5, "residual": bf16(ROWS, HIDDEN)}
+
+
+def rotary() -> dict[str, Any]:
+    return {
+        "qkv": bf16(ROWS, (HEADS + 2 * KV_HEADS) * DIM),
+        "cos": torch.ones(ROWS, DIM),
+        "sin": torch.ones(ROWS, DIM),
+        "keys": bf16(KV_HEADS, SLOTS, DIM),
+        "values": bf16(KV_HEADS, SLOTS, DIM),
+        "start": torch.zeros(1, dtype=torch.int64),
+        "q_norm": bf16(DIM),
+        "k_norm": bf16(DIM),
+        "eps": 1e-5,
+    }
+
+
+def attention() -> dict[str, Any]:
+    return {
+        "q": bf16(ROWS, HEADS, DIM),
+        "keys": bf16(KV_HEADS, SLOTS, DIM),
+        "values": bf16(KV_HEADS, SLOTS, DIM),
+        "start": torch.zeros(1, dtype=torch.int64),
+        "block_mask": torch.ones(ROWS, ROWS, dtype=torch.bool),
+    }
+
+
+def int4() -> Int4Weight:
+    packed = torch.zeros(32, HIDDEN // 2, dtype=torch.uint8)
+    return Int4Weight(packed, torch.ones(32, 2), torch.full((32, 2), 8.0), True)
+
+
+def int8() -> Int8Weight:
+    return Int8Weight(torch.zeros(32, HIDDEN, dtype=torch.int8), torch.ones(32))
+
+
+def dense() -> DenseWeight:
+    return DenseWeight(bf16(32, HIDDEN))
+
+
+def matmul(weight: Callable[[], Any]) -> Callable[[], dict[str, Any]]:
+    return lambda: {"x": bf16(ROWS, HIDDEN), "weight": weight(), "bias": bf16(32)}
+
+
+def quantized(groups: int, dtype: torch.dtype = torch.int8) -> Quantized:
+    return Quantized(torch.zeros(ROWS, HIDDEN).to(dtype), torch.ones(ROWS, groups), torch.bfloat16)
+
+
+WRONG_X = [("x", bf16(ROWS, HIDDEN * 2)), ("x", bf16(HIDDEN)), ("bias", bf16(16)), ("bias", bf16(1))]
+OPS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]], list[tuple[str, Any]]]] = [
+    (
+        quasar_kernels.add_rms_norm,
+        norm,
+        [
+            ("weight", bf16(1)),
+            ("weight", bf16(HIDDEN // 2)),
+            ("weight", bf16(HIDDEN * 2)[::2]),
+            ("residual", bf16(ROWS - 1, HIDDEN)),
+            ("residual", bf16(1)),
+            ("residual", torch.ones(ROWS, HIDDEN)),
+        ],
+    ),
+    (
+        quasar_kernels.add_rms_norm_quantize,
+        lambda: norm() | {"group_size": 32},
+        [("weight", bf16(1)), ("residual", bf16(1, HIDDEN)), ("group_size", 48), ("group_size", 128)],
+    ),
+    (quasar_kernels.silu_mul, lambda: {"gate_up": bf16(ROWS, 64)}, [("gate_up", bf16(64)[None, None])]),
+    (
+        quasar_kernels.silu_mul_quantize,
+        lambda: {"gate_up": bf16(ROWS, 128), "group_size": 32},
+        [("group_size", 48), ("group_size", 128)],
+    ),
+    (
+        quasar_kernels.rotary_write,
+        rotary,
+        [
+            ("qkv", bf16(ROWS, 2 * KV_HEADS * DIM)),
+            ("qkv", bf16(SLOTS + 1, (HEADS + 2 * KV_HEADS) * DIM)),
+            ("cos", torch.ones(1, DIM)),
+            ("cos", torch.ones(ROWS, DIM // 2)),
+            ("cos", torch.ones(ROWS, DIM).double()),
+            ("sin", torch.ones(ROWS, 2 * DIM)[:, ::2]),
+            ("values", bf16(KV_HEADS, SLOTS - 1, DIM)),
+            ("values", bf16(1, SLOTS, DIM)),
+            ("values", torch.ones(KV_HEADS, SLOTS, DIM)),
+            ("values", bf16(SLOTS, KV_HEADS, DIM).transpose(0, 1)),
+            ("start", torch.zeros(1, dtype=torch.int32)),
+            ("start", torch.zeros(2, dtype=torch.int64)),
+            ("q_norm", bf16(1)),
+            ("k_norm", None),
+            ("k_norm", bf16(2 * DIM)[::2]),
+        ],
+    ),
+    (
+        quasar_kernels.block_attention,
+        attention,
+        [
+            ("q", bf16(ROWS, HEADS + 1, DIM)),
+            ("values", bf16(KV_HEADS, SLOTS - 1, DIM)),
+            ("values", torch.ones(KV_HEADS, SLOTS, DIM)),
+            ("start", torch.zeros(1, dtype=torch.int32)),
+            ("block_mask", torch.ones(ROWS, ROWS - 1, dtype=torch.bool)),
+            ("block_mask", torch.ones(ROWS + 1, ROWS + 1, dtype=torch.bool)),
+        ],
+    ),
+    (quasar_kernels.linear_w8a8, matmul(int8), [*WRONG_X, ("x", quantized(2)), ("x", quantized(1, torch.int16))]),
+    (quasar_kernels.linear_w8a16, matmul(int8), WRONG_X),
+    (quasar_kernels.linear_w4a8, matmul(int4), [*WRONG_X, ("x", quantized(1)), ("x", quantized(4))]),
+    (quasar_kernels.linear_w4a16, matmul(int4), WRONG_X),
+    (quasar_kernels.linear_bf16, matmul(dense), WRONG_X),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("op", "good", "wrong"), OPS, ids=[op.__name__ for op, _, _ in OPS])
+def test_arguments_that_a_kernel_would_leave_are_refused(
+    op: Callable[..., Any], good: Callable[[], dict[str, Any]], wrong: list[tuple[str, Any]]
+) -> None:
+    with torch.inference_mode():
+        op(**good())
+        for name, value in wrong:
+            # Either the op's check, or PyTorch where no kernel takes such arguments: never a result.
+            arguments = good() | {name: value}
+            with pytest.raises((ValueError, RuntimeError, IndexError)):
+                op(**arguments)
+
+
+@pytest.mark.parametrize("scales", [torch.ones(1), torch.ones(()), torch.ones(32, 1), torch.ones(31), torch.ones(64)])
+def test_int8_weights_have_a_scale_for_each_output(scales: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expected int8 values \[N, K\] with scales \[N\]"):
+        Int8Weight.prepare(torch.zeros(32, 64, dtype=torch.int8), scales)
+    with pytest.raises(ValueError, match="expected int8"):
+        Int8Weight(torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    ("scales", "zeros"), [((1, 2), (1, 2)), ((32,), (32,)), ((32, 3), (32, 3)), ((32, 2), (32, 1)), ((32, 0), (32, 0))]
+)
+def test_int4_weights_have_scales_for_each_group(scales: tuple[int, ...], zeros: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected uint8 \[N, K / 2\] with scales and zeros \[N, G\]"):
+        Int4Weight.prepare(
+            torch.zeros(32, 32, dtype=torch.uint8), torch.ones(scales), torch.ones(zeros), False, torch.bfloat16
+        )
+
+
+def test_packed_weights_have_all_their_scales() -> None:
+    values = torch.zeros(2, 16, 16, dtype=torch.int32)
+    with pytest.raises(ValueError, match="expected 32 scales"):
+        packing.PackedWeight(values, 64, torch.ones(1))
+    with pytest.raises(ValueError, match="expected 64 scales"):
+        packing.PackedWeight(values, 64, torch.ones(2, 1, 16), group_size=32)
