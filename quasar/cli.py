@@ -11,9 +11,8 @@ from typing import Annotated
 import typer
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
-from omegaconf import OmegaConf
 
-from quasar.config.schema import CONF, ModelSource, register
+from quasar.config.schema import CONF, ModelSource, check_model, register
 from quasar.errors import QuasarError, RequestError
 from quasar.results.console import Reporter
 
@@ -218,6 +217,4 @@ def model_source(name: str, path: str | None = None) -> ModelSource:
             config = compose("config", overrides=overrides)
     except MissingConfigException:
         raise RequestError(f"model {name!r} is not in conf/model; choose one of {', '.join(model_names())}") from None
-    source = OmegaConf.to_object(config.model)
-    assert isinstance(source, ModelSource)
-    return source
+    return check_model(config.model)

@@ -72,8 +72,9 @@ def check_drafter(drafter: Drafter, verifier: Verifier | None = None) -> None:
             found = _generate(watched, verifier, prompt, draft_tokens=length)
             if drafter.rule is None:
                 assert found.tokens == expected.tokens, f"the draft changed the output for the prompt {prompt}"
+            steps = len(found.emitted)
+            assert sum(found.emitted) == steps + sum(found.accepted), "a step emits its accepted tokens and one more"
             for name, values in drafter.notes().items():
-                steps = len(found.emitted)
                 assert len(values) == steps, f"notes()[{name!r}] has {len(values)} values for {steps} steps"
         _generate(watched, verifier, prompt, sampling=Sampling(0.8, top_k=20))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from quasar.cli import model_source
 from quasar.config.schema import ModelSource
@@ -57,9 +56,7 @@ def smollm2() -> Checkpoint:
 
 @pytest.fixture
 def path_source() -> ModelSource:
-    source = OmegaConf.to_object(OmegaConf.structured(ModelSource(name="path", source="path")))
-    assert isinstance(source, ModelSource)
-    return source
+    return ModelSource(name="path", source="path")
 
 
 @pytest.fixture

@@ -196,8 +196,8 @@ def test_stop_string_inside_a_block_ends_the_output_with_the_token_that_complete
     text = [0, 1, 2, 2, 3, *[0] * 50]
     generation, _ = run(text, [Draft.chain(text[1:8])], 2, Ending(20, 40, frozenset(), stop))
     assert (generation.tokens, generation.finish_reason) == (tokens, "stop")
-    # All seven were accepted. The tokens after the stop string are dropped.
-    assert (generation.accepted, generation.emitted) == ([7], [len(tokens) - 1])
+    # All seven were right. The tokens after the stop string are dropped, and are not accepted either.
+    assert (generation.accepted, generation.emitted) == ([len(tokens) - 2], [len(tokens) - 1])
 
 
 def test_stop_strings_are_found_across_tokens_of_several_bytes() -> None:

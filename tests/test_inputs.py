@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from quasar.config.inputs import json_lines, read_text
 from quasar.config.schema import CalibrationConfig
 from quasar.errors import RequestError
 from quasar.evaluation.calibration import calibration_prompts
 from quasar.evaluation.prompts import load_prompts
-from quasar.inputs import json_lines, read_text
 from quasar.results.generations import GenerationsFile
 from quasar.results.trace import read_trace
 from tests.compose import composed_run
@@ -31,7 +31,7 @@ def test_texts_are_utf8_files(tmp_path: Path) -> None:
 
 
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quasar.inputs.LINE_BYTES", 100)
+    monkeypatch.setattr("quasar.config.inputs.LINE_BYTES", 100)
     (tmp_path / "a.jsonl").write_text("[]\n" + "x" * 101)
     with pytest.raises(RequestError, match=r"a\.jsonl:2: the line is longer"):
         list(json_lines(tmp_path / "a.jsonl"))

@@ -17,7 +17,6 @@ LAYERS = (
     ("quantization",),
     ("model",),
     ("config", "cache"),
-    ("inputs",),
     ("errors",),
 )
 """The layers from top to bottom. A part may import parts of the lines below, but none of its own line or above."""

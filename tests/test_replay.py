@@ -75,7 +75,8 @@ def test_whole_run_is_labelled_simulated(
     monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
 
     def start(*overrides: str) -> tuple[int, str]:
-        common = ["model=tiny", "verifier=fp16", f"data.path={prompt_file}", "decode.max_new_tokens=12", "threads=1"]
+        common = ["model=tiny", "verifier=fp16", "data=specbench", f"data.path={prompt_file}", "threads=1"]
+        common.append("decode.max_new_tokens=12")
         monkeypatch.setattr(sys, "argv", ["run.py", *common, *overrides])
         return main(), capfd.readouterr().out
 

@@ -16,8 +16,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from quasar.config.checks import shown
 from quasar.config.hash import config_hash
-from quasar.config.schema import check
+from quasar.config.schema import RunConfig, check, require_count, require_path
 from quasar.errors import QuasarError, RequestError, actionable, report, storage_error
 from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded
@@ -74,17 +75,19 @@ class ResumableSweeper(BasicSweeper):
             raise SweepEnded(code)
 
     def _sweep(self, arguments: list[str]) -> int:
-        reporter, settings = Reporter(), self._config.sweep
+        reporter = Reporter()
+        self._check_own_settings()
         with tempfile.TemporaryDirectory(prefix="quasar-") as temporary:
             freeze(self._context.config_loader, Path(temporary))
             requests = self._requests(arguments)
-            root = self._choose_folder(arguments, [request.config_hash for request in requests])
-            if settings.dry_run:
-                print_plan(self._plan(requests, root, reporter), root, reporter)
+            settings = requests[0].settings
+            root = self._choose_folder(arguments, [request.config_hash for request in requests], settings.resume)
+            if settings.sweep.dry_run:
+                print_plan(self._plan(requests, root, settings, reporter), root, reporter)
                 return 0
-            launcher = self._make_launcher(root)
+            launcher = self._make_launcher(root, settings.sweep.allow_parallel)
             with planning(root):
-                jobs = self._plan(requests, root, reporter)
+                jobs = self._plan(requests, root, settings, reporter)
                 begin(jobs, root, sys.argv)
             freeze(self._context.config_loader, root)
         reporter.line(f"sweep {root}, {summary_line(jobs)}")
@@ -99,11 +102,28 @@ class ResumableSweeper(BasicSweeper):
         # The sweep that runs a job elsewhere also reports it.
         return max(codes) if codes else int(any(run.status in ("failed", "partial") for run in runs))
 
-    def _plan(self, requests: Sequence[Request], root: Path, reporter: Reporter) -> list[Job]:
-        any_code = self._config.sweep.any_code
-        jobs = plan(requests, root, self._config.resume, any_code)
+    def _plan(self, requests: Sequence[Request], root: Path, settings: RunConfig, reporter: Reporter) -> list[Job]:
+        """Plan the jobs. ``settings``: those of the first job, for the keys that belong to the sweep."""
+        any_code = settings.sweep.any_code
+        jobs = plan(requests, root, settings.resume, any_code)
         refuse_other_inputs(jobs, root, any_code, reporter)
         return jobs
+
+    def _check_own_settings(self) -> None:
+        """Raise RequestError for a wrong value of the keys below ``hydra`` that a sweep reads."""
+        hydra = self._config.hydra
+        remedy = "at least 1 (an integer), or null: the launcher gets all jobs at a time"
+        require_count("hydra.sweeper.max_batch_size", self.max_batch_size, remedy)
+        if self.params is not None and not isinstance(self.params, Mapping):
+            raise RequestError(
+                f"hydra.sweeper.params={shown(self.params)}: must be a mapping of keys to values, or null"
+            )
+        require_path("hydra.sweep.dir", hydra.sweep.dir)
+        for override in self._config.hydra.overrides.hydra:
+            if override.startswith("hydra.sweep.subdir="):
+                raise RequestError(f"{override}: the folders of jobs are numbered; set hydra.sweep.dir instead")
+        if "parallel" in hydra.launcher:
+            require_count("hydra.launcher.parallel", hydra.launcher.parallel or 0, "at least 1 (an integer)")
 
     def _requests(self, arguments: list[str]) -> list[Request]:
         """Every job of the grid, composed and checked, so that a wrong value is told before any job starts."""
@@ -113,11 +133,12 @@ class ResumableSweeper(BasicSweeper):
                 config = self._context.config_loader.load_sweep_config(self._config, list(job))
             except ConfigCompositionException as error:
                 raise RequestError(f"{error} (in the job {' '.join(job)})") from None
+            choices = config.hydra.runtime.choices
             with read_write(config):
                 OmegaConf.set_struct(config, False)
                 del config["hydra"]
             try:
-                settings = check(config)
+                settings = check(config, choices)
             except RequestError as error:
                 raise RequestError(f"{error} (in the job {' '.join(job)})") from None
             requests.append(Request(tuple(filter(_of_job, job)), config_hash(config), settings))
@@ -153,15 +174,15 @@ class ResumableSweeper(BasicSweeper):
             jobs += grid
         return jobs
 
-    def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str]) -> Path:
+    def _choose_folder(self, arguments: Sequence[str], hashes: Sequence[str], resume: bool) -> Path:
         """The sweep's folder: a new one, or with ``resume=true`` on the command line the newest that has these jobs."""
         root = Path(self._config.hydra.sweep.dir)
         chosen = any(override.startswith("hydra.sweep.dir=") for override in self._config.hydra.overrides.hydra)
-        if self._config.resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
+        if resume and not chosen and any(argument.startswith("resume=") for argument in arguments):
             root = newest_sweep(root, hashes) or root
         return root.absolute()
 
-    def _make_launcher(self, root: Path) -> Launcher:
+    def _make_launcher(self, root: Path, allow_parallel: bool) -> Launcher:
         """The configured launcher, for jobs in ``root``.
 
         Raises RequestError if it runs jobs side by side, or if it is not installed.
@@ -171,7 +192,7 @@ class ResumableSweeper(BasicSweeper):
         hydra = self._config.hydra
         name = hydra.runtime.choices["hydra/launcher"]
         one_at_a_time = hydra.launcher._target_ in ONE_AT_A_TIME and hydra.launcher.get("parallel", 1) == 1
-        if not (one_at_a_time or self._config.sweep.allow_parallel):
+        if not (one_at_a_time or allow_parallel):
             raise RequestError(
                 f"hydra/launcher={name} runs several jobs at a time on the same cores: their timings would not be "
                 "comparable. Use basic, slurm, or slurm_local with hydra.launcher.parallel=1; where timings do not "

@@ -7,29 +7,26 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from quasar.config.component import FRAMEWORK_KEYS, checked_component, class_named, problem
 from quasar.config.schema import CONF
 from quasar.errors import RequestError
-
-# Keys of a drafter's or verifier's YAML that are not arguments of its class.
-_FRAMEWORK_KEYS = ("_target_", "name", "dtype")
 
 
 def build(group: str, node: dict[str, Any], *arguments: Any) -> Any:
     """Construct a drafter or verifier with ``arguments`` by position and the node's keys by name.
 
-    Raises RequestError if the class rejects a value; the message contains ``group.key=value`` and the allowed values.
+    Raises RequestError if the class rejects a key or a value; the message contains ``group.key=value`` and the allowed
+    values.
     """
-    cls = get_class(node["_target_"])
-    options = {key: value for key, value in node.items() if key not in _FRAMEWORK_KEYS}
+    node = checked_component(group, node)
+    options = {key: value for key, value in node.items() if key not in FRAMEWORK_KEYS[group]}
     try:
-        return cls(*arguments, **options)
+        return class_named(node["_target_"], f"{group}._target_")(*arguments, **options)
     except ValidationError as error:
-        problems = [_problem(group, details) for details in error.errors()]
-        raise RequestError(f"{'; '.join(problems)} (documented in conf/{group}/{node['name']}.yaml)") from None
+        raise problem(error, group, group, node["name"]) from None
 
 
 def node_named(group: str, name: str) -> dict[str, Any]:
@@ -46,9 +43,3 @@ def node_named(group: str, name: str) -> dict[str, Any]:
         node = OmegaConf.to_container(compose(overrides=[f"+{group}={name}"])[group], resolve=True)
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items()}
-
-
-def _problem(group: str, details: Any) -> str:
-    key = ".".join([group, *map(str, details["loc"])])
-    message = details["msg"]
-    return f"{key}={details['input']}: {message[0].lower()}{message[1:]}"

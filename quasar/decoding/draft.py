@@ -130,10 +130,12 @@ class Context:
 class StepResult:
     """The result of one step.
 
-    emitted:        tokens appended to the context; the bonus token is last, unless the limits cut it off
+    emitted:        tokens appended to the context, those of ``path`` and one more, which is the bonus token or the
+                    draft token that ended the output
     path:           indices of the accepted draft tokens, root first
     logits:         float [T + 1, V], the verifier's logits after the last token and after each draft token
     scratch_logits: float [O, V] for ``Scratch.outputs``, or None
+    cut:            whether the output ended inside the accepted path, so that no token after ``path`` was rejected
     """
 
     draft: Draft
@@ -141,6 +143,7 @@ class StepResult:
     path: list[int]
     logits: Tensor
     scratch_logits: Tensor | None
+    cut: bool = False
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,7 +20,8 @@ class Generation:
     """The result of decoding one prompt.
 
     Step s proposed ``drafted[s]`` tokens in a tree of depth ``depth[s]``, and ``accepted[s]`` of them were accepted. It
-    emitted ``emitted[s]`` tokens, and its verification pass read ``context[s]`` cached tokens.
+    emitted ``emitted[s]`` tokens, and its verification pass read ``context[s]`` cached tokens. Every step emits its
+    accepted tokens and one more: ``emitted[s] = accepted[s] + 1``, also where a stop criterion cuts the accepted path.
 
     tokens: the generated tokens; the first one comes from the prefill and belongs to no step
     milliseconds: duration of every lap by phase: prefill, draft, verify, overhead, observe
@@ -69,14 +70,16 @@ def decode(
         clock.lap("verify")
         accepted = rule.accept(draft, scores, generator)
         scores.require_finite()
-        verifier.keep(accepted.path)
         emitted = limits.cut(context, [draft.tokens[node] for node in accepted.path] + [accepted.bonus])
-        step = StepResult(draft, emitted, accepted.path, scores.logits, scores.scratch)
+        # A draft token behind the end of the output is not accepted, and the last token of a step is its bonus token.
+        path = accepted.path[: len(emitted) - 1]
+        verifier.keep(path)
+        step = StepResult(draft, emitted, path, scores.logits, scores.scratch, len(path) < len(accepted.path))
         result.context.append(len(context.tokens) - 1)
         context.tokens += emitted
         result.drafted.append(len(draft))
         result.depth.append(max(draft.depths(), default=0))
-        result.accepted.append(len(accepted.path))
+        result.accepted.append(len(path))
         result.emitted.append(len(emitted))
         clock.lap("overhead")
         drafter.observe(step)

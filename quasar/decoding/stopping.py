@@ -15,20 +15,27 @@ LEAD = 8
 class StopStrings:
     """Texts that end the output. The output ends with the token that completes one of them.
 
-    decode: converts token ids to text
+    decode: converts token ids to text, without special tokens
+    spell: converts token ids to text in which special tokens are spelled, so that ``<end>`` can be a stop string; by
+        default ``decode``
     reach: number of tokens to decode at a time. A token has at least one byte, so the bytes of the longest text plus
         `LEAD` are enough
     """
 
-    def __init__(self, texts: Sequence[str], decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        decode: Callable[[list[int]], str],
+        spell: Callable[[list[int]], str] | None = None,
+    ) -> None:
         self.texts = tuple(texts)
-        self._decode = decode
-        self.reach = max(len(text.encode()) for text in texts) + LEAD
+        self._spellings = (decode,) if spell is None else (decode, spell)
+        self.reach = max(len(text.encode(errors="replace")) for text in texts) + LEAD
 
     def completed_by_last(self, tokens: list[int]) -> bool:
         """Whether the last token of the output completes a stop string. The output must not contain an earlier one."""
-        tail = self._decode(tokens[-self.reach :])
-        return any(text in tail for text in self.texts)
+        tails = [spelled(tokens[-self.reach :]) for spelled in self._spellings]
+        return any(text in tail for text in self.texts for tail in tails)
 
 
 @dataclass(frozen=True)

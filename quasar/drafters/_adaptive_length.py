@@ -256,7 +256,10 @@ class AdaptiveLength(Drafter):
         )
         depth = max(step.draft.depths(), default=0)
         self._deepest = max(self._deepest, depth)
-        if self._chosen[-1]:
+        if step.cut:
+            # Nothing was rejected: the output ended inside the draft, and what is behind its end was not tried.
+            self._acceptance.add(len(step.path), len(step.path))
+        elif self._chosen[-1]:
             self._acceptance.add(depth, len(step.path))
         else:
             self._acceptance.rest()

@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, validate_call
+from pydantic import AfterValidator, Field, validate_call
 from torch import Tensor
 
 from quasar.config.build import build, node_named
-from quasar.decoding.acceptance import AcceptanceRule, Accepted, Greedy
+from quasar.config.checks import shown
+from quasar.config.component import checked_component
+from quasar.decoding.acceptance import AcceptanceRule, Accepted, rule_for
 from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.decoding.sampling import Sampling
 from quasar.decoding.scores import Scores
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
@@ -21,31 +24,50 @@ NOBODY = "none"
 """The value in the notes for a step without a draft."""
 
 
+def _member_node(member: str | dict[str, Any]) -> dict[str, Any]:
+    """Return the node of a member: the file that it names, with the values that it replaces."""
+    given = {"name": member} if isinstance(member, str) else member
+    if not isinstance(given.get("name"), str):
+        raise RequestError(f"drafter.members has {shown(member)}, which lacks a name of conf/drafter")
+    return {**node_named("drafter", given["name"]), **given}
+
+
+def _known_members(members: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+    for index, member in enumerate(members):
+        checked_component("drafter", _member_node(member), f"drafter.members.{index}")
+    return members
+
+
 class ChainDrafter(Drafter):
     """Asks its members in order and uses the first draft that has a token. Cheap drafters should come first.
 
     The members after the first draft are not asked and do not observe the step. If a member offers scratch rows but no
     token, its scratch rows are added to the next member's draft. If a member has an acceptance rule (replay), the rule
-    decides on the drafts of this member, and the greedy rule on the drafts of the others, because the text is
-    meaningless anyway. The notes contain the member whose draft was used in every step.
+    decides on the drafts of this member, and the exact rule of the run's sampling settings on the drafts of the others.
+    The notes contain the member whose draft was used in every step.
 
     members: names in conf/drafter, or nodes such as ``{name: ngram, num_tokens: 8}`` that replace values of such a file
     """
 
     @validate_call
-    def __init__(self, members: Annotated[list[str | dict[str, Any]], Field(min_length=1)]) -> None:
-        nodes = [{"name": member} if isinstance(member, str) else member for member in members]
-        for node in nodes:
-            if "name" not in node:
-                raise RequestError(f"drafter.members has {node}, which lacks a name of conf/drafter")
+    def __init__(
+        self, members: Annotated[list[str | dict[str, Any]], Field(min_length=1), AfterValidator(_known_members)]
+    ) -> None:
+        nodes = [_member_node(member) for member in members]
         self.names = [str(node["name"]) for node in nodes]
-        self.members: list[Drafter] = [build("drafter", {**node_named("drafter", str(n["name"])), **n}) for n in nodes]
+        self.members: list[Drafter] = [build("drafter", node) for node in nodes]
         self._drafts: list[Draft] = []
+        self._sampling = Sampling()
         self._winners: list[int | float | str] = []
 
     @property
     def rule(self) -> AcceptanceRule | None:
         return None if all(member.rule is None for member in self.members) else _WinnersRule(self)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling settings of the last draft's context; greedy before the first draft."""
+        return self._sampling
 
     @property
     def winner(self) -> Drafter:
@@ -68,7 +90,7 @@ class ChainDrafter(Drafter):
             member.begin(prompt)
 
     def propose(self, context: Context, budget: int) -> Draft:
-        self._drafts = []
+        self._drafts, self._sampling = [], context.sampling
         winner = NOBODY
         for name, member in zip(self.names, self.members, strict=True):
             self._drafts.append(member.propose(context, budget))
@@ -86,7 +108,7 @@ class ChainDrafter(Drafter):
             if draft is self._drafts[-1]:
                 member.observe(replace(step, draft=draft, scratch_logits=scratch_logits))
             else:
-                member.observe(StepResult(draft, step.emitted, [], step.logits[:1], scratch_logits))
+                member.observe(StepResult(draft, step.emitted, [], step.logits[:1], scratch_logits, step.cut))
 
     def notes(self) -> dict[str, list[int | float | str]]:
         return {"member": self._winners}
@@ -97,7 +119,7 @@ class ChainDrafter(Drafter):
 
 
 class _WinnersRule:
-    """Uses the rule of the member that made the draft, or the greedy rule if it has none."""
+    """Uses the rule of the member that made the draft, or the exact rule of the sampling settings if it has none."""
 
     def __init__(self, chain: ChainDrafter) -> None:
         self._chain = chain
@@ -105,4 +127,4 @@ class _WinnersRule:
     def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
         # After the prefill, before the first draft, no member has been asked yet.
         rule = self._chain.winner.rule if len(draft) else None
-        return (rule or Greedy()).accept(draft, scores, generator)
+        return (rule or rule_for(self._chain.sampling)).accept(draft, scores, generator)

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, validate_call
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, validate_call
 
 from quasar.cache import json_store
+from quasar.config.checks import distinct
 from quasar.decoding.acceptance import Greedy
 from quasar.decoding.draft import Context, Draft
 from quasar.decoding.loop import Generation, decode
@@ -55,7 +56,7 @@ class LayerSkipDrafter(Drafter):
         num_tokens: PositiveInt = 4,
         method: Literal["fixed", "search"] = "fixed",
         exit_layer: PositiveInt | None = None,
-        skip_layers: list[NonNegativeInt] | None = None,
+        skip_layers: Annotated[list[NonNegativeInt], AfterValidator(distinct)] | None = None,
         skip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25,
         confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         draft_verifier: str | None = None,

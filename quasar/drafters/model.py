@@ -5,13 +5,19 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, validate_call
+from pydantic import AfterValidator, Field, PositiveInt, validate_call
 from torch import Tensor
 
+from quasar.config.component import checked_component
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.drafters._autoregressive import draft_chain
 from quasar.drafters.base import Drafter, Resources
 from quasar.verifiers.base import LayeredVerifier
+
+
+def _verifier_node(node: dict[str, Any]) -> dict[str, Any]:
+    # A drafter that gets its model by `use` has an empty node.
+    return checked_component("verifier", node, "drafter.draft") if node else node
 
 
 class ModelDrafter(Drafter):
@@ -30,7 +36,7 @@ class ModelDrafter(Drafter):
     @validate_call
     def __init__(
         self,
-        draft: dict[str, Any],
+        draft: Annotated[dict[str, Any], AfterValidator(_verifier_node)],
         num_tokens: PositiveInt = 4,
         confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ) -> None:

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor
 
+from quasar.config.inputs import expanded, read_text
 from quasar.decoding.draft import Context, Draft, merge_into_tree
 from quasar.drafters._suffix_automaton import SEPARATOR, AutomatonIndex, Match
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
-from quasar.inputs import expanded, read_text
 
 # Number of latest places that lookup keeps per n-gram. This bounds the cost of a step.
 LOOKUP_PLACES = 64

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quasar.config.inputs import expanded, is_companion, json_lines, kind_of, parsed_json, read_text
 from quasar.config.schema import DataConfig, HubDataset
 from quasar.errors import RequestError
-from quasar.inputs import expanded, is_companion, json_lines, kind_of, parsed_json, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,10 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from quasar.config.inputs import expanded, is_companion, json_lines, kind_of
 from quasar.config.schema import DataConfig
 from quasar.errors import RequestError
 from quasar.evaluation.benchmarks import Row, benchmark_rows
-from quasar.inputs import expanded, is_companion, json_lines, kind_of
 
 BUILTIN = Path(__file__).parent / "prompts"
 FAMILIES = ("chat", "code", "math", "instruction", "summarization")

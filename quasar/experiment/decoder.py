@@ -91,7 +91,7 @@ class PromptDecoder:
     def limits(self) -> Limits:
         chosen, stop_tokens = self.settings.decode, self.tokenizer.stop_tokens
         cap = chosen.draft_tokens if isinstance(chosen.draft_tokens, int) else None
-        strings = StopStrings(chosen.stop, self.tokenizer.decode) if chosen.stop else None
+        strings = StopStrings(chosen.stop, self.tokenizer.decode, self.tokenizer.spell) if chosen.stop else None
         return Limits(chosen.max_new_tokens, self.verifier.context_length, stop_tokens, cap, strings)
 
     @property

@@ -28,4 +28,5 @@ def facts_of(parts: Prepared) -> RunFacts:
         model_origin=parts.checkpoint.origin,
         weights_on_grid=parts.weights_on_grid,
         sandbox=parts.isolation,
+        dtype=str(verifier.dtype).removeprefix("torch."),
     )

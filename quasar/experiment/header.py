@@ -7,7 +7,7 @@ from typing import Any
 
 from quasar_kernels.cpu.levels import NO_KERNELS
 
-from quasar.config.schema import Grid
+from quasar.config.schema import Grid, warnings_about
 from quasar.experiment.build import Prepared
 from quasar.results.console import Reporter
 from quasar.results.schema import Machine
@@ -38,6 +38,8 @@ def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Pat
         "output": str(folder),
     }
     reporter.header(entries)
+    for text in warnings_about(settings):
+        reporter.warning(text)
     if parts.weights_on_grid is not None and parts.weights_on_grid > MOSTLY_ON_GRID:
         reporter.warning(
             f"the reference was dequantized: {parts.weights_on_grid:.0%} of its weights lie on a 4-bit or 8-bit grid; "

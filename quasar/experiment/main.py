@@ -19,8 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from quasar.config.schema import CONF, register
-from quasar.errors import report
+from quasar.config.schema import CONF, check, register, require_path
+from quasar.errors import RequestError, report
 from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded
 
@@ -67,7 +67,11 @@ def _run(config: DictConfig) -> int:
 
     folder, reporter = Path(HydraConfig.get().runtime.output_dir), Reporter()
     try:
-        with logged(config.logger, folder, reporter):
+        require_path("hydra.run.dir", HydraConfig.get().run.dir)
+        settings = check(config)
+        if settings.sweep.dry_run:
+            raise RequestError("sweep.dry_run=true: lists the jobs of a sweep, and this is a single run; use -m")
+        with logged(settings.logger, folder, reporter):
             run.run(config, folder, sys.argv, reporter)
     except KeyboardInterrupt:
         return _interrupted()

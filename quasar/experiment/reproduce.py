@@ -11,9 +11,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
-from quasar.config.schema import CONF, PublishConfig, RunConfig, register
+from quasar.config.schema import CONF, PublishConfig, check, register
 from quasar.errors import QuasarError, RequestError
 from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs
@@ -49,8 +48,7 @@ def load_experiment(name: str) -> Experiment:
         raise RequestError(f"experiment={name}: not in conf/experiment; choose one of {', '.join(experiment_names())}")
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", overrides=[f"experiment={name}"]))
-    assert isinstance(config, RunConfig)
+        config = check(compose("config", overrides=[f"experiment={name}"]))
     return Experiment(name, config.publish, config.evaluate.repetitions)
 
 

@@ -1,10 +1,30 @@
-"""The device and the dtype that a model is loaded with."""
+"""The device and the dtype that a model is loaded with, and what this machine can do."""
 
 from __future__ import annotations
 
+import os
+
 import torch
+from quasar_kernels.cpu.levels import chosen_levels
 
 from quasar.errors import RequestError
+
+
+def check_machine(threads: int | None) -> None:
+    """Raise RequestError if this machine has fewer CPUs than threads, or not the level of kernels that is set.
+
+    The jobs of a sweep check this where they run.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is not None and threads > available:
+        raise RequestError(
+            f"threads={threads}: this process may use {available} CPUs, and more threads would wait for each other; "
+            f"use at most {available}, or null"
+        )
+    try:
+        chosen_levels()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def choose_device(name: str) -> torch.device:

@@ -75,6 +75,10 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._inner.decode(list(tokens), skip_special_tokens=True))
 
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens in which special tokens are spelled, such as ``<end>``."""
+        return str(self._inner.decode(list(tokens), skip_special_tokens=False))
+
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Return the ids. Raises RequestError for an id beyond the model's embedding."""
         ids = list(tokens)

@@ -14,9 +14,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from quasar.cache import code_version
+from quasar.config.inputs import open_regular
 from quasar.config.schema import RunConfig
 from quasar.errors import RequestError
-from quasar.inputs import open_regular
 from quasar.results.generations import whole_lines
 from quasar.results.schema import CHECKSUM_KEY, Json, checksum
 

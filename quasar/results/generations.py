@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from quasar.config.inputs import open_regular
 from quasar.errors import RequestError
-from quasar.inputs import open_regular
 from quasar.results.schema import PromptRecord
 
 GENERATIONS = "generations.jsonl"

@@ -38,6 +38,7 @@ class RunFacts:
     simulated: whether acceptance was replayed, so that the generated text is meaningless
     lossy: whether the acceptance rule does not preserve the verifier's distribution
     sandbox: what isolates the generated code that is graded; None if none is executed
+    dtype: dtype of the verifier's activations and logits, such as bfloat16
     """
 
     model: str
@@ -57,6 +58,7 @@ class RunFacts:
     model_origin: str
     weights_on_grid: float | None
     sandbox: str | None = None
+    dtype: str = "float32"
 
 
 class Measured:

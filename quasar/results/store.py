@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from quasar.cache import code_version
 from quasar.config.hash import config_hash
+from quasar.config.text import config_yaml
 from quasar.errors import RequestError, actionable, storage_error
 from quasar.results.generations import GENERATIONS, GenerationsFile
 from quasar.results.schema import Environment, Inputs, Json, PromptRecord, Status
@@ -137,9 +138,7 @@ class RunFolder:
     def _begin(self, command: list[str], environment: Environment, finished: int) -> None:
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
-        values = OmegaConf.to_container(self._config, resolve=True)
-        header = f"# config hash: {self.hash}\n# command: {_one_line(command)}\n"
-        write_atomically(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(values)))
+        write_atomically(self.path / "config.yaml", config_yaml(self._config, command))
         content = self._environment(command, environment, finished)
         write_atomically(self.path / ENVIRONMENT, json.dumps(content, indent=2) + "\n")
         self.status("running")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, validate_call
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, validate_call
 
+from quasar.config.checks import distinct
 from quasar.model.transformer import Transformer
 from quasar.pruning.depth import Selection, prune_depth, select_layers
 from quasar.pruning.importance import Importance
@@ -41,7 +42,7 @@ class PrunedVerifier(TransformerVerifier):
         heads: bool = False,
         uniform: bool = False,
         selection: Selection = "block_influence",
-        layers: list[NonNegativeInt] | None = None,
+        layers: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(distinct)] | None = None,
     ) -> None:
         settings = {
             "pruned": method,

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from quasar.config.hash import config_hash
+from quasar.config.schema import check
 from quasar.errors import report
 from quasar.results.console import Reporter
 from quasar.results.runs import is_locked, read_run
@@ -40,7 +41,7 @@ def run_job(config: DictConfig) -> int:
     reporter.line(f"\njob {folder.name}: {' '.join(_chosen(hydra.overrides.task))}")
     shared = Path(hydra.sweep.dir) / BASELINES if config.sweep.share_baselines else None
     try:
-        with logged(config.logger, folder, reporter):
+        with logged(check(config).logger, folder, reporter):
             run.run(config, folder, command, reporter, shared)
     except BusyError:
         # Another sweep has begun the job since this one was planned, and reports it.
