@@ -86,16 +86,16 @@ def collect_runs(
 
 @app.command("plot")
 def plot_runs(
-    folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],
+    folder: Annotated[Path, typer.Argument(help="an experiment's results, a sweep, or any folder above runs")],
     output: Annotated[Path | None, typer.Option(help="folder of the figures; FOLDER/figures by default")] = None,
 ) -> None:
-    """Draw the figures that the metrics of the runs below a folder allow, as PDF, SVG and PNG."""
-    from quasar.results.collect import all_runs, tabulate
-    from quasar.results.figures.runs import draw_all
+    """Draw the figures that the results in a folder allow, as PDF, SVG and PNG."""
+    from quasar.results.figures import draw
+    from quasar.results.loading import load
 
     reporter = Reporter()
     with _reported_errors():
-        files = draw_all(tabulate(all_runs(folder), folder), output or folder / "figures")
+        files = draw(None, *load(folder), output or folder / "figures")
     for file in files:
         reporter.line(f"wrote {file}")
 
@@ -124,6 +124,23 @@ def figures() -> None:
 
     with _reported_errors():
         redraw_all(Reporter())
+
+
+@app.command("notebooks")
+def run_notebooks(
+    notebooks: Annotated[list[Path], typer.Argument(help="the notebooks, such as notebooks/*.ipynb")],
+    results: Annotated[
+        Path | None, typer.Option(help="folder of results or runs; default: the one that each notebook names")
+    ] = None,
+) -> None:
+    """Execute notebooks and store them with their outputs."""
+    from quasar.results.notebooks import execute
+
+    reporter = Reporter()
+    with _reported_errors():
+        for notebook in notebooks:
+            execute(notebook, results)
+            reporter.line(f"wrote {notebook}")
 
 
 @wandb_runs.command("push")

@@ -154,7 +154,7 @@ def _row(generator: np.random.Generator, arm: SyntheticArm, effect: float, machi
     draft_ms = (0.18 * step_ms * steps) if arm.drafter in ("lookahead", "layerskip") else 0.01 * step_ms * steps
     overhead_ms = 0.02 * step_ms * steps
     return {
-        "arm": arm.name if arm.temperature == 0 else f"{arm.name}, T = {arm.temperature:g}",
+        "arm": arm.name,
         "verifier": arm.verifier,
         "drafter": arm.drafter,
         "temperature": arm.temperature,

@@ -1,132 +1,284 @@
-"""Figures of runs: they show the table's values, are the same at every redraw, and refuse what cannot be compared."""
+"""Figures of an experiment: they show its estimates, are the same at every redraw, and say why one cannot be drawn."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from quasar.results.figures.runs import FIGURES, draw_all, labels, pareto_front
 
 from quasar.errors import RequestError
-from quasar.results.figures import style
+from quasar.results.estimates import QUANTITIES, conditional_acceptance
+from quasar.results.figures import FIGURES, draw, named, picture, style
+from quasar.results.figures.arms import Arms, in_common_setting, largest
+from quasar.results.figures.fidelity import pareto_front
+from quasar.results.figures.interaction import interactions
+from quasar.results.figures.marks import ratio_ticks, spread
+from quasar.results.intervals import Estimate
+from tests.synthetic import LENGTHS, MAIN, MATRIX, STRENGTHS, SyntheticArm, experiment_rows, synthetic_provenance
+
+FAMILIES = ("math", "chat")
+ARMS = MAIN[:4]
+"""Autoregressive decoding, and an n-gram drafter with three verifiers."""
 
 
-def runs(**others: object) -> pd.DataFrame:
-    """Two finished runs with every metric that a figure needs."""
-    columns: dict[str, object] = {
-        "run": ["0", "1"],
-        "status": "done",
-        "code_version": "abc",
-        "machine": "here",
-        "model": "tiny",
-        "model_origin": "random weights, seed 0",
-        "weights_on_grid": 0.5,
-        "prompts": 5,
-        "verifier": ["int8", "pruned"],
-        "drafter": "ngram",
-        "kl_to_reference": [0.01, 0.5],
-        "mean_acceptance_length": [1.5, 2.5],
-        "mean_acceptance_length_ref": [1.4, 1.1],
-        "bytes_per_step": [2e6, 1.5e6],
-        "reference_text_speedup": [1.6, 1.2],
-        "reference_text_speedup_ci95_low": [1.5, 1.1],
-        "reference_text_speedup_ci95_high": [1.7, 1.3],
-        "acceptance_by_position": [[0.8, 0.6], [0.5]],
-        "draft_ms": [0.1, 0.2],
-        "verify_ms": [2.0, 3.0],
-        "overhead_ms": [0.3, 0.1],
-    }
-    return pd.DataFrame({**columns, **others})
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return experiment_rows(ARMS, FAMILIES, prompts=4)
 
 
-def drawn(name: str) -> list[tuple[list[float], list[float]]]:
-    """The (x, y) values of the lines of a figure."""
-    figure = next(figure for figure in FIGURES if figure.name == name)
-    with style.canvas("title", ["footer"], 2.4) as (_, axes):
-        figure.draw(axes, runs(label=["int8", "pruned"]))
-        return [(list(map(float, line.get_xdata())), list(map(float, line.get_ydata()))) for line in axes.lines]
+def of(rows: pd.DataFrame, arm: SyntheticArm, quantity: str, family: str | None = None) -> Estimate:
+    """The estimate of a quantity, as a table would show it."""
+    own = rows[rows["arm"] == arm.name]
+    found = QUANTITIES[quantity].of(own if family is None else own[own["family"] == family], rows)
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    return found
 
 
-def test_figures_show_the_values_of_the_table() -> None:
-    inflation = drawn("inflation")
-    for kl, free, forced in ((0.01, 1.5, 1.4), (0.5, 2.5, 1.1)):
-        assert ([kl], [free]) in inflation
-        assert ([kl], [forced]) in inflation
-    assert ([1.5, 2.0], [0.5, 0.01]) in drawn("pareto")
-    # The fastest is the highest row.
-    assert [line for line in drawn("speedup") if line[1] == [1.0]] == [([1.6], [1.0])]
-    assert ([1.5, 1.7], [1.0, 1.0]) in drawn("speedup")
-    assert ([1.0, 2.0], [0.8, 0.6]) in drawn("positions")
-
-
-def test_redrawing_gives_the_same_bytes(tmp_path: Path) -> None:
-    first, again = draw_all(runs(), tmp_path / "first"), draw_all(runs(), tmp_path / "again")
-    assert [file.name for file in first] == [
-        f"{figure.name}.{form}" for figure in FIGURES for form in ("pdf", "svg", "png")
+def lines(drawn: style.Picture, panel: int = 0) -> list[list[tuple[float, float]]]:
+    """The points of every line of a panel."""
+    return [
+        [(round(float(x), 9), round(float(y), 9)) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+        for line in drawn.axes[panel].lines
     ]
-    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in again]
 
 
-def test_a_figure_ends_in_its_origin(tmp_path: Path) -> None:
-    draw_all(runs(), tmp_path)
-    text = " ".join((tmp_path / "pareto.svg").read_text().split())
-    for part in ("code abc", "here", "random weights, seed 0", "50% of its weights", "n = 5 prompts"):
-        assert part in text
+def texts(drawn: style.Picture) -> str:
+    """All words of a figure, joined by spaces."""
+    found = [text.get_text() for text in drawn.findobj(lambda artist: hasattr(artist, "get_text"))]
+    return " ".join(" ".join(found).split())
 
 
-def test_only_what_was_measured_is_drawn(tmp_path: Path) -> None:
-    table = runs(kl_to_reference=[None, None], draft_ms=[0.1, None]).drop(columns="reference_text_speedup")
-    files = draw_all(table, tmp_path)
-    assert [file.stem for file in files[::3]] == ["positions", "step"]
-    assert "pruned" not in (tmp_path / "step.svg").read_text()
-    nothing = table.drop(columns=["acceptance_by_position", "verify_ms"])
-    with pytest.raises(RequestError, match=r"no figure can be drawn: .*inflation: kl_to_reference, "):
-        draw_all(nothing, tmp_path)
+def at(*points: tuple[float, float]) -> list[tuple[float, float]]:
+    return [(round(x, 9), round(y, 9)) for x, y in points]
 
 
-def test_the_reference_has_no_place_on_a_logarithmic_axis(tmp_path: Path) -> None:
-    files = draw_all(runs(kl_to_reference=[0.0, 0.0]), tmp_path)
-    assert [file.stem for file in files[::3]] == ["speedup", "positions", "step"]
-    draw_all(runs(kl_to_reference=[0.0, 0.5]), tmp_path)
-    text = (tmp_path / "pareto.svg").read_text()
-    assert "pruned" in text
-    assert "int8" not in text
+def test_points_and_intervals_are_the_estimates(rows: pd.DataFrame) -> None:
+    found = lines(picture("inflation", rows, synthetic_provenance()))
+    for arm in ARMS[2:]:
+        kl, free, forced = (
+            of(rows, arm, name) for name in ("kl_to_reference", "mean_acceptance_length", "mean_acceptance_length_ref")
+        )
+        for length in (free, forced):
+            assert at((kl.value, length.value)) in found
+            assert at((kl.value, length.low), (kl.value, length.high)) in found
+            assert at((kl.low, length.value), (kl.high, length.value)) in found
+    assert len([line for line in found if len(line) == 1]) == 4, "the reference's KL is 0, which has no place there"
 
 
-def test_runs_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="do not say their model_origin: an earlier version"):
-        draw_all(runs().drop(columns="model_origin"), tmp_path)
+def test_speedups_of_tasks_are_those_of_their_prompts(rows: pd.DataFrame) -> None:
+    heights = {point[1] for line in lines(picture("speedup_by_task", rows, synthetic_provenance())) for point in line}
+    for arm in ARMS[1:]:
+        for family in FAMILIES:
+            found = of(rows, arm, "reference_text_speedup", family)
+            assert {round(value, 9) for value in (found.value, found.low, found.high)} <= heights
+        for mean in ("reference_text_speedup", "reference_text_speedup_by_family"):
+            assert round(of(rows, arm, mean).value, 9) in heights
 
 
-@pytest.mark.parametrize(
-    ("others", "reason"),
-    [
-        ({"status": ["done", "partial"]}, r"1 of 2 runs are not done: 1 \(partial\); finish"),
-        ({"code_version": ["abc", "def"]}, "several code versions: abc; def; draw each"),
-        ({"code_version": "abc + def"}, r"several code versions: abc \+ def"),
-        ({"machine": ["here", "there"]}, "several machines: here; there"),
-        ({"model_origin": ["a", "b"]}, "several model origins: a; b"),
-    ],
-)
-def test_runs_that_cannot_be_compared_are_refused(others: dict[str, object], reason: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=reason):
-        draw_all(runs(**others), tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_the_fastest_arm_is_the_highest_row(rows: pd.DataFrame) -> None:
+    drawn = picture("speedup", rows, synthetic_provenance())
+    names = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert names == ["n-gram + int4", "n-gram + int8 (paper)", "n-gram + fp16"]
+    best = of(rows, ARMS[3], "reference_text_speedup")
+    assert at((best.value, -0.15)) in lines(drawn)
 
 
-def test_labels_name_the_options_in_which_runs_of_a_pair_differ() -> None:
-    options = {"verifier.ratio": [None, 0.1], "verifier.method": ["rtn", "width"]}
-    assert labels(runs(**options)) == ["int8", "pruned"]
-    options["verifier.ratio"] = [0.3, 0.1]
-    assert labels(runs(verifier="pruned", **options)) == [
-        "pruned, ratio=0.3, method=rtn",
-        "pruned, ratio=0.1, method=width",
+def test_the_bars_of_a_gain_multiply_to_the_speedup(rows: pd.DataFrame) -> None:
+    bars = picture("waterfall", rows, synthetic_provenance()).axes[0].patches
+    first, second, third, both = bars[:4]
+    assert first.get_x() == 1
+    for before, after in ((first, second), (second, third)):
+        assert after.get_x() == pytest.approx(before.get_x() + before.get_width())
+    assert both.get_width() == pytest.approx(of(rows, ARMS[2], "reference_text_speedup").value - 1)
+    assert third.get_x() + third.get_width() == pytest.approx(1 + both.get_width())
+
+
+def test_positions_are_conditional_on_the_position_before(rows: pd.DataFrame) -> None:
+    found = lines(picture("positions", rows, synthetic_provenance()))
+    own = rows[rows["arm"] == ARMS[1].name]
+    shares = [
+        sum(counts[place] for counts in own["accepted_by_position"])
+        / sum(counts[place] for counts in own["reached_by_position"])
+        for place in range(5)
     ]
-    assert labels(runs(drafter=["ngram", "none"])) == ["int8, ngram", "pruned, none"]
+    assert at(*enumerate(shares, start=1)) in found
+    estimate = conditional_acceptance(2).of(own)
+    assert estimate is not None
+    assert estimate.value == pytest.approx(shares[1])
+
+
+def test_break_even_is_where_the_acceptance_length_equals_the_need(rows: pd.DataFrame) -> None:
+    for arm in ARMS[1:]:
+        needed, reached, speedup = (
+            of(rows, arm, name).value
+            for name in ("break_even_acceptance_length", "mean_acceptance_length_ref", "reference_text_speedup")
+        )
+        assert reached / needed == pytest.approx(speedup)
+        assert at((needed, reached)) in lines(picture("break_even", rows, synthetic_provenance()))
+
+
+def test_draft_lengths_show_every_length_and_auto() -> None:
+    rows = experiment_rows([replace(arm, acceptance=arm.acceptance) for arm in LENGTHS[:7]], FAMILIES, prompts=3)
+    drawn = picture("draft_length", rows, synthetic_provenance())
+    curve = next(line for line in lines(drawn) if len(line) == 6)
+    assert [x for x, _ in curve] == [1, 2, 3, 5, 8, 12]
+    assert curve[2][1] == pytest.approx(of(rows, LENGTHS[2], "reference_text_speedup").value)
+    assert "auto" in texts(drawn)
+
+
+def test_an_interaction_is_framed_and_none_is_invented() -> None:
+    chosen = [arm for arm in MATRIX if arm.drafter in ("ngram", "layerskip") and arm.verifier != "pruned"]
+    rows = experiment_rows(chosen, FAMILIES, prompts=6)
+    arms = Arms(rows)
+    cells = {cell.arm.name: cell for cell in interactions(arms, arms.all, "reference_text_speedup")}
+    assert cells["int4, layerskip"].significant
+    assert cells["int4, layerskip"].deviation.value < 1
+    # Two drafters and three verifiers: the slowdown of 1.2 of one cell is shared by its row and its column.
+    assert cells["int4, layerskip"].deviation.value == pytest.approx(1.2 ** (-1 / 2 * 2 / 3), rel=0.03)
+    total = sum(math.log(cell.deviation.value) for cell in cells.values())
+    assert total == pytest.approx(0, abs=1e-9)
+    forced = interactions(arms, arms.all, "mean_acceptance_length_ref")
+    assert not any(cell.significant for cell in forced)
+    drawn = picture("matrices", rows, synthetic_provenance())
+    frames = [patch for patch in drawn.axes[0].patches if patch.get_linewidth() == 1.2]
+    assert len(frames) == sum(cell.significant for cell in cells.values())
+
+
+def test_outputs_that_differ_are_ticks_and_equal_ones_full_bars() -> None:
+    arms = [replace(ARMS[1], divergent=0.5), ARMS[2]]
+    rows = experiment_rows(arms, FAMILIES, prompts=4, repetitions=1)
+    drawn = picture("exactness", rows, synthetic_provenance())
+    differing = rows["first_divergence"].dropna().astype(float).tolist()
+    assert differing
+    assert [x for x, _ in lines(drawn)[0]] == differing
+    assert [bar.get_width() for bar in drawn.axes[0].patches] == [min(differing), 128]
+    assert f"{8 - len(differing)} of 8" in texts(drawn)
+    assert "8 of 8" in texts(drawn)
+
+
+def test_parts_of_a_step_add_up(rows: pd.DataFrame) -> None:
+    bars = picture("step", rows, synthetic_provenance()).axes[0].patches
+    count = len(ARMS)
+    fastest = of(rows, ARMS[3], "step_ms")
+    assert sum(bar.get_width() for bar in bars[::count][:3]) == pytest.approx(fastest.value)
 
 
 def test_the_front_holds_what_no_other_beats_in_both() -> None:
     assert pareto_front([1, 2, 3], [5, 7, 4]) == [0, 2]
     assert pareto_front([3, 1, 1], [1, 2, 3]) == [1, 0]
     assert pareto_front([], []) == []
+
+
+def test_pruned_verifiers_are_joined_with_those_of_equal_bytes() -> None:
+    arms = [arm for arm in STRENGTHS if arm.name in ("pruned 50 %", "int8 8-bit head", "bnb NF4")]
+    rows = experiment_rows(arms, FAMILIES, prompts=3)
+    dotted = [
+        line for line in picture("pareto", rows, synthetic_provenance()).axes[0].lines if line.get_linestyle() == ":"
+    ]
+    assert len(dotted) == 1
+    assert sorted(float(y) for y in dotted[0].get_ydata()) == pytest.approx(
+        sorted(of(rows, arm, "kl_to_reference").value for arm in arms[:2])
+    )
+
+
+def test_redrawing_gives_the_same_bytes(rows: pd.DataFrame, tmp_path: Path) -> None:
+    names = ["inflation", "waterfall"]
+    first, again = (draw(names, rows, synthetic_provenance(), tmp_path / folder) for folder in ("first", "again"))
+    assert [file.name for file in first] == [f"{name}.{form}" for name in names for form in style.FORMATS]
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in again]
+    # Rows that were stored and read again give the same figure.
+    rows.to_parquet(tmp_path / "results.parquet")
+    stored = draw(names, pd.read_parquet(tmp_path / "results.parquet"), synthetic_provenance(), tmp_path / "stored")
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in stored]
+
+
+def test_a_figure_ends_in_its_origin_and_answers_its_question(rows: pd.DataFrame) -> None:
+    provenance = synthetic_provenance(prompts=8)
+    words = texts(picture("pareto", rows, provenance))
+    for sentence in provenance.sentences():
+        assert sentence in words
+    assert named("pareto").title in words
+
+
+def test_a_notebook_shows_a_figure_as_a_picture(rows: pd.DataFrame) -> None:
+    drawn = picture("step", rows, synthetic_provenance())
+    assert drawn._repr_png_().startswith(b"\x89PNG")
+    assert drawn._repr_png_() == drawn._repr_png_()
+
+
+def test_what_was_not_measured_is_absent(rows: pd.DataFrame, tmp_path: Path) -> None:
+    unmeasured = rows.copy()
+    unmeasured.loc[unmeasured["arm"] == ARMS[3].name, ["kl", "scored"]] = None
+    words = texts(picture("inflation", unmeasured, synthetic_provenance()))
+    assert ARMS[2].name in words
+    assert ARMS[3].name not in words
+    timed = ["text_ms", "text_ar_same_ms", "text_ar_ref_ms", "kl"]
+    files = draw(None, unmeasured.assign(**dict.fromkeys(timed)), synthetic_provenance(), tmp_path)
+    assert [file.stem for file in files[::3]] == ["step", "exactness", "positions"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("speedup", {"text_ms": None}, "speedup: no row has text_ms"),
+        ("inflation", {"kl": 0.0}, "inflation: every verifier's KL is 0"),
+        ("draft_length", {}, "draft_length: no arm of the kind that it shows has speedup"),
+        ("draft_length", {"draft_tokens": "3"}, "with several fixed draft lengths"),
+        ("matrices", {}, "matrices: it needs at least two drafters"),
+        ("speedup_by_task", {"family": "one"}, "the prompts are of one task family"),
+        ("waterfall", {"verifier": "int8"}, "waterfall: no arm of the kind that it shows has "),
+        ("sunrise", {}, "figure 'sunrise' does not exist; choose one of speedup, "),
+    ],
+)
+def test_a_figure_that_cannot_be_drawn_says_why(
+    rows: pd.DataFrame, name: str, change: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=reason):
+        draw([name], rows.assign(**change), synthetic_provenance(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_figure_at_all_is_an_error_with_every_reason(rows: pd.DataFrame, tmp_path: Path) -> None:
+    bare = rows[["arm", "verifier", "drafter", "temperature", "max_new_tokens", "draft_tokens", "weight_bytes"]]
+    with pytest.raises(RequestError, match="no figure can be drawn: speedup: no row has text_ms, ") as error:
+        draw(None, bare.assign(family="one"), synthetic_provenance(), tmp_path)
+    assert all(f"{figure.name}: " in str(error.value) for figure in FIGURES)
+
+
+def test_only_arms_of_one_setting_are_compared() -> None:
+    arms = Arms(experiment_rows([*ARMS, replace(ARMS[1], temperature=1.0)], FAMILIES, prompts=2, repetitions=1))
+    kept, note = in_common_setting(arms.all)
+    assert [arm.plain_name for arm in kept] == [arm.name for arm in ARMS]
+    assert note == "T = 0, at most 128 tokens"
+    assert [arm.name for arm in arms.all if arm.plain_name == "n-gram + fp16"] == [
+        "n-gram + fp16, T = 0",
+        "n-gram + fp16, T = 1",
+    ]
+    some, left_out = largest(arms.all, 2, lambda arm: arm.weight_bytes)
+    assert [arm.plain_name for arm in some] == ["AR", "n-gram + fp16"]
+    assert left_out == "the 2 fastest of 5 arms"
+
+
+def test_arms_that_share_verifier_and_drafter_look_different() -> None:
+    again = [replace(ARMS[2], name="another"), replace(ARMS[2], name="smaller", megabytes=100)]
+    arms = Arms(experiment_rows([*ARMS, *again], FAMILIES, prompts=1, repetitions=1)).all
+    assert len({arm.look for arm in arms}) == len(arms)
+    assert arms[2].look.fill == "full"
+    assert style.verifier_family("bnb_nf4") == "bnb"
+
+
+def test_ticks_of_ratios_are_round_and_include_one() -> None:
+    assert ratio_ticks(0.8, 1.7) == [0.8, 1.0, 1.2, 1.4, 1.6]
+    assert ratio_ticks(0.97, 1.21) == [1.0, 1.05, 1.1, 1.15, 1.2]
+    assert ratio_ticks(0.9, 4.2) == [1, 2, 3, 4]
+
+
+def test_names_at_ends_are_moved_apart() -> None:
+    assert spread([0, 1, 10], 3) == [-1, 2, 10]
+    assert spread([0, 0, 1, 1], 2) == [-2.5, -0.5, 1.5, 3.5]
+    assert spread([], 2) == []

@@ -182,7 +182,8 @@ def test_a_run_prints_its_table_and_leaves_its_files(run: Run, prompt_file: Path
     assert (summary["model_origin"], summary["weights_on_grid"]) == ("random weights, seed 0", None)
     plotted = CliRunner().invoke(app, ["plot", str(out)])
     assert plotted.exit_code == 0, plotted.output
-    assert "random weights, seed 0; n = 3 prompts" in (out / "figures" / "step.svg").read_text()
+    footer = re.sub(r"<[^>]*>|\s+", " ", (out / "figures" / "step.svg").read_text())
+    assert re.search(r"tiny: +random +weights, +seed +0; +3 +prompts", footer)
     nothing = CliRunner().invoke(app, ["plot", str(prompt_file.parent / "out" / "figures")])
     assert nothing.exit_code == 2
     assert "contains no runs; pass a folder" in nothing.output

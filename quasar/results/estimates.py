@@ -77,18 +77,15 @@ class Quantity:
             table = self.derive(table)
         if table.empty or not set(self.columns) <= set(table.columns):
             return None
-        wide = {
-            column: table.pivot(index=["family", "question"], columns="repetition", values=column).astype(float)
-            for column in self.columns
-        }
-        measured = np.logical_and.reduce([frame.notna().to_numpy() for frame in wide.values()])
+        wide = table.set_index(["family", "question", "repetition"])[list(self.columns)].astype(float).unstack()
+        by_column = {column: wide[column].to_numpy() for column in self.columns}
+        measured = np.logical_and.reduce([np.isfinite(values) for values in by_column.values()])
         repetitions = measured.any(axis=0)
         complete = measured[:, repetitions].all(axis=1)
         if not repetitions.any() or not complete.any():
             return None
-        columns = {column: frame.to_numpy()[complete][:, repetitions] for column, frame in wide.items()}
-        first = next(iter(wide.values()))
-        families = first.index.get_level_values("family")[complete]
+        columns = {column: values[complete][:, repetitions] for column, values in by_column.items()}
+        families = wide.index.get_level_values("family")[complete]
         return estimate(columns, list(families), self.statistic)
 
     def text(self, found: Estimate | None) -> str:

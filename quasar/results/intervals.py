@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -64,10 +65,7 @@ def estimate(columns: Mapping[str, np.ndarray], families: Sequence[str], statist
     by_repetition = tuple(map(float, alone)) if repetitions > 1 else ()
     if prompts < 2:
         return Estimate(value, by_repetition=by_repetition)
-    generator = np.random.default_rng(0)
-    resampled = evaluate(
-        _prompt_draws(generator, member), generator.multinomial(repetitions, [1 / repetitions] * repetitions, RESAMPLES)
-    )
+    resampled = evaluate(*_draws(tuple(families), repetitions))
     resampled = resampled[np.isfinite(resampled)]
     without_one = evaluate(1 - np.eye(prompts), np.ones((prompts, repetitions)))
     bounds = _bca(value, resampled, without_one[np.isfinite(without_one)])
@@ -114,32 +112,35 @@ def _membership(families: Sequence[str]) -> np.ndarray:
     return np.array([[family == name for name in names] for family in families], dtype=np.float64)
 
 
-def _prompt_draws(generator: np.random.Generator, member: np.ndarray) -> np.ndarray:
-    """Return how often each prompt is drawn, [RESAMPLES, Q].
+@lru_cache(maxsize=8)
+def _draws(families: tuple[str, ...], repetitions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often each prompt, [RESAMPLES, Q], and each repetition, [RESAMPLES, R], is drawn.
 
     Every family keeps its number of prompts, unless a family has only one: nothing could vary within it, so all
-    prompts are drawn from one pool then.
+    prompts are drawn from one pool then. All estimates over the same prompts use the same draws.
     """
+    generator = np.random.default_rng(0)
+    member = _membership(families)
     strata = member.T if member.sum(axis=0).min() > 1 else np.ones((1, len(member)))
     draws = np.zeros((RESAMPLES, len(member)))
     for stratum in strata:
         places = np.flatnonzero(stratum)
         draws[:, places] = generator.multinomial(len(places), [1 / len(places)] * len(places), RESAMPLES)
-    return draws
+    return draws, generator.multinomial(repetitions, [1 / repetitions] * repetitions, RESAMPLES)
 
 
 def _bca(value: float, resampled: np.ndarray, without_one: np.ndarray) -> tuple[float | None, float | None]:
-    from scipy.stats import norm
+    from scipy.special import ndtr, ndtri
 
     if resampled.size == 0 or without_one.size == 0 or np.ptp(resampled) <= 1e-12 * max(1.0, abs(value)):
         return None, None
     below = np.mean(resampled < value) + np.mean(resampled == value) / 2
-    bias = norm.ppf(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
+    bias = ndtri(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
     distances = without_one.mean() - without_one
     spread = np.sum(distances**2) ** 1.5
     acceleration = np.sum(distances**3) / (6 * spread) if spread > 0 else 0.0
-    ends = norm.ppf([0.025, 0.975])
-    levels = norm.cdf(bias + (bias + ends) / (1 - acceleration * (bias + ends)))
+    ends = ndtri([0.025, 0.975])
+    levels = ndtr(bias + (bias + ends) / (1 - acceleration * (bias + ends)))
     low, high = np.quantile(resampled, levels)
     return float(low), float(high)
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from quasar.results.runs import StoredRun, flatten
 
 _OPTIONS = ("verifier.", "drafter.", "decode.")
+_CONDITIONS = ("decode.temperature", "decode.max_new_tokens", "decode.draft_tokens")
+"""Options that rows have as columns of their own, so that they need not be in an arm's name."""
 
 
 def arm_names(runs: Sequence[StoredRun]) -> list[str]:
@@ -29,7 +31,7 @@ def arm_names(runs: Sequence[StoredRun]) -> list[str]:
 
 
 def _is_option(key: str) -> bool:
-    return key.startswith(_OPTIONS) and not key.endswith((".name", "._target_"))
+    return key.startswith(_OPTIONS) and key not in _CONDITIONS and not key.endswith((".name", "._target_"))
 
 
 def _differs(key: str, configs: Sequence[dict[str, object]]) -> bool:

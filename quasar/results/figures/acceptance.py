@@ -9,7 +9,7 @@ from quasar.results.estimates import conditional_acceptance
 from quasar.results.figures import style
 from quasar.results.figures.arms import Arm, Arms, in_common_setting, largest, notes
 from quasar.results.figures.figure import Figure, Selection
-from quasar.results.figures.marks import Name, name_points, point
+from quasar.results.figures.marks import Name, name_ends, point, subtitle
 from quasar.results.intervals import Estimate
 
 _FEWEST_DRAFTS = 30
@@ -42,13 +42,12 @@ def draw_positions(picture: style.Picture, arms: Arms, selection: Selection) -> 
         names.append(Name(arm.name, places[-1], values[-1].value, arm.look.colour))
         last = max(last, places[-1])
     axes.set_ylim(0, 1)
-    axes.set_xlim(0.7, last + 0.45 * last)
+    axes.set_xlim(0.8, last + 0.1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= last])
     axes.set_xlabel("position in the draft")
     axes.set_ylabel("accepted, of the drafts that reach it")
-    axes.set_title(selection.note, loc="left")
-    name_points(axes, names)
+    subtitle(axes, selection.note)
+    name_ends(axes, names)
 
 
 def _positions(arms: Arms, arm: Arm) -> list[Estimate]:

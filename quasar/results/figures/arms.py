@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,18 @@ import numpy as np
 import pandas as pd
 
 from quasar.errors import RequestError
-from quasar.results.estimates import QUANTITIES, UNQUANTIZED, Quantity, groups
+from quasar.results.estimates import QUANTITIES, UNQUANTIZED, Group, Quantity, groups
 from quasar.results.figures import style
 from quasar.results.intervals import Estimate
+from quasar.results.rows import CONDITIONS
 
 NO_DRAFTER = "none"
-_TEMPERATURE = re.compile(r",? *\(?(T|temperature) ?= ?[\d.]+\)?")
+_CONDITION_TEXTS = {
+    "drafter": "{}",
+    "temperature": "T = {:g}",
+    "max_new_tokens": "{} tokens",
+    "draft_tokens": "γ = {}",
+}
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,14 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """An arm, its settings and its rows. draft_tokens: text, empty if the drafter decides"""
+    """An arm under one set of conditions, and its rows.
+
+    name, plain_name: the arm's name with the conditions that vary within an arm, and the same without the temperature
+    draft_tokens: text, empty if the drafter decides
+    """
 
     name: str
+    plain_name: str
     verifier: str
     drafter: str
     temperature: float
@@ -48,32 +58,30 @@ class Arm:
         """Whether it is autoregressive decoding with the unquantized verifier, to which speedups compare."""
         return self.verifier == UNQUANTIZED and self.drafter == NO_DRAFTER
 
-    @property
-    def plain_name(self) -> str:
-        """The name without the temperature."""
-        return _TEMPERATURE.sub("", self.name) or self.name
-
 
 class Arms:
     """The arms of an experiment. Every estimate is computed only once."""
 
     def __init__(self, rows: pd.DataFrame) -> None:
         self.rows = rows
-        found = [(group.arm, group.rows, group.rows.iloc[0]) for group in groups(rows)]
-        looks = _looks([first for *_, first in found])
+        found = [(group, group.rows.iloc[0]) for group in groups(rows)]
+        looks = _looks([first for _, first in found])
+        varying = [name for name in CONDITIONS if (rows.groupby("arm")[name].nunique() > 1).any()]
+        plain = [name for name in varying if name != "temperature"]
         self.all = [
             Arm(
-                name,
+                _name(group, varying),
+                _name(group, plain),
                 str(first["verifier"]),
                 str(first["drafter"]),
                 float(first["temperature"]),
                 int(first["max_new_tokens"]),
                 str(first["draft_tokens"]),
                 int(first["weight_bytes"]),
-                its_rows,
+                group.rows,
                 look,
             )
-            for (name, its_rows, first), look in zip(found, looks, strict=True)
+            for (group, first), look in zip(found, looks, strict=True)
         ]
         self._known: dict[tuple[Arm, str, str | None], Estimate | None] = {}
 
@@ -134,6 +142,14 @@ def largest(
 def notes(*found: str) -> str:
     """Join the notes that are not empty."""
     return "; ".join(note for note in found if note)
+
+
+def _name(group: Group, conditions: Sequence[str]) -> str:
+    """Return an arm's name with the values of conditions, such as ``int8, ngram, T = 1``."""
+    values = [
+        _CONDITION_TEXTS[name].format(group.conditions[name]) for name in conditions if group.conditions[name] != ""
+    ]
+    return ", ".join([group.arm, *values])
 
 
 def _looks(firsts: Iterable[pd.Series]) -> list[Look]:

@@ -7,13 +7,13 @@ from itertools import combinations
 
 import pandas as pd
 from matplotlib.axis import Axis
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from quasar.errors import RequestError
 from quasar.results.figures import style
-from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting, notes
+from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting
 from quasar.results.figures.figure import Figure, Selection
-from quasar.results.figures.marks import Name, name_points, named_rows, point, ratio_axis
+from quasar.results.figures.marks import Name, name_points, named_rows, point, ratio_axis, subtitle
 from quasar.results.figures.speed import SPEEDUP, SPEEDUP_AXIS
 from quasar.results.intervals import Estimate
 
@@ -34,15 +34,13 @@ def draw_inflation(picture: style.Picture, arms: Arms, selection: Selection) -> 
     """KL against τ (hollow) and τ_ref (filled), joined per arm."""
     axes = picture.subplots()
     names = []
-    forced_points = []
     gaps = {}
     for arm in selection.arms:
         kl, free, forced = (arms.value(arm, quantity) for quantity in (KL, TAU, TAU_REF))
-        axes.plot([kl.value] * 2, [free.value, forced.value], color=arm.look.colour, linewidth=style.THIN, zorder=1)
+        axes.plot([kl.value] * 2, [free.value, forced.value], color=arm.look.colour, linewidth=style.THIN, zorder=2)
         point(axes, arm, kl, free, face="white")
         point(axes, arm, kl, forced, face=arm.look.colour)
         names.append(Name(arm.name, kl.value, free.value, arm.look.colour))
-        forced_points.append((kl.value, forced.value))
         gaps[arm.name] = free.value / forced.value
     if len(names) > _MOST_NAMES:
         # The extremes: the most and the least damaged arm, and those whose τ misleads most.
@@ -54,8 +52,8 @@ def draw_inflation(picture: style.Picture, arms: Arms, selection: Selection) -> 
     axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
     axes.set_xlabel("KL(reference ‖ verifier), nats per token")
     axes.set_ylabel("tokens per step")
-    axes.set_title(notes("hollow: τ on the own text; filled: τ_ref", selection.note), loc="left")
-    name_points(axes, names, forced_points)
+    subtitle(axes, "hollow: τ on the own text; filled: τ_ref", selection.note)
+    name_points(axes, names)
 
 
 def _select_pareto(arms: Arms) -> Selection:
@@ -83,7 +81,7 @@ def draw_pareto(picture: style.Picture, arms: Arms, selection: Selection) -> Non
         where="post",
         color=style.GREY,
         linewidth=style.THIN,
-        zorder=1,
+        zorder=1.5,
     )
     for one, two in combinations(range(len(costs)), 2):
         families = {style.verifier_family(selection.arms[index].verifier) for index in (one, two)}
@@ -94,7 +92,7 @@ def draw_pareto(picture: style.Picture, arms: Arms, selection: Selection) -> Non
     _kl_axis(axes.set_yscale, axes.yaxis)
     axes.margins(0.1)
     axes.set_ylabel("KL to the reference, nats per token")
-    axes.set_title(notes("line: Pareto front; dotted: equal bytes", selection.note), loc="left")
+    subtitle(axes, "line: Pareto front; dotted: equal bytes", selection.note, width=style.TWO_COLUMNS / 2)
     for other in others:
         for arm in fast:
             point(other, arm, places[arm.name][0], arms.value(arm, SPEEDUP))
@@ -153,7 +151,7 @@ def draw_exactness(picture: style.Picture, arms: Arms, selection: Selection) -> 
     named_rows(axes, [arm.name for arm in selection.arms])
     axes.set_xlim(0, end)
     axes.set_xlabel("tokens until the first difference")
-    axes.set_title("ticks: outputs that differ; at the right: equal outputs", loc="left")
+    subtitle(axes, "ticks: outputs that differ", "at the right: equal outputs", width=0.75 * style.ONE_COLUMN)
 
 
 def first_differences(rows: pd.DataFrame) -> pd.Series:
@@ -176,8 +174,9 @@ def _at(place: tuple[float, Estimate]) -> tuple[float, float]:
 
 def _kl_axis(scale: Callable[[str], None], axis: Axis) -> None:
     scale("log")
-    axis.set_major_locator(LogLocator(numticks=6))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=8))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_locator(NullLocator())
 
 
 FIDELITY = (

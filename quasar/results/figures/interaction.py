@@ -17,6 +17,7 @@ from quasar.results.estimates import QUANTITIES
 from quasar.results.figures import style
 from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting, notes
 from quasar.results.figures.figure import Figure, Selection
+from quasar.results.figures.marks import subtitle
 from quasar.results.figures.speed import SPEEDUP
 from quasar.results.intervals import Estimate, Sums, estimate, holm
 
@@ -61,9 +62,9 @@ def interactions(arms: Arms, chosen: Sequence[Arm], quantity: str) -> list[Cell]
     residual = _residual_of_main_effects(chosen)
 
     found = []
-    for number, arm in enumerate(chosen):
+    for weights_of_arms in residual:
 
-        def deviation(sums: Sums, weights: np.ndarray = residual[number]) -> np.ndarray:
+        def deviation(sums: Sums, weights: np.ndarray = weights_of_arms) -> np.ndarray:
             logs = [
                 np.log(sums[f"numerator {other}"].sum(-1)) - np.log(sums[f"denominator {other}"].sum(-1))
                 for other in range(len(chosen))
@@ -88,8 +89,8 @@ def _select_matrices(arms: Arms) -> Selection:
     verifiers = _distinct(_verifier(arm) for arm in found)
     # Only verifiers and drafters with at least two cells tell an interaction from a main effect.
     kept = [
-        arm
-        for (drafter, verifier), arm in cells.items()
+        cells[drafter, verifier]
+        for drafter, verifier in cells
         if sum((drafter, other) in cells for other in verifiers) > 1
         and sum((other, verifier) in cells for other in drafters) > 1
     ]
@@ -102,7 +103,7 @@ def _select_matrices(arms: Arms) -> Selection:
 
 
 def draw_matrices(picture: style.Picture, arms: Arms, selection: Selection) -> None:
-    """Two matrices of drafters and verifiers: cells with values, coloured by their deviation from drafter × verifier."""
+    """Two matrices of drafters and verifiers: cells with values, coloured by the deviation from drafter × verifier."""
     panels = picture.subplots(1, len(_PANELS), sharey=True)
     verifiers = _distinct(_verifier(arm) for arm in selection.arms)
     drafters = _distinct(arm.drafter for arm in selection.arms)
@@ -121,19 +122,11 @@ def draw_matrices(picture: style.Picture, arms: Arms, selection: Selection) -> N
         axes.tick_params(length=0)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        axes.set_title(f"{heading}\nfull colour: {math.exp(scale) - 1:+.0%} or {math.exp(-scale) - 1:+.0%}", loc="left")
+        key = f"full colour: {math.exp(scale) - 1:+.0%} or {math.exp(-scale) - 1:+.0%}"
+        subtitle(axes, heading, key, selection.note, width=style.TWO_COLUMNS / 2)
     picture.supylabel("drafter", fontsize=7.5)
-    rule = "blue: more, orange: less than drafter × verifier; framed: interaction, Holm-adjusted p < 0.05"
-    panels[0].annotate(
-        notes(rule, selection.note),
-        (0, 0),
-        (0, -22),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        va="top",
-        fontsize=style.LABEL_SIZE,
-        annotation_clip=False,
-    )
+    panels[0].set_xlabel("blue: more, orange: less than drafter × verifier")
+    panels[1].set_xlabel("framed: interaction, Holm-adjusted p < 0.05")
 
 
 def _draw_cell(axes: Axes, cell: Cell, quantity: str, scale: float, column: int, row: int) -> None:
@@ -184,8 +177,8 @@ def _distinct(values: Iterable[Value]) -> list[Value]:
 MATRICES = Figure(
     "matrices",
     "Do drafter and verifier interact?",
-    "Two matrices of drafters and verifiers with the speedup and with τ_ref, coloured by the deviation from the product "
-    "of the drafter's and the verifier's effects.",
+    "Two matrices of drafters and verifiers with the speedup and with τ_ref, coloured by the deviation from the "
+    "product of the drafter's and the verifier's effects.",
     ("text_ms", "text_ar_ref_ms", "text_tokens", "text_steps"),
     _select_matrices,
     draw_matrices,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
@@ -19,7 +22,9 @@ from quasar.results.figures.arms import Arm
 from quasar.results.intervals import Estimate
 
 Side = Literal["x", "y"]
-_MOST_TICKS = 7
+_MOST_TICKS = 6
+_NEAR = 6.0
+"""A name that is farther than this from its point, in points, is joined to it by a line."""
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -53,7 +58,7 @@ def point(
         marker=arm.look.marker,
         color=colour,
         markersize=size,
-        fillstyle=fill,  # type: ignore[arg-type]
+        fillstyle=fill,
         markerfacecolor=colour if face is None else face,
         markerfacecoloralt="white",
         markeredgewidth=style.INTERVAL_WIDTH,
@@ -94,7 +99,7 @@ def logarithmic(axes: Axes, side: Side, low: float, high: float, unit: str = "")
 
 
 def ratio_ticks(low: float, high: float) -> list[float]:
-    """Return at most seven round numbers between two ratios, among them 1 if it lies between them.
+    """Return at most six round numbers between two ratios, among them 1 if it lies between them.
 
     For example 0.8 and 1.7 give 0.8, 1, 1.2, 1.4 and 1.6.
     """
@@ -117,8 +122,14 @@ def named_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
+def subtitle(axes: Axes, *parts: str, width: float = style.ONE_COLUMN) -> None:
+    """Write the parts that are not empty above the axes. width: of the figure or panel in inches"""
+    words = "; ".join(part for part in parts if part)
+    axes.set_title("\n".join(textwrap.wrap(words, style.subtitle_characters(width - 0.6))), loc="left")
+
+
 def legend(axes: Axes, arms: Sequence[Arm], columns: int) -> None:
-    """Name arms above the axes by their markers."""
+    """Name arms above the axes and their subtitle by their markers."""
     handles = [
         Line2D(
             [],
@@ -132,24 +143,22 @@ def legend(axes: Axes, arms: Sequence[Arm], columns: int) -> None:
         )
         for arm in arms
     ]
-    axes.figure.legend(handles=handles, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.14), ncols=columns, borderaxespad=0)
 
 
-def name_points(axes: Axes, names: Sequence[Name], avoid: Sequence[tuple[float, float]] = ()) -> None:
-    """Write names beside their points, where they cover no point and no other name; far ones get a thin line.
+def name_points(axes: Axes, names: Sequence[Name]) -> None:
+    """Write names beside their points, where they cover no line, point or other name; far ones get a thin line.
 
     Call it when everything else is drawn, because the places depend on the layout.
-
-    avoid: further points in data coordinates
     """
     figure = axes.figure
+    assert isinstance(figure, Figure)
     assert isinstance(figure.canvas, FigureCanvasAgg)
     figure.draw_without_rendering()
     scale = figure.dpi / 72
-    transform = axes.transData.transform
-    points = transform(np.array([*((name.x, name.y) for name in names), *avoid], dtype=float).reshape(-1, 2))
-    half = 2.5 * scale
-    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in points]
+    points = axes.transData.transform(np.array([(name.x, name.y) for name in names], dtype=float).reshape(-1, 2))
+    taken = [_around(place, 2.5 * scale) for place in points]
+    taken += [_around(place, 1.2 * scale) for line in axes.lines if line.get_zorder() > 1 for place in _along(line)]
     inside = axes.get_window_extent()
     for name, place in sorted(zip(names, points, strict=False), key=lambda item: tuple(item[1])):
         text = axes.annotate(
@@ -160,7 +169,7 @@ def name_points(axes: Axes, names: Sequence[Name], avoid: Sequence[tuple[float, 
             ha="center",
             va="center",
             fontsize=style.LABEL_SIZE,
-            color=name.colour,
+            color=style.ink(name.colour),
             zorder=4,
         )
         # The axes keep their size, however long a name is.
@@ -191,11 +200,72 @@ def name_points(axes: Axes, names: Sequence[Name], avoid: Sequence[tuple[float, 
             line.set_in_layout(False)
 
 
-_NEAR = 6.0
+def name_ends(axes: Axes, names: Sequence[Name]) -> None:
+    """Write names at the right of lines' ends, moved up or down where they would cover each other.
+
+    Call it when everything else is drawn. The layout makes room for the names.
+    """
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    ordered = sorted(names, key=lambda name: name.y)
+    places = axes.transData.transform(np.array([(name.x, name.y) for name in ordered]))[:, 1] / scale
+    right = max(name.x for name in names)
+    for name, place, moved in zip(ordered, places, spread(places.tolist(), 1.25 * style.LABEL_SIZE), strict=True):
+        axes.annotate(
+            name.text,
+            (right, name.y),
+            (7, moved - place),
+            textcoords="offset points",
+            va="center",
+            fontsize=style.LABEL_SIZE,
+            color=style.ink(name.colour),
+            annotation_clip=False,
+        )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Return ascending places moved as little as possible so that neighbours are at least ``gap`` apart.
+
+    For example 0, 1 and 10 with a gap of 3 give -1, 2 and 10.
+    """
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        # Neighbours that would touch become one group around the mean of their places.
+        while len(groups) > 1 and _first(groups[-1], gap) - _last(groups[-2], gap) < gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_first(group, gap) + number * gap for group in groups for number in range(len(group))]
+
+
+def _first(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _last(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) + gap * (len(group) - 1) / 2
+
+
+def _along(line: Line2D) -> np.ndarray:
+    """Return points along a line in pixels, [N, 2]."""
+    vertices = line.get_transform().transform(line.get_xydata())
+    if len(vertices) < 2:
+        return np.asarray(vertices)
+    steps = np.linspace(0, 1, 9)[:, None]
+    return np.concatenate([start + steps * (end - start) for start, end in pairwise(vertices)])
+
+
+def _around(place: np.ndarray, half: float) -> Bbox:
+    x, y = place
+    return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
 def _places(width: float, height: float) -> list[tuple[float, float, float]]:
-    """Return offsets of a name's centre from its point with their distance, in points. width, height: half the name's"""
+    """Return offsets of a name's centre from its point and their distance, in points.
+
+    width, height: half the name's
+    """
     found = []
     for gap in (4.0, 9.0, 15.0, 22.0, 30.0, 40.0):
         for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):

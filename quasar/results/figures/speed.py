@@ -16,10 +16,12 @@ from quasar.results.figures.marks import (
     interval,
     legend,
     logarithmic,
+    name_ends,
     name_points,
     named_rows,
     point,
     ratio_axis,
+    subtitle,
 )
 from quasar.results.intervals import Estimate
 
@@ -97,7 +99,7 @@ def draw_by_task(picture: style.Picture, arms: Arms, selection: Selection) -> No
                 if found is not None:
                     point(axes, arm, centre + offset, found)
         axes.axvspan(len(families) - 0.3, centres[-1] + 0.5, color="#f3f3f3", zorder=0)
-        axes.set_title(notes(f"T = {temperature:g}", selection.note), loc="left")
+        subtitle(axes, f"T = {temperature:g}", selection.note, width=style.TWO_COLUMNS)
     for axes in panels:
         ratio_axis(axes, "y")
         axes.tick_params(axis="x", length=0)
@@ -162,7 +164,7 @@ def draw_waterfall(picture: style.Picture, arms: Arms, selection: Selection) -> 
     axes.update_datalim([(longest * 1.12, 0.0)])
     ratio_axis(axes, "x")
     axes.set_xlabel(SPEEDUP_AXIS)
-    axes.set_title(selection.note, loc="left")
+    subtitle(axes, selection.note)
 
 
 def _group_name(axes: Axes, name: str, row: float, colour: str) -> None:
@@ -174,7 +176,7 @@ def _group_name(axes: Axes, name: str, row: float, colour: str) -> None:
         va="center",
         fontsize=style.LABEL_SIZE,
         fontweight="bold",
-        color=colour,
+        color=style.ink(colour),
     )
 
 
@@ -238,12 +240,12 @@ def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) 
     ticks = marks if len(marks) <= 8 else [mark for mark in marks if mark == 1 or mark % 2 == 0]
     has_auto = len(fixed) < len(selection.arms)
     axes.set_xticks([*ticks, *([automatic] if has_auto else [])], [*map(str, ticks), *(["auto"] if has_auto else [])])
-    axes.set_xlim(min(marks) - 0.4, (automatic if has_auto else right) + 0.28 * right)
+    axes.set_xlim(min(marks) - 0.4, (automatic if has_auto else right) + 0.03 * right)
     ratio_axis(axes, "y")
     axes.set_xlabel("draft length limit, tokens")
     axes.set_ylabel(SPEEDUP_AXIS)
-    axes.set_title(notes("ringed: the best fixed length", selection.note), loc="left")
-    name_points(axes, names)
+    subtitle(axes, "ringed: the best fixed length", selection.note)
+    name_ends(axes, names)
 
 
 def _select_break_even(arms: Arms) -> Selection:
@@ -295,7 +297,8 @@ def draw_break_even(picture: style.Picture, arms: Arms, selection: Selection) ->
     axes.grid(visible=False)
     axes.set_xlabel("τ needed: time of a step over AR-ref's per token")
     axes.set_ylabel("τ_ref, tokens per step")
-    axes.set_title(notes("lines: speedup over AR-ref", selection.note), loc="left", pad=12)
+    subtitle(axes, "lines: speedup over AR-ref", selection.note)
+    axes.set_title(axes.get_title(loc="left"), loc="left", pad=12)
     name_points(axes, names)
 
 
@@ -315,13 +318,12 @@ def draw_steps(picture: style.Picture, arms: Arms, selection: Selection) -> None
         axes.barh(rows, values, left=left, height=0.6, color=colour, hatch=hatch, label=part)
         left += values
     for row, arm in enumerate(selection.arms):
-        interval(axes, "x", arms.value(arm, "step_ms"), row, style.BELOW)
+        interval(axes, "x", arms.value(arm, "step_ms"), row + 0.4, arm.look.colour)
     named_rows(axes, [arm.name for arm in selection.arms])
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("milliseconds per step")
+    axes.set_xlabel("milliseconds per step" + (f" ({selection.note})" if selection.note else ""))
     axes.legend(ncols=len(style.PARTS), loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0)
-    axes.set_title(selection.note, loc="right")
 
 
 SPEED = (

@@ -81,8 +81,9 @@ _SETTINGS: Any = {
 }
 _FOOTER_LINE = 0.105
 """Height of a line of the footer in inches."""
-_FOOTER_CHARACTERS = 22.5
+_FOOTER_CHARACTERS = 21
 """Characters of the footer per inch."""
+_SUBTITLE_CHARACTERS = 20
 
 
 class Picture(MatplotlibFigure):
@@ -101,12 +102,17 @@ def verifier_family(verifier: str) -> str:
 
 
 def colours(verifier: str, number: int = 1) -> list[str]:
-    """Return a colour for each of a family's ``number`` verifiers, from light to dark; the family's own if it is one."""
+    """Return a colour for each of a family's ``number`` verifiers, from light to dark; one has the family's own."""
     base = _COLOURS.get(verifier_family(verifier), _OTHER_COLOUR)
     if number == 1:
         return [base]
-    shades = [-0.55 + 1.0 * place / (number - 1) for place in range(number)]
+    shades = [-0.35 + 0.8 * place / (number - 1) for place in range(number)]
     return [_mixed(base, "#ffffff", -shade) if shade < 0 else _mixed(base, "#000000", shade) for shade in shades]
+
+
+def ink(colour: str) -> str:
+    """Return a darker shade of a colour for text, which needs more contrast than marks."""
+    return _mixed(colour, "#000000", 0.3)
 
 
 def marker(drafter: str) -> str:
@@ -143,6 +149,11 @@ def canvas(title: str, footer: Sequence[str], size: tuple[float, float]) -> Iter
 def footer_characters(width: float) -> int:
     """Return the number of the footer's characters that fit into a line. width: in inches"""
     return int(width * _FOOTER_CHARACTERS)
+
+
+def subtitle_characters(width: float) -> int:
+    """Return the number of a subtitle's characters that fit into a line. width: of the axes in inches"""
+    return int(width * _SUBTITLE_CHARACTERS)
 
 
 def save(figure: Picture, stem: Path) -> list[Path]:
