@@ -42,6 +42,7 @@ def _begins_with_one(values: list[int]) -> bool:
 Text = Annotated[str, MinLen(1), Must("a text of at least one character")]
 OptionalText = Annotated[Annotated[str, MinLen(1)] | None, Must("a text of at least one character, or null")]
 Count = Annotated[int, Ge(1), Must("at least 1 (an integer)")]
+Names = list[Annotated[str, MinLen(1)]]
 Ascending = Annotated[list[Annotated[int, Ge(1)]], MinLen(1), Predicate(_is_ascending)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63), Must("an integer from 0 to 2^63 - 1")]
 Probability = Annotated[
@@ -193,11 +194,11 @@ class PublishConfig:
     """The publish node of conf/experiment/*.yaml"""
 
     prompts: Annotated[Annotated[int, Ge(1)] | None, Must("at least 1 (an integer), or null (any number)")] = MISSING
-    tables: Annotated[dict[str, list[str]], Must("a mapping of titles to lists of quantities")] = MISSING
-    by_family: Annotated[list[str], Must("a list of quantities")] = MISSING
-    figures: Annotated[list[str], Must("a list of figures")] = MISSING
-    pass_tables: Annotated[list[str], Must("a list of tables of timed passes")] = MISSING
-    pass_figures: Annotated[list[str], Must("a list of figures of timed passes")] = MISSING
+    tables: Annotated[dict[str, Names], Must("a mapping of titles to lists of quantities")] = MISSING
+    by_family: Annotated[Names, Must("a list of quantities")] = MISSING
+    figures: Annotated[Names, Must("a list of figures")] = MISSING
+    pass_tables: Annotated[Names, Must("a list of tables of timed passes")] = MISSING
+    pass_figures: Annotated[Names, Must("a list of figures of timed passes")] = MISSING
 
 
 @dataclass

@@ -7,6 +7,7 @@ anything but the program's error or Hydra's own, and no wrong value may pass.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -112,6 +113,13 @@ def layers(least: int) -> Valid:
     return valid
 
 
+def ascending(value: Any) -> bool:
+    if not isinstance(value, list) or not value or not all(integer(1)(entry) for entry in value):
+        return False
+    numbers = [int(entry) for entry in value]
+    return all(before < after for before, after in itertools.pairwise(numbers))
+
+
 flag = either(True, False)
 seed = integer(0, 2**63 - 1)
 probability = real(1e-6, 1)
@@ -133,8 +141,15 @@ KEYS: dict[tuple[str, ...], dict[str, Valid]] = {
         "evaluate.accuracy": flag,
         "evaluate.exactness": or_null(flag),
         "evaluate.repetitions": integer(1),
+        "evaluate.passes.repetitions": integer(0),
+        "evaluate.passes.rows": lambda value: ascending(value) and number(value[0]) == 1,
+        "evaluate.passes.contexts": ascending,
         "arm": or_null(text),
         "publish.prompts": or_null(integer(1)),
+        "publish.by_family": texts,
+        "publish.figures": texts,
+        "publish.pass_tables": texts,
+        "publish.pass_figures": texts,
         "sweep.dry_run": flag,
         "sweep.any_code": flag,
         "sweep.share_baselines": flag,
@@ -204,7 +219,7 @@ KEYS: dict[tuple[str, ...], dict[str, Valid]] = {
         "drafter.num_tokens": integer(1),
         "drafter.exit_layer": or_null(integer(1)),
         "drafter.skip_layers": or_null(layers(0)),
-        "drafter.skip_ratio": lambda value: real(0, above=True)(value) and value < 1,
+        "drafter.skip_ratio": lambda value: real(0, above=True)(value) and number(value) < 1,
         "drafter.confidence": lambda value: real(0)(value) and number(value) < 1,
         "drafter.draft_verifier": or_null(text),
         "verifier.ratio": lambda value: real(0)(value) and number(value) < 1,
