@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from quasar.main import main
+from quasar.experiment.main import main
 
 from quasar.config.hash import config_hash
 from quasar.config.schema import settled, warnings_about

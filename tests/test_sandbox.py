@@ -304,7 +304,7 @@ def run(folder: Path, code: str, *overrides: str) -> subprocess.CompletedProcess
     )
 
 
-START = "import sys; from quasar.main import main; sys.exit(main())"
+START = "import sys; from quasar.experiment.main import main; sys.exit(main())"
 WITHOUT = "from quasar.evaluation import sandbox; sandbox.active_level = lambda: sandbox.Level(()); "
 
 
