@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from quasar.experiment.main import main
 
 from quasar.config.hash import config_hash
 from quasar.config.schema import settled, warnings_about
 from quasar.config.text import command_line, config_yaml
 from quasar.errors import RequestError
+from quasar.experiment.main import main
 from quasar.model.devices import check_machine
 from quasar.results.metrics import Measured
 from quasar.results.report import TIES, _divergences, _unexplained

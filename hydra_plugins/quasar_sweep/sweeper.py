@@ -22,7 +22,6 @@ from quasar.config.schema import RunConfig, check, require_count, require_path
 from quasar.errors import QuasarError, RequestError, actionable, report, storage_error
 from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded
-from quasar.experiment.sweep.inputs import refuse_other_inputs
 from quasar.experiment.sweep.plan import Job, Request, begin, newest_sweep, plan, planning, summary_line
 from quasar.experiment.sweep.report import print_interrupted, print_outcome, print_plan
 from quasar.experiment.sweep.snapshot import freeze
@@ -104,6 +103,8 @@ class ResumableSweeper(BasicSweeper):
 
     def _plan(self, requests: Sequence[Request], root: Path, settings: RunConfig, reporter: Reporter) -> list[Job]:
         """Plan the jobs. ``settings``: those of the first job, for the keys that belong to the sweep."""
+        from quasar.experiment.sweep.inputs import refuse_other_inputs  # loads torch, which --help does not need
+
         any_code = settings.sweep.any_code
         jobs = plan(requests, root, settings.resume, any_code)
         refuse_other_inputs(jobs, root, any_code, reporter)

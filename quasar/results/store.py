@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shlex
 import socket
 import time
 import traceback
@@ -348,12 +347,6 @@ def _cut(lines: RecordsFile[Record]) -> None:
 def _write_all(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-def _one_line(command: list[str]) -> str:
-    """Return a command for a comment in a YAML file, which ends at any kind of line break."""
-    text = shlex.join(command)
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _with(known: list[str], value: str) -> list[str]:
