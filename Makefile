@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-slurm bench reproduce figures lint clean
+.PHONY: setup run test test-slurm bench reproduce figures notebooks lint clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,10 @@ reproduce: $(STAMP)
 # Tables and figures of all committed results, from these results alone.
 figures: $(STAMP)
 	$(BIN)/quasar figures
+
+# Executes the notebooks and stores their outputs; the same results give the same bytes.
+notebooks: $(STAMP)
+	$(BIN)/quasar notebooks $(if $(NOTEBOOKS),$(NOTEBOOKS),notebooks/*.ipynb) $(if $(RESULTS),--results "$(RESULTS)")
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

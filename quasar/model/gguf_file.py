@@ -14,7 +14,7 @@ from torch import Tensor
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
 from quasar.model.json_files import checked, warn_once
-from quasar.model.loading import source_shapes
+from quasar.model.tensor_names import source_shapes
 from quasar.model.transformer import Transformer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -14,6 +14,7 @@ from quasar.errors import RequestError
 from quasar.model.config import LayerShape, ModelConfig, RopeConfig, quantization_method
 from quasar.model.json_files import warn_once
 from quasar.model.tensor_files import TensorFiles, same
+from quasar.model.tensor_names import EMBEDDING, HEAD, source_names, source_shapes
 from quasar.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -21,20 +22,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) in units of the caller's choice."""
-
-# Name of a tensor in `Transformer` -> names of the checkpoint's tensors whose rows are stacked.
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_TOP = {"embedding.weight": _EMBEDDING, "norm.weight": "model.norm.weight"}
-_BLOCK = {
-    "attention_norm.weight": ["input_layernorm.weight"],
-    "attention.qkv.{kind}": ["self_attn.q_proj.{kind}", "self_attn.k_proj.{kind}", "self_attn.v_proj.{kind}"],
-    "attention.output.{kind}": ["self_attn.o_proj.{kind}"],
-    "attention.q_norm.weight": ["self_attn.q_norm.weight"],
-    "attention.k_norm.weight": ["self_attn.k_norm.weight"],
-    "mlp_norm.weight": ["post_attention_layernorm.weight"],
-    "mlp.gate_up.{kind}": ["mlp.gate_proj.{kind}", "mlp.up_proj.{kind}"],
-    "mlp.down.{kind}": ["mlp.down_proj.{kind}"],
-}
 
 
 def load_model(
@@ -70,8 +57,8 @@ def load_transformer(
         model = Transformer(config)
     model.to(dtype)
     names = source_names(model)
-    if config.tie_word_embeddings and _EMBEDDING not in tensors and _HEAD in tensors:
-        names["embedding.weight"] = [_HEAD]  # transformers ties in both directions
+    if config.tie_word_embeddings and EMBEDDING not in tensors and HEAD in tensors:
+        names["embedding.weight"] = [HEAD]  # transformers ties in both directions
     _require_exact(model, names, tensors)
     for done, (name, sources) in enumerate(names.items()):
         if progress is not None:
@@ -93,12 +80,12 @@ def tied_as_stored(config: ModelConfig, tensors: TensorFiles) -> ModelConfig:
 
     A checkpoint that contains different weights for embedding and lm_head is not tied, whatever its config says.
     """
-    if not config.tie_word_embeddings or _HEAD not in tensors or _EMBEDDING not in tensors:
+    if not config.tie_word_embeddings or HEAD not in tensors or EMBEDDING not in tensors:
         return config
-    if same(tensors.read(_HEAD), tensors.read(_EMBEDDING)):
+    if same(tensors.read(HEAD), tensors.read(EMBEDDING)):
         return config
     warn_once(
-        f"{tensors.folder}/config.json: tie_word_embeddings is true, but {_HEAD} and {_EMBEDDING} differ; as in "
+        f"{tensors.folder}/config.json: tie_word_embeddings is true, but {HEAD} and {EMBEDDING} differ; as in "
         "transformers, they are not tied"
     )
     return replace(config, tie_word_embeddings=False)
@@ -136,46 +123,11 @@ def tiny_config(vocab_size: int = 512, num_layers: int = 4, context_length: int 
     )
 
 
-def source_names(model: Transformer) -> dict[str, list[str]]:
-    """Map every parameter of the model to the tensors of a Hugging Face checkpoint that are stacked in it.
-
-    Tied weights occur once.
-    """
-    names: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters():
-        if name in _TOP:
-            names[name] = [_TOP[name]]
-        elif name == "lm_head.weight":
-            names[name] = [name]
-        else:
-            _, index, rest = name.split(".", 2)
-            kind = rest.rsplit(".", 1)[1]
-            sources = _BLOCK[rest] if rest in _BLOCK else _BLOCK[rest.removesuffix(kind) + "{kind}"]
-            names[name] = [f"model.layers.{index}.{source.format(kind=kind)}" for source in sources]
-    return names
-
-
-def source_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a Hugging Face checkpoint of the model, by name."""
-    config = model.config
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, sources in source_names(model).items():
-        shape = tuple(model.get_parameter(name).shape)
-        rows: tuple[int, ...] = (shape[0],)
-        if len(sources) == 3:
-            layer = config.layers[int(name.split(".")[1])]
-            rows = tuple(config.head_dim * heads for heads in (layer.num_heads, *2 * (layer.num_kv_heads,)))
-        elif len(sources) == 2:
-            rows = (shape[0] // 2,) * 2
-        shapes |= {source: (count, *shape[1:]) for source, count in zip(sources, rows, strict=True)}
-    return shapes
-
-
 def _require_exact(model: Transformer, names: dict[str, list[str]], tensors: TensorFiles) -> None:
     """Require that the files contain the tensors that the model has, in their shapes, and no others."""
     shapes = source_shapes(model)
-    if names["embedding.weight"] == [_HEAD]:
-        shapes[_HEAD] = shapes.pop(_EMBEDDING)
+    if names["embedding.weight"] == [HEAD]:
+        shapes[HEAD] = shapes.pop(EMBEDDING)
     tensors.require_shapes(shapes)
     # A tied checkpoint may contain the weight twice; `tied_as_stored` has compared the two.
-    tensors.require_only([*shapes, _HEAD] if model.config.tie_word_embeddings else shapes, "config.json does not imply")
+    tensors.require_only([*shapes, HEAD] if model.config.tie_word_embeddings else shapes, "config.json does not imply")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
-from quasar.model.loading import Progress, load_model, source_names
+from quasar.model.loading import Progress, load_model
 from quasar.model.sources import Checkpoint
+from quasar.model.tensor_names import source_names
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.packed_gguf import GGUFCheckpoint

@@ -17,8 +17,9 @@ from torch import Tensor
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
 from quasar.model.json_files import checked, read_object
-from quasar.model.loading import source_shapes, tied_as_stored
+from quasar.model.loading import tied_as_stored
 from quasar.model.tensor_files import TensorFiles
+from quasar.model.tensor_names import source_shapes
 from quasar.model.transformer import Transformer
 from quasar.quantization.packed_rows import PackedRows
 
