@@ -111,7 +111,7 @@ def test_every_pair_reproduces_autoregressive_decoding(verifier_name: str) -> No
     chosen = DRAFTERS if verifier_name == "fp16" else EVERYWHERE
     drafters = {name: DRAFTERS[name]() for name in chosen}
     accepted = dict.fromkeys(drafters, 0)
-    for number, prompt in enumerate(prompts(12)):
+    for number, prompt in enumerate(prompts(9)):
         length = 1 + 9 * number  # every length modulo the blocks
         expected = generate(NoneDrafter(), verifier, prompt, length)
         assert len(expected.tokens) == length
@@ -138,15 +138,15 @@ def test_stop_token_inside_a_copied_block_ends_the_output_there() -> None:
 def test_stop_token_inside_a_block_ends_the_output_there(drafter_name: str) -> None:
     verifier = build("fp16")
     inside = 0
-    for prompt in prompts(10):
-        free = generate(DRAFTERS[drafter_name](), verifier, prompt, 80)
+    for prompt in prompts(6):
+        free = generate(DRAFTERS[drafter_name](), verifier, prompt, 64)
         # The stop token is one that a step accepted in the middle of its block.
         position = 1
         for emitted in free.emitted:
             middle = position + emitted - 2
             if emitted > 2 and free.tokens.index(free.tokens[middle]) == middle:
                 stopped = generate(
-                    DRAFTERS[drafter_name](), verifier, prompt, 80, stop=frozenset({free.tokens[middle]})
+                    DRAFTERS[drafter_name](), verifier, prompt, 64, stop=frozenset({free.tokens[middle]})
                 )
                 assert stopped.tokens == free.tokens[: middle + 1]
                 assert stopped.finish_reason == "stop"

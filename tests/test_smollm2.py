@@ -21,7 +21,7 @@ from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed_run
 
 pytestmark = pytest.mark.smollm2
-TOKENS = 12
+TOKENS = 8
 # The quality of the quantization does not matter here, so nothing is calibrated.
 UNCALIBRATED = {
     "fp16": [],

@@ -115,9 +115,10 @@ def test_hydras_last_callback_comes_once(sweep: Sweep, target: str) -> None:
 
 
 def test_wrong_values_are_told_before_any_job(sweep: Sweep, tmp_path: Path) -> None:
-    done = sweep("hydra.sweep.dir=s", "decode.top_k=1,0")
+    done = sweep("hydra.sweep.dir=s", "decode.temperature=0.5", "decode.top_k=1,0")
     assert done.returncode == 2
-    assert "error: decode.top_k=0: must be at least 1, or null (in the job" in done.stderr
+    assert "error: decode.top_k=0: must be at least 1, or null (all tokens)" in done.stderr
+    assert "(in the job " in done.stderr
     assert not (tmp_path / "s").exists()
     unknown = sweep("hydra.sweep.dir=s", "verifier=fp16,int3")
     assert unknown.returncode == 2

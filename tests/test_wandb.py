@@ -277,7 +277,8 @@ def test_a_disk_that_is_full_for_wandb_is_a_remark(run: Run, tmp_path: Path) -> 
 def test_a_refused_run_leaves_nothing(run: Run, tmp_path: Path, processes: list[subprocess.Popen[bytes]]) -> None:
     assert run("logger=wandb", "hydra.run.dir=o", "drafter.num_tokens=0")[0] == 2
     assert not list(tmp_path.glob("o/*"))
-    assert processes[0].poll() == -9
+    # A wrong value is found before the logging process would start.
+    assert not processes
 
 
 def test_a_refused_second_attempt_leaves_the_first(

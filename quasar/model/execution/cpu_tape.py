@@ -25,6 +25,8 @@ class CpuTapeExecutor(EagerExecutor):
     def __init__(self, model: Transformer, cache: KVCache, library: Library) -> None:
         super().__init__(model, cache)
         self._library = library
+        # A tape is recorded with the largest block, whose rows must fit into the cache.
+        cache.reserve(MAX_ROWS)
         head_dim = model.config.head_dim
         self._embedded = torch.zeros(MAX_ROWS, model.config.hidden_size, dtype=model.dtype)
         self._rows = Rows(
