@@ -23,7 +23,7 @@ test: $(STAMP)
 # As root: starts a one-node SLURM, installing it where it lacks; runs what takes minutes too.
 test-slurm: $(STAMP)
 	settings="$$(scripts/slurm_local.sh start)" && trap "scripts/slurm_local.sh stop" EXIT && eval "$$settings" && \
-	$(BIN)/python -m pytest -n 0 -m "slow or slurm" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS) && $(BIN)/python -m pytest -n 0 -m slurm $(ARGS)
 
 # Products and fused ops on this machine's CPU; writes experiments/kernels/. EXPERIMENT=memory_wall times whole passes.
 bench: $(STAMP)

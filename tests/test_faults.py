@@ -85,7 +85,7 @@ def readable(folder: Path) -> None:
         tabulate(Collector(folder).runs(), folder)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.slow)])
 def test_killed_at_random_it_ends_the_same(prompts: Path, tmp_path: Path, kills: int) -> None:
     undisturbed = fresh.Process(target=silently, args=(prompts, tmp_path / "whole"))
     started = time.monotonic()

@@ -133,15 +133,16 @@ def test_every_step_is_that_of_the_authors_algorithm(window: int, ngram: int, gu
     assert longest == ngram  # a guess that was right to its end, and the token after it
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_acceptance_length_on_built_in_prompts_is_at_least_that_of_the_authors_algorithm(smollm2: Checkpoint) -> None:
-    """The default settings, on one prompt of every family."""
+    """The default settings, on one prompt of every family except summarization, whose prompt is long."""
     assert smollm2.folder is not None
     model, tokenizer = load_transformer(smollm2.folder, torch.float32), load_tokenizer(smollm2)
     verifier, drafter = FP16Verifier(model, Setup(1024)), LookaheadDrafter()
     ours: list[float] = []
     theirs: list[float] = []
-    for text in load_prompts(composed_run("data.limit=1").data):
+    for text in load_prompts(composed_run("data.limit=1").data)[:4]:
         prompt = tokenizer.encode_chat([{"role": "user", "content": text.turns[0]}])
         expected, passes = authors_lookahead(remembering(model), prompt, 24, 5, 4, 5, pooled=True)
         generation = generate(drafter, verifier, prompt, 24)

@@ -70,7 +70,7 @@ def start_now(job: str) -> None:
 
 
 def test_a_killed_job_is_told_resumed_and_collected(tmp_path: Path, prompts: Path) -> None:
-    sweep = start(tmp_path, prompts, *GRID)
+    sweep = start(tmp_path, prompts, *GRID, "sweep.share_baselines=true")
     wait_for_prompts(tmp_path / "s/0", 2)
     send(tmp_path / "s/0", signal.SIGKILL)
     output, _ = sweep.communicate(timeout=300)
@@ -83,7 +83,7 @@ def test_a_killed_job_is_told_resumed_and_collected(tmp_path: Path, prompts: Pat
     first = (tmp_path / "s/0/generations.jsonl").read_bytes()
     others = [(tmp_path / f"s/{job}/generations.jsonl").stat().st_mtime_ns for job in "123"]
 
-    resumed = start(tmp_path, prompts, *GRID, "resume=true")
+    resumed = start(tmp_path, prompts, *GRID, "sweep.share_baselines=true", "resume=true")
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
     assert "4 jobs: 3 done already, 1 failed, to run again" in output
