@@ -6,16 +6,17 @@ import functools
 import json
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quasar.errors import RequestError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 MAX_BYTES = 256 << 20
 """The largest JSON file that is read. The tokenizers of the supported models have less than 40 MB."""
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound="BaseModel")
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -47,6 +48,8 @@ def checked(kind: type[Model], content: object, place: str) -> Model:
 
     Raises RequestError for the first value that does not fit; the message names place, key and value.
     """
+    from pydantic import ValidationError
+
     try:
         return kind.model_validate(content)
     except ValidationError as error:
