@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from quasar.decoding.draft import ROOT, Draft, Scratch
 from quasar.errors import RequestError
-from quasar.model.config import ModelConfig
+from quasar.model.config_file import read_config
 from quasar.model.kv_cache import KVCache
 from quasar.model.loading import load_transformer, random_transformer, tiny_config
 from quasar.model.sources import Checkpoint
@@ -90,8 +90,8 @@ def rename_to_openpangu(folder: Path) -> None:
     del config["attention_bias"]
     config |= {"model_type": "PanguEmbedded", "architectures": ["PanguEmbeddedForCausalLM"], "bias": True}
     (folder / "config.json").write_text(json.dumps(config))
-    assert ModelConfig.read(folder).output_bias
-    assert ModelConfig.read(folder).qkv_bias
+    assert read_config(folder).output_bias
+    assert read_config(folder).qkv_bias
 
 
 @pytest.mark.smollm2
@@ -206,7 +206,7 @@ def test_random_model_depends_on_its_seed_only() -> None:
 
 def test_sliding_window_bounds_the_context(tmp_path: Path) -> None:
     MistralConfig(**SMALL, sliding_window=100).save_pretrained(tmp_path)
-    assert ModelConfig.read(tmp_path).context_length == 100
+    assert read_config(tmp_path).context_length == 100
 
 
 @pytest.mark.parametrize(

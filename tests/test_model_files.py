@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from quasar.config.schema import ModelSource
 from quasar.errors import QuasarError, RequestError
 from quasar.model import json_files
-from quasar.model.config import ModelConfig
+from quasar.model.config_file import config_of, read_config
 from quasar.model.loading import load_transformer
 from quasar.model.rope import Rope
 from quasar.model.sources import Checkpoint, locate
@@ -128,17 +128,17 @@ def test_configs_that_cannot_be_read(changes: dict[str, object], message: str, f
 def test_json_that_is_no_config(text: str, message: str, folder: Path) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(RequestError, match=message):
-        ModelConfig.read(folder)
+        read_config(folder)
 
 
 def test_unknown_keys_are_named_once(folder: Path) -> None:
     edit(folder / "config.json", nobody_knows=1)
     json_files.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="key 'nobody_knows' is not known"):
-        ModelConfig.read(folder)
+        read_config(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ModelConfig.read(folder)
+        read_config(folder)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
@@ -150,7 +150,7 @@ def test_missing_keys_mean_what_transformers_makes_of_them(kind: str) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 32,
     }
-    ours = ModelConfig.from_json({"model_type": kind, **needed})
+    ours = config_of({"model_type": kind, **needed})
     theirs = AutoConfig.for_model(kind, **needed)
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert ours.layers[0].num_kv_heads == theirs.num_key_value_heads
@@ -188,13 +188,13 @@ LONG = {
 def test_rope_scaling_equals_transformers(rope: dict, folder: Path) -> None:
     edit(folder / "config.json", rope_parameters=rope)
     assert torch.allclose(ours(folder), theirs(folder), atol=1e-4)
-    assert Rope(ModelConfig.read(folder).rope, 8).frequencies.shape == (4,)
+    assert Rope(read_config(folder).rope, 8).frequencies.shape == (4,)
 
 
 def test_longrope_whose_frequencies_depend_on_the_length_is_refused(folder: Path) -> None:
     edit(folder / "config.json", rope_parameters=LONG | {"long_factor": [2.0] * 4})
     with pytest.raises(RequestError, match="only if short_factor equals long_factor"):
-        ModelConfig.read(folder)
+        read_config(folder)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -215,7 +215,7 @@ def test_tying_follows_transformers(folder: Path) -> None:
     assert torch.allclose(found, theirs(folder), atol=1e-4)
     rewrite(folder, lambda tensors: tensors.update({EMBEDDING: tensors[HEAD].clone()}))
     assert torch.allclose(ours(folder), theirs(folder), atol=1e-4)
-    assert ModelConfig.read(folder).tie_word_embeddings
+    assert read_config(folder).tie_word_embeddings
     rewrite(folder, lambda tensors: tensors.pop(EMBEDDING))
     assert torch.allclose(ours(folder), theirs(folder), atol=1e-4)
     edit(folder / "config.json", tie_word_embeddings=False)

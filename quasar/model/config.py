@@ -1,11 +1,10 @@
-"""The shape of a model. `quasar.model.config_file` reads it from a checkpoint's ``config.json``."""
+"""The shape of a model. `quasar.model.config_file` reads it from a checkpoint's config.json."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quasar.model.json_files import read_object
 
@@ -64,27 +63,6 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
-
-    @staticmethod
-    def read(folder: Path) -> ModelConfig:
-        """Read ``config.json`` of a checkpoint folder.
-
-        Raises RequestError if the file is missing or damaged, or if it describes a model that is not supported.
-        """
-        path = folder / "config.json"
-        return ModelConfig.from_json(read_object(path), place=str(path))
-
-    @staticmethod
-    def from_json(raw: dict[str, Any], place: str = "config.json") -> ModelConfig:
-        """Convert a config of transformers 4 or 5 to a ModelConfig.
-
-        A key that is missing has the value that transformers gives to it. Raises RequestError, which names the key, for
-        a value of a wrong type or out of range, for a key that would change the function in a way that is not
-        supported, and for two spellings of one setting that disagree. Warns once about a key that is not known.
-        """
-        from quasar.model.config_file import config_of  # needs pydantic, which the GPU suite does without
-
-        return config_of(raw, place)
 
 
 def quantization_method(folder: Path) -> str | None:

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quasar.errors import RequestError
 from quasar.model.config import QUANTIZATION_KEYS, SUPPORTED, LayerShape, ModelConfig, RopeConfig
-from quasar.model.json_files import checked, warn_once
+from quasar.model.json_files import checked, read_object, warn_once
 
 
-def config_of(raw: dict[str, Any], place: str) -> ModelConfig:
-    """Convert a config of transformers 4 or 5; see `ModelConfig.from_json`."""
+def read_config(folder: Path) -> ModelConfig:
+    """Read ``config.json`` of a checkpoint folder.
+
+    Raises RequestError if the file is missing or damaged, or if it describes a model that is not supported.
+    """
+    path = folder / "config.json"
+    return config_of(read_object(path), str(path))
+
+
+def config_of(raw: dict[str, Any], place: str = "config.json") -> ModelConfig:
+    """Convert a config of transformers 4 or 5 to a ModelConfig.
+
+    A key that is missing has the value that transformers gives to it. Raises RequestError, which names the key, for a
+    value of a wrong type or out of range, for a key that would change the function in a way that is not supported, and
+    for two spellings of one setting that disagree. Warns once about a key that is not known.
+    """
     kind = raw.get("model_type")
     if kind not in SUPPORTED:
         names = ", ".join(SUPPORTED)

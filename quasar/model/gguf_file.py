@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from quasar.errors import RequestError
-from quasar.model.config import ModelConfig
+from quasar.model.config_file import config_of
 from quasar.model.json_files import checked, warn_once
 from quasar.model.tensor_names import source_shapes
 from quasar.model.transformer import Transformer
@@ -60,7 +60,7 @@ class GGUFFile:
         except (ValueError, OSError, LookupError, ArithmeticError, TypeError, MemoryError) as error:
             raise RequestError(f"{path}: not a readable GGUF file ({error}); download it again") from None
         self.raw = self._config(metadata)
-        self.config = ModelConfig.from_json(self.raw, str(path))
+        self.config = config_of(self.raw, str(path))
         # Only files of this architecture store the rows of q and k in the order of ggml's rotary embedding.
         self._interleaved = self.raw["model_type"] == "llama"
         with torch.device("meta"):

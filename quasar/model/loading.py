@@ -44,7 +44,9 @@ def load_transformer(
     Raises RequestError for an unsupported architecture, quantized weights, a corrupt file, and tensors that are not
     exactly those that the config implies; the message names the file.
     """
-    config = ModelConfig.read(folder)
+    from quasar.model.config_file import read_config  # needs pydantic, which the GPU suite does without
+
+    config = read_config(folder)
     if (method := quantization_method(folder)) is not None:
         raise RequestError(
             f"{folder}: its weights are quantized ({method}), so it is no reference as it is. Measure it with "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quasar.errors import RequestError
-from quasar.model.config import ModelConfig
+from quasar.model.config_file import read_config
 from quasar.model.json_files import first_line, read_object
 from quasar.model.sources import Checkpoint
 from quasar.model.template_probe import probe
@@ -100,7 +100,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         return Tokenizer(_byte_tokenizer(), frozenset({256}), {})
     folder = checkpoint.folder
     # Checked first: transformers computes whatever a wrong config makes it compute.
-    config = ModelConfig.read(folder)
+    config = read_config(folder)
     check_tokenizer_files(folder)
     inner = _load(folder)
     templates = inner.chat_template

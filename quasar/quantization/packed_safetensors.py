@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from quasar.errors import RequestError
-from quasar.model.config import ModelConfig
+from quasar.model.config_file import read_config
 from quasar.model.json_files import checked, read_object
 from quasar.model.loading import tied_as_stored
 from quasar.model.tensor_files import TensorFiles
@@ -37,7 +37,7 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tensors = TensorFiles(path)
-        self.config = tied_as_stored(ModelConfig.read(path), self._tensors)
+        self.config = tied_as_stored(read_config(path), self._tensors)
         with torch.device("meta"):
             self.shapes = source_shapes(Transformer(self.config))
         raw = read_object(path / "config.json")
