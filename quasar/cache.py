@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.util
 import json
@@ -160,7 +161,15 @@ def folder_is_whole(folder: Path) -> bool:
 
 def _checksums(folder: Path) -> dict[str, str]:
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != FOLDER_CARD)
-    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+    return {str(file.relative_to(folder)): sha256_of(file) for file in files}
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file. A process reads a large file only once for it, unless the file has changed since
+    then in size or in its time of modification.
+    """
+    found = file.stat()
+    return _sha256_of_version(file, found.st_size, found.st_mtime_ns)
 
 
 def json_store(kind: str) -> Store[Any]:
@@ -276,6 +285,11 @@ def _warn(message: str) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256_of_version(file: Path, size: int, changed: int) -> str:
+    return _sha256(file)
 
 
 def _is_held(lock: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quasar.cache import code_version
+from quasar.cache import code_version, sha256_of
 from quasar.config.schema import RunConfig
 from quasar.evaluation.calibration import calibration_prompts
 from quasar.evaluation.prompts import Prompt, prompt_set_hash
@@ -52,19 +51,12 @@ def _named_files(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
         elif key in FILE_KEYS and isinstance(value, str):
             path = Path(value).expanduser()
             if path.is_file():
-                yield f"{prefix}{key}", _sha256(path, path.stat().st_mtime_ns)
+                yield f"{prefix}{key}", sha256_of(path)
             elif path.is_dir():
                 yield f"{prefix}{key}", _folder_hash(path)
 
 
 def _folder_hash(folder: Path) -> str:
     files = sorted({file for pattern in (*MODEL_FILES, "*.json", "*.gguf") for file in folder.glob(pattern)})
-    hashes = {file.name: _sha256(file, file.stat().st_mtime_ns) for file in files}
+    hashes = {file.name: sha256_of(file) for file in files}
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256(file: Path, changed: int) -> str:
-    """Return a file's SHA-256. ``changed``, its time of modification, makes an edited file another entry."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

