@@ -65,6 +65,11 @@ def report(error: Exception) -> int:
     return known.exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def actionable(error: BaseException) -> QuasarError | None:
     """Return the error as one that the user can act on, or None if it is an error of the program."""
     if isinstance(error, QuasarError):

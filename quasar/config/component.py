@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from quasar.config.checks import converted, join, require_known, shown
-from quasar.errors import RequestError
+from quasar.errors import RequestError, first_line
 
 FRAMEWORK_KEYS = {"drafter": ("_target_", "name"), "verifier": ("_target_", "name", "dtype")}
 """Keys of a drafter's or verifier's YAML that are not arguments of its class."""
@@ -69,8 +69,7 @@ def class_named(target: str, key: str) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # an import may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(f"{key}={shown(target)}: this class cannot be imported ({reason})") from None
+        raise RequestError(f"{key}={shown(target)}: this class cannot be imported ({first_line(error)})") from None
     if not isinstance(found, type):
         raise RequestError(f"{key}={target}: is not a class")
     return found

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from quasar.config.checks import Must, converted, read, shown
 from quasar.config.component import checked_component
 from quasar.config.groups import check_choices
-from quasar.errors import RequestError
+from quasar.errors import RequestError, first_line
 
 _CHECKOUT, _WHEEL = (Path(__file__).parents[n] / "conf" for n in (2, 1))
 CONF = _CHECKOUT if _CHECKOUT.is_dir() and not _WHEEL.is_dir() else _WHEEL
@@ -315,8 +315,8 @@ def _plain(config: DictConfig) -> Any:
     try:
         return OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"{error.full_key or 'the configuration'}: cannot be resolved ({reason})") from None
+        place = error.full_key or "the configuration"
+        raise RequestError(f"{place}: cannot be resolved ({first_line(error)})") from None
 
 
 def _read(values: Any) -> RunConfig:

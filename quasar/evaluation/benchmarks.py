@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quasar.config.inputs import expanded, is_companion, json_lines, kind_of, parsed_json, read_text
 from quasar.config.schema import DataConfig, HubDataset
-from quasar.errors import RequestError
+from quasar.errors import RequestError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,7 +109,7 @@ def _from_hub(name: str, hub: HubDataset) -> Dataset:
     try:
         dataset = load_dataset(hub.repo, hub.subset, split=hub.split, revision=hub.revision)
     except (OSError, ValueError, DatasetsError, HfHubHTTPError) as error:
-        raise _not_had(name, hub, _first_line(error)) from None
+        raise _not_had(name, hub, first_line(error)) from None
     # Without a connection, `datasets` takes whichever revision its cache holds; the folder is named by the commit.
     cached = {Path(file["filename"]).parent.name for file in dataset.cache_files}
     if len(hub.revision) == 40 and cached != {hub.revision}:
@@ -139,7 +139,7 @@ def _path_rows(path: Path, hub: HubDataset) -> Iterator[tuple[str, Any]]:
         try:
             dataset = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
         except (OSError, ValueError, DatasetsError) as error:
-            raise RequestError(f"data.path={path}: cannot be read as parquet ({_first_line(error)})") from None
+            raise RequestError(f"data.path={path}: cannot be read as parquet ({first_line(error)})") from None
         yield from _dataset_rows(dataset, str(path))
     for file in files:
         if file.suffix == ".json" and (text := read_text(file)).lstrip().startswith("["):
@@ -165,7 +165,3 @@ def _data_files(path: Path, hub: HubDataset) -> list[Path]:
                     raise RequestError(f"data.path={path}: {file} is a folder, no {suffix} file; rename or move it")
             return chosen
     raise RequestError(f"data.path={path}: no *{', *'.join(_SUFFIXES)} file there")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

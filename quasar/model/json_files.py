@@ -66,11 +66,6 @@ def checked(kind: type[Model], content: object, place: str) -> Model:
         raise RequestError(f"{place}: {where}{message[0].lower()}{message[1:]}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class if it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 @functools.cache
 def warn_once(message: str) -> None:
     """Warn about a file, and only once in a process however often the file is read."""

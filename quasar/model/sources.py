@@ -21,10 +21,10 @@ from filelock import FileLock
 
 from quasar.cache import cache_folder, folder_is_whole, seal_folder, sha256_of
 from quasar.config.schema import Grid, ModelSource, PackageSource
-from quasar.errors import QuasarError, RequestError
+from quasar.errors import QuasarError, RequestError, first_line
 from quasar.model.config import quantization_method
 from quasar.model.gguf_file import GGUFFile, write_dequantized
-from quasar.model.json_files import first_line, read_object
+from quasar.model.json_files import read_object
 from quasar.model.tensor_files import TensorFiles
 from quasar.model.tokenizer_files import has_tokenizer
 

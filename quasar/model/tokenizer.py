@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quasar.errors import RequestError
+from quasar.errors import RequestError, first_line
 from quasar.model.config_file import read_config
-from quasar.model.json_files import first_line, read_object
+from quasar.model.json_files import read_object
 from quasar.model.sources import Checkpoint
 from quasar.model.template_probe import probe
 from quasar.model.tokenizer_files import check_tokenizer_files, check_vocabulary_files, stop_tokens
