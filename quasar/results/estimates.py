@@ -89,12 +89,8 @@ class Quantity:
         return estimate(columns, list(families), self.statistic)
 
     def text(self, found: Estimate | None) -> str:
-        """Return a value with its interval, such as ``1.28x (1.25x to 1.31x)``."""
-        if found is None or not np.isfinite(found.value):
-            return MISSING
-        if found.low is None or found.high is None:
-            return self.form(found.value)
-        return f"{self.form(found.value)} ({self.form(found.low)} to {self.form(found.high)})"
+        """Return a value with its interval, or the sign for a missing one."""
+        return MISSING if found is None or not np.isfinite(found.value) else found.text(self.form)
 
 
 def partner_rows(rows: pd.DataFrame, all_rows: pd.DataFrame) -> pd.DataFrame | None:

@@ -43,6 +43,12 @@ class Estimate:
     by_repetition: tuple[float, ...] = ()
     p_of_one: float | None = None
 
+    def text(self, form: Callable[[float], str]) -> str:
+        """Return the value with its interval if it has one, such as ``1.28x (1.25x to 1.31x)``."""
+        if self.low is None or self.high is None:
+            return form(self.value)
+        return f"{form(self.value)} ({form(self.low)} to {form(self.high)})"
+
 
 def estimate(columns: Mapping[str, np.ndarray], families: Sequence[str], statistic: Statistic) -> Estimate:
     """Estimate a statistic of ``columns``.

@@ -45,7 +45,7 @@ def _grid(of: Callable[[PassTimes, float], Estimate], form: Callable[[float], st
             [
                 found.arm,
                 str(found.context),
-                *(_text(of(found, number), form) if number in found.rows else MISSING for number in numbers),
+                *(of(found, number).text(form) if number in found.rows else MISSING for number in numbers),
             ]
             for found in times
         ]
@@ -67,7 +67,7 @@ def _bend_text(times: PassTimes) -> str:
     def form(value: float) -> str:
         return f"> {times.rows[-1]}" if math.isinf(value) else f"{value:.1f}"
 
-    return _text(times.bend(), form)
+    return times.bend().text(form)
 
 
 def _break_even(times: Sequence[PassTimes], rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -76,22 +76,16 @@ def _break_even(times: Sequence[PassTimes], rows: pd.DataFrame) -> tuple[list[st
             found.group.arm,
             f"{found.draft_tokens:.2f}",
             str(found.context),
-            _text(found.needed, _2),
-            _text(found.tau_ref, _2),
-            _text(found.predicted, _times),
-            _text(found.measured, _times),
-            _text(found.residual, _2),
+            found.needed.text(_2),
+            found.tau_ref.text(_2),
+            found.predicted.text(_times),
+            found.measured.text(_times),
+            found.residual.text(_2),
         ]
         for found in speculations(times, rows)
     ]
     headings = ["arm", "γ", "context", "τ needed", "τ_ref", "predicted speedup", "measured speedup", "residual"]
     return headings, lines
-
-
-def _text(found: Estimate, form: Callable[[float], str]) -> str:
-    if found.low is None or found.high is None:
-        return form(found.value)
-    return f"{form(found.value)} ({form(found.low)} to {form(found.high)})"
 
 
 _2, _times, _percent = "{:.2f}".format, "{:.2f}x".format, "{:.0%}".format
