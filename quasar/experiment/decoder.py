@@ -198,11 +198,12 @@ class PromptDecoder:
     def _exactness(self, tokens: list[int], generation: Generation, baselines: dict[str, Baseline]) -> Exactness | None:
         if not self._compares:
             return None
-        same = baselines["ar_same"].tokens
-        found = compare(tokens, generation.tokens, same, self.verifier)
-        reference = baselines["ar_ref"].tokens if "ar_ref" in baselines else same
-        knows_reference = self.settings.evaluate.baselines and (self.reference is None or "ar_ref" in baselines)
-        matches = generation.tokens == reference if knows_reference else None
+        same = baselines["ar_same"]
+        found = compare(tokens, generation.tokens, same.tokens, self.verifier)
+        reference = baselines.get("ar_ref", same if self.reference is None else None)
+        matches = None
+        if self.settings.evaluate.baselines and reference is not None:
+            matches = generation.tokens == reference.tokens
         return Exactness(found.match_self, found.first_divergence, found.top2_gap, matches)
 
     def _follow_reference(self, tokens: list[int], key: str, compares: bool) -> ForcedAnswer:
