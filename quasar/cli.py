@@ -90,12 +90,12 @@ def plot_runs(
     output: Annotated[Path | None, typer.Option(help="folder of the figures; FOLDER/figures by default")] = None,
 ) -> None:
     """Draw the figures that the results in a folder allow, as PDF, SVG and PNG."""
-    from quasar.results.figures import draw
+    from quasar.results.figures import draw_all
     from quasar.results.loading import load
 
     reporter = Reporter()
     with _reported_errors():
-        files = draw(None, *load(folder), output or folder / "figures")
+        files = draw_all(*load(folder), output or folder / "figures")
     for file in files:
         reporter.line(f"wrote {file}")
 

@@ -11,7 +11,7 @@ import pytest
 
 from quasar.errors import RequestError
 from quasar.results.estimates import QUANTITIES, conditional_acceptance
-from quasar.results.figures import FIGURES, draw, named, picture, style
+from quasar.results.figures import FIGURES, draw, draw_all, named, picture, style
 from quasar.results.figures.arms import Arms, in_common_setting, largest
 from quasar.results.figures.fidelity import pareto_front
 from quasar.results.figures.interaction import interactions
@@ -218,7 +218,7 @@ def test_what_was_not_measured_is_absent(rows: pd.DataFrame, tmp_path: Path) -> 
     assert ARMS[2].name in words
     assert ARMS[3].name not in words
     timed = ["text_ms", "text_ar_same_ms", "text_ar_ref_ms", "kl"]
-    files = draw(None, unmeasured.assign(**dict.fromkeys(timed)), synthetic_provenance(), tmp_path)
+    files = draw_all(unmeasured.assign(**dict.fromkeys(timed)), synthetic_provenance(), tmp_path)
     assert [file.stem for file in files[::3]] == ["step", "exactness", "positions"]
 
 
@@ -246,7 +246,7 @@ def test_a_figure_that_cannot_be_drawn_says_why(
 def test_no_figure_at_all_is_an_error_with_every_reason(rows: pd.DataFrame, tmp_path: Path) -> None:
     bare = rows[["arm", "verifier", "drafter", "temperature", "max_new_tokens", "draft_tokens", "weight_bytes"]]
     with pytest.raises(RequestError, match="no figure can be drawn: speedup: no row has text_ms, ") as error:
-        draw(None, bare.assign(family="one"), synthetic_provenance(), tmp_path)
+        draw_all(bare.assign(family="one"), synthetic_provenance(), tmp_path)
     assert all(f"{figure.name}: " in str(error.value) for figure in FIGURES)
 
 

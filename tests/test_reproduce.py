@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from quasar.config.schema import PublishConfig
 from quasar.errors import RequestError
 from quasar.experiment import reproduce as reproduction
 from quasar.experiment.main import main
@@ -22,7 +21,6 @@ from quasar.results.excerpts import refreshed
 from quasar.results.figures import FIGURES
 from quasar.results.figures.memory_wall import PASS_FIGURES
 from quasar.results.metrics import named
-from quasar.results.pass_rows import pass_shortcomings
 from quasar.results.pass_tables import PASS_TABLES
 from quasar.results.provenance import read_provenance
 from quasar.results.publish import PASSES, RESULTS, TABLE, read_published_passes, redraw, shortcomings
@@ -136,15 +134,17 @@ def test_a_repetition_with_fewer_prompts_is_not_written_to_the_committed_results
     assert "2 repetitions" in table
     for text in ("| fp16 | 0 |", "| int8, 8-bit head | 0 |", "| fp16, T = 1 | 1 |", "random weights", "BCa bootstrap"):
         assert text in table
-    spec = reproduction.load_experiment("main_table").publish
+    experiment = reproduction.load_experiment("main_table")
     rows, provenance = read_rows(published / RESULTS), read_provenance(published / "environment.json")
-    reasons = shortcomings(rows, provenance, spec, 2)
+    reasons = shortcomings(rows, None, provenance, experiment)
     assert "80 prompts are declared for every arm, but fp16 has 5, fp16, T = 1 has 5, int8, 8-bit head has 5" in reasons
-    assert shortcomings(
-        rows, dataclasses.replace(provenance, git_commit="c", git_dirty=False), PublishConfig(5), 3
-    ) == ["3 repetitions are declared, but there are 2"]
+    fewer = dataclasses.replace(experiment, publish=dataclasses.replace(experiment.publish, prompts=5))
+    clean = dataclasses.replace(provenance, git_commit="c", git_dirty=False)
+    assert shortcomings(rows, None, clean, dataclasses.replace(fewer, repetitions=3)) == [
+        "3 repetitions are declared, but there are 2"
+    ]
     dirty = dataclasses.replace(provenance, git_commit="c", git_dirty=True)
-    assert shortcomings(rows, dirty, PublishConfig(5), 2) == ["the code had uncommitted changes"]
+    assert shortcomings(rows, None, dirty, fewer) == ["the code had uncommitted changes"]
 
 
 def test_redrawing_gives_the_same_bytes(published: Path) -> None:
@@ -193,9 +193,8 @@ def test_an_unknown_experiment_is_refused() -> None:
 def test_committed_tables_and_figures_are_those_of_their_results(folder: Path, tmp_path: Path) -> None:
     experiment = reproduction.load_experiment(folder.name)
     rows, provenance = read_rows(folder / RESULTS), read_provenance(folder / "environment.json")
-    assert shortcomings(rows, provenance, experiment.publish, experiment.repetitions) == []
     spec, passes = experiment.publish, read_published_passes(folder)
-    assert pass_shortcomings(passes, experiment.passes) == []
+    assert shortcomings(rows, passes, provenance, experiment) == []
     expected = document(spec.tables, spec.by_family, rows, provenance, spec.pass_tables, passes)
     assert (folder / TABLE).read_text(encoding="utf-8") == expected
     for name in (RESULTS, PASSES, "environment.json"):

@@ -6,21 +6,19 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 
-from quasar.config.schema import CONF, PassesConfig, PublishConfig, check, register
+from quasar.config.schema import CONF, check, register
 from quasar.errors import QuasarError, RequestError
 from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs
 from quasar.results.console import Reporter
 from quasar.results.excerpts import refreshed
-from quasar.results.pass_rows import pass_rows_of_runs, pass_shortcomings
+from quasar.results.pass_rows import pass_rows_of_runs
 from quasar.results.provenance import provenance_of
-from quasar.results.publish import RESULTS, publish, redraw, require_committable, shortcomings
+from quasar.results.publish import RESULTS, Experiment, publish, redraw, require_committable, shortcomings
 from quasar.results.rows import read_rows, rows_of_runs
 from quasar.results.store import write_atomically
 
@@ -28,16 +26,6 @@ COMMITTED = Path("experiments")
 """The folder of committed results, one folder per experiment."""
 SWEEPS = Path("outputs") / "experiments"
 """The folder of the experiments' sweeps, and of results that may not be committed."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """An experiment of conf/experiment: what it publishes, and how often it decodes prompts and times which passes."""
-
-    name: str
-    publish: PublishConfig
-    repetitions: int
-    passes: PassesConfig
 
 
 def experiment_names() -> list[str]:
@@ -75,8 +63,7 @@ def reproduce(name: str, overrides: Sequence[str], prompts: Path | None, reporte
     provenance = provenance_of(runs).declared(name, experiment.publish.prompts)
     rows = rows_of_runs(runs)
     passes = pass_rows_of_runs(runs)
-    reasons = shortcomings(rows, provenance, experiment.publish, experiment.repetitions)
-    reasons += pass_shortcomings(passes, experiment.passes)
+    reasons = shortcomings(rows, passes, provenance, experiment)
     folder = sweep / "published" if reasons else COMMITTED / name
     for file in publish(folder, rows, provenance, experiment.publish, complete=not reasons, passes=passes):
         reporter.line(f"wrote {file}")
@@ -93,7 +80,7 @@ def redraw_all(reporter: Reporter) -> None:
     """
     for folder in committed_folders():
         experiment = load_experiment(folder.name)
-        require_committable(folder, experiment.publish, experiment.repetitions, experiment.passes)
+        require_committable(folder, experiment)
         for file in redraw(folder, experiment.publish):
             reporter.line(f"wrote {file}")
     for file in readmes():
@@ -116,8 +103,6 @@ def _run_sweep(arguments: list[str]) -> int:
     sys.argv = ["run.py", "-m", *arguments]
     try:
         return main()
-    except HydraException as error:
-        raise RequestError(str(error)) from None
     finally:
         sys.argv = before
 

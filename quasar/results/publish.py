@@ -6,6 +6,7 @@ these. Drawing the same results gives the same bytes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,21 @@ from quasar.results.store import write_atomically
 from quasar.results.tables import document
 
 RESULTS, PASSES, ENVIRONMENT, TABLE = "results.parquet", "passes.parquet", "environment.json", "table.md"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment of conf/experiment declares.
+
+    publish: what it publishes
+    repetitions: how often it decodes every prompt
+    passes: the passes that it times
+    """
+
+    name: str
+    publish: PublishConfig
+    repetitions: int
+    passes: PassesConfig
 
 
 def publish(
@@ -63,22 +79,17 @@ def redraw(folder: Path, spec: PublishConfig, complete: bool = True) -> list[Pat
     from quasar.results.figures import draw
     from quasar.results.figures.memory_wall import draw_passes
 
-    for name in spec.figures:
-        try:
-            files += draw([name], rows, provenance, folder)
-        except RequestError:
-            if complete:
-                raise
+    files += draw(spec.figures, rows, provenance, folder, complete)
     if passes is not None:
         files += draw_passes(spec.pass_figures, passes, rows, provenance, folder)
     return files
 
 
-def shortcomings(rows: pd.DataFrame, provenance: Provenance, spec: PublishConfig, repetitions: int) -> list[str]:
-    """Return why results may not be committed as those of their experiment; an empty list if they may.
-
-    repetitions: the number that the experiment declares
-    """
+def shortcomings(
+    rows: pd.DataFrame, passes: pd.DataFrame | None, provenance: Provenance, experiment: Experiment
+) -> list[str]:
+    """Return why results may not be committed as those of their experiment; an empty list if they may."""
+    spec, repetitions = experiment.publish, experiment.repetitions
     found = []
     if spec.prompts is not None:
         counts = rows.groupby("arm")["question"].nunique()
@@ -91,15 +102,12 @@ def shortcomings(rows: pd.DataFrame, provenance: Provenance, spec: PublishConfig
         found.append("the code was in no git repository")
     if provenance.git_dirty:
         found.append("the code had uncommitted changes")
-    return found
+    return found + pass_shortcomings(passes, experiment.passes)
 
 
-def require_committable(folder: Path, spec: PublishConfig, repetitions: int, passes: PassesConfig) -> None:
-    """Raise RequestError, naming the reasons, if a folder's results may not be committed.
-
-    repetitions, passes: what the experiment declares
-    """
-    found = shortcomings(read_rows(folder / RESULTS), read_provenance(folder / ENVIRONMENT), spec, repetitions)
-    found += pass_shortcomings(read_published_passes(folder), passes)
+def require_committable(folder: Path, experiment: Experiment) -> None:
+    """Raise RequestError, naming the reasons, if a folder's results may not be committed."""
+    rows, passes = read_rows(folder / RESULTS), read_published_passes(folder)
+    found = shortcomings(rows, passes, read_provenance(folder / ENVIRONMENT), experiment)
     if found:
         raise RequestError(f"{folder}: {'; '.join(found)}; run make reproduce EXPERIMENT={folder.name} again")

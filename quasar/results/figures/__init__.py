@@ -22,27 +22,25 @@ FIGURES: tuple[Figure, ...] = (*SPEED, *FIDELITY, *ACCEPTANCE, MATRICES)
 """Every figure, in the order in which they are drawn."""
 
 
-def draw(names: Sequence[str] | None, rows: pd.DataFrame, provenance: Provenance, folder: Path) -> list[Path]:
+def draw(
+    names: Sequence[str], rows: pd.DataFrame, provenance: Provenance, folder: Path, complete: bool = True
+) -> list[Path]:
     """Draw figures into ``folder`` as PDF, SVG and PNG. Returns the files.
 
-    names: the figures; None draws all that the rows allow
     rows: the table of `quasar.results.rows`
+    complete: whether every figure must be drawn; if not, those that the rows do not allow are left out
 
-    Raises RequestError, naming the reason, if a named figure cannot be drawn, or if none can.
+    Raises RequestError, naming the reason, if a figure does not exist, or if one that must be drawn cannot be.
     """
-    wanted = FIGURES if names is None else [named(name) for name in names]
-    arms = Arms(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
-    reasons: list[str] = []
-    for figure in wanted:
-        try:
-            with _drawn(figure, arms, provenance) as picture:
-                files += style.save(picture, folder / figure.name)
-        except RequestError as error:
-            if names is not None:
-                raise
-            reasons.append(str(error))
+    files, reasons = _draw([named(name) for name in names], rows, provenance, folder)
+    if complete and reasons:
+        raise RequestError("; ".join(reasons))
+    return files
+
+
+def draw_all(rows: pd.DataFrame, provenance: Provenance, folder: Path) -> list[Path]:
+    """Draw every figure that the rows allow, like `draw`. Raises RequestError with the reasons if there is none."""
+    files, reasons = _draw(FIGURES, rows, provenance, folder)
     if not files:
         raise RequestError(f"no figure can be drawn: {'; '.join(reasons)}")
     return files
@@ -60,6 +58,23 @@ def named(name: str) -> Figure:
         if figure.name == name:
             return figure
     raise RequestError(f"figure {name!r} does not exist; choose one of {', '.join(figure.name for figure in FIGURES)}")
+
+
+def _draw(
+    figures: Sequence[Figure], rows: pd.DataFrame, provenance: Provenance, folder: Path
+) -> tuple[list[Path], list[str]]:
+    """Draw the figures that the rows allow. Returns the files, and for every other figure the reason."""
+    arms = Arms(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    reasons: list[str] = []
+    for figure in figures:
+        try:
+            with _drawn(figure, arms, provenance) as picture:
+                files += style.save(picture, folder / figure.name)
+        except RequestError as error:
+            reasons.append(str(error))
+    return files, reasons
 
 
 @contextmanager

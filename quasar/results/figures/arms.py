@@ -54,6 +54,11 @@ class Arm:
     look: Look
 
     @property
+    def pair(self) -> tuple[str, int, str]:
+        """What its verifier and drafter are, apart from the other settings."""
+        return self.verifier, self.weight_bytes, self.drafter
+
+    @property
     def is_reference(self) -> bool:
         """Whether it is autoregressive decoding with the unquantized verifier, to which speedups compare."""
         return self.verifier == UNQUANTIZED and self.drafter == NO_DRAFTER

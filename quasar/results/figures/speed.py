@@ -189,22 +189,19 @@ def _value(axes: Axes, text: str, end: float, row: float) -> None:
 def _select_draft_length(arms: Arms) -> Selection:
     fixed = arms.measured(SPEEDUP, of=lambda arm: arm.draft_tokens.isdigit())
     common, setting = in_common_setting(fixed)
-    lines = {(arm.verifier, arm.weight_bytes, arm.drafter) for arm in common}
-    lengths = {
-        line: {arm.draft_tokens for arm in common if (arm.verifier, arm.weight_bytes, arm.drafter) == line}
-        for line in lines
-    }
-    several = [arm for arm in common if len(lengths[arm.verifier, arm.weight_bytes, arm.drafter]) > 1]
+    lines = {arm.pair for arm in common}
+    lengths = {line: {arm.draft_tokens for arm in common if arm.pair == line} for line in lines}
+    several = [arm for arm in common if len(lengths[arm.pair]) > 1]
     if not several:
         raise RequestError("no verifier and drafter was run with several fixed draft lengths (decode.draft_tokens)")
     settings = {(arm.temperature, arm.max_new_tokens) for arm in several}
-    keys = {(arm.verifier, arm.weight_bytes, arm.drafter) for arm in several}
+    keys = {arm.pair for arm in several}
     automatic = [
         arm
         for arm in arms.all
         if arm.draft_tokens == "auto"
         and (arm.temperature, arm.max_new_tokens) in settings
-        and (arm.verifier, arm.weight_bytes, arm.drafter) in keys
+        and arm.pair in keys
         and arms.estimate(arm, SPEEDUP) is not None
     ]
     return Selection([*several, *automatic], setting)
@@ -218,8 +215,8 @@ def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) 
     several = len({arm.drafter for arm in fixed}) > 1
     automatic = right + max(1.0, 0.12 * right)
     names = []
-    for key in dict.fromkeys((arm.verifier, arm.weight_bytes, arm.drafter) for arm in fixed):
-        line = [arm for arm in selection.arms if (arm.verifier, arm.weight_bytes, arm.drafter) == key]
+    for key in dict.fromkeys(arm.pair for arm in fixed):
+        line = [arm for arm in selection.arms if arm.pair == key]
         lengths = sorted((arm for arm in line if arm in fixed), key=lambda arm: int(arm.draft_tokens))
         places = [int(arm.draft_tokens) for arm in lengths]
         values = [arms.value(arm, SPEEDUP) for arm in lengths]
