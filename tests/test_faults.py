@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ from quasar.experiment.main import main
 from quasar.results import environment
 from quasar.results.collect import Collector, tabulate
 from quasar.results.runs import read_run
+from tests.in_process import disk_full_after
 
 PROMPTS = 10
 TIMINGS = ("_ms", "per_second", "speedup", "bandwidth", "peak_memory")
@@ -114,21 +114,9 @@ def test_killed_at_random_it_ends_the_same(prompts: Path, tmp_path: Path, kills:
 
 
 @pytest.mark.parametrize("writes", [0, 4, 9])
-def test_full_disk_loses_no_finished_prompt(
-    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
-) -> None:
+def test_full_disk_loses_no_finished_prompt(prompts: Path, tmp_path: Path, writes: int) -> None:
     """From the n-th write to disk on there is no room for another."""
-    fsync, done = os.fsync, 0
-
-    def full(descriptor: int) -> None:
-        nonlocal done
-        done += 1
-        if done > writes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+    with disk_full_after(writes):
         assert attempt(prompts, tmp_path / "s") == 1
     readable(tmp_path / "s")
     lines = whole_lines(tmp_path / "s")

@@ -24,7 +24,6 @@ from quasar.errors import RequestError
 from quasar.experiment import reproduce as reproduction
 from quasar.experiment.main import main
 from quasar.experiment.passes import PassTimer
-from quasar.results.console import Reporter
 from quasar.results.generations import PASSES as PASS_LINES
 from quasar.results.generations import read_passes
 from quasar.results.intervals import Estimate
@@ -35,6 +34,7 @@ from quasar.results.publish import PASSES, RESULTS, TABLE, redraw
 from quasar.results.rows import read_rows
 from quasar.results.schema import Json, PassRecord, checksum
 from quasar.verifiers.base import Verifier, VerifierCost
+from tests.in_process import reproduced
 
 TINY = (
     *("model=tiny", "threads=1", "calibration.prompts=2", "decode.max_new_tokens=8", "data.limit=1"),
@@ -46,12 +46,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a tiny repetition of memory_wall leaves."""
-    root = tmp_path_factory.mktemp("wall")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setattr("quasar_kernels.bandwidth.CopyBandwidth.measure", lambda _: 1e10)
-        folder = reproduction.reproduce("memory_wall", TINY, None, Reporter())
-    return root / folder
+    return reproduced("memory_wall", TINY, tmp_path_factory.mktemp("wall"))
 
 
 def times(pass_ms: list[list[float]], reference_ms: float = 20.0, **others: object) -> PassTimes:

@@ -27,6 +27,7 @@ from quasar.results.publish import PASSES, RESULTS, TABLE, read_published_passes
 from quasar.results.rows import read_rows
 from quasar.results.runs import read_config
 from quasar.results.tables import document
+from tests.in_process import reproduced
 
 TINY = (
     *("model=tiny", "threads=1", "calibration.prompts=2", "decode.max_new_tokens=8", "data.limit=1"),
@@ -37,12 +38,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a tiny repetition of main_table leaves."""
-    root = tmp_path_factory.mktemp("experiments")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setattr("quasar.results.environment.copy_bandwidth", lambda _: 1e10)
-        folder = reproduction.reproduce("main_table", TINY, None, Reporter())
-    return root / folder
+    return reproduced("main_table", TINY, tmp_path_factory.mktemp("experiments"))
 
 
 @pytest.mark.parametrize("name", reproduction.experiment_names())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quasar.experiment.main import main
 from quasar.results.schema import checksum
+from tests.in_process import starter
 
 Run = Callable[..., tuple[int, str, str]]
 TURNS = ["one two one two one", "say it again", "one two one two one two", "and once more one two"]
@@ -35,27 +34,8 @@ def write(file: Path, turns: list[str]) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("quasar.results.environment.copy_bandwidth", lambda _: 1e10)
-
-    def start(*overrides: str, folder: str = "hydra.run.dir=out") -> tuple[int, str, str]:
-        fixed = ["threads=1", "data=specbench", f"data.path={prompts}", "decode.max_new_tokens=12", folder]
-        defaults = {
-            "model": "tiny",
-            "drafter": "none",
-            "verifier": "fp16",
-            "evaluate.baselines": "false",
-            "evaluate.fidelity": "false",
-        }
-        for key, value in defaults.items():
-            if not any(override.startswith(f"{key}=") for override in overrides):
-                fixed.append(f"{key}={value}")
-        monkeypatch.setattr(sys, "argv", ["run.py", *overrides, *fixed])
-        capfd.readouterr()
-        return main(), *capfd.readouterr()
-
-    return start
+    start = starter(tmp_path, prompts, monkeypatch, capfd, tokens=12)
+    return lambda *overrides, folder="hydra.run.dir=out": start(*overrides, folder)
 
 
 def interrupt(folder: Path, finished: int) -> None:

@@ -20,7 +20,7 @@ from quasar_kernels.cpu.levels import available_levels
 
 from quasar.cache import Store, json_store
 from quasar.results.baselines import Baseline, SharedBaselines
-from tests.faults.conftest import Start
+from tests.in_process import Start
 
 CPU = torch.device("cpu")
 KINDS = {

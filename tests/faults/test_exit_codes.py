@@ -16,7 +16,7 @@ import pytest
 from quasar.experiment import run as run_module
 from quasar.experiment.decoder import PromptDecoder
 from quasar.results.runs import read_run
-from tests.faults.conftest import Start
+from tests.in_process import Start, disk_full_after
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,21 +72,9 @@ def test_a_forbidden_folder_is_told_before_the_model_is_loaded(start: Start, mon
 
 
 @pytest.mark.parametrize("writes", range(7))
-def test_a_full_disk_is_named_and_the_status_says_failed(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
-) -> None:
+def test_a_full_disk_is_named_and_the_status_says_failed(start: Start, tmp_path: Path, writes: int) -> None:
     """From the n-th write to disk on there is no room for another file or line."""
-    fsync, done = os.fsync, 0
-
-    def full(descriptor: int) -> None:
-        nonlocal done
-        done += 1
-        if done > writes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+    with disk_full_after(writes):
         code, _, err = start("hydra.run.dir=out")
     (line,) = err.strip().splitlines()
     assert code == 1

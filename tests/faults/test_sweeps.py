@@ -20,7 +20,7 @@ from quasar.results.console import Reporter
 from quasar.results.runs import read_run
 from quasar.results.wandb.log import run_id
 from tests.compose import composed
-from tests.faults.conftest import Start
+from tests.in_process import Start
 
 
 def records(folder: Path) -> list[Any]:
