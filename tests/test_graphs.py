@@ -53,7 +53,7 @@ def quantized(linear: nn.Linear, kind: str) -> nn.Module:
     generator = torch.Generator().manual_seed(outputs + inputs)
     packed = pack_int4(torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8))
     scales = torch.full((outputs, inputs // 16), 0.02)
-    weight = Int4Weight.prepare(packed, scales, torch.full_like(scales, 7), False, torch.float32)
+    weight = Int4Weight(packed, scales, torch.full_like(scales, 7), False, torch.float32)
     return W4Linear(weight, linear.bias, activation_bits=8 if kind == "w4a8" else 16)
 
 

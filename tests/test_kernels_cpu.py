@@ -163,7 +163,7 @@ def test_w4a16_is_close_to_the_reference(level: str, dtype: torch.dtype, zeros: 
 def test_dense_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None:
     for outputs, inputs in SHAPES:
         values, offset = normal(outputs, inputs, dtype=dtype), normal(outputs, dtype=dtype)
-        weight = DenseWeight.prepare(values)
+        weight = DenseWeight(values)
         for rows in (1, 2, 7, 16, 17, 64, 70):
             x = normal(rows, inputs, seed=rows, dtype=dtype)
             error = relative_error(quasar_kernels.linear_bf16(x, weight, offset), definitions.linear(x, values, offset))
@@ -179,7 +179,7 @@ def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, product: M
     weight = {
         4: int4_weight(outputs, inputs, 64, "integer"),
         8: int8_weight(outputs, inputs),
-        16: DenseWeight.prepare(normal(outputs, inputs, dtype=torch.bfloat16)),
+        16: DenseWeight(normal(outputs, inputs, dtype=torch.bfloat16)),
     }[product.weight_bits]
     x = normal(100, inputs, dtype=torch.bfloat16)
     alone = torch.cat([product(x[row : row + 1], weight) for row in range(len(x))])
@@ -224,7 +224,7 @@ def test_packing_keeps_every_value(level: str) -> None:
         int4.packed_for_kernels()
         assert all(torch.equal(*pair) for pair in zip(int4.canonical(), before, strict=True))
     dense = normal(64, 96, dtype=torch.bfloat16)
-    weight = DenseWeight.prepare(dense)
+    weight = DenseWeight(dense)
     assert torch.equal(weight.values, dense)
     rows = torch.tensor([63, 0, 17])
     assert torch.equal(weight.rows(rows), dense[rows])

@@ -153,7 +153,7 @@ def test_arguments_that_a_kernel_would_leave_are_refused(
 @pytest.mark.parametrize("scales", [torch.ones(1), torch.ones(()), torch.ones(32, 1), torch.ones(31), torch.ones(64)])
 def test_int8_weights_have_a_scale_for_each_output(scales: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected int8 values \[N, K\] with scales \[N\]"):
-        Int8Weight.prepare(torch.zeros(32, 64, dtype=torch.int8), scales)
+        Int8Weight(torch.zeros(32, 64, dtype=torch.int8), scales)
     with pytest.raises(ValueError, match="expected int8"):
         Int8Weight(torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32))
 
@@ -163,9 +163,7 @@ def test_int8_weights_have_a_scale_for_each_output(scales: torch.Tensor) -> None
 )
 def test_int4_weights_have_scales_for_each_group(scales: tuple[int, ...], zeros: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected uint8 \[N, K / 2\] with scales and zeros \[N, G\]"):
-        Int4Weight.prepare(
-            torch.zeros(32, 32, dtype=torch.uint8), torch.ones(scales), torch.ones(zeros), False, torch.bfloat16
-        )
+        Int4Weight(torch.zeros(32, 32, dtype=torch.uint8), torch.ones(scales), torch.ones(zeros), False, torch.bfloat16)
 
 
 def test_packed_weights_have_all_their_scales() -> None:

@@ -54,6 +54,7 @@ def test_the_second_verifier_is_the_first_one(
     assert progressed == [], "it was prepared again"
     assert torch.equal(again.teacher_forced(TOKENS, 0), first.teacher_forced(TOKENS, 0))
     assert (again.cost, again.details, again.model.config) == (first.cost, first.details, first.model.config)
+    assert type(again.executor) is type(first.executor), "the cached weights run op by op"
     fresh = made(replace(setup, identity=None), dtype, *choice)
     assert torch.equal(again.teacher_forced(TOKENS, 0), fresh.teacher_forced(TOKENS, 0))
 

@@ -286,7 +286,7 @@ def test_linear_w4a16_equals_its_reference(rows: int, dtype: torch.dtype, symmet
     dense = torch.randn(64, 192, generator=generator)
     grid = grid_int4(dense, group_size, symmetric)
     packed = reference.pack_int4(round_int4(dense, grid))
-    weight = Int4Weight.prepare(packed, grid.scales, grid.zeros, symmetric, dtype)
+    weight = Int4Weight(packed, grid.scales, grid.zeros, symmetric, dtype)
     expected = definitions.linear_int4(x, weight.packed, weight.scales, weight.zeros)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     error = (quasar_kernels.linear_w4a16(x, weight) - expected).abs().max() / expected.abs().max()
@@ -350,7 +350,7 @@ def test_int4_weight_bytes(symmetric: bool) -> None:
     grid = grid_int4(dense, 32, symmetric)
     packed = reference.pack_int4(round_int4(dense, grid))
     groups = 64 * 4
-    weight = Int4Weight.prepare(packed, grid.scales, grid.zeros, symmetric, torch.bfloat16)
+    weight = Int4Weight(packed, grid.scales, grid.zeros, symmetric, torch.bfloat16)
     assert weight.nbytes == 64 * 128 / 2 + 2 * groups + (0 if symmetric else groups / 2)
 
 

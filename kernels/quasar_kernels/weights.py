@@ -1,7 +1,7 @@
 """Weight matrices, the operands of the matmuls.
 
-A weight is given in its canonical form, which `quasar_kernels.reference` takes, and stores one copy of its values. Once
-a backend has packed it, the canonical form is computed from the packed one at every access.
+A weight is given in its canonical form, which `quasar_kernels.reference` takes, and stores one copy of its values. If
+the CPU kernels take it, it is packed at once; its canonical form is then computed from the packed one at every access.
 """
 
 from __future__ import annotations
@@ -53,21 +53,14 @@ class Int8Weight:
             )
         self.outputs, self.inputs = values.shape
         self.scales = scales
-        self._values: Tensor | None = values
-        self._packed: PackedWeight | None = None
-
-    @staticmethod
-    def prepare(values: Tensor, scales: Tensor) -> Int8Weight:
-        """Construct a weight and pack it now instead of at the first matmul."""
-        weight = Int8Weight(values, scales)
-        weight.packed_for_kernels()
-        return weight
+        self._packed = cpu.pack_int8(values, scales) if _has_kernels(values.device, *values.shape) else None
+        self._values = values if self._packed is None else None
 
     @staticmethod
     def rounded(values: Tensor) -> Int8Weight:
         """Round a float matrix [N, K] to nearest and pack it."""
         scales = values.float().abs().amax(1) / reference.INT8_MAX
-        return Int8Weight.prepare(torch.round(values.float() / scales.unsqueeze(1)).to(torch.int8), scales)
+        return Int8Weight(torch.round(values.float() / scales.unsqueeze(1)).to(torch.int8), scales)
 
     @property
     def values(self) -> Tensor:
@@ -84,13 +77,6 @@ class Int8Weight:
 
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None if they do not apply."""
-        if (
-            self._packed is None
-            and self._values is not None
-            and _has_kernels(self._values.device, self.outputs, self.inputs)
-        ):
-            self._packed = cpu.pack_int8(self._values, self.scales)
-            self._values = None
         return self._packed
 
 
@@ -117,18 +103,14 @@ class Int4Weight:
         self.symmetric, self.dtype = symmetric, dtype
         self._scale_unit = None if dtype == torch.float32 else float16_scale_unit(scales)
         rounded = scales if self._scale_unit is None else (scales / self._scale_unit).half().float() * self._scale_unit
-        self._canonical: tuple[Tensor, Tensor, Tensor] | None = (packed, rounded, zeros)
         self._device = packed.device
-        self._packed: PackedWeight | None = None
+        self._packed = None
+        self._canonical: tuple[Tensor, Tensor, Tensor] | None = (packed, rounded, zeros)
+        if _has_kernels(self._device, self.outputs, self.inputs, self.group_size):
+            self._packed = cpu.pack_int4(packed, rounded, zeros, self._scale_unit)
+            self._canonical = None
         self._triton: tuple[PackedInt4, Tensor, Tensor] | None = None
         self._torch_packed: tuple[Tensor, Tensor] | None = None
-
-    @staticmethod
-    def prepare(packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype) -> Int4Weight:
-        """Construct a weight for activations of ``dtype`` and pack it now instead of at the first matmul."""
-        weight = Int4Weight(packed, scales, zeros, symmetric, dtype)
-        weight.packed_for_kernels()
-        return weight
 
     @staticmethod
     def rounded(values: Tensor, group_size: int) -> Int4Weight:
@@ -137,7 +119,7 @@ class Int4Weight:
         scales = groups.abs().amax(2) / 7
         quants = (torch.round(groups / scales.unsqueeze(2)) + SYMMETRIC_ZERO).to(torch.uint8).view(values.shape)
         zeros = torch.full_like(scales, SYMMETRIC_ZERO)
-        return Int4Weight.prepare(reference.pack_int4(quants), scales, zeros, symmetric=True, dtype=values.dtype)
+        return Int4Weight(reference.pack_int4(quants), scales, zeros, symmetric=True, dtype=values.dtype)
 
     @property
     def packed(self) -> Tensor:
@@ -179,9 +161,6 @@ class Int4Weight:
 
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None if they do not apply."""
-        if self._packed is None and _has_kernels(self._device, self.outputs, self.inputs, self.group_size):
-            self._packed = cpu.pack_int4(*self.canonical(), self._scale_unit)
-            self._canonical = None
         return self._packed
 
     def packed_for_triton(self) -> PackedInt4:
@@ -221,20 +200,14 @@ class DenseWeight:
     def __init__(self, values: Tensor) -> None:
         self.outputs, self.inputs = values.shape
         self.dtype = values.dtype
-        self._values: Tensor | None = values
-        self._packed: PackedWeight | None = None
+        takes = values.dtype in (torch.bfloat16, torch.float32) and self.has_kernels(values)
+        self._packed = cpu.pack_dense(values.detach()) if takes else None
+        self._values = values if self._packed is None else None
 
     @staticmethod
     def has_kernels(values: Tensor) -> bool:
         """Return whether a matrix of this shape and device can be packed."""
         return _has_kernels(values.device, *values.shape)
-
-    @staticmethod
-    def prepare(values: Tensor) -> DenseWeight:
-        """Construct a weight and pack it now instead of at the first matmul."""
-        weight = DenseWeight(values)
-        weight.packed_for_kernels()
-        return weight
 
     @property
     def values(self) -> Tensor:
@@ -258,11 +231,6 @@ class DenseWeight:
 
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None if they do not apply."""
-        if self._packed is None and self._values is not None and self.dtype in (torch.bfloat16, torch.float32):
-            if not _has_kernels(self._values.device, self.outputs, self.inputs):
-                return None
-            self._packed = cpu.pack_dense(self._values.detach())
-            self._values = None
         return self._packed
 
 

@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = DenseWeight.prepare(linear.weight.detach()), linear.bias
+        self.weight, self.bias = DenseWeight(linear.weight.detach()), linear.bias
 
     @property
     def weight_bytes(self) -> int:

@@ -150,11 +150,11 @@ def _layer(
     order = None if first.order is None else first.order.to(device)
     symmetric = all(part.symmetric for part in parts)
     if first.bits == 4:
-        weight = Int4Weight.prepare(pack_int4(values), scales, zeros, symmetric, dtype)
+        weight = Int4Weight(pack_int4(values), scales, zeros, symmetric, dtype)
         return W4Linear(weight, None, activation_bits, order)
     if scales.shape[1] == 1 and symmetric:
         layer = W8A8Linear if first.quantized_inputs else W8A16Linear
-        return layer(Int8Weight.prepare(values, scales.squeeze(1)), None)
+        return layer(Int8Weight(values, scales.squeeze(1)), None)
     return GroupInt8Linear(values, scales, zeros=None if symmetric else zeros, input_order=order)
 
 

@@ -164,7 +164,7 @@ def _to_int8(block: Block) -> None:
 
 
 def _to_int4(block: Block, layer: str, values: Tensor, grid: Grid4, form: Int4Format) -> None:
-    weight = Int4Weight.prepare(pack_int4(values), grid.scales, grid.zeros, form.symmetric, form.dtype)
+    weight = Int4Weight(pack_int4(values), grid.scales, grid.zeros, form.symmetric, form.dtype)
     block.set_submodule(layer, W4Linear(weight, _linear(block, layer).bias, form.activation_bits))
 
 

@@ -29,7 +29,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     wide = weight.float()
     scales = _positive(wide.abs().amax(dim=1) / 127)
     values = torch.round(wide / scales.unsqueeze(1)).to(torch.int8)
-    return Int8Weight.prepare(values, scales)
+    return Int8Weight(values, scales)
 
 
 def grid_int4(

@@ -66,6 +66,6 @@ OP = Matmul(
     triton=triton_matmul(_triton),
     differentiable=False,
     weight_bits=16,
-    round=lambda values, group_size: DenseWeight.prepare(values),
+    round=lambda values, group_size: DenseWeight(values),
 )
 DENSE = Op("linear_dense", plain=F.linear, cpu=None, triton=triton_matmul(_triton_dense))
