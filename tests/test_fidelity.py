@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from quasar.evaluation.calibration import calibration_prompts, refuse_overlap
 from quasar.evaluation.fidelity import (
     ReferencePath,
     Trajectories,
+    Trajectory,
     answer_logits,
     divergence,
     measure,
@@ -32,7 +33,7 @@ from quasar.evaluation.prompts import Prompt
 from quasar.evaluation.repetition import distinct_ngram_ratio
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
-from quasar.verifiers.base import Setup, VerifierCost
+from quasar.verifiers.base import Setup, Verifier, VerifierCost
 from quasar.verifiers.fp16 import FP16Verifier
 from quasar.verifiers.pruned import PrunedVerifier
 
@@ -60,7 +61,7 @@ def test_divergence_of_hand_made_distributions() -> None:
 
 
 def test_the_reference_is_faithful_to_itself() -> None:
-    trajectory = trajectory_of(reference(), PROMPT, 20, NO_STOP)
+    trajectory = trajectory_of(reference(), PROMPT, 20, NO_STOP, exact=reference())
     fidelity = measure(reference(), reference(), trajectory)
     assert len(fidelity.kl) == len(trajectory.answer) == 20
     assert max(fidelity.kl) < 1e-9
@@ -68,6 +69,18 @@ def test_the_reference_is_faithful_to_itself() -> None:
     assert max(trajectory.noise_kl) < 1e-6  # float32: one pass and step by step agree
     assert all(trajectory.noise_top1)
     assert answer_logits(reference(), trajectory).argmax(-1).tolist() == trajectory.answer
+
+
+def test_the_noise_floor_is_what_16_bit_costs() -> None:
+    rounded = FP16Verifier(random_transformer(tiny_config(vocab_size=64), 0, torch.bfloat16), Setup())
+    exact = FP16Verifier(random_transformer(tiny_config(vocab_size=64), 0, torch.bfloat16).float(), Setup())
+    trajectory = trajectory_of(rounded, PROMPT, 20, NO_STOP, exact)
+    kl, top1 = divergence(answer_logits(rounded, trajectory), answer_logits(exact, trajectory))
+    assert trajectory.noise_kl == pytest.approx(kl, rel=0.05)
+    assert trajectory.noise_top1 == top1
+    assert 1e-7 < max(trajectory.noise_kl) < 1e-2
+    without = trajectory_of(rounded, PROMPT, 20, NO_STOP)
+    assert (without.answer, without.noise_kl, without.noise_top1) == (trajectory.answer, [], [])
 
 
 def test_teacher_forcing_reads_the_references_answer() -> None:
@@ -167,16 +180,27 @@ def test_a_degenerate_verifier_has_a_long_tau_and_no_tau_ref() -> None:
 def test_trajectories_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quasar.cache.cache_folder", lambda: tmp_path)
 
-    def get(asked: object, model: str = "a", stop: frozenset[int] = NO_STOP, dtype: torch.dtype = torch.float32):
-        return Trajectories(model, torch.device("cpu"), dtype).get(asked, PROMPT, 12, stop)  # type: ignore[arg-type]
+    def get(
+        asked: object,
+        model: str = "a",
+        stop: frozenset[int] = NO_STOP,
+        dtype: torch.dtype = torch.float32,
+        exact: Callable[[], Verifier] | None = reference,
+    ) -> Trajectory:
+        answers = Trajectories(model, torch.device("cpu"), dtype, exact)
+        return answers.get(asked, PROMPT, 12, stop)  # type: ignore[arg-type]
+
+    def loaded_again() -> Verifier:
+        raise AssertionError("the noise floor is cached")
 
     class Untouchable:
         def __getattr__(self, name: str) -> object:
             raise AssertionError("the trajectory is cached")
 
     first = get(reference())
-    assert get(Untouchable()) == first
-    for other in ({"model": "b"}, {"stop": frozenset({3})}, {"dtype": torch.bfloat16}):
+    assert len(first.noise_kl) == 12
+    assert get(Untouchable(), exact=loaded_again) == first
+    for other in ({"model": "b"}, {"stop": frozenset({3})}, {"dtype": torch.bfloat16}, {"exact": None}):
         with pytest.raises(AssertionError, match="cached"):
             get(Untouchable(), **other)
 

@@ -160,6 +160,7 @@ class EvaluateConfig:
 
     baselines: bool = MISSING
     fidelity: bool = MISSING
+    noise_floor: bool = MISSING
     accuracy: bool = MISSING
     unsafe_code: bool = MISSING
     exactness: Annotated[bool | None, Must("true, false, or null (if evaluate.baselines is true)")] = MISSING

@@ -7,7 +7,7 @@ tokens, and not on the text that each of them would generate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,8 @@ class Trajectory:
     """The reference's greedy answer to one prompt, and its noise floor.
 
     prompt, answer: token ids
-    noise_kl: KL(reference in one pass || reference step by step) in nats, per answer token
-    noise_top1: whether the two argmaxes agree, per answer token
+    noise_kl: KL(reference || the same weights in float32) in nats, per answer token; empty if it was not measured
+    noise_top1: whether the two argmaxes agree, per answer token; empty likewise
     """
 
     prompt: list[int]
@@ -98,11 +98,15 @@ class ReferencePath:
         return Accepted(path, bonus)
 
 
-def trajectory_of(reference: Verifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
+def trajectory_of(
+    reference: Verifier, prompt: list[int], length: int, stop: frozenset[int], exact: Verifier | None = None
+) -> Trajectory:
     """Decode at most ``length`` tokens greedily and autoregressively with the reference, and measure its noise floor.
 
-    The noise floor is the difference between the reference in one pass over all tokens and the reference step by step.
-    It is not zero if a backend rounds the two differently, and no verifier can be expected to be closer than that.
+    exact: the reference's weights in float32; None skips the noise floor
+
+    The noise floor is the difference between the reference, which computes in 16 bit, and ``exact`` on the same tokens.
+    This is what the rounding of activations costs, so that a verifier of the same dtype is not expected to be closer.
     """
     rows = [reference.prefill(torch.tensor(prompt)).logits[0].clone()]
     answer = [int(rows[0].argmax())]
@@ -113,26 +117,34 @@ def trajectory_of(reference: Verifier, prompt: list[int], length: int, stop: fro
         rows.append(scores.logits[0])
         reference.keep([])
         answer.append(int(rows[-1].argmax()))
-    stepwise = torch.stack(rows)
-    one_pass = answer_logits(reference, Trajectory(prompt, answer, [], []))
-    noise_kl, noise_top1 = divergence(one_pass, stepwise)
-    return Trajectory(prompt, answer, noise_kl, noise_top1)
+    plain = Trajectory(prompt, answer, [], [])
+    if exact is None:
+        return plain
+    return Trajectory(prompt, answer, *divergence(torch.stack(rows), answer_logits(exact, plain)))
 
 
 class Trajectories:
     """The reference's answers, which are computed once and cached for all runs that need them.
 
     model: identity of the reference's checkpoint
+    exact: returns the reference's weights in float32, for the noise floor. It is called only if an answer is not cached.
+        None skips the noise floor
     """
 
-    def __init__(self, model: str, device: torch.device, dtype: torch.dtype) -> None:
-        self._model, self._device, self._dtype = model, device, dtype
+    def __init__(
+        self, model: str, device: torch.device, dtype: torch.dtype, exact: Callable[[], Verifier] | None = None
+    ) -> None:
+        self._model, self._device, self._dtype, self._exact = model, device, dtype, exact
 
     def get(self, reference: Verifier, prompt: list[int], length: int, stop: frozenset[int]) -> Trajectory:
         """Return the trajectory of a prompt from the cache, or compute it with `trajectory_of`."""
-        key = {"model": self._model, "prompt": prompt, "length": length, "stop": sorted(stop)}
-        found = STORE.get(key, self._device, self._dtype, lambda: vars(trajectory_of(reference, prompt, length, stop)))
-        return Trajectory(**found)
+        noise = None if self._exact is None else "float32"
+        key = {"model": self._model, "prompt": prompt, "length": length, "stop": sorted(stop), "noise": noise}
+
+        def computed() -> dict[str, object]:
+            return vars(trajectory_of(reference, prompt, length, stop, self._exact() if self._exact else None))
+
+        return Trajectory(**STORE.get(key, self._device, self._dtype, computed))
 
 
 STORE = json_store("trajectories")

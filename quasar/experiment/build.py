@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Prepared:
 
     reference: the unquantized, unpruned model, with the dtype and device of ``verifier``; None if ``verifier`` is the
         reference, or if the run measures nothing against it
+    exact_reference: loads the reference's weights in float32, once, for the noise floor; None if it is not measured
     weights_on_grid: see `quasar.model.grid`; None for random weights
     """
 
@@ -49,6 +50,7 @@ class Prepared:
     drafter: Drafter
     verifier: Verifier
     reference: Verifier | None
+    exact_reference: Callable[[], Verifier] | None
     machine: Machine
     weights_on_grid: float | None
 
@@ -104,11 +106,27 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
     evaluate = settings.evaluate
     if (evaluate.baselines or evaluate.fidelity or evaluate.passes.repetitions) and not verifier.is_reference:
         reference = FP16Verifier(load(verifier.dtype), setup)
+
+    @cache
+    def exact_reference() -> Verifier:
+        return FP16Verifier(load(torch.float32), setup)
+
     on_grid = None
     if checkpoint.folder is not None:
         # Dequantized weights are on the grid of the integers that they come from.
         on_grid = (quantized_share if checkpoint.dequantized else weights_on_grid)(checkpoint.folder)
-    return Prepared(settings, prompts, checkpoint, tokenizer, drafter, verifier, reference, machine, on_grid)
+    return Prepared(
+        settings,
+        prompts,
+        checkpoint,
+        tokenizer,
+        drafter,
+        verifier,
+        reference,
+        exact_reference if evaluate.noise_floor else None,
+        machine,
+        on_grid,
+    )
 
 
 def _build_another(

@@ -60,7 +60,7 @@ def _decoder(parts: Prepared, shared_baselines: Path | None) -> PromptDecoder:
         identity = baseline_identity(parts.settings, is_reference, str(verifier.dtype))
         return SharedBaselines(shared_baselines, identity, parts.machine.name)
 
-    trajectories = Trajectories(parts.checkpoint.identity, verifier.device, verifier.dtype)
+    trajectories = Trajectories(parts.checkpoint.identity, verifier.device, verifier.dtype, parts.exact_reference)
     return PromptDecoder(
         parts.settings,
         parts.drafter,

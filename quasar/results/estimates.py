@@ -332,7 +332,15 @@ QUANTITIES: dict[str, Quantity] = {
             ("noise_kl", "scored"),
             ratio_of_totals("noise_kl", "scored"),
             _4,
-            "the same KL of the noise floor",
+            "KL divergence between the reference and its own weights in float32 per answer token, in nats",
+        ),
+        Quantity(
+            "top1_noise_floor",
+            "top-1 noise",
+            ("noise_top1", "scored"),
+            ratio_of_totals("noise_top1", "scored"),
+            _3,
+            "share of these tokens at which both have the same argmax",
         ),
         Quantity(
             "exact_match_length",

@@ -155,12 +155,12 @@ def top1_agreement(run: Measured) -> float | None:
 
 
 def kl_noise_floor(run: Measured) -> float | None:
-    """Mean KL divergence between the reference in one pass and the reference step by step: the effect of rounding."""
+    """Mean KL divergence between the reference and its own weights in float32: the effect of rounding activations."""
     return _mean([value for answer in run.answers for value in answer.noise_kl])
 
 
 def top1_noise_floor(run: Measured) -> float | None:
-    """Argmax agreement between the reference in one pass and the reference step by step."""
+    """Argmax agreement between the reference and its own weights in float32."""
     return _mean([float(value) for answer in run.answers for value in answer.noise_top1])
 
 

@@ -65,8 +65,11 @@ def _notes(run: Measured, values: Json) -> list[str]:
     if values["kl_to_reference"] is not None:
         notes.append(
             "KL and top-1 compare the verifier with the reference on the reference's answers; the verifier's argmax "
-            f"matches them for {_text(values, 'exact_match_length')} tokens on average. "
-            "Noise floor (the reference in one pass against the reference step by step): "
+            f"matches them for {_text(values, 'exact_match_length')} tokens on average."
+        )
+    if values["kl_noise_floor"] is not None:
+        notes.append(
+            "Noise floor (the reference against its own weights in float32): "
             f"KL {_text(values, 'kl_noise_floor')}, top-1 {_text(values, 'top1_noise_floor')}."
         )
     if values["task_accuracy"] is not None:

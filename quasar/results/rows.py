@@ -150,10 +150,14 @@ def _fidelity(record: PromptRecord) -> Json:
         "kl": sum(sum(answer.kl) for answer in scored),
         "top1": sum(sum(answer.top1) for answer in scored),
         "match_length": sum([*answer.top1, False].index(False) for answer in scored),
+    }
+    noise = {
         "noise_kl": sum(sum(answer.noise_kl) for answer in scored),
         "noise_top1": sum(sum(answer.noise_top1) for answer in scored),
     }
-    return {**columns, **{name: value if scored else None for name, value in sums.items()}}
+    measured = bool(scored) and all(len(answer.noise_kl) == len(answer.kl) for answer in scored)
+    columns |= {name: value if scored else None for name, value in sums.items()}
+    return columns | {name: value if measured else None for name, value in noise.items()}
 
 
 def _exactness(record: PromptRecord) -> Json:

@@ -155,7 +155,7 @@ class ForcedAnswer:
     emitted: tokens emitted per step of forced decoding; their mean is τ_ref
     kl, top1: KL(reference || verifier) in nats and argmax agreement, per token of the answer; empty in all repetitions
         but the first, because they do not depend on time
-    noise_kl, noise_top1: the same two values for the reference in one pass against the reference step by step
+    noise_kl, noise_top1: the same two values for the reference against its own weights in float32
     forced_ms: decode time of forced decoding, without prefill
     ar_same_ms, ar_ref_ms: decode time of autoregressive decoding along the same answer, by the verifier and by the
         reference; None if the run measured no baselines
