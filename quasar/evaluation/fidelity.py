@@ -127,8 +127,8 @@ class Trajectories:
     """The reference's answers, which are computed once and cached for all runs that need them.
 
     model: identity of the reference's checkpoint
-    exact: returns the reference's weights in float32, for the noise floor. It is called only if an answer is not cached.
-        None skips the noise floor
+    exact: returns the reference's weights in float32, for the noise floor; called only if an answer is not cached. None
+        skips the noise floor
     """
 
     def __init__(
