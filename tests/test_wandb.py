@@ -23,6 +23,7 @@ from wandb.proto import wandb_internal_pb2
 from quasar.cli import app
 from quasar.config.schema import CONF
 from quasar.experiment.main import main
+from quasar.results.collect import all_runs, tabulate
 from quasar.results.runs import read_config
 from quasar.results.wandb import live
 from quasar.results.wandb.target import key_is_configured
@@ -206,6 +207,49 @@ def test_pushing_again_makes_the_same_runs(run: Run, tmp_path: Path) -> None:
     assert first[3].run_id != second[3].run_id
     assert [first[0]["seed"], second[0]["seed"]] == [0, 1]
     assert len(first[1]) == len(second[1]) == 4
+
+
+def test_a_sweep_has_a_summary_with_its_table_and_figures(run: Run, tmp_path: Path) -> None:
+    options = ("evaluate.fidelity=true", "evaluate.baselines=true", "evaluate.noise_floor=false")
+    assert run("-m", *options, "decode.draft_tokens=1,2", "hydra.sweep.dir=s")[0] == 0
+    assert run("-m", *options, "decode.draft_tokens=1", "hydra.sweep.dir=deeper/s")[0] == 0
+    identities = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["wandb", "push", str(tmp_path), "--mode", "offline"])
+        assert done.exit_code == 0, done.output
+        assert "2 of 2 summaries of sweeps pushed, offline" in done.output
+        identities.append([read_back(tmp_path / sweep)[3].run_id for sweep in ("s", "deeper/s")])
+    assert identities[0] == identities[1]
+    assert identities[0][0] != identities[0][1], "two sweeps of the same name share an id"
+
+    _, history, summary, header = read_back(tmp_path / "s")
+    assert (header.run_group, header.job_type) == ("s", "summary")
+    assert summary["states"] == {"done": 2}
+    assert "no_figures" not in summary
+    assert "3 prompts" in summary["provenance"]
+    (files,) = (tmp_path / "s").glob("wandb/offline-run-*/files")
+    (logged,) = [entry for entry in history if "runs" in entry]
+    content = json.loads((files / logged["runs"]["path"]).read_text())
+    expected = tabulate(all_runs(tmp_path / "s"), tmp_path / "s")
+    assert content["columns"] == list(expected.columns)
+    place = content["columns"].index("mean_acceptance_length")
+    assert [row[place] for row in content["data"]] == list(expected["mean_acceptance_length"])
+    images = [value for key, value in logged.items() if key.startswith("figures/")]
+    assert images
+    for image in images:
+        assert (files / image["path"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_summary_of_unfinished_runs_says_why_it_has_no_figures(run: Run, tmp_path: Path) -> None:
+    assert run("-m", "decode.draft_tokens=1,2", "hydra.sweep.dir=s")[0] == 0
+    status = tmp_path / "s/1/status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"status": "failed", "error": "out of memory"}))
+    (tmp_path / "s/1/summary.json").unlink()
+    done = CliRunner().invoke(app, ["wandb", "push", str(tmp_path / "s"), "--mode", "offline"])
+    assert "1 of 1 summaries of sweeps pushed, offline" in done.output
+    summary = read_back(tmp_path / "s")[2]
+    assert summary["states"] == {"done": 1, "failed": 1}
+    assert "failed" in str(summary["no_figures"])
 
 
 def test_a_server_that_never_answers_holds_no_run(

@@ -32,26 +32,9 @@ def push(folder: Path, target: Target, begun: Callable[[Json], None] | None = No
 
     begun: if given, it is called with the same values once W&B has answered, and `push` follows the run until it ends
     """
-    import wandb
-
     run = read_run(folder)
-    mode = choose_mode(target.mode)
-    directory = folder / FOLDER
     identity = run_id(run)
-    _keep_in(directory)
-    _remove_offline(directory, identity)
-    directory.mkdir(exist_ok=True)
-    options = _options(run, target, identity)
-    try:
-        handle = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **options)
-    except wandb.errors.CommError:
-        # The server cannot be reached, so write an offline run that can be uploaded later. wandb's background service
-        # would not accept the same id again without the teardown.
-        wandb.teardown(exit_code=1)
-        handle = wandb.init(mode="offline", **options)
-    place = {"mode": "offline" if handle.offline else "online", "url": None if handle.offline else handle.url}
-    # handle.dir is the folder of media files; wandb sync needs its parent.
-    place["directory"] = str(Path(handle.dir).parent)
+    handle, place = open_run(folder, identity, target, _options(run, target))
     try:
         if begun is not None:
             begun(place)
@@ -90,33 +73,63 @@ def run_id(run: StoredRun) -> str:
     return hashlib.sha256(f"{run.folder.resolve()}/{run.config_hash}".encode()).hexdigest()[:16]
 
 
+def open_run(folder: Path, identity: str, target: Target, options: Json) -> tuple[Any, Json]:
+    """Create or update a W&B run. Returns its handle, and its mode, URL and local directory.
+
+    folder: wandb writes all its files below it
+    options: for wandb.init
+    """
+    import wandb
+
+    directory = folder / FOLDER
+    _keep_in(directory)
+    _remove_offline(directory, identity)
+    directory.mkdir(exist_ok=True)
+    settings = wandb.Settings(
+        init_timeout=INIT_SECONDS,
+        console="off",
+        silent=True,
+        x_disable_stats=True,
+        disable_git=True,
+        save_code=False,
+    )
+    options = {
+        "id": identity,
+        "project": target.project,
+        "entity": target.entity,
+        "dir": str(folder),
+        "settings": settings,
+        **options,
+    }
+    mode = choose_mode(target.mode)
+    try:
+        handle = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **options)
+    except wandb.errors.CommError:
+        # The server cannot be reached, so write an offline run that can be uploaded later. wandb's background service
+        # would not accept the same id again without the teardown.
+        wandb.teardown(exit_code=1)
+        handle = wandb.init(mode="offline", **options)
+    return handle, {
+        "mode": "offline" if handle.offline else "online",
+        "url": None if handle.offline else handle.url,
+        # handle.dir is the folder of media files; wandb sync needs its parent.
+        "directory": str(Path(handle.dir).parent),
+    }
+
+
 def sync_command(place: Json) -> str:
     return f"wandb sync {place['directory']}"
 
 
-def _options(run: StoredRun, target: Target, identity: str) -> Json:
-    import wandb
-
+def _options(run: StoredRun, target: Target) -> Json:
     names = [run.config.get(group, {}).get("name") for group in ("model", "drafter", "verifier", "data")]
     sweep = (run.folder.parent / MANIFEST).exists()
     return {
-        "id": identity,
         "name": "/".join(run.folder.absolute().parts[-2:]),
-        "project": target.project,
-        "entity": target.entity,
         "group": run.folder.absolute().parent.name if sweep else None,
         "job_type": "sweep" if sweep else "run",
         "tags": sorted({*target.tags, *filter(None, names)}),
         "config": {**run.config, "config_hash": run.config_hash},
-        "dir": str(run.folder),
-        "settings": wandb.Settings(
-            init_timeout=INIT_SECONDS,
-            console="off",
-            silent=True,
-            x_disable_stats=True,
-            disable_git=True,
-            save_code=False,
-        ),
     }
 
 
