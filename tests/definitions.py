@@ -34,8 +34,19 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_w8a8(
     tokens: Tensor, token_scales: Tensor, dtype: torch.dtype, values: Tensor, scales: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Round exact int8 sums to float32, apply scale and bias in float32, and round to ``dtype``."""
-    out = (tokens.double() @ values.double().T).float() * (token_scales * scales)
+    """Round exact int8 sums to float32, apply scale and bias in float32, and round to ``dtype``.
+
+    token_scales: [M, G]; with several groups their sums are scaled and added in float32 in ascending order.
+    """
+    groups = token_scales.shape[1]
+    if groups == 1:
+        out = (tokens.double() @ values.double().T).float() * (token_scales * scales)
+    else:
+        out = torch.zeros(len(tokens), len(values), device=tokens.device)
+        parts = zip(tokens.chunk(groups, dim=1), values.chunk(groups, dim=1), strict=True)
+        for group, (inputs, weights) in enumerate(parts):
+            out += (inputs.double() @ weights.double().T).float() * token_scales[:, group, None]
+        out *= scales
     return (out if bias is None else out + bias.float()).to(dtype)
 
 

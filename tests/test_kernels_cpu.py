@@ -82,6 +82,20 @@ def test_w8a8_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype, bias:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_w8a8_in_groups_is_the_reference_bit_for_bit(level: str, dtype: torch.dtype) -> None:
+    for group_size, (outputs, inputs) in [(32, (96, 160)), (64, (64, 576)), (96, (32, 96)), (128, (64, 1536))]:
+        values, scales = int8_weight(outputs, inputs).values, torch.rand(outputs) + 0.01
+        weight, offset = Int8Weight(values, scales, group_size), normal(outputs)
+        assert torch.equal(weight.values, values)
+        for rows in (1, 3, 8, 17, 64):
+            x = normal(rows, inputs, seed=rows, dtype=dtype)
+            quantized = Quantized(*definitions.quantized(x, group_size), dtype)
+            expected = definitions.linear_w8a8(*quantized, values, scales, offset)
+            assert torch.equal(quasar_kernels.linear_w8a8(x, weight, offset), expected)
+            assert torch.equal(quasar_kernels.linear_w8a8(quantized, weight, offset), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_w8a16_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None:
     for outputs, inputs in SHAPES:
         weight = int8_weight(outputs, inputs)

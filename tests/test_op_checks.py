@@ -154,6 +154,8 @@ def test_arguments_that_a_kernel_would_leave_are_refused(
 def test_int8_weights_have_a_scale_for_each_output(scales: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected int8 values \[N, K\] with scales \[N\]"):
         Int8Weight(torch.zeros(32, 64, dtype=torch.int8), scales)
+    with pytest.raises(ValueError, match="group_size: expected 0 or a divisor of 64, got 48"):
+        Int8Weight(torch.zeros(32, 64, dtype=torch.int8), torch.ones(32), 48)
     with pytest.raises(ValueError, match="expected int8"):
         Int8Weight(torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32))
 

@@ -21,7 +21,9 @@ from tests.compose import composed_run
 TOKENS = torch.arange(40) % 64
 CHOICES = (
     ("int8",),
-    ("int8", "verifier.lm_head_bits=8"),
+    ("int8", "verifier.lm_head_bits=8", "verifier.method=gptq"),
+    ("int8", "verifier.activation_bits=16", "verifier.method=rtn"),
+    ("int8_paper",),
     ("int4",),
     ("int4", "verifier.method=awq", "verifier.symmetric=false", "verifier.lm_head_bits=8"),
     ("int4", "verifier.activation_bits=8", "verifier.group_size=32"),
@@ -71,9 +73,10 @@ def test_other_models_settings_texts_and_precisions_have_their_own(setup: Setup)
         "text": replace(setup, calibration=lambda: other_text),
     }
     for name, own in setups.items():
-        Int8Verifier(tiny_model(), replace(own, progress=lambda done, total, name=name: calls.append(name)))
+        watched = replace(own, progress=lambda done, total, name=name: calls.append(name))
+        Int8Verifier(tiny_model(), watched, method="smoothquant")
     watched = replace(setup, progress=lambda done, total: calls.append("precision"))
-    Int8Verifier(tiny_model(torch.bfloat16), watched)
+    Int8Verifier(tiny_model(torch.bfloat16), watched, method="smoothquant")
     watched = replace(setup, progress=lambda done, total: calls.append("settings"))
     Int8Verifier(tiny_model(), watched, method="rtn")
     assert set(calls) == {"first", "model", "text", "precision", "settings"}

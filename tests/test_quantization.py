@@ -168,7 +168,7 @@ def test_searched_smoothing_is_no_worse_than_any_fixed_one(calibration: Calibrat
 
 def test_smoothquant_equals_rounding_the_smoothed_weights(calibration: Calibration) -> None:
     """Alpha 0.5 by the formula, layer by layer on a dense model, then plain W8A8."""
-    found = Int8Verifier(fresh(), Setup(calibration=lambda: calibration), alpha=0.5).model
+    found = Int8Verifier(fresh(), Setup(calibration=lambda: calibration), method="smoothquant", alpha=0.5).model
     statistics, dense = collect(fresh(), calibration.sequences, 0, lambda done, total: None), fresh()
     for index, block in enumerate(dense.blocks):
         for layer in LAYERS:
@@ -250,13 +250,15 @@ def test_statistics_are_those_of_all_tokens_and_cached(calibration: Calibration)
     assert not torch.equal(other.mean, found.mean), "statistics of one precision must not serve another"
 
 
-@pytest.mark.parametrize("verifier", [Int8Verifier, Int4Verifier])
-def test_broken_activations_name_the_layer(verifier: type, calibration: Calibration) -> None:
+@pytest.mark.parametrize(
+    ("verifier", "method"), [(Int8Verifier, "smoothquant"), (Int8Verifier, "gptq"), (Int4Verifier, "gptq")]
+)
+def test_broken_activations_name_the_layer(verifier: type, method: str, calibration: Calibration) -> None:
     model = fresh()
     with torch.no_grad():
         model.blocks[2].mlp_norm.weight[3] = torch.inf
     with pytest.raises(QuasarError, match=r"blocks\.2\.mlp\.gate_up: its input on calibration text"):
-        verifier(model, Setup(calibration=lambda: calibration))
+        verifier(model, Setup(calibration=lambda: calibration), method=method)
 
 
 def test_pack_int4_round_trip() -> None:

@@ -77,6 +77,10 @@ def products(architecture: int) -> Iterator[Case]:
             for tiling in candidates(shape, PROCESSORS)[1:]:
                 name = f"{kind} {rows} x {outputs} x {inputs}, candidate {tiling}"
                 yield product(name, kind, shape, tiling)
+    for rows in (6, 32):
+        shape = Shape("linear_w8a8", rows, *DOWN, group_size=64)
+        tiling = default_tiling(shape, PROCESSORS)
+        yield product(f"w8a8 in groups, {rows} rows", "w8a8", shape, tiling)
     for kind in ("w4a16 bf16", "w4a8"):
         shape = _shape(f"linear_{kind.split()[0]}", 6, *DOWN)
         tiling = default_tiling(shape, PROCESSORS)
@@ -87,13 +91,14 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
     common = {"bias": "*bf16", "out": "*bf16", "counters": "*i32", "partials": "*fp32"}
     common |= {"rows": "i32", "outputs": "i32", "inputs": "i32"}
     w4 = {"values": "*u8", "scales": "*fp16", "zeros": "*i8", "x_scales": "*fp32", "unit": "fp32"}
-    w8 = {"tokens": "*i8", "token_scales": "*fp32", "values": "*i8", "scales": "*fp32", "partials": "*i32"}
+    w8 = {"tokens": "*i8", "token_scales": "*fp32", "values": "*i8", "scales": "*fp32"}
     sizes = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k}
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
     even = {"BLOCK_K": tiling.block_k, "EVEN_K": shape.inputs % tiling.block_k == 0}
     if kind == "w8a8":
-        constants = {**sizes, **even, "HAS_BIAS": True}
-        return Case(name, kind, linear_w8a8_kernel, common | w8, constants, options)
+        constants = {**sizes, **even, "HAS_BIAS": True, "GROUP": shape.group_size}
+        types = common | w8 | {"partials": "*fp32" if shape.group_size else "*i32"}
+        return Case(name, kind, linear_w8a8_kernel, types, constants, options)
     if kind in ("bf16", "w8a16"):
         types = {**common, "x": "*bf16", "values": "*i8" if kind == "w8a16" else "*bf16", "scales": "*fp32"}
         constants = {**sizes, **even, "SCALED": kind == "w8a16", "HAS_BIAS": True, "WIDE": False}

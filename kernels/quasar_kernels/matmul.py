@@ -76,7 +76,7 @@ def triton_matmul(run: Callable[..., Tensor], group_sizes: tuple[int, ...] | Non
     """Return a Triton kernel of a matmul, for few rows that can be read 16 bytes at a time.
 
     run: takes x, weight, bias and optionally a tiling
-    group_sizes: the group sizes that it takes; None if the weights have no groups
+    group_sizes: the group sizes that it takes, 0 for none; None if the weights have no groups
 
     PyTorch computes float32, because results are compared exactly in float32.
     """

@@ -14,6 +14,7 @@ from torch import Tensor
 from quasar_kernels import cpu, reference
 from quasar_kernels.cpu import PackedWeight
 from quasar_kernels.cpu.packing import (
+    INPUTS_MULTIPLE,
     SYMMETRIC_ZERO,
     float16_scale_unit,
     packable,
@@ -41,19 +42,24 @@ class Quantized(NamedTuple):
 
 
 class Int8Weight:
-    """An int8 weight with one scale per output channel: values int8 [N, K], scales float32 [N]."""
+    """An int8 weight with one scale per output channel: values int8 [N, K], scales float32 [N].
 
-    group_size = 0
+    group_size: the number of inputs that share a scale if activations are quantized to int8; 0 if all inputs of a token
+        share one
+    """
 
-    def __init__(self, values: Tensor, scales: Tensor) -> None:
+    def __init__(self, values: Tensor, scales: Tensor, group_size: int = 0) -> None:
         if values.dim() != 2 or values.dtype != torch.int8 or scales.shape != (len(values),):
             raise ValueError(
                 f"expected int8 values [N, K] with scales [N], got {values.dtype} {list(values.shape)} with scales "
                 f"{list(scales.shape)}"
             )
+        if group_size < 0 or (group_size and values.shape[1] % group_size):
+            raise ValueError(f"group_size: expected 0 or a divisor of {values.shape[1]}, got {group_size}")
         self.outputs, self.inputs = values.shape
-        self.scales = scales
-        self._packed = cpu.pack_int8(values, scales) if _has_kernels(values.device, *values.shape) else None
+        self.scales, self.group_size = scales, 0 if group_size == self.inputs else group_size
+        takes = _has_kernels(values.device, self.outputs, self.inputs, self.group_size or INPUTS_MULTIPLE)
+        self._packed = cpu.pack_int8(values, scales, self.group_size) if takes else None
         self._values = values if self._packed is None else None
 
     @staticmethod
@@ -234,5 +240,5 @@ class DenseWeight:
         return self._packed
 
 
-def _has_kernels(device: torch.device, outputs: int, inputs: int, group_size: int = 32) -> bool:
+def _has_kernels(device: torch.device, outputs: int, inputs: int, group_size: int = INPUTS_MULTIPLE) -> bool:
     return device.type == "cpu" and packable(outputs, inputs, group_size) and cpu.backend() is not None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quasar.errors import QuasarError
-from quasar.quantization.rounding import INT4_LEVELS, Grid4
+from quasar.quantization.rounding import INT4_LEVELS, INT8_MAX, Grid4
 
 # Columns that are corrected immediately. The corrections of later columns are batched (section 3.3, step 2).
 BLOCK_COLUMNS = 128
@@ -15,13 +15,39 @@ DAMPING = 0.05
 
 
 def gptq_int4(weight: Tensor, hessian: Tensor, grid: Grid4, damping: float = DAMPING, reorder: bool = True) -> Tensor:
-    """Quantize ``weight`` to 4-bit integers on a fixed grid, minimizing the output error ``tr((Q - W) H (Q - W)^T)``.
+    """Quantize ``weight`` to 4-bit integers on a fixed grid in groups. Returns uint8 [N, K] in 0..15.
 
-    Returns uint8 [N, K] in 0..15. Raises QuasarError if the Hessian is not finite.
+    grid: scales and zeros [N, K / group_size]; the other arguments and errors are those of `gptq`
+    """
+    return gptq(weight, hessian, grid.scales, grid.zeros, (0, INT4_LEVELS), damping, reorder).to(torch.uint8)
+
+
+def gptq_int8(weight: Tensor, hessian: Tensor, scales: Tensor, damping: float = DAMPING) -> Tensor:
+    """Quantize ``weight`` to int8 with a fixed scale per output channel. Returns int8 [N, K] in -127..127.
+
+    scales: float32 [N]; the other arguments and errors are those of `gptq`
+    """
+    columns = scales.unsqueeze(1)
+    return gptq(weight, hessian, columns, torch.zeros_like(columns), (-INT8_MAX, INT8_MAX), damping).to(torch.int8)
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    limits: tuple[int, int],
+    damping: float = DAMPING,
+    reorder: bool = True,
+) -> Tensor:
+    """Quantize ``weight`` on the grid ``(q - zero) * scale``, minimizing the output error ``tr((Q - W) H (Q - W)^T)``.
+
+    Returns the integers q, float32 [N, K]. Raises QuasarError if the Hessian is not finite.
 
     weight: float [N, K]
     hessian: float32 [K, K], ``X^T X`` of the calibration inputs X
-    grid: scales and zeros [N, K / group_size]
+    scales, zeros: float32 [N, G], for groups of K / G inputs
+    limits: the smallest and the largest q
     damping: share of the mean diagonal that is added to the diagonal (section 3.3, step 3)
     reorder: whether columns with a large diagonal entry are quantized first, each on the grid of its group
     """
@@ -38,8 +64,8 @@ def gptq_int4(weight: Tensor, hessian: Tensor, grid: Grid4, damping: float = DAM
     diagonal += damping * diagonal.mean()
     order = diagonal.argsort(descending=True) if reorder else torch.arange(columns, device=weight.device)
     remaining, hessian = remaining[order], hessian[order][:, order]
-    scales = _per_column(grid.scales, columns)[order]
-    zeros = _per_column(grid.zeros, columns)[order]
+    scales = _per_column(scales, columns)[order]
+    zeros = _per_column(zeros, columns)[order]
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
     values = torch.empty_like(remaining)
@@ -48,13 +74,13 @@ def gptq_int4(weight: Tensor, hessian: Tensor, grid: Grid4, damping: float = DAM
         end = min(start + BLOCK_COLUMNS, columns)
         for column in range(start, end):
             scale, zero, target = scales[column], zeros[column], remaining[column]
-            rounded = torch.round(target / scale).add_(zero).clamp_(0, INT4_LEVELS)
+            rounded = torch.round(target / scale).add_(zero).clamp_(*limits)
             values[column] = rounded
             error = errors[column - start]
             torch.sub(target, rounded.sub_(zero).mul_(scale), out=error).div_(inverse[column, column])
             remaining[column + 1 : end].addr_(inverse[column, column + 1 : end], error, alpha=-1)
         remaining[end:].addmm_(inverse[start:end, end:].T, errors[: end - start], alpha=-1)
-    return values[order.argsort()].T.to(torch.uint8).contiguous()
+    return values[order.argsort()].T.contiguous()
 
 
 def _per_column(groups: Tensor, columns: int) -> Tensor:

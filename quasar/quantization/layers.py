@@ -24,9 +24,13 @@ class _Int8Linear(QuantizedLinear):
 
 
 class W8A8Linear(_Int8Linear):
-    """A linear layer with int8 weights and dynamic per-token int8 activations."""
+    """A linear layer with int8 weights and dynamic int8 activations, scaled per token or per token and group."""
 
     int8_activations = True
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.activation_group_size = weight.group_size or None
 
     def forward(self, x: Activations) -> Tensor:
         return quasar_kernels.linear_w8a8(x, self.weight, self.bias)

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from quasar_kernels import Int4Weight
+from quasar_kernels import Int4Weight, Int8Weight
 from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
 from quasar.errors import QuasarError, RequestError
 from quasar.model.transformer import Block, ResidualStream, Transformer
 from quasar.quantization.awq import awq_scales, clipped_grid
-from quasar.quantization.gptq import gptq_int4
+from quasar.quantization.gptq import gptq_int4, gptq_int8
 from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
-from quasar.quantization.rounding import Grid4, grid_int4, quantize_int8, round_int4
+from quasar.quantization.rounding import Grid4, grid_int4, int8_scales, quantize_int8, round_int4
 from quasar.quantization.smoothing import LAYERS, best_smoothing, fold, foldable, smoothquant_scales
 from quasar.quantization.statistics import Calibration, Progress
 
@@ -36,19 +36,35 @@ class Int4Format:
     dtype: torch.dtype
 
 
-def quantize_w8a8(model: Transformer, progress: Progress) -> None:
-    """Quantize all linear layers of the decoder blocks to W8A8 in place, rounding to nearest."""
+@dataclass(frozen=True)
+class Int8Format:
+    """How the layers with int8 weights are multiplied.
+
+    activation_bits: 8, or 16 to leave the inputs as they are
+    activation_group: number of inputs of a token that share a scale; None if all of them do
+    """
+
+    activation_bits: int = 8
+    activation_group: int | None = None
+
+
+def rtn_w8(model: Transformer, form: Int8Format, progress: Progress) -> None:
+    """Quantize all linear layers of the decoder blocks to int8 weights in place, rounding to nearest."""
+    _require_groups(model, form.activation_group, "verifier.activation_group")
     for _, block in _blocks(model, progress):
-        _to_int8(block)
+        for layer in LAYERS:
+            _to_int8(block, layer, quantize_int8(_linear(block, layer).weight, form.activation_group or 0), form)
 
 
 def smoothquant_w8a8(
-    model: Transformer, alpha: float | None, calibration: Calibration, progress: Progress
+    model: Transformer, form: Int8Format, alpha: float | None, calibration: Calibration, progress: Progress
 ) -> dict[str, float]:
     """Quantize to W8A8 in place after SmoothQuant. Returns the alpha of every layer, 0 if no smoothing was best.
 
     alpha: smoothing strength, or None to search, for every layer, the one of least output error on calibration data
     """
+    _require_groups(model, form.activation_group, "verifier.activation_group")
+    group = form.activation_group or 0
     statistics = calibration.statistics(model, progress)
     chosen: dict[str, float] = {}
     for index, block in _blocks(model, progress):
@@ -56,13 +72,27 @@ def smoothquant_w8a8(
             name = f"blocks.{index}.{layer}"
             weight = _linear(block, layer).weight
             if alpha is None:
-                chosen[name], scales = best_smoothing(statistics[name], weight, block, layer)
+                chosen[name], scales = best_smoothing(statistics[name], weight, block, layer, group)
             else:
                 chosen[name] = alpha
                 scales = foldable(block, layer, smoothquant_scales(statistics[name], weight, alpha))
             fold(block, layer, scales)
-        _to_int8(block)
+        for layer in LAYERS:
+            _to_int8(block, layer, quantize_int8(_linear(block, layer).weight, group), form)
     return chosen
+
+
+@torch.inference_mode()
+def gptq_w8(model: Transformer, form: Int8Format, calibration: Calibration, progress: Progress) -> None:
+    """Quantize to int8 weights in place with GPTQ. The inputs of a block come from the quantized blocks before it.
+
+    Raises QuasarError, which names the layer, if the inputs of a layer are not finite.
+    """
+    _require_groups(model, form.activation_group, "verifier.activation_group")
+    for layer, linear, block, hessian in _with_hessians(model, calibration, progress):
+        scales = int8_scales(linear.weight)
+        values = gptq_int8(linear.weight, hessian, scales)
+        _to_int8(block, layer, Int8Weight(values, scales, form.activation_group or 0), form)
 
 
 def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Progress) -> None:
@@ -108,14 +138,10 @@ def gptq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calib
     Raises QuasarError, which names the layer, if the inputs of a layer are not finite.
     """
     _require_fit(model, form)
-    inputs = [model.embedding(sequence.to(model.device)) for sequence in calibration.sequences]
-    for index, block in _blocks(model, progress):
-        hessians = _hessians(model, index, block, inputs)
-        for layer in LAYERS:
-            weight, hessian = _linear(block, layer).weight, hessians[layer]
-            grid = grid_int4(weight, form.group_size, form.symmetric, importance=hessian.diagonal(), clip=clip)
-            _to_int4(block, layer, gptq_int4(weight, hessian, grid), grid, form)
-        inputs = [_through(model, block, x) for x in inputs]
+    for layer, linear, block, hessian in _with_hessians(model, calibration, progress):
+        weight = linear.weight
+        grid = grid_int4(weight, form.group_size, form.symmetric, importance=hessian.diagonal(), clip=clip)
+        _to_int4(block, layer, gptq_int4(weight, hessian, grid), grid, form)
 
 
 def quantize_head(model: Transformer) -> None:
@@ -147,25 +173,45 @@ def _linear(block: Block, layer: str) -> nn.Linear:
 
 
 def _require_fit(model: Transformer, form: Int4Format) -> None:
+    _require_groups(model, form.group_size, "verifier.group_size")
+
+
+def _require_groups(model: Transformer, group_size: int | None, key: str) -> None:
+    if group_size is None:
+        return
     for name, module in model.blocks.named_modules(prefix="blocks"):
-        if isinstance(module, nn.Linear) and module.in_features % form.group_size:
+        if isinstance(module, nn.Linear) and module.in_features % group_size:
             width = module.in_features
             divisors = [size for size in (16, 32, 64, 96, 128, 192, 256) if width % size == 0]
             raise RequestError(
-                f"verifier.group_size={form.group_size} does not divide {width}, the input width of {name}; "
+                f"{key}={group_size} does not divide {width}, the input width of {name}; "
                 f"group sizes that do: {', '.join(map(str, divisors)) or 'none of the usual ones'}"
             )
 
 
-def _to_int8(block: Block) -> None:
-    for layer in LAYERS:
-        linear = _linear(block, layer)
-        block.set_submodule(layer, W8A8Linear(quantize_int8(linear.weight), linear.bias))
+def _to_int8(block: Block, layer: str, weight: Int8Weight, form: Int8Format) -> None:
+    kind = W8A8Linear if form.activation_bits == 8 else W8A16Linear
+    block.set_submodule(layer, kind(weight, _linear(block, layer).bias))
 
 
 def _to_int4(block: Block, layer: str, values: Tensor, grid: Grid4, form: Int4Format) -> None:
     weight = Int4Weight(pack_int4(values), grid.scales, grid.zeros, form.symmetric, form.dtype)
     block.set_submodule(layer, W4Linear(weight, _linear(block, layer).bias, form.activation_bits))
+
+
+def _with_hessians(
+    model: Transformer, calibration: Calibration, progress: Progress
+) -> Iterator[tuple[str, nn.Linear, Block, Tensor]]:
+    """Yield every linear layer, to be replaced: its name in the block, itself, the block and its Hessian.
+
+    The Hessian is ``X^T X``, float32 [K, K], of its inputs X, which come from the replaced blocks before.
+    """
+    inputs = [model.embedding(sequence.to(model.device)) for sequence in calibration.sequences]
+    for index, block in _blocks(model, progress):
+        hessians = _hessians(model, index, block, inputs)
+        for layer in LAYERS:
+            yield layer, _linear(block, layer), block, hessians[layer]
+        inputs = [_through(model, block, x) for x in inputs]
 
 
 def _hessians(model: Transformer, index: int, block: Block, inputs: list[Tensor]) -> dict[str, Tensor]:

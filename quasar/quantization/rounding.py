@@ -9,6 +9,7 @@ from quasar_kernels import Int8Weight
 from torch import Tensor
 
 INT4_LEVELS = 15
+INT8_MAX = 127
 # Shares of a group's range that the clipping search tries. A smaller range has finer steps but clips the ends.
 CLIPPING = tuple(1.0 - 0.05 * step for step in range(11))
 
@@ -21,15 +22,19 @@ class Grid4:
     zeros: Tensor
 
 
-def quantize_int8(weight: Tensor) -> Int8Weight:
+def int8_scales(weight: Tensor) -> Tensor:
+    """Return the scale of every output channel of a weight [N, K] on the int8 grid, float32 [N]."""
+    return _positive(weight.float().abs().amax(dim=1) / INT8_MAX)
+
+
+def quantize_int8(weight: Tensor, activation_group: int = 0) -> Int8Weight:
     """Quantize a weight, float [N, K], to int8 with one scale per output channel: ``w ≈ values * scale``.
 
-    The values are in [-127, 127].
+    The values are in -127..127. activation_group: see `Int8Weight`
     """
-    wide = weight.float()
-    scales = _positive(wide.abs().amax(dim=1) / 127)
-    values = torch.round(wide / scales.unsqueeze(1)).to(torch.int8)
-    return Int8Weight(values, scales)
+    scales = int8_scales(weight)
+    values = torch.round(weight.float() / scales.unsqueeze(1)).to(torch.int8)
+    return Int8Weight(values, scales, activation_group)
 
 
 def grid_int4(

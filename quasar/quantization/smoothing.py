@@ -28,24 +28,27 @@ def smoothquant_scales(statistics: LinearStatistics, weight: Tensor, alpha: floa
     return activations**alpha / weights ** (1 - alpha)
 
 
-def w8a8_error(x: Tensor, weight: Tensor, scales: Tensor) -> float:
+def w8a8_error(x: Tensor, weight: Tensor, scales: Tensor, activation_group: int = 0) -> float:
     """Return the mean squared error of a layer's output with W8A8 after scaling.
 
-    x: [S, K]; weight: [N, K]; scales: [K]
+    x: [S, K]; weight: [N, K]; scales: [K]; activation_group: see `Int8Weight`
     """
-    tokens, token_scales = quantize_tokens(x / scales)
+    tokens, token_scales = quantize_tokens(x / scales, activation_group or None)
+    inputs = (tokens.float().unflatten(1, (token_scales.shape[1], -1)) * token_scales.unsqueeze(2)).flatten(1)
     quantized = quantize_int8(weight * scales)
-    restored = (tokens.float() * token_scales) @ (quantized.values.float() * quantized.scales.unsqueeze(1)).T
+    restored = inputs @ (quantized.values.float() * quantized.scales.unsqueeze(1)).T
     return float((restored - x @ weight.T).square().mean())
 
 
-def best_smoothing(statistics: LinearStatistics, weight: Tensor, block: Block, layer: str) -> tuple[float, Tensor]:
+def best_smoothing(
+    statistics: LinearStatistics, weight: Tensor, block: Block, layer: str, activation_group: int = 0
+) -> tuple[float, Tensor]:
     """Return the alpha of least output error on the samples, and its scales [K]; 0 and ones if no scaling is better."""
     x, dense = statistics.samples.to(weight.device), weight.float()
     candidates = {0.0: torch.ones(dense.shape[1], device=weight.device)}
     for alpha in SMOOTHING_ALPHAS:
         candidates[alpha] = foldable(block, layer, smoothquant_scales(statistics, dense, alpha))
-    return min(candidates.items(), key=lambda candidate: w8a8_error(x, dense, candidate[1]))
+    return min(candidates.items(), key=lambda candidate: w8a8_error(x, dense, candidate[1], activation_group))
 
 
 def foldable(block: Block, layer: str, scales: Tensor) -> Tensor:

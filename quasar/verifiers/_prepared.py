@@ -78,7 +78,7 @@ class _Weights:
                 continue
             parts: dict[str, Tensor | None] = dict(module.named_parameters(recurse=False))
             if isinstance(module, W8A8Linear | W8A16Linear):
-                layers[name] = {"kind": type(module).__name__}
+                layers[name] = {"kind": type(module).__name__, "group_size": module.weight.group_size}
                 parts = {"values": module.weight.values, "scales": module.weight.scales, "bias": module.bias}
             elif isinstance(module, W4Linear):
                 layers[name] = {"kind": "W4Linear", "int8_activations": module.int8_activations}
@@ -123,7 +123,7 @@ def _layer(options: Found, parts: dict[str, Tensor], dtype: torch.dtype) -> nn.M
         weight = Int4Weight(parts["packed"], parts["scales"], parts["zeros"], options["symmetric"], dtype)
         return W4Linear(weight, bias, 8 if options["int8_activations"] else 16)
     kind = {"W8A8Linear": W8A8Linear, "W8A16Linear": W8A16Linear}[options["kind"]]
-    return kind(Int8Weight(parts["values"], parts["scales"]), bias)
+    return kind(Int8Weight(parts["values"], parts["scales"], options["group_size"]), bias)
 
 
 def _save(weights: _Weights, file: Path) -> None:

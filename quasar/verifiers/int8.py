@@ -1,4 +1,4 @@
-"""W8A8 verification: int8 weights per output channel, int8 activations per token."""
+"""INT8 verification: int8 weights per output channel, and int8 activations per token and group."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, validate_call
 
+from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
-from quasar.quantization.recipes import quantize_head, quantize_w8a8, smoothquant_w8a8
+from quasar.quantization.recipes import Int8Format, gptq_w8, quantize_head, rtn_w8, smoothquant_w8a8
 from quasar.verifiers._prepared import Found, prepared
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 
 
 class Int8Verifier(TransformerVerifier):
-    """W8A8 for all linear layers of the decoder blocks.
+    """Int8 weights for all linear layers of the decoder blocks.
 
-    method: smoothquant (Xiao et al. 2023) or rtn (round to nearest)
+    method: smoothquant (Xiao et al. 2023), gptq (Frantar et al. 2023) or rtn (round to nearest)
     alpha: smoothing strength in 0 to 1; auto searches it for every layer
+    activation_bits: 8 quantizes the inputs too, when they are known
+    activation_group: number of inputs of a token that share a scale; None if all of them do
     lm_head_bits: 8 also quantizes the weights of the head, but not its inputs
-    alphas: the smoothing strength of every layer, by name; empty for rtn
+    alphas: the smoothing strength of every layer, by name; empty for the other methods
+
+    Raises RequestError if an option has no effect with the others, or if the group size does not fit the model.
     """
 
     label = "INT8 model"
@@ -31,20 +36,39 @@ class Int8Verifier(TransformerVerifier):
         model: Transformer,
         setup: Setup,
         *,
-        method: Literal["smoothquant", "rtn"] = "smoothquant",
+        method: Literal["smoothquant", "gptq", "rtn"] = "smoothquant",
         alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto",
+        activation_bits: Literal[16, 8] = 8,
+        activation_group: Annotated[int, Field(ge=16)] | None = 64,
         lm_head_bits: Literal[16, 8] = 16,
     ) -> None:
-        settings = {"int8": method, "alpha": alpha, "lm_head_bits": lm_head_bits}
+        if activation_bits == 16:
+            if method == "smoothquant":
+                raise RequestError(
+                    "verifier.method=smoothquant makes activations easier to quantize, but verifier.activation_bits=16 "
+                    "does not quantize them; choose method=rtn or method=gptq"
+                )
+            activation_group = None
+        form = Int8Format(activation_bits, activation_group)
+        settings = {
+            "int8": method,
+            "alpha": alpha,
+            "activation_bits": activation_bits,
+            "activation_group": activation_group,
+            "lm_head_bits": lm_head_bits,
+        }
 
         def quantize(model: Transformer) -> tuple[Transformer, Found]:
             alphas: dict[str, float] = {}
-            if method == "smoothquant":
-                strength = None if alpha == "auto" else alpha
-                calibration = setup.calibration_for("verifier.method=smoothquant")
-                alphas = smoothquant_w8a8(model, strength, calibration, setup.progress)
+            if method == "rtn":
+                rtn_w8(model, form, setup.progress)
             else:
-                quantize_w8a8(model, setup.progress)
+                calibration = setup.calibration_for(f"verifier.method={method}")
+                if method == "gptq":
+                    gptq_w8(model, form, calibration, setup.progress)
+                else:
+                    strength = None if alpha == "auto" else alpha
+                    alphas = smoothquant_w8a8(model, form, strength, calibration, setup.progress)
             if lm_head_bits == 8:
                 quantize_head(model)
             return model, {"alphas": alphas}

@@ -17,7 +17,7 @@ from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.model.loading import load_transformer
 from quasar.model.transformer import Transformer
-from quasar.quantization.recipes import Int4Format, quantize_w4, quantize_w8a8
+from quasar.quantization.recipes import Int4Format, Int8Format, quantize_w4, rtn_w8
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from scripts.gpu_suite.plan import SMALL_GROUP_SIZE, Plan
@@ -100,7 +100,7 @@ def _own(plan: Plan, folder: Path, weights: str) -> list[Json]:
 
 def _quantize(model: Transformer, weights: str) -> None:
     if weights == "int8":
-        quantize_w8a8(model, lambda done, total: None)
+        rtn_w8(model, Int8Format(), lambda done, total: None)
     elif weights == "int4":
         quantize_w4(model, Int4Format(SMALL_GROUP_SIZE, True, 16, model.dtype), False, lambda done, total: None)
 

@@ -18,20 +18,26 @@ struct Int8Registers : SingleTerm {
 using Int8Registers = VectorsOnly;
 #endif
 
-// Adds the dot products of a tile's bytes to sums, one per row of activations.
+// Adds dot products of `count` units to sums, one per row of activations, and advances both pointers.
 template <int ROWS>
-inline void add_byte_products(const Job& job, Tile tile, int64_t block, Ints (&sums)[ROWS]) {
-    const int32_t* units = tile_units(job, tile);
-    const uint8_t* values = job.block_values(block);
-    FOR_EACH_ROW sums[row] = broadcast_int(job.activations.offsets[tile.first_row + row]);
+inline void add_byte_products(int64_t count, const int32_t*& units, const uint8_t*& values, Ints (&sums)[ROWS]) {
 #pragma GCC unroll 4
-    for (int64_t unit = 0; unit < job.units; ++unit) {
+    for (int64_t unit = 0; unit < count; ++unit) {
         prefetch(values);
         const Bytes weights = prepare_bytes(load_ints(values));
         FOR_EACH_ROW sums[row] = dot_bytes(sums[row], weights, units[row]);
         values += 64;
         units += ROWS;
     }
+}
+
+// Computes the dot products of a tile's bytes, one per row of activations.
+template <int ROWS>
+inline void multiply_bytes(const Job& job, Tile tile, int64_t block, Ints (&sums)[ROWS]) {
+    const int32_t* units = tile_units(job, tile);
+    const uint8_t* values = job.block_values(block);
+    FOR_EACH_ROW sums[row] = broadcast_int(job.activations.offsets[tile.first_row + row]);
+    add_byte_products<ROWS>(job.units, units, values, sums);
 }
 
 struct Int8Matmul : Int8Registers {
@@ -58,7 +64,7 @@ struct Int8Matmul : Int8Registers {
         if (uses_tiles(job.request)) return multiply_in_tiles<ROWS>(job, tile, block, results);
 #endif
         Ints sums[ROWS];
-        add_byte_products<ROWS>(job, tile, block, sums);
+        multiply_bytes<ROWS>(job, tile, block, sums);
         FOR_EACH_ROW store_float32(results + row * LANES, to_floats(sums[row]));
     }
 
@@ -77,6 +83,52 @@ struct Int8Matmul : Int8Registers {
         FOR_EACH_ROW store_float32(results + row * LANES, to_floats(load_ints(sums + row * LANES)));
     }
 #endif
+};
+
+// Activations have a scale for each group of inputs, weights one for each output. Within a group the sum is exact. The
+// groups are then scaled and added in ascending order. Every product and every sum is rounded, as in the reference.
+struct Int8GroupsMatmul : VectorsOnly {
+    static constexpr int64_t INPUTS_PER_UNIT = 4;
+    static constexpr int64_t INPUTS_PER_WEIGHT_UNIT = 4;
+
+    static bool reads_activations(const Request& request) { return request.quantized(); }
+
+    static void prepare_row(const Job& job, int64_t row) {
+        const Weight& weight = job.weight;
+        int8_t* values = reinterpret_cast<int8_t*>(job.activations.scratch + row * job.units);
+        int32_t* offsets = job.activations.offsets + row * job.groups;
+        float* scales = job.activations.scales + row * job.groups;
+        if (job.request.quantized())
+            sum_quantized_row(job.request, row, job.groups, weight.group_size, offsets, scales);
+        else
+            quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets, scales);
+        for (int64_t group = 0; group < job.groups; ++group) offsets[group] *= -BYTE_OFFSET;
+    }
+
+    template <int ROWS>
+    static void multiply_tile(const Job& job, Tile tile, int64_t block, float* results) {
+        const int32_t* units = tile_units(job, tile);
+        const int32_t* offsets = job.activations.offsets + tile.first_row * job.groups;
+        const float* token_scales = job.activations.scales + tile.first_row * job.groups;
+        const uint8_t* values = job.block_values(block);
+        const int64_t group_units = job.weight.group_size / INPUTS_PER_UNIT;
+        Floats totals[ROWS];
+        FOR_EACH_ROW totals[row] = zero_floats();
+        for (int64_t group = 0; group < job.groups; ++group) {
+            Ints sums[ROWS];
+            FOR_EACH_ROW sums[row] = broadcast_int(offsets[row * job.groups + group]);
+            add_byte_products<ROWS>(group_units, units, values, sums);
+            FOR_EACH_ROW {
+                const Floats scale = broadcast(token_scales[row * job.groups + group]);
+                totals[row] = add(totals[row], multiply(to_floats(sums[row]), scale));
+            }
+        }
+        FOR_EACH_ROW store_float32(results + row * LANES, totals[row]);
+    }
+
+    static Floats scale(const Job& job, int64_t, int64_t block, Floats totals) {
+        return multiply(totals, load_float32(job.weight.scales + 4 * block * LANES));
+    }
 };
 
 // Activations are rounded to integers of 15 bits, 128 * high + low, and each of the two terms is a separate row. The
@@ -116,7 +168,7 @@ struct Int8WideMatmul : VectorsOnly {
     static void multiply_tile(const Job& job, Tile tile, int64_t block, float* results) {
         if constexpr (ROWS % TERMS == 0) {
             Ints sums[ROWS];
-            add_byte_products<ROWS>(job, tile, block, sums);
+            multiply_bytes<ROWS>(job, tile, block, sums);
             for (int row = 0; row < ROWS; row += TERMS, results += LANES)
                 store_float32(results, multiply_add(to_floats(sums[row]), broadcast(HIGH_UNIT), to_floats(sums[row + 1])));
         }

@@ -16,7 +16,8 @@ enum RequestFlags : int32_t {
 // A packed weight. Sixteen outputs form a block. Within a block the 32-bit units of the outputs are interleaved, so
 // that one 64-byte vector contains the same unit of sixteen outputs: values [outputs / 16][units][16]. A unit is four
 // int8 (stored as w + 128), two bfloat16, one float32, or eight 4-bit integers: k = 0..3 in the low halves of its
-// bytes, k = 4..7 in the high halves. Scales and zero points are in the same blocks, [outputs / 16][groups][16].
+// bytes, k = 4..7 in the high halves. Scales and zero points are in the same blocks, [outputs / 16][groups][16]. Int8
+// weights have one scale per output; their groups are those of the int8 activations, and 0 means one per token.
 struct Weight {
     int64_t outputs;
     int64_t inputs;

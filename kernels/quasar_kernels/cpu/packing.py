@@ -52,7 +52,8 @@ class PackedWeight:
 
     values: int32 [N / 16, units, 16]; scales: float32 [N] for int8, or float32 or float16 [N / 16, groups, 16];
     zeros: uint8 [N / 16, groups, 8] (two 4-bit zero points per byte), float32 [N / 16, groups, 16], or None if all are
-    8. Every scale is multiplied by ``scale_unit``, a power of two. The tensors must not be resized or moved.
+    8. The groups have ``group_size`` inputs; those of int8 weights are groups of the activations, and 0 stands for
+    none. Every scale is multiplied by ``scale_unit``, a power of two. The tensors must not be resized or moved.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class PackedWeight:
         self.values, self.scales, self.zeros = values, scales, zeros
         self.outputs, self.inputs = values.shape[0] * BLOCK_OUTPUTS, inputs
         self.group_size, self.scale_unit = group_size, scale_unit
-        groups = self.outputs * (inputs // group_size if group_size else 1)
+        scaled_by_group = scales is not None and scales.dim() == 3
+        groups = self.outputs * (inputs // group_size if scaled_by_group else 1)
         for part, expected in (
             (scales, groups),
             (zeros, groups // 2 if zeros is not None and zeros.dtype == torch.uint8 else groups),
@@ -104,9 +106,13 @@ def packable(outputs: int, inputs: int, group_size: int = INPUTS_MULTIPLE) -> bo
     )
 
 
-def pack_int8(values: Tensor, scales: Tensor) -> PackedWeight:
-    """Pack values, int8 [N, K], with scales, float32 [N]."""
-    return PackedWeight(_pack_units(values ^ SIGN_BIT), values.shape[1], scales.float().contiguous())
+def pack_int8(values: Tensor, scales: Tensor, group_size: int = 0) -> PackedWeight:
+    """Pack values, int8 [N, K], with scales, float32 [N].
+
+    group_size: inputs that share a scale of the int8 activations; 0 if all inputs of a token do
+    """
+    units = _pack_units(values ^ SIGN_BIT)
+    return PackedWeight(units, values.shape[1], scales.float().contiguous(), group_size=group_size)
 
 
 def unpack_int8(weight: PackedWeight) -> Tensor:

@@ -20,16 +20,18 @@ def linear_w8a8(
     dtype: torch.dtype,
     tiling: Tiling,
 ) -> Tensor:
-    """``x W^T + bias`` of quantized activations; int32 sums are exact.
+    """``x W^T + bias`` of quantized activations; int32 sums are exact, groups are added in float32.
 
-    tokens: int8 [M, K]; token_scales: float32 [M, 1]; values: int8 [N, K]; scales: float32 [N]; bias: float [N].
-    Returns ``dtype`` [M, N].
+    tokens: int8 [M, K]; token_scales: float32 [M, G], for groups of K / G inputs; values: int8 [N, K]; scales: float32
+    [N]; bias: float [N]. With several groups, ``block_k`` is a multiple of theirs. Returns ``dtype`` [M, N].
     """
     rows, inputs = tokens.shape
-    outputs = len(values)
+    outputs, groups = len(values), token_scales.shape[1]
+    group = inputs // groups if groups > 1 else 0
     out = torch.empty(rows, outputs, dtype=dtype, device=tokens.device)
     grid = tiling.grid(rows, outputs)
-    partials, counters = Workspace.of(tokens.device).reserve(*tiling.workspace(rows, outputs), torch.int32)
+    sums = torch.float32 if group else torch.int32
+    partials, counters = Workspace.of(tokens.device).reserve(*tiling.workspace(rows, outputs), sums)
     linear_w8a8_kernel[grid](
         tokens,
         token_scales,
@@ -44,6 +46,7 @@ def linear_w8a8(
         inputs,
         HAS_BIAS=bias is not None,
         EVEN_K=inputs % tiling.block_k == 0,
+        GROUP=group,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
@@ -69,30 +72,55 @@ def linear_w8a8_kernel(
     inputs,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """Grid: (blocks of N, SPLIT_K, blocks of M). Rows beyond M exist in registers only."""
+    """Grid: (blocks of N, SPLIT_K, blocks of M). Rows beyond M exist in registers only.
+
+    GROUP: inputs that share a scale of the activations, 0 if all inputs of a row do
+    """
     split = tl.program_id(1)
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Columns beyond N read column 0, which saves the mask on the weights, and are not stored.
     source = tl.where(column < outputs, column, 0).to(tl.int64)
-    depth = tl.arange(0, BLOCK_K)
-    token_tile = tokens + row[:, None] * inputs + depth[None, :]
-    value_tile = values + source[:, None] * inputs + depth[None, :]
-    accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
-    for start in range(split * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
-        if EVEN_K:
-            x = tl.load(token_tile + start, mask=row[:, None] < rows, other=0, eviction_policy="evict_last")
-            w = tl.load(value_tile + start, eviction_policy="evict_first")
-        else:
-            inside = start + depth[None, :] < inputs
-            x = tl.load(token_tile + start, mask=(row[:, None] < rows) & inside, other=0, eviction_policy="evict_last")
-            w = tl.load(value_tile + start, mask=inside, other=0, eviction_policy="evict_first")
-        accumulator = tl.dot(x, tl.trans(w), accumulator, out_dtype=tl.int32)
+    token_rows, value_rows = tokens + row[:, None] * inputs, values + source[:, None] * inputs
+    if GROUP == 0:
+        accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
+        depth = tl.arange(0, BLOCK_K)[None, :]
+        for start in range(split * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
+            inside = row[:, None] < rows
+            if EVEN_K:
+                w = tl.load(value_rows + start + depth, eviction_policy="evict_first")
+            else:
+                inside = inside & (start + depth < inputs)
+                w = tl.load(
+                    value_rows + start + depth, mask=start + depth < inputs, other=0, eviction_policy="evict_first"
+                )
+            x = tl.load(token_rows + start + depth, mask=inside, other=0, eviction_policy="evict_last")
+            accumulator = tl.dot(x, tl.trans(w), accumulator, out_dtype=tl.int32)
+    else:
+        accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        depth = tl.arange(0, GROUP)[None, :]
+        groups = inputs // GROUP
+        share = tl.cdiv(inputs, SPLIT_K * BLOCK_K) * (BLOCK_K // GROUP)
+        begin = split * share
+        # Scales are too few to be copied to shared memory ahead of time, as weights are.
+        row_scales = token_scales + row * groups
+        row_scale = tl.load(row_scales + tl.minimum(begin, groups - 1), mask=row < rows, other=0.0)
+        for first in range(begin, tl.minimum(begin + share, groups), BLOCK_K // GROUP):
+            for step in tl.static_range(BLOCK_K // GROUP):
+                start = (first + step) * GROUP
+                x = tl.load(token_rows + start + depth, mask=row[:, None] < rows, other=0, eviction_policy="evict_last")
+                w = tl.load(value_rows + start + depth, eviction_policy="evict_first")
+                following = tl.minimum(first + step + 1, groups - 1)
+                next_row_scale = tl.load(row_scales + following, mask=row < rows, other=0.0)
+                dot = tl.dot(x, tl.trans(w), out_dtype=tl.int32)
+                accumulator += dot.to(tl.float32) * row_scale[:, None]
+                row_scale = next_row_scale
 
     finished = True
     if SPLIT_K > 1:
@@ -101,9 +129,12 @@ def linear_w8a8_kernel(
     if finished:
         if SPLIT_K > 1:
             accumulator = collect(partials, counters, tile, BLOCK_M, BLOCK_N, SPLIT_K)
-        row_scale = tl.load(token_scales + row, mask=row < rows, other=0.0)
         column_scale = tl.load(scales + source)
-        result = accumulator.to(tl.float32) * (row_scale[:, None] * column_scale[None, :])
+        if GROUP == 0:
+            row_scale = tl.load(token_scales + row, mask=row < rows, other=0.0)
+            result = accumulator.to(tl.float32) * (row_scale[:, None] * column_scale[None, :])
+        else:
+            result = accumulator * column_scale[None, :]
         if HAS_BIAS:
             result += tl.load(bias + source)[None, :].to(tl.float32)
         place = out + row[:, None].to(tl.int64) * outputs + column[None, :]
