@@ -245,6 +245,31 @@ def test_activation_order_of_gptq(activation_bits: int, dense: LlamaForCausalLM,
     assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_gptq_of_eight_bits(
+    shuffled: bool, symmetric: bool, version: str, dense: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    tensors, back = {}, {}
+    for name, weight in dense.state_dict().items():
+        if not is_linear(name):
+            tensors[name] = weight
+            continue
+        made, layer = Layer(weight, 8, "group", symmetric, shuffled), name.removesuffix(".weight")
+        back[name] = made.restored()
+        stored_zeros = made.zeros + 128 - (version == "gptq")
+        tensors[f"{layer}.qweight"] = into_words(made.values + 128, 8).T.contiguous()
+        tensors[f"{layer}.qzeros"] = into_words(stored_zeros.T.contiguous(), 8)
+        tensors[f"{layer}.scales"] = made.scales.T.contiguous()
+        tensors[f"{layer}.g_idx"] = made.group_of.int()
+    options = {"bits": 8, "group_size": GROUP, "desc_act": shuffled, "sym": symmetric, "checkpoint_format": version}
+    write(tmp_path, tensors, {"quant_method": "gptq", **options})
+    expected = logits_of(dense, back)
+    assert torch.allclose(loaded(tmp_path)(TOKENS), expected, atol=1e-3)
+    assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), expected, atol=1e-3)
+
+
 def in_config(key: str, value: object) -> Change:
     def change(config: dict) -> None:
         *owners, last = key.split(".")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -425,3 +427,14 @@ def test_a_partly_filled_hub_cache_is_not_used(folder: Path, monkeypatch: pytest
         (folder / name).unlink()
         with pytest.raises(QuasarError, match=r"could not be downloaded from the hub \(its local copy is incomplete"):
             locate(source)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"],
+)
+def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(RequestError, match=rf"{re.escape(name)}: is a pipe"):
+        read_all(folder)

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from quasar.config.inputs import open_regular
 from quasar.errors import RequestError
 
 if TYPE_CHECKING:
@@ -25,15 +26,13 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises RequestError if it is missing, too large, no valid JSON or no object, or if it gives one key two values.
     """
     try:
-        if file.stat().st_size > MAX_BYTES:
+        if not file.exists():
+            raise RequestError(f"{file.parent}: contains no {file.name}; name a folder with a Hugging Face checkpoint")
+        with open_regular(file) as stream:
+            text = stream.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
             raise RequestError(f"{file}: has more than {MAX_BYTES} bytes, so it is no file of a model")
-        content = json.loads(
-            file.read_text(encoding="utf-8"), object_pairs_hook=_without_conflicts, parse_constant=_no_constant
-        )
-    except FileNotFoundError:
-        raise RequestError(
-            f"{file.parent}: contains no {file.name}; name a folder with a Hugging Face checkpoint"
-        ) from None
+        content = json.loads(text.decode(), object_pairs_hook=_without_conflicts, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{file}: not valid JSON ({error}); download the checkpoint again") from None
     except OSError as error:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quasar.config.inputs import open_regular
 from quasar.errors import RequestError
 from quasar.model.json_files import read_object, warn_once
 
@@ -118,6 +119,8 @@ class TensorFiles:
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
+            # safetensors would wait for the content of a pipe.
+            open_regular(file).close()
             try:
                 self._open[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
+from quasar.config.inputs import open_regular
 from quasar.errors import RequestError
 from quasar.model.json_files import checked, read_object, warn_once
 
@@ -34,10 +35,11 @@ def check_tokenizer_files(folder: Path) -> None:
     if template.exists():
         if template.stat().st_size > MAX_TEMPLATE_BYTES:
             raise RequestError(f"{template}: has more than {MAX_TEMPLATE_BYTES} bytes")
-        try:
-            template.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as error:
-            raise RequestError(f"{template}: cannot be read ({error}); download the checkpoint again") from None
+        with open_regular(template) as stream:
+            try:
+                stream.read().decode()
+            except (UnicodeDecodeError, OSError) as error:
+                raise RequestError(f"{template}: cannot be read ({error}); download the checkpoint again") from None
 
 
 def check_vocabulary_files(folder: Path) -> None:

@@ -31,7 +31,7 @@ class SafetensorsCheckpoint:
     """Implements `PackedCheckpoint` for a folder.
 
     Raises RequestError if the format is not supported. Supported are compressed-tensors (integers of 4 or 8 bits, per
-    tensor, channel or group) and 4-bit GPTQ and AWQ.
+    tensor, channel or group), GPTQ of 4 or 8 bits, and 4-bit AWQ.
     """
 
     def __init__(self, path: Path) -> None:
@@ -301,7 +301,7 @@ class _Compressed:
 
 class _GptqConfig(_Strict):
     quant_method: str
-    bits: Literal[4] = 4
+    bits: Literal[4, 8] = 4
     group_size: Annotated[int, Field(ge=-1)] = 128
     desc_act: bool | None = False
     sym: bool | None = True
@@ -360,14 +360,17 @@ class _Gptq:
         rows, columns = source.shapes[f"{layer}.weight"]
         size = _group_size(self._config.group_size, columns, f"{self._place}: {layer}")
         groups = columns // size
-        _require_multiple(rows, columns, f"{self._place}: {layer}")
-        values = unpack(source.take(f"{layer}.qweight", ("I32",), (columns // 8, rows)).T.contiguous(), 4)
+        bits, middle = self._config.bits, 1 << (self._config.bits - 1)
+        shared = 32 // bits
+        _require_multiple(rows, columns, shared, f"{self._place}: {layer}")
+        values = unpack(source.take(f"{layer}.qweight", ("I32",), (columns // shared, rows)).T.contiguous(), bits)
         scales = source.scales(f"{layer}.scales", (groups, rows)).T.contiguous()
-        stored = unpack(source.take(f"{layer}.qzeros", ("I32",), (groups, rows // 8)), 4).T.float().contiguous()
-        if not self._stored_whole and (stored == 15).any():
+        stored = unpack(source.take(f"{layer}.qzeros", ("I32",), (groups, rows // shared)), bits).T.float().contiguous()
+        if not self._stored_whole and (stored == 2 * middle - 1).any():
             raise RequestError(
-                f"{source.place(f'{layer}.qzeros')} contains 15, which stands for a zero point of 0 or of 16, as the "
-                "program that reads it likes; convert the checkpoint to checkpoint_format=gptq_v2"
+                f"{source.place(f'{layer}.qzeros')} contains {2 * middle - 1}, which stands for a zero point of 0 or "
+                f"of {2 * middle}, as the program that reads it likes; convert the checkpoint to "
+                "checkpoint_format=gptq_v2"
             )
         zeros = stored + (0 if self._stored_whole else 1)
         order = None
@@ -377,7 +380,11 @@ class _Gptq:
             raise RequestError(f"{self._place}.desc_act is true, but {layer}.g_idx is missing")
         if order is not None:
             values = values[:, order].contiguous()
-        return PackedRows(4, values, scales, zeros, bool((zeros == 8).all()), order=order)
+        symmetric = bool((zeros == middle).all())
+        if bits == 4:
+            return PackedRows(4, values, scales, zeros, symmetric, order=order)
+        signed = (values.short() - middle).to(torch.int8)
+        return PackedRows(8, signed, scales, zeros - middle, symmetric, order=order)
 
 
 class _AwqConfig(_Strict):
@@ -409,7 +416,7 @@ class _Awq:
         source = self._source
         rows, columns = source.shapes[f"{layer}.weight"]
         groups = columns // _group_size(self._config.group_size, columns, f"{self._place}: {layer}")
-        _require_multiple(rows, columns, f"{self._place}: {layer}")
+        _require_multiple(rows, columns, 8, f"{self._place}: {layer}")
 
         def in_order(name: Literal["qweight", "qzeros"], length: int) -> Tensor:
             stored = unpack(source.take(f"{layer}.{name}", ("I32",), (length, rows // 8)), 4)
@@ -454,9 +461,9 @@ def _group_size(configured: int | None, columns: int, place: str) -> int:
     return size
 
 
-def _require_multiple(rows: int, columns: int, place: str) -> None:
-    if rows % 8 or columns % 8:
-        raise RequestError(f"{place} has shape {[rows, columns]}, and eight values share an integer in this format")
+def _require_multiple(rows: int, columns: int, shared: int, place: str) -> None:
+    if rows % shared or columns % shared:
+        raise RequestError(f"{place} has shape {[rows, columns]}, and {shared} values share an integer in this format")
 
 
 def _pattern(target: str, place: str) -> re.Pattern[str] | str:
