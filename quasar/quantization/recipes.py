@@ -15,6 +15,7 @@ from quasar.model.transformer import Block, ResidualStream, Transformer
 from quasar.quantization.awq import awq_scales, clipped_grid
 from quasar.quantization.gptq import gptq_int4, gptq_int8
 from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
+from quasar.quantization.rotation import Rotation
 from quasar.quantization.rounding import Grid4, grid_int4, int8_scales, quantize_int8, round_int4
 from quasar.quantization.smoothing import LAYERS, best_smoothing, fold, foldable, smoothquant_scales
 from quasar.quantization.statistics import Calibration, Progress
@@ -28,12 +29,19 @@ class Int4Format:
     symmetric: whether there are no zero points
     activation_bits: 16, or 8 to quantize the inputs too
     dtype: dtype of the activations
+    keep_8bit: the layers of every block, out of `LAYERS`, that have int8 weights instead
     """
 
     group_size: int
     symmetric: bool
     activation_bits: int
     dtype: torch.dtype
+    keep_8bit: tuple[str, ...] = ()
+
+    @property
+    def int8(self) -> Int8Format:
+        """The format of the layers that have int8 weights."""
+        return Int8Format(self.activation_bits, self.group_size if self.activation_bits == 8 else None)
 
 
 @dataclass(frozen=True)
@@ -90,20 +98,22 @@ def gptq_w8(model: Transformer, form: Int8Format, calibration: Calibration, prog
     """
     _require_groups(model, form.activation_group, "verifier.activation_group")
     for layer, linear, block, hessian in _with_hessians(model, calibration, progress):
-        scales = int8_scales(linear.weight)
-        values = gptq_int8(linear.weight, hessian, scales)
-        _to_int8(block, layer, Int8Weight(values, scales, form.activation_group or 0), form)
+        _gptq_to_int8(block, layer, linear.weight, hessian, form)
 
 
-def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Progress) -> None:
+def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Progress, rotated: bool = False) -> None:
     """Quantize to 4-bit weights in place, rounding to nearest.
 
     clip: whether the range of each group is clipped to minimize the squared error of its weights
+    rotated: whether to rotate the model first, see `quasar.quantization.rotation`
     """
     _require_fit(model, form)
-    for _, block in _blocks(model, progress):
+    for _, block in _blocks(model, progress, Rotation(model) if rotated else None):
         for layer in LAYERS:
             weight = _linear(block, layer).weight
+            if layer in form.keep_8bit:
+                _to_int8(block, layer, quantize_int8(weight, form.int8.activation_group or 0), form.int8)
+                continue
             grid = grid_int4(weight, form.group_size, form.symmetric, clip=clip)
             _to_int4(block, layer, round_int4(weight, grid), grid, form)
 
@@ -124,6 +134,9 @@ def awq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibr
             samples[layer] = of.samples.to(scales.device) / scales
         for layer in LAYERS:
             weight = _linear(block, layer).weight
+            if layer in form.keep_8bit:
+                _to_int8(block, layer, quantize_int8(weight, form.int8.activation_group or 0), form.int8)
+                continue
             if clip:
                 grid = clipped_grid(weight, samples[layer], form.group_size, form.symmetric)
             else:
@@ -132,14 +145,27 @@ def awq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibr
 
 
 @torch.inference_mode()
-def gptq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibration, progress: Progress) -> None:
+def gptq_w4(
+    model: Transformer,
+    form: Int4Format,
+    clip: bool,
+    calibration: Calibration,
+    progress: Progress,
+    rotated: bool = False,
+) -> None:
     """Quantize to 4-bit weights in place with GPTQ. The inputs of a block come from the quantized blocks before it.
+
+    rotated: whether to rotate the model first, see `quasar.quantization.rotation`
 
     Raises QuasarError, which names the layer, if the inputs of a layer are not finite.
     """
     _require_fit(model, form)
-    for layer, linear, block, hessian in _with_hessians(model, calibration, progress):
+    rotation = Rotation(model) if rotated else None
+    for layer, linear, block, hessian in _with_hessians(model, calibration, progress, rotation):
         weight = linear.weight
+        if layer in form.keep_8bit:
+            _gptq_to_int8(block, layer, weight, hessian, form.int8)
+            continue
         grid = grid_int4(weight, form.group_size, form.symmetric, importance=hessian.diagonal(), clip=clip)
         _to_int4(block, layer, gptq_int4(weight, hessian, grid), grid, form)
 
@@ -154,7 +180,7 @@ def quantize_head(model: Transformer) -> None:
         model.set_submodule("lm_head", W8A16Linear(quantize_int8(model.lm_head.weight), None))
 
 
-def _blocks(model: Transformer, progress: Progress) -> Iterator[tuple[int, Block]]:
+def _blocks(model: Transformer, progress: Progress, rotation: Rotation | None = None) -> Iterator[tuple[int, Block]]:
     """Yield every decoder block with its linear layers in float32, so that their weights are rounded only once."""
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -162,6 +188,8 @@ def _blocks(model: Transformer, progress: Progress) -> Iterator[tuple[int, Block
         for layer in LAYERS:
             _linear(block, layer).float()
         with torch.no_grad():
+            if rotation is not None:
+                rotation.rotate(block)
             yield index, block
     progress(len(model.blocks), len(model.blocks))
 
@@ -194,20 +222,26 @@ def _to_int8(block: Block, layer: str, weight: Int8Weight, form: Int8Format) -> 
     block.set_submodule(layer, kind(weight, _linear(block, layer).bias))
 
 
+def _gptq_to_int8(block: Block, layer: str, weight: Tensor, hessian: Tensor, form: Int8Format) -> None:
+    scales = int8_scales(weight)
+    values = gptq_int8(weight, hessian, scales)
+    _to_int8(block, layer, Int8Weight(values, scales, form.activation_group or 0), form)
+
+
 def _to_int4(block: Block, layer: str, values: Tensor, grid: Grid4, form: Int4Format) -> None:
     weight = Int4Weight(pack_int4(values), grid.scales, grid.zeros, form.symmetric, form.dtype)
     block.set_submodule(layer, W4Linear(weight, _linear(block, layer).bias, form.activation_bits))
 
 
 def _with_hessians(
-    model: Transformer, calibration: Calibration, progress: Progress
+    model: Transformer, calibration: Calibration, progress: Progress, rotation: Rotation | None = None
 ) -> Iterator[tuple[str, nn.Linear, Block, Tensor]]:
     """Yield every linear layer, to be replaced: its name in the block, itself, the block and its Hessian.
 
     The Hessian is ``X^T X``, float32 [K, K], of its inputs X, which come from the replaced blocks before.
     """
     inputs = [model.embedding(sequence.to(model.device)) for sequence in calibration.sequences]
-    for index, block in _blocks(model, progress):
+    for index, block in _blocks(model, progress, rotation):
         hessians = _hessians(model, index, block, inputs)
         for layer in LAYERS:
             yield layer, _linear(block, layer), block, hessians[layer]

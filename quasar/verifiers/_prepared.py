@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ def prepared(
     """Return the result of ``prepare(model)``, from the cache if an earlier run has computed it.
 
     settings: everything besides the model and the calibration text that affects the result of ``prepare``
-    prepare: may change the model in place, but must not change the embedding or the final norm
+    prepare: may change the model in place. It replaces the parameters that it changes, so that the others need not be
+        stored
     """
     if setup.identity is None:
         return prepare(model)
@@ -42,11 +43,14 @@ def prepared(
         "calibration": None if calibration is None else {**calibration.key, "seed": calibration.seed},
     }
     made: list[Transformer] = []
+    # A head that is tied to the embedding is the same parameter under a second name.
+    parameters = model.named_parameters(remove_duplicate=False)
+    before = {name: parameter for name, parameter in parameters if not name.startswith("blocks.")}
 
     def make() -> _Weights:
         result, found = prepare(model)
         made.append(result)
-        return _Weights.of(result, found)
+        return _Weights.of(result, found, before)
 
     weights = STORE.get(key, model.device, model.dtype, make)
     return (made[0] if made else weights.put_into(model)), weights.found
@@ -54,29 +58,32 @@ def prepared(
 
 @dataclass(frozen=True)
 class _Weights:
-    """All weights of a model except the embedding, the final norm and a 16-bit output layer.
+    """The weights of all decoder blocks, and those of the embedding, the final norm and the head that were changed.
 
     shapes:  widths of the decoder blocks
-    biases:  the bias options of the model's config
+    options: the options of the model's config that the preparation may change
     layers:  options of every quantized layer, by name
     tensors: the weights' parts, by names such as ``blocks.0.mlp.down.scales``
     found:   the results of the preparation besides the weights
     """
 
     shapes: list[dict[str, int]]
-    biases: dict[str, bool]
+    options: dict[str, bool]
     layers: dict[str, Found]
     tensors: dict[str, Tensor]
     found: Found
 
     @staticmethod
-    def of(model: Transformer, found: Found) -> _Weights:
+    def of(model: Transformer, found: Found, before: Mapping[str, nn.Parameter]) -> _Weights:
+        """before: parameters outside of the blocks that are not stored if the model still has them."""
         layers: dict[str, Found] = {}
         tensors: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            if name in ("embedding", "norm") or (name == "lm_head" and isinstance(module, nn.Linear)):
-                continue
-            parts: dict[str, Tensor | None] = dict(module.named_parameters(recurse=False))
+            parts: dict[str, Tensor | None] = {
+                part: value
+                for part, value in module.named_parameters(recurse=False)
+                if before.get(f"{name}.{part}") is not value
+            }
             if isinstance(module, W8A8Linear | W8A16Linear):
                 layers[name] = {"kind": type(module).__name__, "group_size": module.weight.group_size}
                 parts = {"values": module.weight.values, "scales": module.weight.scales, "bias": module.bias}
@@ -88,11 +95,11 @@ class _Weights:
             tensors |= {f"{name}.{part}": value.detach() for part, value in parts.items() if value is not None}
         config = model.config
         shapes = [dataclasses.asdict(shape) for shape in config.layers]
-        return _Weights(shapes, {name: getattr(config, name) for name in _BIASES}, layers, tensors, found)
+        return _Weights(shapes, {name: getattr(config, name) for name in _OPTIONS}, layers, tensors, found)
 
     def put_into(self, model: Transformer) -> Transformer:
         """Return the model with these weights: the same model, or a new one if the blocks have other widths."""
-        changes: dict[str, Any] = {"layers": tuple(LayerShape(**shape) for shape in self.shapes), **self.biases}
+        changes: dict[str, Any] = {"layers": tuple(LayerShape(**shape) for shape in self.shapes), **self.options}
         config = replace(model.config, **changes)
         result = model
         if config != model.config:
@@ -114,7 +121,7 @@ class _Weights:
         return result.eval().requires_grad_(False)
 
 
-_BIASES = ("qkv_bias", "output_bias", "gate_up_bias", "down_bias")
+_OPTIONS = ("qkv_bias", "output_bias", "gate_up_bias", "down_bias", "tie_word_embeddings")
 
 
 def _layer(options: Found, parts: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
@@ -128,7 +135,7 @@ def _layer(options: Found, parts: dict[str, Tensor], dtype: torch.dtype) -> nn.M
 
 def _save(weights: _Weights, file: Path) -> None:
     tensors = {name: value.cpu().contiguous() for name, value in weights.tensors.items()}
-    fields = {name: getattr(weights, name) for name in ("shapes", "biases", "layers", "found")}
+    fields = {name: getattr(weights, name) for name in ("shapes", "options", "layers", "found")}
     save_file(tensors, file, metadata={"weights": json.dumps(fields)})
 
 
