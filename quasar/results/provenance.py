@@ -76,7 +76,9 @@ class Provenance:
             parts.append(f"{self.weights_on_grid:.0%} of its weights lie on a low-bit grid")
         reduced = f" of {self.declared_prompts} declared" if self.is_reduced else ""
         sets = ", ".join(found[:8] for found in self.prompt_sets)
-        parts.append(f"{self.prompts}{reduced} prompts (set {sets}), {_range(self.repetitions)} repetitions")
+        once = self.repetitions == (1,)
+        repeated = "1 repetition" if once else f"{_range(self.repetitions)} repetitions"
+        parts.append(f"{self.prompts}{reduced} prompts (set {sets}), {repeated}")
         parts.append(f"at most {_range(self.max_new_tokens)} tokens per answer")
         if self.shared_baselines:
             parts.append("baselines measured once per sweep, not beside every answer")
