@@ -258,7 +258,7 @@ def test_gptq_of_eight_bits(
             continue
         made, layer = Layer(weight, 8, "group", symmetric, shuffled), name.removesuffix(".weight")
         back[name] = made.restored()
-        stored_zeros = made.zeros + 128 - (version == "gptq")
+        stored_zeros = made.zeros + (127 if version == "gptq" else 128)
         tensors[f"{layer}.qweight"] = into_words(made.values + 128, 8).T.contiguous()
         tensors[f"{layer}.qzeros"] = into_words(stored_zeros.T.contiguous(), 8)
         tensors[f"{layer}.scales"] = made.scales.T.contiguous()
