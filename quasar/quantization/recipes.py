@@ -61,7 +61,7 @@ def rtn_w8(model: Transformer, form: Int8Format, progress: Progress) -> None:
     _require_groups(model, form.activation_group, "verifier.activation_group")
     for _, block in _blocks(model, progress):
         for layer in LAYERS:
-            _to_int8(block, layer, quantize_int8(_linear(block, layer).weight, form.activation_group or 0), form)
+            _round_to_int8(block, layer, form)
 
 
 def smoothquant_w8a8(
@@ -72,7 +72,6 @@ def smoothquant_w8a8(
     alpha: smoothing strength, or None to search, for every layer, the one of least output error on calibration data
     """
     _require_groups(model, form.activation_group, "verifier.activation_group")
-    group = form.activation_group or 0
     statistics = calibration.statistics(model, progress)
     chosen: dict[str, float] = {}
     for index, block in _blocks(model, progress):
@@ -80,13 +79,15 @@ def smoothquant_w8a8(
             name = f"blocks.{index}.{layer}"
             weight = _linear(block, layer).weight
             if alpha is None:
-                chosen[name], scales = best_smoothing(statistics[name], weight, block, layer, group)
+                chosen[name], scales = best_smoothing(
+                    statistics[name], weight, block, layer, form.activation_group or 0
+                )
             else:
                 chosen[name] = alpha
                 scales = foldable(block, layer, smoothquant_scales(statistics[name], weight, alpha))
             fold(block, layer, scales)
         for layer in LAYERS:
-            _to_int8(block, layer, quantize_int8(_linear(block, layer).weight, group), form)
+            _round_to_int8(block, layer, form)
     return chosen
 
 
@@ -112,7 +113,7 @@ def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Prog
         for layer in LAYERS:
             weight = _linear(block, layer).weight
             if layer in form.keep_8bit:
-                _to_int8(block, layer, quantize_int8(weight, form.int8.activation_group or 0), form.int8)
+                _round_to_int8(block, layer, form.int8)
                 continue
             grid = grid_int4(weight, form.group_size, form.symmetric, clip=clip)
             _to_int4(block, layer, round_int4(weight, grid), grid, form)
@@ -135,7 +136,7 @@ def awq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibr
         for layer in LAYERS:
             weight = _linear(block, layer).weight
             if layer in form.keep_8bit:
-                _to_int8(block, layer, quantize_int8(weight, form.int8.activation_group or 0), form.int8)
+                _round_to_int8(block, layer, form.int8)
                 continue
             if clip:
                 grid = clipped_grid(weight, samples[layer], form.group_size, form.symmetric)
@@ -220,6 +221,10 @@ def _require_groups(model: Transformer, group_size: int | None, key: str) -> Non
 def _to_int8(block: Block, layer: str, weight: Int8Weight, form: Int8Format) -> None:
     kind = W8A8Linear if form.activation_bits == 8 else W8A16Linear
     block.set_submodule(layer, kind(weight, _linear(block, layer).bias))
+
+
+def _round_to_int8(block: Block, layer: str, form: Int8Format) -> None:
+    _to_int8(block, layer, quantize_int8(_linear(block, layer).weight, form.activation_group or 0), form)
 
 
 def _gptq_to_int8(block: Block, layer: str, weight: Tensor, hessian: Tensor, form: Int8Format) -> None:
