@@ -1,11 +1,11 @@
 """A verifier that wraps a model of transformers. It is slow and simple: every pass reads the whole sequence again.
 
-    # conf/verifier/transformers.yaml
+    # docs/examples/conf/verifier/transformers.yaml
     _target_: transformers_verifier.TransformersVerifier
     name: transformers
     dtype: float32
 
-    python run.py --config-dir=FOLDER verifier=transformers drafter=ngram model=path model.path=CHECKPOINT
+    PYTHONPATH=docs/examples python run.py --config-dir=docs/examples/conf verifier=transformers drafter=ngram
 
 A run needs nothing but a `Verifier`. This one does not use Quasar's model, so it is also an oracle for that model.
 """

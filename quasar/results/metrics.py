@@ -28,12 +28,16 @@ Better = Literal["higher", "lower"]
 class RunFacts:
     """The facts about a run that metrics need in addition to its records.
 
-    model, drafter, verifier, data: their names in the configuration
-    model_origin, weights_on_grid: see `quasar.results.schema.ModelFiles`
+    model, drafter, verifier, data: its name in the configuration
+    temperature: of sampling; 0 for greedy decoding
+    model_origin: where the reference's weights come from
+    weights_on_grid: share of these weights that are exactly on a 4-bit or 8-bit grid; None for random weights
     verifier_label: description of the verifier's model
     is_reference: whether the verifier is the reference
     weight_bytes: bytes of weights that every verification pass reads
     kv_bytes_per_token: bytes of keys and values that a pass reads per token of context
+    peak_memory_bytes: most memory that the run has used, of the GPU if it ran on one
+    device: kind and name of the processor or GPU
     copy_bandwidth: bytes per second, see `quasar_kernels.bandwidth.copy_bandwidth`
     simulated: whether acceptance was replayed, so that the generated text is meaningless
     lossy: whether the acceptance rule does not preserve the verifier's distribution
@@ -66,7 +70,10 @@ class Measured:
 
     records: the records of finished prompts
     steps: number of steps in all turns
-    drafted, accepted, emitted, context: sums over these steps
+    drafted: draft tokens in these steps
+    accepted: draft tokens that were accepted
+    emitted: tokens that the steps emitted
+    context: sum over the steps of the cached tokens that the pass read
     """
 
     def __init__(self, records: Iterable[PromptRecord] = (), facts: RunFacts | None = None) -> None:
@@ -113,6 +120,7 @@ class Measured:
 
 
 def prompts(run: Measured) -> int:
+    """Number of prompts that were decoded."""
     return len({record.question_id for record in run.records})
 
 
@@ -122,6 +130,7 @@ def repetitions(run: Measured) -> int:
 
 
 def tokens_generated(run: Measured) -> int:
+    """Number of tokens in all answers."""
     return sum(len(turn.token_ids) for turn in run.turns)
 
 
@@ -131,6 +140,7 @@ def tokens_per_second(run: Measured) -> float | None:
 
 
 def prefill_tokens_per_second(run: Measured) -> float | None:
+    """Prompt tokens divided by the time of the prefill."""
     return _ratio(sum(turn.prompt_tokens for turn in run.turns) * 1e3, run.milliseconds("prefill"))
 
 
@@ -170,12 +180,12 @@ def exact_match_length(run: Measured) -> float | None:
 
 
 def distinct_4gram_ratio(run: Measured) -> float | None:
-    """Mean over the free-running outputs; None for a simulated run, whose text is meaningless."""
+    """Share of distinct 4-grams, mean over the free-running outputs; None for a simulated run, whose text is meaningless."""
     return None if run.facts.simulated else _repetition(turn.token_ids for turn in run.turns)
 
 
 def distinct_4gram_ratio_reference(run: Measured) -> float | None:
-    """Mean over the reference's answers."""
+    """Share of distinct 4-grams, mean over the reference's answers."""
     return _repetition(answer.token_ids for answer in run.answers)
 
 

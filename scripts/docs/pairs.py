@@ -1,0 +1,56 @@
+"""The matrix of drafters and verifiers: whose output a pair reproduces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from quasar.config.component import class_named
+from quasar.config.schema import CONF
+from scripts.docs.markdown import escaped, row, table_head
+from scripts.docs.yaml_keys import description, keys
+
+REFERENCE, ITSELF, SIMULATED = "exact", "own", "simulated"
+LEGEND = (
+    f"**{REFERENCE}**: the output is that of autoregressive decoding with the reference. **{ITSELF}**: it is that of "
+    "autoregressive decoding with this verifier, which is not the reference, so it is lossy with respect to the "
+    f"reference. **{SIMULATED}**: acceptance is replayed from a recorded run, and the text means nothing. All of this "
+    "holds for `decode.acceptance=exact`, the default, greedily token by token and sampled in distribution."
+)
+
+
+def matrix() -> str:
+    """Return the table of all pairs of conf/drafter and conf/verifier."""
+    verifiers = _files("verifier")
+    lines = [table_head("drafter", *(f"`{file.stem}`" for file in verifiers))]
+    for drafter in _files("drafter"):
+        lines.append(row(f"`{drafter.stem}`", *(_guarantee(drafter, verifier) for verifier in verifiers)))
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """Return the page of all drafters and verifiers in Markdown."""
+    parts = [f"# Drafters and verifiers\n\nEvery drafter runs with every verifier.\n\n{matrix()}\n\n{LEGEND}\n"]
+    for group in ("drafter", "verifier"):
+        lines = [f"## {group.capitalize()}s\n", table_head(group, "what it is")]
+        lines += [row(f"`{file.stem}`", escaped(description(file))) for file in _files(group)]
+        parts.append("\n".join(lines) + "\n")
+    parts.append("[Configuration](configuration.md) lists their keys.\n")
+    return "\n".join(parts)
+
+
+def _files(group: str) -> list[Path]:
+    return sorted((CONF / group).glob("*.yaml"))
+
+
+def _guarantee(drafter: Path, verifier: Path) -> str:
+    # A drafter that always has an acceptance rule of its own ignores what the verifier says.
+    rule = get_type_hints(_target(drafter, "drafter").rule.fget)["return"]
+    if type(None) not in get_args(rule):
+        return SIMULATED
+    return REFERENCE if _target(verifier, "verifier").is_reference else ITSELF
+
+
+def _target(file: Path, group: str) -> type:
+    (target,) = (key.default for key in keys(file) if key.path == "_target_")
+    return class_named(target, f"{group}._target_")

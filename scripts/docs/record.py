@@ -1,0 +1,38 @@
+"""Records what a run prints, for README.md and the tutorial: ``python -m scripts.docs.record``.
+
+It starts the commands in `RECORDED` and writes their output to docs/recorded/, without the folder of this checkout.
+Speeds and speedups in these texts are those of the machine that recorded them; use one with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "recorded"
+RECORDED = {"first_run": "python run.py verifier=int8 drafter=ngram"}
+"""The commands by the names of their files."""
+RUN = Path("outputs/default/DATE_TIME")
+
+
+def record(name: str) -> str:
+    """Run a command and return its output. Raises CalledProcessError if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [sys.executable, *shlex.split(RECORDED[name])[1:], f"hydra.run.dir={folder}/run"]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.replace(f"{folder}/run", str(RUN))
+
+
+def recorded_text(name: str) -> str:
+    """Return the recorded output of a command, below the command itself; trailing spaces are removed."""
+    lines = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return "\n".join([f"$ {RECORDED[name]}", *(line.rstrip() for line in lines)]) + "\n"
+
+
+if __name__ == "__main__":
+    for name in RECORDED:
+        (FOLDER / f"{name}.txt").write_text(record(name), encoding="utf-8")
