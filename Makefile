@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-slurm bench reproduce figures notebooks lint clean
+.PHONY: setup run test test-slurm bench reproduce figures notebooks docs lint clean
 
 setup: $(STAMP)
 
@@ -42,10 +42,15 @@ figures: $(STAMP)
 notebooks: $(STAMP)
 	$(BIN)/quasar notebooks $(if $(NOTEBOOKS),$(NOTEBOOKS),notebooks/*.ipynb) $(if $(RESULTS),--results "$(RESULTS)")
 
+# The documentation into site/; also refreshes the generated parts of README.md.
+docs: $(STAMP)
+	$(BIN)/python -m scripts.docs.readme
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
