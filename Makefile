@@ -42,9 +42,9 @@ figures: $(STAMP)
 notebooks: $(STAMP)
 	$(BIN)/quasar notebooks $(if $(NOTEBOOKS),$(NOTEBOOKS),notebooks/*.ipynb) $(if $(RESULTS),--results "$(RESULTS)")
 
-# The documentation into site/; also refreshes the generated parts of README.md.
+# The documentation into site/; also refreshes the generated parts of README.md and of the pages.
 docs: $(STAMP)
-	$(BIN)/python -m scripts.docs.readme
+	$(BIN)/python -m scripts.docs.parts
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(STAMP)

@@ -180,7 +180,7 @@ def exact_match_length(run: Measured) -> float | None:
 
 
 def distinct_4gram_ratio(run: Measured) -> float | None:
-    """Share of distinct 4-grams, mean over the free-running outputs; None for a simulated run, whose text is meaningless."""
+    """Share of distinct 4-grams, mean over the free-running outputs; None for a simulated run."""
     return None if run.facts.simulated else _repetition(turn.token_ids for turn in run.turns)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
-import click
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from quasar.cli import app
 from scripts.docs.markdown import escaped, row, table_head
@@ -38,27 +39,26 @@ def page() -> str:
     return "\n".join([_INTRODUCTION, *(_section(name, command) for name, command in commands(root))])
 
 
-def commands(command: click.Command, name: str = "quasar") -> Iterator[tuple[str, click.Command]]:
+def commands(command: Any, name: str = "quasar") -> Iterator[tuple[str, TyperCommand]]:
     """Yield the commands below a command, by their full names."""
-    inner = getattr(command, "commands", None)
-    if inner is None:
+    if isinstance(command, TyperGroup):
+        for key, found in command.commands.items():
+            yield from commands(found, f"{name} {key}")
+    else:
         yield name, command
-        return
-    for key, found in inner.items():
-        yield from commands(found, f"{name} {key}")
 
 
-def _section(name: str, command: click.Command) -> str:
+def _section(name: str, command: TyperCommand) -> str:
     lines = [f"## {name}\n", inspect.cleandoc(command.help or "") + "\n"]
-    parameters = [entry for entry in command.params if not getattr(entry, "hidden", False)]
+    parameters = [entry for entry in command.params if isinstance(entry, TyperArgument | TyperOption)]
     if parameters:
         lines.append(table_head("argument", "meaning"))
-        lines += [row(f"`{_written(entry)}`", escaped(getattr(entry, "help", None) or "")) for entry in parameters]
+        lines += [row(f"`{_written(entry)}`", escaped(entry.help or "")) for entry in parameters]
     return "\n".join(lines) + "\n"
 
 
-def _written(parameter: click.Parameter) -> str:
-    if parameter.param_type_name == "argument":
+def _written(parameter: TyperArgument | TyperOption) -> str:
+    if isinstance(parameter, TyperArgument):
         name = (parameter.name or "").upper()
         return name if parameter.required else f"[{name}]"
     return ", ".join([*parameter.opts, *parameter.secondary_opts])

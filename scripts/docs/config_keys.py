@@ -29,7 +29,11 @@ def page() -> str:
     for group in GROUPS:
         parts.append(f"## `{group}=`\n")
         for file in _files(group):
-            parts += [f"### {group}={file.stem}\n", description(file) + "\n", _table(file, f"{group}.", _hints(group, file))]
+            parts += [
+                f"### {group}={file.stem}\n",
+                description(file) + "\n",
+                _table(file, f"{group}.", _hints(group, file)),
+            ]
     parts += ["## `experiment=`\n", _experiments()]
     for group in ("hydra/launcher", "hydra/sweeper"):
         parts.append(f"## `{group}=`\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
 
 from quasar.config.checks import Must, shown
 
-_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", type(None): "null"}
+_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", type(None): "null"}
 _SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
@@ -39,7 +40,8 @@ def _annotated(base: Any, notes: tuple[Any, ...]) -> str:
             return note.text
     # A pydantic Field holds its bounds in a list of such notes.
     flat = [inner for note in notes for inner in getattr(note, "metadata", [note])]
-    return " ".join([allowed(base), *filter(None, [_bounds(note) for note in flat])])
+    bounds = ", ".join(filter(None, map(_bounds, flat)))
+    return f"{allowed(base)} {bounds}".rstrip()
 
 
 def _bounds(note: Any) -> str:

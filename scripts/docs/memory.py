@@ -27,7 +27,14 @@ MODELS = {
 def table() -> str:
     """Return the table of memory in GB (10^9 bytes)."""
     heads = [
-        "model", "parameters", "`fp16`", "`int8`", "`int4`", "KV cache, 1,000 tokens", "reference beside it", "float32 copy"
+        "model",
+        "parameters",
+        "`fp16`",
+        "`int8`",
+        "`int4`",
+        "KV cache, 1,000 tokens",
+        "reference beside it",
+        "float32 copy",
     ]
     lines = [table_head(*heads)]
     for name, config in MODELS.items():

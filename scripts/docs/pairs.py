@@ -22,10 +22,12 @@ LEGEND = (
 def matrix() -> str:
     """Return the table of all pairs of conf/drafter and conf/verifier."""
     verifiers = _files("verifier")
-    lines = [table_head("drafter", *(f"`{file.stem}`" for file in verifiers))]
-    for drafter in _files("drafter"):
-        lines.append(row(f"`{drafter.stem}`", *(_guarantee(drafter, verifier) for verifier in verifiers)))
-    return "\n".join(lines)
+    head = table_head("drafter", *(f"`{file.stem}`" for file in verifiers))
+    lines = (
+        row(f"`{drafter.stem}`", *(_guarantee(drafter, verifier) for verifier in verifiers))
+        for drafter in _files("drafter")
+    )
+    return "\n".join([head, *lines])
 
 
 def page() -> str:

@@ -1,6 +1,6 @@
 """Records what a run prints, for README.md and the tutorial: ``python -m scripts.docs.record``.
 
-It starts the commands in `RECORDED` and writes their output to docs/recorded/, without the folder of this checkout.
+It starts the commands in `RECORDED` and writes their output to docs/recorded/, without the lines that show progress.
 Speeds and speedups in these texts are those of the machine that recorded them; use one with nothing else to do.
 """
 
@@ -17,6 +17,7 @@ FOLDER = ROOT / "docs" / "recorded"
 RECORDED = {"first_run": "python run.py verifier=int8 drafter=ngram"}
 """The commands by the names of their files."""
 RUN = Path("outputs/default/DATE_TIME")
+PROGRESS = ("decoding ", "loading ", "preparing ")
 
 
 def record(name: str) -> str:
@@ -24,13 +25,13 @@ def record(name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         arguments = [sys.executable, *shlex.split(RECORDED[name])[1:], f"hydra.run.dir={folder}/run"]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.replace(f"{folder}/run", str(RUN))
+        lines = done.stdout.replace(f"{folder}/run", str(RUN)).splitlines()
+        return "\n".join(line.rstrip() for line in lines if not line.startswith(PROGRESS)) + "\n"
 
 
 def recorded_text(name: str) -> str:
-    """Return the recorded output of a command, below the command itself; trailing spaces are removed."""
-    lines = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return "\n".join([f"$ {RECORDED[name]}", *(line.rstrip() for line in lines)]) + "\n"
+    """Return the recorded output of a command, below the command itself."""
+    return f"$ {RECORDED[name]}\n{(FOLDER / f'{name}.txt').read_text(encoding='utf-8')}"
 
 
 if __name__ == "__main__":

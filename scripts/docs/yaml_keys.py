@@ -11,7 +11,12 @@ import yaml
 
 @dataclass(frozen=True)
 class Key:
-    """path: such as ``evaluate.passes.rows``; default: as the file writes it, empty for a mapping; meaning: its comment"""
+    """A key of a file.
+
+    path: such as ``evaluate.passes.rows``
+    default: its value as the file writes it; empty for a mapping
+    meaning: its comment
+    """
 
     path: str
     default: str
