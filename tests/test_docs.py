@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import itertools
 import os
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict
 from typer.core import TyperGroup
 
 from quasar.cli import app, model_names
-from quasar.config.schema import CONF, check, register
+from quasar.config.schema import CONF, DataConfig, check, register
+from quasar.evaluation.prompts import load_prompts
 from quasar.experiment.reproduce import experiment_names
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +143,6 @@ def require_run(arguments: list[str]) -> None:
             assert (ROOT / argument.partition("=")[2]).is_dir(), argument
         elif argument not in ("-m", "--help", "--cfg", "job"):
             overrides.append(argument)
-    register()
     choices = [
         [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
@@ -152,8 +154,10 @@ def require_run(arguments: list[str]) -> None:
         require_job([values[job % len(values)] for values in choices])
 
 
-def require_job(overrides: list[str]) -> None:
-    paths = f"hydra.searchpath=[file://{EXAMPLES / 'conf'}]"
+def require_job(overrides: list[str], folder: Path = EXAMPLES / "conf") -> None:
+    """Compose and check one configuration. folder: further YAML files, as ``--config-dir`` adds them"""
+    register()
+    paths = f"hydra.searchpath=[file://{folder}]"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides=[paths, *overrides], return_hydra_config=True)
         chosen = dict(config.hydra.runtime.choices)
@@ -195,6 +199,40 @@ def require_make(arguments: list[str]) -> None:
             assert value in experiment_names() or value.isupper(), f"{value} is not in conf/experiment"
         elif name == "ARGS" and targets == ["run"]:
             require_run(shlex.split(value))
+
+
+def fences(language: str) -> list[tuple[str, str]]:
+    """Return the fenced code blocks of a language, with the names of their pages."""
+    return [
+        (file.name, fence["code"])
+        for file in PAGES
+        for fence in _FENCE.finditer(file.read_text(encoding="utf-8"))
+        if fence["language"] == language
+    ]
+
+
+@pytest.mark.parametrize(("page", "code"), fences("python"))
+def test_python_in_the_pages_is_python(page: str, code: str) -> None:
+    ast.parse(code)
+
+
+@pytest.mark.parametrize(("page", "code"), [found for found in fences("yaml") if "_target_" not in found[1]])
+def test_experiments_and_models_in_the_pages_are_accepted(page: str, code: str, tmp_path: Path) -> None:
+    name = yaml.safe_load(code)["name"]
+    group = "experiment" if code.startswith("# @package") else "model"
+    (tmp_path / group).mkdir()
+    (tmp_path / group / f"{name}.yaml").write_text(code, encoding="utf-8")
+    require_job([f"{group}={name}"], tmp_path)
+
+
+def test_prompts_in_the_pages_can_be_read(tmp_path: Path) -> None:
+    ((_, lines),) = fences("json")
+    (tmp_path / "questions.jsonl").write_text(lines, encoding="utf-8")
+    found = load_prompts(DataConfig(name="specbench", path=str(tmp_path / "questions.jsonl"), limit=None))
+    assert [(prompt.family, len(prompt.turns), prompt.reference) for prompt in found] == [
+        ("writing", 2, ()),
+        ("math", 1, ("42",)),
+    ]
 
 
 @pytest.fixture(scope="module")

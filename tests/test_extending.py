@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quasar.config.build import build
 from quasar.config.schema import CONF
 from quasar.decoding.draft import Context, Draft
+from quasar.decoding.sampling import Sampling
 from quasar.drafters.base import Drafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.model.transformer import Transformer
@@ -62,6 +63,15 @@ def test_a_verifier_around_transformers_passes_and_agrees_with_ours(
     tokens = torch.tensor([3, 1, 4, 1, 5])
     assert torch.allclose(ours.prefill(tokens).logits, theirs.prefill(tokens).logits, atol=1e-4)
     check_drafter(NgramDrafter(), theirs)
+
+
+def test_the_drafter_of_the_tutorial_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from repeat import RepeatDrafter  # type: ignore[import-not-found]
+
+    check_drafter(RepeatDrafter(num_tokens=3))
+    context = Context([1, 5], 2, Sampling(), torch.Generator())
+    assert RepeatDrafter(num_tokens=3).propose(context, budget=2).tokens == [5, 5]
 
 
 def llama(folder: Path) -> Path:
@@ -125,24 +135,8 @@ def test_a_faulty_verifier_is_told_what_is_wrong() -> None:
         check_verifier(Forgetful(tiny_model(), Setup()))
 
 
-# The README's example, in a separate package. Its name sorts before every other choice.
-DRAFTER = '''
-from pydantic import PositiveInt, validate_call
-
-from quasar.decoding.draft import Context, Draft
-from quasar.drafters.base import Drafter
-
-
-class RepeatDrafter(Drafter):
-    """Guess that the last token comes again: ``num_tokens`` times."""
-
-    @validate_call
-    def __init__(self, num_tokens: PositiveInt = 2) -> None:
-        self.num_tokens = num_tokens
-
-    def propose(self, context: Context, budget: int) -> Draft:
-        return Draft.chain([context.last] * min(self.num_tokens, budget))
-'''
+# The example of the documentation, in a separate package. Its name there sorts before every other choice.
+DRAFTER = (EXAMPLES / "repeat.py").read_text(encoding="utf-8")
 VERIFIER = '''
 from quasar.verifiers.fp16 import FP16Verifier
 

@@ -33,6 +33,11 @@ def call(site: Path, folder: Path, *command: str) -> str:
     return done.stdout
 
 
+def test_the_wheel_says_that_its_packages_have_types(site: Path) -> None:
+    assert (site / "quasar" / "py.typed").is_file()
+    assert (site / "quasar_kernels" / "py.typed").is_file()
+
+
 def test_models_are_listed_from_the_configuration_in_the_wheel(site: Path, tmp_path: Path) -> None:
     listed = call(site, tmp_path, str(site / "bin" / "quasar"), "models", "list")
     names = {line.split()[0] for line in listed.splitlines()}
