@@ -22,16 +22,14 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/pairs.md": pairs.page,
 }
 """The pages that are generated."""
-FIGURES = ("pareto", "inflation", "break_even")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages and the figures of the committed results."""
     for place, page in PAGES.items():
         files.append(File.generated(config, place, content=page()))
-    for name in FIGURES:
-        file = ROOT / "experiments" / "pruning_vs_quantization" / f"{name}.svg"
-        files.append(File.generated(config, f"results/{name}.svg", abs_src_path=str(file)))
+    for file in sorted((ROOT / "experiments").glob("*/*.svg")):
+        files.append(File.generated(config, f"results/{file.parent.name}/{file.name}", abs_src_path=str(file)))
     return files
 
 

@@ -20,8 +20,8 @@ LEGEND = (
 
 
 def matrix() -> str:
-    """Return the table of all pairs of conf/drafter and conf/verifier."""
-    verifiers = _files("verifier")
+    """Return the table of all pairs of conf/drafter and conf/verifier, the reference first."""
+    verifiers = sorted(_files("verifier"), key=lambda file: not _target(file, "verifier").is_reference)
     head = table_head("drafter", *(f"`{file.stem}`" for file in verifiers))
     lines = (
         row(f"`{drafter.stem}`", *(_guarantee(drafter, verifier) for verifier in verifiers))
