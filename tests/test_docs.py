@@ -235,38 +235,57 @@ def test_prompts_in_the_pages_can_be_read(tmp_path: Path) -> None:
     ]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_the_documentation_builds_without_warnings_and_needs_no_other_server(tmp_path: Path) -> None:
+    """One test, because building takes long, and parallel workers would build once for each test."""
     pytest.importorskip("mkdocs", reason="pip install -e .[docs]")
-    folder = tmp_path_factory.mktemp("site")
     # In a process of its own, because mkdocs configures logging and imports hooks from the current folder.
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder
+    require_pages(tmp_path)
+    require_filled_in(tmp_path)
+    require_own_resources(tmp_path)
 
 
-def test_the_documentation_builds_without_warnings(site: Path) -> None:
+def require_pages(site: Path) -> None:
     pages = {page.relative_to(site).with_suffix("").as_posix() for page in site.rglob("*.html")}
     sources = {file.relative_to(ROOT / "docs").with_suffix("").as_posix() for file in (ROOT / "docs").rglob("*.md")}
     assert sources <= pages
     assert {"reference/configuration", "reference/metrics", "reference/command-line", "reference/pairs"} <= pages
 
 
-def test_formulas_numbers_and_tables_are_filled_in(site: Path) -> None:
+def require_filled_in(site: Path) -> None:
+    """Formulas, numbers and tables of committed results, and computed tables are in the pages."""
     text = (site / "explanation" / "quantization.html").read_text(encoding="utf-8")
     assert text.count("<math") > 5
     assert "arithmatex" not in text
     assert "int4 rounding</td>" in text
+    assert "8.19 billion" in (site / "how-to" / "gpu.html").read_text(encoding="utf-8")
     for page in site.rglob("*.html"):
         assert not re.search(r"\{\{ \w+ \||<!-- memory", page.read_text(encoding="utf-8")), page
 
 
-def test_no_page_loads_anything_from_another_server(site: Path) -> None:
+def require_own_resources(site: Path) -> None:
+    """No page loads a script, a font, a style sheet or an image from another server."""
     loaded = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//|<link[^>]*\shref=\"?(?:https?:)?//")
-    files = itertools.chain(site.rglob("*.html"), site.rglob("*.svg"))
-    for page in files:
+    for page in itertools.chain(site.rglob("*.html"), site.rglob("*.svg")):
         assert not loaded.search(page.read_text(encoding="utf-8")), page
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        '<script src="https://one.example/a.js"></script>',
+        '<link rel="stylesheet" href=//one.example/a.css>',
+        '<img alt="a" src="http://one.example/a.png">',
+    ],
+)
+def test_a_resource_of_another_server_is_found(page: str, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<a href="https://one.example">a link is allowed</a>')
+    require_own_resources(tmp_path)
+    (tmp_path / "b.html").write_text(page)
+    with pytest.raises(AssertionError):
+        require_own_resources(tmp_path)

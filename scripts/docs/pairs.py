@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from quasar.config.component import class_named
 from quasar.config.schema import CONF
@@ -53,6 +53,7 @@ def _guarantee(drafter: Path, verifier: Path) -> str:
     return REFERENCE if _target(verifier, "verifier").is_reference else ITSELF
 
 
-def _target(file: Path, group: str) -> type:
+def _target(file: Path, group: str) -> Any:
+    """Return the class that a YAML file names."""
     (target,) = (key.default for key in keys(file) if key.path == "_target_")
     return class_named(target, f"{group}._target_")
