@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 from annotated_types import Ge
 from pydantic import Field, PositiveInt
 
@@ -161,3 +163,14 @@ def test_formulas_become_mathml() -> None:
     found = with_mathml(r'<p><span class="arithmatex">\(a &lt; \frac{1}{2}\)</span> costs $5</p>')
     assert re.search(r"<math[^>]*display=\"inline\".*<mfrac>.*</math> costs \$5</p>", found)
     assert "arithmatex" not in found
+
+
+def test_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert f"\n## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert project["requires-python"] == f">={versions[0]},<3.{int(versions[-1].partition('.')[2]) + 1}"

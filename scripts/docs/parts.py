@@ -33,7 +33,7 @@ def pages() -> list[Path]:
 
 def refreshed(text: str) -> str:
     """Return a text with current parts. Raises KeyError for a part that does not exist."""
-    return _PLACE.sub(lambda match: f"{match[1]}{_part(match['name'])}\n{match[4]}", text)
+    return _PLACE.sub(lambda match: f"{match[1]}\n{_part(match['name'])}\n\n{match[4]}", text)
 
 
 def _part(name: str) -> str:
