@@ -361,6 +361,31 @@ def test_attention_of_a_row_depends_on_what_it_sees_alone(level: str) -> None:
         torch.set_num_threads(1)
 
 
+@needs_kernels
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(96, 32, 64), (128, 16, 32), (64, 64, 96)])
+@pytest.mark.parametrize("context", [0, 1, 100, 127, 128, 129, 250])
+def test_attention_of_a_node_has_the_bits_of_its_branch(
+    level: str, heads: int, kv_heads: int, head_dim: int, context: int
+) -> None:
+    """A node of a tree is computed as in autoregressive decoding, although its branch has gaps between its slots."""
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    rows, generator = 40, torch.Generator().manual_seed(context)
+    parents = [-1, *(int(torch.randint(row, (), generator=generator)) for row in range(1, rows))]
+    mask = torch.eye(rows, dtype=torch.bool)
+    for row in range(1, rows):
+        mask[row] |= mask[parents[row]]
+    q = normal(rows, heads, head_dim, dtype=torch.bfloat16)
+    keys, values = (normal(kv_heads, context + rows, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    tree = quasar_kernels.block_attention(q, keys, values, torch.tensor([context]), mask)
+    for row in range(rows):
+        branch = [*range(context), *(context + mask[row].nonzero().flatten()).tolist()]
+        own_keys, own_values = keys[:, branch].contiguous(), values[:, branch].contiguous()
+        start, alone = torch.tensor([len(branch) - 1]), torch.ones(1, 1, dtype=torch.bool)
+        expected = quasar_kernels.block_attention(q[row : row + 1], own_keys, own_values, start, alone)
+        assert torch.equal(tree[row : row + 1], expected), f"row {row}"
+
+
 def test_gradients_take_the_way_of_pytorch() -> None:
     x = normal(3, 64, dtype=torch.bfloat16).requires_grad_()
     quasar_kernels.add_rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-5)[0].sum().backward()

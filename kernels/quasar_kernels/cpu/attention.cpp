@@ -2,8 +2,12 @@
 // computation is in float32.
 //
 // The query heads of a KV head are packed into rows, so that each key is read once for all of them. The context is
-// split at multiples of CHUNK_KEYS slots, and the parts are merged in ascending order. Therefore a row's result does
+// split at multiples of CHUNK_KEYS positions, and the parts are merged in ascending order. Therefore a row's result does
 // not depend on the number of rows, on the number of threads, or on slots that the row does not attend to.
+//
+// In a chain the position of a token is its slot. In a tree a node of a later branch has a slot after those of the other
+// branches. There the keys and values of each row's branch are copied to consecutive places first, so that they are
+// added in the same order and groups as in autoregressive decoding, and the result has the same bits.
 #include <omp.h>
 
 #include <algorithm>
@@ -40,6 +44,18 @@ struct Attention {
 
     int64_t group() const { return heads / kv_heads; }
     int64_t chunks() const { return (slots + CHUNK_KEYS - 1) / CHUNK_KEYS; }
+    int64_t block() const { return slots - prefix; }
+};
+
+// At most CHUNK_KEYS consecutive positions of the context.
+struct Chunk {
+    const uint16_t *keys, *values;  // of its first position; those of the others follow
+    int64_t index;                  // its first position is index * CHUNK_KEYS
+    int64_t prefix;                 // every row attends to the positions before this one
+    int64_t end;                    // number of positions of the context
+
+    int64_t first() const { return index * CHUNK_KEYS; }
+    int64_t size() const { return std::min(CHUNK_KEYS, end - first()); }
 };
 
 // The results of one row and chunk: the largest score, the sum of exp(score - largest), and head_dim sums of values.
@@ -52,9 +68,9 @@ struct Partials {
     }
 };
 
-// The packed rows of a task: row p of KV head h is query head h * group + p / rows of query row p % rows.
+// The packed rows of a task: row p of KV head h is query head h * group + p % group of query row p / group.
 struct Task {
-    int64_t kv_head, first, count, chunk;
+    int64_t kv_head, first, count;
 };
 
 struct Scratch {
@@ -75,20 +91,20 @@ inline Floats add_pairs(Floats sum, Ints key_pairs, int32_t query_pair) {
 #endif
 }
 
-// Returns sixteen bytes that are nonzero where the row attends to the slots from `first` on. At the edges of the mask
+// Returns sixteen bytes that are nonzero where the row attends to the positions from `first` on. At the edges of the mask
 // they are written to `padded`.
-inline const uint8_t* lane_mask(const Attention& job, const uint8_t* mask, int64_t first, uint8_t (&padded)[LANES]) {
-    if (first >= job.prefix && first + LANES <= job.slots) return mask + first - job.prefix;
+inline const uint8_t* lane_mask(const Chunk& chunk, const uint8_t* mask, int64_t first, uint8_t (&padded)[LANES]) {
+    if (first >= chunk.prefix && first + LANES <= chunk.end) return mask + first - chunk.prefix;
     for (int64_t lane = 0; lane < LANES; ++lane) {
-        const int64_t slot = first + lane;
-        padded[lane] = slot < job.prefix || (slot < job.slots && mask[slot - job.prefix]);
+        const int64_t position = first + lane;
+        padded[lane] = position < chunk.prefix || (position < chunk.end && mask[position - chunk.prefix]);
     }
     return padded;
 }
 
 template <int ROWS>
-void score_tile(const Attention& job, const int32_t* const* queries, const uint8_t* const* masks, int64_t first_key,
-                const int32_t* key_units, float* scores) {
+void score_tile(const Attention& job, const Chunk& chunk, const int32_t* const* queries, const uint8_t* const* masks,
+                int64_t first_key, const int32_t* key_units, float* scores) {
     Floats sums[ROWS];
 #pragma GCC unroll 24
     for (int row = 0; row < ROWS; ++row) sums[row] = zero_floats();
@@ -97,12 +113,12 @@ void score_tile(const Attention& job, const int32_t* const* queries, const uint8
 #pragma GCC unroll 24
         for (int row = 0; row < ROWS; ++row) sums[row] = add_pairs(sums[row], pairs, queries[row][unit]);
     }
-    const bool all_visible = first_key + LANES <= job.prefix;
+    const bool all_visible = first_key + LANES <= chunk.prefix;
 #pragma GCC unroll 24
     for (int row = 0; row < ROWS; ++row) {
         Floats scaled = multiply(sums[row], broadcast(job.scale));
         uint8_t padded[LANES];
-        if (!all_visible) scaled = mask_invisible(scaled, lane_mask(job, masks[row], first_key, padded));
+        if (!all_visible) scaled = mask_invisible(scaled, lane_mask(chunk, masks[row], first_key, padded));
         store_float32(scores + row * CHUNK_KEYS, scaled);
     }
 }
@@ -215,10 +231,10 @@ inline void to_weights(float* scores, int64_t keys, float* largest, float* sum) 
     *sum = sum_floats(total);
 }
 
-inline bool any_visible(const Attention& job, const uint8_t* const* masks, int64_t rows, int64_t first, int64_t keys) {
-    if (first < job.prefix) return true;
+inline bool any_visible(const Chunk& chunk, const uint8_t* const* masks, int64_t rows) {
+    if (chunk.first() < chunk.prefix) return true;
     for (int64_t row = 0; row < rows; ++row)
-        if (std::memchr(masks[row] + first - job.prefix, 1, keys) != nullptr) return true;
+        if (std::memchr(masks[row] + chunk.first() - chunk.prefix, 1, chunk.size()) != nullptr) return true;
     return false;
 }
 
@@ -230,39 +246,38 @@ inline void prefetch_rows(const Attention& job, const uint16_t* rows, int64_t el
         _mm_prefetch(reinterpret_cast<const char*>(rows + element), _MM_HINT_T0);
 }
 
-void attend_chunk(const Attention& job, const Partials& partials, const Task& task, Scratch& scratch) {
+void attend_chunk(const Attention& job, const Chunk& chunk, const Partials& partials, const Task& task,
+                  Scratch& scratch) {
     const int32_t* queries[TILE_ROWS];
     const uint8_t* masks[TILE_ROWS];
     float* results[TILE_ROWS];
     const int64_t head_rows = job.group() * job.rows;
     for (int64_t index = 0; index < task.count; ++index) {
-        const int64_t packed = task.first + index, row = packed % job.rows;
-        const int64_t head = task.kv_head * job.group() + packed / job.rows;
+        const int64_t packed = task.first + index, row = packed / job.group();
+        const int64_t head = task.kv_head * job.group() + packed % job.group();
         queries[index] = reinterpret_cast<const int32_t*>(job.q + (row * job.heads + head) * job.head_dim);
-        masks[index] = job.mask + row * (job.slots - job.prefix);
-        results[index] = partials.of(task.kv_head * head_rows + packed, task.chunk, job.chunks());
+        masks[index] = job.mask + row * job.block();
+        results[index] = partials.of(task.kv_head * head_rows + packed, chunk.index, job.chunks());
     }
-    const int64_t first = task.chunk * CHUNK_KEYS, keys = std::min(CHUNK_KEYS, job.slots - first);
-    if (!any_visible(job, masks, task.count, first, keys)) {
+    const int64_t keys = chunk.size();
+    if (keys <= 0 || !any_visible(chunk, masks, task.count)) {
         for (int64_t index = 0; index < task.count; ++index) results[index][1] = 0;
         return;
     }
-    const uint16_t* key_rows = job.keys + task.kv_head * job.head_stride;
-    const uint16_t* value_rows = job.values + task.kv_head * job.head_stride + first * job.head_dim;
     const ScoreFunction score = score_function(task.count, std::make_integer_sequence<int, TILE_ROWS>());
     for (int64_t key = 0; key < keys; key += LANES) {
         // Sixteen rows are read at a time, which hardware prefetchers do not detect.
-        prefetch_rows(job, key_rows + (first + key + LANES) * job.head_dim, (keys - key - LANES) * job.head_dim);
-        prefetch_rows(job, value_rows + key * job.head_dim, (keys - key) * job.head_dim);
+        prefetch_rows(job, chunk.keys + (key + LANES) * job.head_dim, (keys - key - LANES) * job.head_dim);
+        prefetch_rows(job, chunk.values + key * job.head_dim, (keys - key) * job.head_dim);
         const int32_t* tile[LANES];
         for (int64_t lane = 0; lane < LANES; ++lane) {
-            // Lanes after the last slot read that slot again. They are masked, and nothing after the cache is read.
-            const int64_t slot = std::min(first + key + lane, job.slots - 1);
-            tile[lane] = reinterpret_cast<const int32_t*>(key_rows + slot * job.head_dim);
+            // Lanes after the last key read that key again. They are masked, and nothing after the cache is read.
+            const int64_t row = std::min(key + lane, keys - 1);
+            tile[lane] = reinterpret_cast<const int32_t*>(chunk.keys + row * job.head_dim);
         }
         for (int64_t unit = 0; unit < job.head_dim / 2; unit += LANES)
             transpose(tile, unit, scratch.key_units + unit * LANES);
-        score(job, queries, masks, first + key, scratch.key_units, scratch.scores + key);
+        score(job, chunk, queries, masks, chunk.first() + key, scratch.key_units, scratch.scores + key);
     }
     for (int64_t index = 0; index < task.count; ++index)
         to_weights(scratch.scores + index * CHUNK_KEYS, keys, &results[index][0], &results[index][1]);
@@ -271,13 +286,13 @@ void attend_chunk(const Attention& job, const Partials& partials, const Task& ta
     for (int64_t index = 0; index < task.count; index += VALUE_ROWS) {
         const int64_t rows = std::min<int64_t>(VALUE_ROWS, task.count - index);
         add_function(rows, std::make_integer_sequence<int, VALUE_ROWS>())(job, scratch.scores + index * CHUNK_KEYS,
-                                                                        value_rows, keys, results + index);
+                                                                        chunk.values, keys, results + index);
     }
 }
 
 void merge_row(const Attention& job, const Partials& partials, int64_t packed) {
     const int64_t head_rows = job.group() * job.rows, within = packed % head_rows;
-    const int64_t head = packed / head_rows * job.group() + within / job.rows, row = within % job.rows;
+    const int64_t head = packed / head_rows * job.group() + within % job.group(), row = within / job.group();
     float largest = -INFINITY, sum = 0;
     for (int64_t chunk = 0; chunk < job.chunks(); ++chunk) {
         const float* part = partials.of(packed, chunk, job.chunks());
@@ -298,20 +313,88 @@ void merge_row(const Attention& job, const Partials& partials, int64_t packed) {
         store_bfloat16(out + element, divide(load_float32(total + element), broadcast(sum)));
 }
 
-void attend_batch(const Attention& job, int32_t threads) {
-    const int64_t head_rows = job.group() * job.rows, chunks = job.chunks();
-    const int64_t tiles = (head_rows + TILE_ROWS - 1) / TILE_ROWS, size = LANES + job.head_dim;
+Chunk chunk_of_cache(const Attention& job, int64_t kv_head, int64_t index) {
+    const int64_t place = kv_head * job.head_stride + index * CHUNK_KEYS * job.head_dim;
+    return {job.keys + place, job.values + place, index, job.prefix, job.slots};
+}
+
+// Copies the keys and values of the chunk's positions in the row's branch to `memory`, which holds 2 * CHUNK_KEYS rows.
+// The branch is the prefix and then the slots of the block that the row attends to, in ascending order.
+Chunk chunk_of_branch(const Attention& job, int64_t kv_head, int64_t row, int64_t index, uint16_t* memory) {
+    const uint16_t *keys = job.keys + kv_head * job.head_stride, *values = job.values + kv_head * job.head_stride;
+    const uint8_t* mask = job.mask + row * job.block();
+    const int64_t first = index * CHUNK_KEYS;
+    int64_t position = std::min(first, job.prefix);
+    for (int64_t slot = position; slot < job.slots && position < first + CHUNK_KEYS; ++slot) {
+        if (slot >= job.prefix && !mask[slot - job.prefix]) continue;
+        if (position >= first) {
+            uint16_t* copy = memory + (position - first) * job.head_dim;
+            std::memcpy(copy, keys + slot * job.head_dim, job.head_dim * sizeof *copy);
+            std::memcpy(copy + CHUNK_KEYS * job.head_dim, values + slot * job.head_dim, job.head_dim * sizeof *copy);
+        }
+        ++position;
+    }
+    return {memory, memory + CHUNK_KEYS * job.head_dim, index, position, position};
+}
+
+// Returns whether some row does not attend to exactly the slots up to its own.
+bool is_tree(const Attention& job, int64_t first_row) {
+    for (int64_t row = 0; row < job.rows; ++row) {
+        const uint8_t* mask = job.mask + row * job.block();
+        const int64_t own = first_row + row + 1;
+        if (std::memchr(mask, 0, own) != nullptr || std::memchr(mask + own, 1, job.block() - own) != nullptr) return true;
+    }
+    return false;
+}
+
+// The tasks of a batch. Those of shared chunks have tiles of all packed rows. If the block is a tree, the chunks from
+// the end of the prefix on differ from row to row, and a tile has packed rows of one row only.
+struct Tasks {
+    const Attention& job;
+    int64_t shared;  // number of chunks that all rows read at the same slots
+    int64_t tiles, branch_tiles;
+
+    Tasks(const Attention& job, bool tree)
+        : job(job),
+          shared(tree ? job.prefix / CHUNK_KEYS : job.chunks()),
+          tiles((job.group() * job.rows + TILE_ROWS - 1) / TILE_ROWS),
+          branch_tiles((job.group() + TILE_ROWS - 1) / TILE_ROWS) {}
+
+    int64_t shared_count() const { return job.kv_heads * tiles * shared; }
+    int64_t count() const {
+        return shared_count() + job.kv_heads * job.rows * branch_tiles * (job.chunks() - shared);
+    }
+
+    void run(int64_t index, const Partials& partials, Scratch& scratch) const {
+        if (index < shared_count()) {
+            const int64_t kv_head = index / shared / tiles, tile = index / shared % tiles;
+            const int64_t packed = job.group() * job.rows, first = tile * packed / tiles;
+            const Task task = {kv_head, first, (tile + 1) * packed / tiles - first};
+            attend_chunk(job, chunk_of_cache(job, kv_head, index % shared), partials, task, scratch);
+            return;
+        }
+        index -= shared_count();
+        const int64_t chunks = job.chunks() - shared, chunk = shared + index % chunks;
+        const int64_t tile = index / chunks % branch_tiles, row = index / chunks / branch_tiles % job.rows;
+        const int64_t kv_head = index / chunks / branch_tiles / job.rows;
+        const int64_t first = tile * job.group() / branch_tiles, end = (tile + 1) * job.group() / branch_tiles;
+        thread_local Buffer branch;
+        auto* memory = static_cast<uint16_t*>(branch.reserve(2 * CHUNK_KEYS * job.head_dim * sizeof(uint16_t)));
+        attend_chunk(job, chunk_of_branch(job, kv_head, row, chunk, memory), partials,
+                     {kv_head, row * job.group() + first, end - first}, scratch);
+    }
+};
+
+void attend_batch(const Attention& job, bool tree, int32_t threads) {
+    const int64_t size = LANES + job.head_dim;
+    const Tasks tasks(job, tree);
     thread_local Buffer buffer;
-    const Partials partials = {static_cast<float*>(buffer.reserve(4 * job.heads * job.rows * chunks * size)), size};
+    const Partials partials = {static_cast<float*>(buffer.reserve(4 * job.heads * job.rows * job.chunks() * size)), size};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         alignas(64) Scratch scratch;
 #pragma omp for schedule(dynamic)
-        for (int64_t index = 0; index < job.kv_heads * tiles * chunks; ++index) {
-            const int64_t tile = index / chunks % tiles;
-            const int64_t first = tile * head_rows / tiles, end = (tile + 1) * head_rows / tiles;
-            attend_chunk(job, partials, {index / chunks / tiles, first, end - first, index % chunks}, scratch);
-        }
+        for (int64_t index = 0; index < tasks.count(); ++index) tasks.run(index, partials, scratch);
 #pragma omp for schedule(static)
         for (int64_t packed = 0; packed < job.heads * job.rows; ++packed) merge_row(job, partials, packed);
     }
@@ -326,8 +409,9 @@ void quasar_attention(const uint16_t* q, const uint16_t* keys, const uint16_t* v
     const int64_t prefix = *start, slots = prefix + rows;
     for (int64_t row = 0; row < rows; row += BATCH_ROWS) {
         const int64_t offset = row * heads * head_dim;
-        attend_batch({q + offset, keys, values, mask + row * rows, out + offset,
-                      std::min(BATCH_ROWS, rows - row), heads, kv_heads, head_dim, slots, prefix, head_stride, scale},
-                     threads);
+        const Attention job = {q + offset, keys, values, mask + row * rows, out + offset,
+                               std::min(BATCH_ROWS, rows - row), heads, kv_heads, head_dim, slots, prefix, head_stride,
+                               scale};
+        attend_batch(job, is_tree(job, row), threads);
     }
 }
