@@ -19,6 +19,8 @@ from quasar.verifiers.base import Setup
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported. Its kernels then run in an interpreter on any machine.
     os.environ["TRITON_INTERPRET"] = "1"
+# Tests look for sentences and rows in what commands print. They are one line each if lines may be this long.
+os.environ["COLUMNS"] = "400"
 
 
 @pytest.fixture(scope="session", autouse=True)

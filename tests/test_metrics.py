@@ -151,7 +151,7 @@ def test_a_metric_is_added_in_one_place(
         "longest_answer",
         lambda run: max(len(turn.token_ids) for turn in run.turns),
         *("tokens", "longest", "{:d} t".format),
-        printed=True,
+        rank=1,
         curve="longest",
     )
     extent = Metric("extent", lambda run: [1, 2], heading="extent", form=str, parts=("low", "high"))

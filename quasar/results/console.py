@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,8 +14,10 @@ from rich.table import Table, box
 from rich.text import Text
 
 from quasar.errors import QuasarError
+from quasar.results.layout import Column, fit
 
-PLAIN_WIDTH = 160
+PLAIN_WIDTH = 80
+"""Characters of a line if the output is not a terminal and the variable COLUMNS is not set."""
 SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[int, int], None]
@@ -25,18 +29,36 @@ class Reporter:
     def __init__(self) -> None:
         console = _Console(highlight=False)
         self.interactive = console.is_terminal
-        self.console = console if self.interactive else _Console(highlight=False, width=PLAIN_WIDTH)
+        self.console = console if self.interactive else _Console(highlight=False, width=_plain_width())
+
+    @property
+    def width(self) -> int:
+        """Characters of a line."""
+        return self.console.width
 
     def line(self, text: str = "", style: str | None = None) -> None:
+        """Print one line as it is, however long: a path, or something that programs read."""
         self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def paragraph(self, text: str, label: str = "", style: str | None = None) -> None:
+        """Print sentences, wrapped at spaces. The lines after the first one are indented by the label's width."""
+        wrapper = textwrap.TextWrapper(
+            self.width,
+            initial_indent=label,
+            subsequent_indent=" " * len(label),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in wrapper.wrap(text) or [label.rstrip()]:
+            self.line(line, style)
 
     def header(self, entries: Mapping[str, str]) -> None:
         width = max(map(len, entries))
         for key, value in entries.items():
-            self.line(f"{key:<{width}}  {value}")
+            self.paragraph(value, label=f"{key:<{width}}  ")
 
     def warning(self, text: str) -> None:
-        self.line(f"warning: {text}", style="yellow")
+        self.paragraph(text, label="warning: ", style="yellow")
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Advance]:
@@ -79,17 +101,39 @@ class Reporter:
 
         yield update
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table whose first column is text and whose other columns are numbers."""
-        self.console.print(self.build_table(title, columns, rows))
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)
+    ) -> None:
+        """Print a table with all its columns. text: as for `build_table`."""
+        self.console.print(self.build_table(title, columns, rows, text))
+
+    def fitted_table(self, title: str, columns: Sequence[Column], rest: str) -> None:
+        """Print the columns that fit the width, and name those that do not in a sentence below the table.
+
+        rest: where the reader finds the other columns, such as "summary.json has them"
+        """
+        fitted = fit(columns, self.width)
+        shown = fitted.shown
+        rows = list(zip(*(column.cells for column in shown), strict=True))
+        text = [index for index, column in enumerate(shown) if column.is_text]
+        self.table(title, [column.heading for column in shown], rows, text)
+        if fitted.dropped:
+            names = ", ".join(column.heading for column in fitted.dropped)
+            self.paragraph(f"Not shown in {self.width} characters: {names}; {rest}.")
 
     def build_table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)
     ) -> Table:
-        """Build a table. text: indices of the columns with text; the others are numbers, aligned to the right."""
+        """Build a table.
+
+        text: indices of the columns with text, which is wrapped; the others are numbers, aligned to the right
+        """
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if self.interactive else box.ASCII2)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index in text else "right", no_wrap=True)
+            if index in text:
+                table.add_column(column, justify="left", overflow="fold")
+            else:
+                table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         return table
@@ -99,3 +143,8 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Fail as a run does. Rich would exit the program, and the run's status would stay "running"."""
         raise QuasarError("standard output was closed; the same command continues the run") from None
+
+
+def _plain_width() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) > 0 else PLAIN_WIDTH

@@ -314,7 +314,7 @@ class Metric:
     heading: heading of its column in printed tables
     form: formats a value for printed tables
     better: whether higher or lower values are better; None if neither is
-    printed: whether it is a column of the table that a run prints
+    rank: its rank among the columns of printed tables, see `ranked`; None if it is not one of them
     in_summary: whether it is in summary.json; the others appear only in the notes below a run's table
     curve: name of its live curve in Weights & Biases
     config_key: configuration key with the same value, for runs that have not ended
@@ -327,7 +327,7 @@ class Metric:
     heading: str = ""
     form: Callable[[Any], str] = str
     better: Better | None = None
-    printed: bool = False
+    rank: int | None = None
     in_summary: bool = True
     curve: str | None = None
     config_key: str | None = None
@@ -368,12 +368,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("verifier", lambda run: run.facts.verifier, heading="verifier", config_key="verifier.name"),
     Metric("data", lambda run: run.facts.data, heading="data", config_key="data.name"),
     Metric("temperature", lambda run: run.facts.temperature, heading="temperature", config_key="decode.temperature"),
-    Metric("prompts", prompts, "prompts", "prompts", printed=True),
+    Metric("prompts", prompts, "prompts", "prompts", rank=12),
     Metric("repetitions", repetitions, "repetitions", "repetitions"),
-    Metric("tokens_generated", tokens_generated, "tokens", "tokens", printed=True),
-    Metric(
-        "tokens_per_second", tokens_per_second, "tokens/s", "tokens/s", _1, UP, printed=True, curve="tokens_per_second"
-    ),
+    Metric("tokens_generated", tokens_generated, "tokens", "tokens", rank=11),
+    Metric("tokens_per_second", tokens_per_second, "tokens/s", "tokens/s", _1, UP, rank=5, curve="tokens_per_second"),
     Metric("prefill_tokens_per_second", prefill_tokens_per_second, "tokens/s", "prefill tokens/s", _0, UP),
     Metric(
         "mean_acceptance_length",
@@ -382,27 +380,27 @@ METRICS: tuple[Metric, ...] = (
         "τ",
         _2,
         UP,
-        printed=True,
+        rank=4,
         curve="acceptance_length",
     ),
-    Metric("mean_acceptance_length_ref", mean_acceptance_length_ref, "tokens/step", "τ_ref", _2, UP, printed=True),
-    Metric("kl_to_reference", kl_to_reference, "nats/token", "KL", _4, DOWN, printed=True),
-    Metric("top1_agreement", top1_agreement, "share", "top-1", _3, UP, printed=True),
+    Metric("mean_acceptance_length_ref", mean_acceptance_length_ref, "tokens/step", "τ_ref", _2, UP, rank=3),
+    Metric("kl_to_reference", kl_to_reference, "nats/token", "KL", _4, DOWN, rank=2),
+    Metric("top1_agreement", top1_agreement, "share", "top-1", _3, UP, rank=10),
     Metric("kl_noise_floor", kl_noise_floor, "nats/token", "KL noise", _4),
     Metric("top1_noise_floor", top1_noise_floor, "share", "top-1 noise", _3),
     Metric("exact_match_length", exact_match_length, "tokens", "match length", _1, UP),
     Metric("distinct_4gram_ratio", distinct_4gram_ratio, "share", "distinct 4-grams", _2),
     Metric("distinct_4gram_ratio_reference", distinct_4gram_ratio_reference, "share", "reference's 4-grams", _2),
     Metric("task_accuracy", task_accuracy, "share", "accuracy", _2, UP),
-    Metric("acceptance_rate", acceptance_rate, "share", "accept", _3, UP, printed=True, curve="acceptance_rate"),
+    Metric("acceptance_rate", acceptance_rate, "share", "accept", _3, UP, rank=7, curve="acceptance_rate"),
     Metric("acceptance_by_position", acceptance_by_position, "share", "acceptance by position", _positions),
     Metric("drafter_notes", drafter_notes),
     Metric("draft_ms", draft_ms, "ms", "draft ms", _2, DOWN),
     Metric("verify_ms", verify_ms, "ms", "verify ms", _2, DOWN),
     Metric("overhead_ms", overhead_ms, "ms", "overhead ms", _2, DOWN),
-    Metric("step_ms", step_ms, "ms", "step ms", _2, DOWN, printed=True),
-    Metric("speedup_vs_ar_same", speedup_vs_ar_same, "ratio", "vs AR-same", _times, UP, printed=True),
-    Metric("speedup_vs_ar_ref", speedup_vs_ar_ref, "ratio", "vs AR-ref", _times, UP, printed=True),
+    Metric("step_ms", step_ms, "ms", "step ms", _2, DOWN, rank=8),
+    Metric("speedup_vs_ar_same", speedup_vs_ar_same, "ratio", "vs AR-same", _times, UP, rank=6),
+    Metric("speedup_vs_ar_ref", speedup_vs_ar_ref, "ratio", "vs AR-ref", _times, UP, rank=1),
     Metric("speedup_ci95", speedup_ci95, "ratio", "95 % interval", _bounds, parts=("low", "high")),
     Metric("reference_text_speedup", reference_text_speedup, "ratio", "on reference's text", _times, UP),
     Metric(
@@ -413,7 +411,7 @@ METRICS: tuple[Metric, ...] = (
         _bounds,
         parts=("low", "high"),
     ),
-    Metric("exact_match_to_self", exact_match_to_self, "share", "= AR-same", _percent, UP, printed=True),
+    Metric("exact_match_to_self", exact_match_to_self, "share", "= AR-same", _percent, UP, rank=9),
     Metric("exact_match_to_reference", exact_match_to_reference, "share", "= AR-ref", _percent, UP),
     Metric("weight_bytes", lambda run: run.facts.weight_bytes, "bytes", "weights MB", _megabytes, DOWN),
     Metric("kv_bytes_per_token", lambda run: run.facts.kv_bytes_per_token, "bytes", "KV bytes per token"),
@@ -445,6 +443,14 @@ def summary_of(values: Json) -> Json:
 def named(name: str) -> Metric:
     """Return the metric with this name. Raises KeyError if there is none."""
     return {metric.name: metric for metric in METRICS}[name]
+
+
+def ranked() -> list[Metric]:
+    """Return the columns of printed tables, the most important first. A table that is too narrow drops the last ones.
+
+    KL and τ_ref come before τ, because τ alone favours a verifier that repeats itself.
+    """
+    return sorted((metric for metric in METRICS if metric.rank is not None), key=lambda metric: metric.rank or 0)
 
 
 def _decode_ms(record: PromptRecord) -> float:

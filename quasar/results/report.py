@@ -6,7 +6,8 @@ from pathlib import Path
 
 from quasar.results import metrics
 from quasar.results.console import Reporter
-from quasar.results.metrics import MISSING, Measured, Metric, named
+from quasar.results.layout import Column
+from quasar.results.metrics import MISSING, Measured, named
 from quasar.results.schema import Exactness, Json
 
 TIES = {"bfloat16": 0.25, "float16": 0.03125}
@@ -22,20 +23,10 @@ def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) 
 
     values: every metric over all records of the run
     """
-    facts = run.facts
-    printed = [metric for metric in metrics.METRICS if metric.printed]
-    families = dict.fromkeys(record.family for record in run.records)
-    rows = [_family_row(printed, family, run.of_family(family)) for family in families]
-    rows.append(["all", *(metric.text(values[metric.name]) for metric in printed)])
-    title = f"{facts.model}: drafter={facts.drafter} verifier={facts.verifier}"
-    if facts.simulated:
-        title += " (simulated acceptance)"
-    elif facts.lossy:
-        title += " (typical acceptance: lossy)"
     reporter.line()
-    reporter.table(title, ["task family", *(metric.heading for metric in printed)], rows)
+    reporter.fitted_table(_title(run), _columns(run, values), "summary.json has them")
     for note in _notes(run, values):
-        reporter.line(note)
+        reporter.paragraph(note)
     for text in _unexplained(run):
         reporter.warning(text)
     for name in ("summary.json", "generations.jsonl", "config.yaml", "environment.json"):
@@ -52,8 +43,23 @@ def acceptance_line(values: Json) -> str:
     return f"acceptance={rate} ({values['accepted']}/{values['drafted']}) mean_len={length} per_pos=({positions})"
 
 
-def _family_row(printed: list[Metric], family: str, run: Measured) -> list[str]:
-    return [family, *(metric.text(metric.compute(run)) for metric in printed)]
+def _title(run: Measured) -> str:
+    facts = run.facts
+    title = f"{facts.model}: drafter={facts.drafter} verifier={facts.verifier}"
+    if facts.simulated:
+        return f"{title} (simulated acceptance)"
+    return f"{title} (typical acceptance: lossy)" if facts.lossy else title
+
+
+def _columns(run: Measured, values: Json) -> list[Column]:
+    """Return the table's columns: the task families with "all" at the end, then every metric that has a rank."""
+    families = {family: run.of_family(family) for family in dict.fromkeys(record.family for record in run.records)}
+    columns = [Column("task family", (*families, "all"), is_text=True)]
+    for metric in metrics.METRICS:
+        if metric.rank is not None:
+            cells = (metric.text(metric.compute(part)) for part in families.values())
+            columns.append(Column(metric.heading, (*cells, metric.text(values[metric.name])), metric.rank))
+    return columns
 
 
 def _text(values: Json, name: str) -> str:
