@@ -73,15 +73,44 @@ def collect_runs(
     output: Annotated[Path | None, typer.Option(help="stem of the table's files; FOLDER/collected by default")] = None,
     watch: Annotated[bool, typer.Option(help="refresh a table of states until every run has ended")] = False,
     every: Annotated[float, typer.Option(help="seconds between refreshes")] = 5.0,
+    columns: Annotated[
+        str | None, typer.Option(help="metrics or configuration keys, such as tokens_per_second,verifier.group_size")
+    ] = None,
+    sort: Annotated[str | None, typer.Option(help="column to sort by; -NAME: the largest first")] = None,
+    form: Annotated[str, typer.Option("--format", help="table, markdown or csv")] = "table",
 ) -> None:
-    """Write a table of all runs below a folder, as Parquet and CSV, and list the failed and partial runs."""
+    """Write a table of all runs below a folder, as Parquet and CSV, and print the states and metrics of the runs."""
     from quasar.results.overview import collect, follow
+    from quasar.results.run_table import Choice
 
     reporter = Reporter()
     with _reported_errors():
+        choice = Choice.parsed(columns, sort, form)
         if watch:
             follow(folder, every, reporter)
-        collect(folder, output or folder / "collected", reporter)
+        collect(folder, output or folder / "collected", choice, reporter)
+
+
+@app.command("show")
+def show_run(folder: Annotated[Path, typer.Argument(help="the folder of a run, finished or not")]) -> None:
+    """Print a run's header, results and settings from its files."""
+    from quasar.results.show import show
+
+    with _reported_errors():
+        show(folder, Reporter())
+
+
+@app.command("compare")
+def compare_runs(
+    folders: Annotated[
+        list[Path], typer.Argument(help="folders of runs on the same prompts; the first is compared to")
+    ],
+) -> None:
+    """Compare runs with the first one, prompt by prompt, with intervals of the differences."""
+    from quasar.results.compare import compare
+
+    with _reported_errors():
+        compare(folders, Reporter())
 
 
 @app.command("plot")

@@ -92,6 +92,7 @@ EXPECTED = {
     "peak_memory_bytes": 5_000_000,
     "simulated": False,
     "lossy": False,
+    "disturbed": None,
 }
 
 
@@ -114,7 +115,7 @@ def test_what_was_not_measured_is_null() -> None:
         *("distinct_4gram_ratio_reference", "task_accuracy", "acceptance_rate", "drafter_notes", "draft_ms"),
         *("verify_ms", "overhead_ms", "step_ms", "speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95"),
         *("reference_text_speedup", "reference_text_speedup_ci95", "exact_match_to_self", "exact_match_to_reference"),
-        *("achieved_bandwidth_fraction", "weights_on_grid", "mean_context"),
+        *("achieved_bandwidth_fraction", "weights_on_grid", "disturbed", "mean_context"),
     ]
     assert [named(name).text(values[name]) for name in unmeasured] == ["-"] * len(unmeasured)
 

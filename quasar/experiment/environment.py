@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from quasar.cache import device_identity
 from quasar.evaluation.prompts import prompt_set_hash
 from quasar.experiment.build import Prepared
+from quasar.experiment.facts import facts_of
+from quasar.experiment.header import header_of, warnings_of
 from quasar.experiment.inputs import inputs_of
 from quasar.results.schema import Environment, ModelFiles
 
@@ -21,4 +25,7 @@ def environment_of(parts: Prepared) -> Environment:
         prompts=len(parts.prompts),
         inputs=inputs_of(parts.settings, parts.prompts, checkpoint, device_identity(parts.verifier.device)),
         sandbox=parts.isolation,
+        header=header_of(parts),
+        warnings=warnings_of(parts),
+        facts=asdict(facts_of(parts)),
     )

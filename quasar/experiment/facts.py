@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from quasar.experiment.build import Prepared
 from quasar.results.environment import peak_memory_bytes
+from quasar.results.load import worst_of
 from quasar.results.metrics import RunFacts
+from quasar.results.schema import Json
 
 
-def facts_of(parts: Prepared) -> RunFacts:
-    """Return the facts about a run whose prompts are decoded; its peak memory is read now."""
+def facts_of(parts: Prepared, attempts: Sequence[Json] = ()) -> RunFacts:
+    """Return the facts about a run; its peak memory is read now.
+
+    attempts: the attempts in environment.json, which say how busy the machine was
+    """
     settings, verifier = parts.settings, parts.verifier
     return RunFacts(
         model=settings.model.name,
@@ -28,5 +35,6 @@ def facts_of(parts: Prepared) -> RunFacts:
         model_origin=parts.checkpoint.origin,
         weights_on_grid=parts.weights_on_grid,
         sandbox=parts.isolation,
+        other_cpu_share=worst_of(attempts),
         dtype=str(verifier.dtype).removeprefix("torch."),
     )

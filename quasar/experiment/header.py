@@ -10,47 +10,59 @@ from quasar_kernels.cpu.levels import NO_KERNELS
 from quasar.config.schema import Grid, warnings_about
 from quasar.experiment.build import Prepared
 from quasar.results.console import Reporter
-from quasar.results.schema import Machine
+from quasar.results.schema import Environment, Machine
 
 MOSTLY_ON_GRID = 0.5
 """Share of weights on a low-bit grid from which on a reference counts as dequantized."""
 
 
-def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Path) -> None:
-    """Print model, drafter, verifier, device, prompts and output folder.
+def print_header(reporter: Reporter, environment: Environment, finished: int, folder: Path) -> None:
+    """Print the header of a run, its warnings, and where its files are.
 
     finished: number of prompts that an earlier attempt has already decoded
     """
+    entries = dict(environment.header)
+    if finished:
+        entries["prompts"] += f", {finished} already done"
+    reporter.header({**entries, "output": str(folder)})
+    for text in environment.warnings:
+        reporter.warning(text)
+
+
+def header_of(parts: Prepared) -> dict[str, str]:
+    """Return the header's entries by title: model, drafter, verifier, device and prompts."""
     settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
     dtype = str(verifier.dtype).removeprefix("torch.")
     lossless = f"; lossless with respect to the {verifier.label}, not to the reference"
     exact = settings.decode.acceptance == "exact"
-    entries = {
+    return {
         "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
         "drafter": "; ".join([_describe(settings.drafter), *parts.drafter.details]),
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
         + (lossless if exact and not verifier.is_reference else ""),
         **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
         "device": parts.machine.name + _kernels(parts.machine),
-        "prompts": f"{len(parts.prompts)} from data={settings.data.name}"
-        + (f", {finished} already done" if finished else ""),
+        "prompts": f"{len(parts.prompts)} from data={settings.data.name}",
         **({} if parts.isolation is None else {"sandbox": f"generated code is isolated by {parts.isolation}"}),
-        "output": str(folder),
     }
-    reporter.header(entries)
-    for text in warnings_about(settings):
-        reporter.warning(text)
+
+
+def warnings_of(parts: Prepared) -> list[str]:
+    """Return the warnings below the header: what the settings or the model's weights do to the results."""
+    found = list(warnings_about(parts.settings))
+    checkpoint = parts.checkpoint
     if parts.weights_on_grid is not None and parts.weights_on_grid > MOSTLY_ON_GRID:
-        reporter.warning(
+        found.append(
             f"the reference was dequantized: {parts.weights_on_grid:.0%} of its weights lie on a 4-bit or 8-bit grid; "
             "a verifier that quantizes to the same grid is not a compression of it"
         )
-    if checkpoint.grid is not None and _on_grid(settings.verifier, checkpoint.grid):
-        reporter.warning(
+    if checkpoint.grid is not None and _on_grid(parts.settings.verifier, checkpoint.grid):
+        found.append(
             f"these weights are already on a 4-bit grid in groups of {checkpoint.grid.group_size}, and verifier=int4 "
             "reproduces this grid at these settings. It is lossless here, but this does not show how lossy quantizing "
             "the original model would be"
         )
+    return found
 
 
 def _kernels(machine: Machine) -> str:

@@ -47,11 +47,13 @@ def run(
     run_folder = RunFolder(folder, config, settings.resume)
     with run_folder.failures_recorded():
         parts = prepare(settings, prompts, drafter, reporter)
-        records = run_folder.begin(command, environment_of(parts), set(points_of(parts)))
-        print_header(reporter, parts, len(records), folder)
-        decode_all(parts, records, run_folder, reporter, shared_baselines)
-        time_passes(parts, run_folder, reporter)
-        measured = Measured(records, facts_of(parts))
+        environment = environment_of(parts)
+        records = run_folder.begin(command, environment, set(points_of(parts)))
+        print_header(reporter, environment, len(records), folder)
+        with run_folder.load_recorded(cores=torch.get_num_threads()):
+            decode_all(parts, records, run_folder, reporter, shared_baselines)
+            time_passes(parts, run_folder, reporter)
+        measured = Measured(records, facts_of(parts, run_folder.attempts()))
         values = compute(measured)
         summary = summary_of(values)
         run_folder.finish(summary)

@@ -115,16 +115,21 @@ def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write(table: pd.DataFrame, stem: Path) -> Written:
-    """Write ``stem``.parquet and ``stem``.csv. Lists are written as JSON text in the CSV file."""
+    """Write ``stem``.parquet and ``stem``.csv."""
     written = Written(stem.with_suffix(".parquet"), stem.with_suffix(".csv"))
     table.to_parquet(_partial(written.parquet), index=False)
-    text = table.copy()
-    for column in text.select_dtypes("object").columns:
-        text[column] = [None if value is None else json.dumps(value) for value in text[column]]
-    text.to_csv(_partial(written.csv), index=False)
+    _partial(written.csv).write_text(csv_text(table), encoding="utf-8")
     for file in (written.parquet, written.csv):
         _partial(file).replace(file)
     return written
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """Return the table as CSV, with lists as JSON text."""
+    text = table.copy()
+    for column in text.select_dtypes("object").columns:
+        text[column] = [json.dumps(value) if isinstance(value, list) else None for value in text[column]]
+    return text.to_csv(index=False)
 
 
 def _metrics(summary: Json) -> Json:

@@ -15,6 +15,7 @@ import numpy as np
 
 from quasar.evaluation.repetition import distinct_ngram_ratio
 from quasar.results.intervals import Statistic, Sums, estimate, ratio_of_totals, value_of
+from quasar.results.load import DISTURBED
 from quasar.results.schema import DECODE_PHASES, PHASES, Exactness, ForcedAnswer, Json, PromptRecord, Turn
 
 MISSING = "-"
@@ -43,6 +44,8 @@ class RunFacts:
     lossy: whether the acceptance rule does not preserve the verifier's distribution
     sandbox: what isolates the generated code that is graded; None if none is executed
     dtype: dtype of the verifier's activations and logits, such as bfloat16
+    other_cpu_share: the share that other processes took of the cores that the run uses, see `quasar.results.load`; None
+        if it was not measured
     """
 
     model: str
@@ -63,6 +66,7 @@ class RunFacts:
     weights_on_grid: float | None
     sandbox: str | None = None
     dtype: str = "float32"
+    other_cpu_share: float | None = None
 
 
 class Measured:
@@ -305,6 +309,12 @@ def achieved_bandwidth_fraction(run: Measured) -> float | None:
     return bytes_per_step(run) / (milliseconds / 1e3) / run.facts.copy_bandwidth if milliseconds else None
 
 
+def disturbed(run: Measured) -> bool | None:
+    """Whether other processes took so much of the run's cores that its times are not comparable."""
+    share = run.facts.other_cpu_share
+    return None if share is None else share > DISTURBED
+
+
 @dataclass(frozen=True)
 class Metric:
     """A row of the table.
@@ -423,6 +433,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("weights_on_grid", lambda run: run.facts.weights_on_grid, "share", "weights on a grid", _percent),
     Metric("simulated", lambda run: run.facts.simulated),
     Metric("lossy", lambda run: run.facts.lossy),
+    Metric("disturbed", disturbed),
     Metric("mean_context", mean_context, "tokens", "context", _0, in_summary=False),
     Metric("steps", lambda run: run.steps, "steps", "steps", in_summary=False),
     Metric("drafted", lambda run: run.drafted, "tokens", "drafted", in_summary=False),

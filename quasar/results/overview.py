@@ -1,4 +1,4 @@
-"""The command ``quasar collect``: writes a table of runs and prints their states, once or repeatedly."""
+"""The command ``quasar collect``: writes a table of runs and prints their states and metrics, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from quasar.results.collect import Collector, all_runs, tabulate, write
 from quasar.results.console import Reporter
+from quasar.results.load import DISTURBED
+from quasar.results.run_table import Choice, print_runs
 from quasar.results.runs import STATES, StoredRun, flatten
 
 STATUS_ROWS = 24
@@ -21,16 +23,21 @@ LISTED = 15
 ERROR_WIDTH = 90
 
 
-def collect(root: Path, stem: Path, reporter: Reporter) -> None:
-    """Write the table of all runs below ``root`` and print their states.
+def collect(root: Path, stem: Path, choice: Choice, reporter: Reporter) -> None:
+    """Write the table of all runs below ``root``, and print what ``choice`` wants to see of it.
 
-    Raises RequestError if there are no runs.
+    The default choice shows the states of the runs too. Markdown and CSV are printed alone.
+
+    Raises RequestError if there are no runs, or for an unknown column.
     """
     runs = all_runs(root)
     written = write(tabulate(runs, root), stem)
-    print_states(runs, root, reporter)
-    reporter.line(f"wrote {written.parquet}")
-    reporter.line(f"wrote {written.csv}")
+    if choice.is_default:
+        print_states(runs, root, reporter)
+    print_runs(runs, root, choice, reporter)
+    if choice.format == "table":
+        reporter.line(f"wrote {written.parquet}")
+        reporter.line(f"wrote {written.csv}")
 
 
 def follow(root: Path, seconds: float, reporter: Reporter) -> None:
@@ -52,7 +59,7 @@ def print_states(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> N
     for table in tables(runs, root, reporter):
         reporter.console.print(table)
     for remark in remarks(runs):
-        reporter.line(remark)
+        reporter.paragraph(remark)
 
 
 def tables(runs: Sequence[StoredRun], root: Path, reporter: Reporter) -> list[Table]:
@@ -93,7 +100,7 @@ def unfinished_rows(runs: Sequence[StoredRun], root: Path) -> tuple[list[str], l
 
 
 def remarks(runs: Sequence[StoredRun]) -> list[str]:
-    """Return warnings if runs are not comparable because they used several machines or versions of the code."""
+    """Return warnings if runs are not comparable: several machines or versions of the code, or a busy machine."""
     notes = []
     machines = sorted({machine for run in runs for machine in run.machines})
     if len(machines) > 1:
@@ -106,6 +113,12 @@ def remarks(runs: Sequence[StoredRun]) -> list[str]:
     versions = sorted({version for run in runs for version in run.code_versions})
     if len(versions) > 1:
         notes.append(f"runs used {len(versions)} versions of the code ({_some(versions)}; column code_version)")
+    disturbed = sum(bool(run.summary.get("disturbed")) for run in runs)
+    if disturbed:
+        notes.append(
+            f"{disturbed} runs were disturbed: other processes took more than {DISTURBED:.0%} of their cores, so that "
+            "their times are not comparable (column disturbed)"
+        )
     return notes
 
 

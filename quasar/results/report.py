@@ -7,6 +7,7 @@ from pathlib import Path
 from quasar.results import metrics
 from quasar.results.console import Reporter
 from quasar.results.layout import Column
+from quasar.results.load import DISTURBED
 from quasar.results.metrics import MISSING, Measured, named
 from quasar.results.schema import Exactness, Json
 
@@ -17,21 +18,24 @@ logit from 16 to 32, one for each of the two. In float32 no difference counts as
 
 
 def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) -> None:
-    """Print the table of a run, notes on its numbers, the paths of its files, and one line that is easy to grep.
-
-    The table has one row per task family and one row for all prompts.
+    """Print the results of a run, the paths of its files, and one line that is easy to grep.
 
     values: every metric over all records of the run
     """
+    print_results(reporter, run, values)
+    for name in ("summary.json", "generations.jsonl", "config.yaml", "environment.json"):
+        reporter.line(f"wrote {folder / name}")
+    reporter.line(acceptance_line(values))
+
+
+def print_results(reporter: Reporter, run: Measured, values: Json) -> None:
+    """Print the table of a run, with one row per task family and one for all prompts, and notes on its numbers."""
     reporter.line()
     reporter.fitted_table(_title(run), _columns(run, values), "summary.json has them")
     for note in _notes(run, values):
         reporter.paragraph(note)
-    for text in _unexplained(run):
+    for text in [*_disturbance(run), *_unexplained(run)]:
         reporter.warning(text)
-    for name in ("summary.json", "generations.jsonl", "config.yaml", "environment.json"):
-        reporter.line(f"wrote {folder / name}")
-    reporter.line(acceptance_line(values))
 
 
 def acceptance_line(values: Json) -> str:
@@ -113,6 +117,17 @@ def _attempts(run: Measured) -> list[str]:
         else "their times were measured at different moments"
     )
     return [f"The prompts were decoded in {len(attempts)} attempts (attempt in generations.jsonl): {effect}."]
+
+
+def _disturbance(run: Measured) -> list[str]:
+    """Return a warning if other processes were busy while the run decoded."""
+    share = run.facts.other_cpu_share
+    if share is None or share <= DISTURBED:
+        return []
+    return [
+        f"disturbed: other processes took {share:.0%} of the cores that this run uses. Its times are not comparable "
+        f"above {DISTURBED:.0%}; repeat it on an idle machine (environment.json has the load of every attempt)"
+    ]
 
 
 def _validity(run: Measured) -> list[str]:

@@ -86,10 +86,11 @@ def _rows_of_run(run: StoredRun, arm: str) -> list[Json]:
         "kv_bytes_per_token": summary["kv_bytes_per_token"],
         "copy_bandwidth": machine.get("copy_bandwidth_bytes_per_second"),
     }
-    return [{**constant, **_row(record), **facts} for record in read_records(run.folder)]
+    return [{**constant, **sums_of(record), **facts} for record in read_records(run.folder)]
 
 
-def _row(record: PromptRecord) -> Json:
+def sums_of(record: PromptRecord) -> Json:
+    """Return the columns of a row that come from its record: the prompt, sums over its turns, and their fidelity."""
     turns = record.turns
     steps = [turn.steps for turn in turns]
     times = {

@@ -365,6 +365,8 @@ class Environment:
     prompt_set: hash of all prompts
     prompts: number of prompts
     sandbox: what isolates the generated code that is graded; None if none is executed
+    header, warnings: what the run printed before its first prompt: lines by their titles, and the warnings below
+    facts: the fields of `quasar.results.metrics.RunFacts`, so that the metrics of an unfinished run can be computed
     """
 
     machine: Machine
@@ -375,6 +377,9 @@ class Environment:
     prompts: int
     inputs: Inputs
     sandbox: str | None = None
+    header: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    facts: Json = field(default_factory=dict)
 
     def to_json(self) -> Json:
         content = {**vars(self.machine), **vars(self), "model": vars(self.model), "inputs": vars(self.inputs)}

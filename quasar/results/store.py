@@ -9,7 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +22,7 @@ from quasar.config.hash import config_hash
 from quasar.config.text import config_yaml
 from quasar.errors import RequestError, actionable, storage_error
 from quasar.results.generations import GENERATIONS, PASSES, GenerationsFile, PassesFile, RecordsFile, read_passes
+from quasar.results.load import LOAD, between, sample
 from quasar.results.schema import Environment, Inputs, Json, PassPoint, PassRecord, PromptRecord, Status
 
 Record = TypeVar("Record", PromptRecord, PassRecord)
@@ -112,6 +113,26 @@ class RunFolder:
         """
         return self._append(GENERATIONS, record)
 
+    @contextmanager
+    def load_recorded(self, cores: int) -> Iterator[None]:
+        """Write how busy the machine was during the body into this attempt's entry in environment.json.
+
+        cores: number of threads that the run computes with
+        """
+        begin = sample()
+        try:
+            yield
+        finally:
+            load = between(begin, sample(), cores)
+            # The records are worth more than this: if the disk is full, the next write of the run says so.
+            with suppress(OSError):
+                self._add_to_attempt(LOAD, None if load is None else load.to_json())
+
+    def attempts(self) -> list[Json]:
+        """Return the attempts in environment.json."""
+        found = (read_json(self.path / ENVIRONMENT) or {}).get("attempts")
+        return found if isinstance(found, list) else []
+
     def passes(self) -> list[PassRecord]:
         """Return the passes that earlier attempts timed."""
         return read_passes(self.path)
@@ -170,8 +191,7 @@ class RunFolder:
         Entries of earlier attempts stay as they are. The top level describes the attempt that made the first record.
         """
         previous = read_json(self.path / ENVIRONMENT) or {}
-        attempts = previous.get("attempts")
-        attempts = attempts if isinstance(attempts, list) else []
+        attempts = self.attempts()
         self._attempt = len(attempts) + 1
         attempt = {
             "attempt": self._attempt,
@@ -187,6 +207,12 @@ class RunFolder:
             **(described if any(finished.values()) else environment.to_json()),
             "attempts": [*attempts, attempt],
         }
+
+    def _add_to_attempt(self, key: str, value: Json | None) -> None:
+        content = read_json(self.path / ENVIRONMENT)
+        if content is not None:
+            content["attempts"][-1][key] = value
+            write_atomically(self.path / ENVIRONMENT, json.dumps(content, indent=2) + "\n")
 
     def _failed(self, error: str) -> None:
         if self._begun or self._claimed():
