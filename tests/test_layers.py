@@ -8,7 +8,7 @@ from pathlib import Path
 QUASAR = Path(__file__).parents[1] / "quasar"
 LAYERS = (
     ("cli",),
-    ("experiment", "testing"),
+    ("experiment", "testing", "doctor"),
     ("drafters",),
     ("results",),
     ("evaluation",),

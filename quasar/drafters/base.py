@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -55,8 +55,12 @@ class Drafter:
     details: sentences on what `prepare` decided beyond the configuration, for the run's header and environment.json
     rule:    an acceptance rule of the drafter, or None to use the run's rule. A drafter with its own rule makes the run
              a simulation: the measured times are real, but the text is not
+    devices: types of devices that it drafts on
+    simulates: whether it always has such a rule, so that every run with it is a simulation
     """
 
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    simulates: ClassVar[bool] = False
     details: tuple[str, ...] = ()
 
     @property

@@ -26,6 +26,8 @@ class ReplayDrafter(Drafter):
     trace: ``generations.jsonl`` of the earlier run; each prompt replays the turn whose prompt is closest in length
     """
 
+    simulates = True
+
     @validate_call
     def __init__(self, trace: Path | None = None) -> None:
         if trace is None:

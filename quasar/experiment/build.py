@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from quasar.config.build import build, node_named
+from quasar.config.component import class_named
 from quasar.config.schema import RunConfig
 from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter, Resources
+from quasar.errors import RequestError
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
 from quasar.evaluation.sandbox import required_isolation
@@ -66,6 +68,7 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
     Raises RequestError if the configuration does not fit the model or this machine.
     """
     device = choose_device(settings.device)
+    require_device(settings, device)
     dtype = choose_dtype(settings.verifier["dtype"], device)
     with reporter.stages() as stage:
         checkpoint = locate(settings.model, stage)
@@ -127,6 +130,16 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
         machine,
         on_grid,
     )
+
+
+def require_device(settings: RunConfig, device: torch.device) -> None:
+    """Raise RequestError if the drafter or the verifier does not work on this type of device."""
+    for group, node in (("drafter", settings.drafter), ("verifier", settings.verifier)):
+        devices: tuple[str, ...] = getattr(class_named(node["_target_"], f"{group}._target_"), "devices", ())
+        if device.type not in devices:
+            raise RequestError(
+                f"{group}={node['name']}: does not work on device={device.type}, only on {' and '.join(devices)}"
+            )
 
 
 def _build_another(

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,8 +38,10 @@ class Verifier(ABC):
     cost:           bytes that one pass reads
     device, dtype:  device and dtype of the activations
     context_length: maximum number of tokens that the model can read
+    devices:        types of devices that it can be built on
     """
 
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     label: str = "model"
     is_reference: bool = False
     details: tuple[str, ...] = ()

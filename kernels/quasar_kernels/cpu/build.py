@@ -48,7 +48,7 @@ def library_path(level: Level) -> Path:
     folder = cache_folder() / "kernels"
     sources = _digest(*(source.read_bytes() for source in _source_files("*")), " ".join(_flags(level)).encode(), SEALED)
     try:
-        compiler, version = _compiler()
+        command, version = compiler()
     except BuildError:
         for library in sorted(folder.glob(f"{level.name}-{sources}-*.so")):
             if _usable(library):
@@ -63,15 +63,27 @@ def library_path(level: Level) -> Path:
             # Another process may have compiled it meanwhile.
             if not (library.exists() and is_whole(library, library.stem)):
                 _sweep(library)
-                _compile(compiler, level, library)
+                _compile(command, level, library)
     except OSError as error:
         _warn(
             f"{folder} is not writable ({error.strerror or error}); the CPU kernels are compiled for this process only"
         )
         library = _temporary_folder() / library.name
         if not library.exists():
-            _compile(compiler, level, library)
+            _compile(command, level, library)
     return library
+
+
+def compiler() -> tuple[list[str], bytes]:
+    """Return the command of the C++ compiler and the text of its version. Raises BuildError if there is none."""
+    if named := os.environ.get("CXX"):
+        command = shlex.split(named)
+    else:
+        found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+        if found is None:
+            raise BuildError("no C++ compiler found; install g++ or clang++, or name one in CXX")
+        command = [found]
+    return command, _run([*command, "--version"])
 
 
 def _usable(library: Path) -> bool:
@@ -127,18 +139,6 @@ def _run(command: list[str]) -> bytes:
         reason = next((line for line in lines if "error" in line), lines[0])
         raise BuildError(f"{command[0]} failed: {reason}")
     return done.stdout
-
-
-def _compiler() -> tuple[list[str], bytes]:
-    """Return the command of the C++ compiler and the text of its version."""
-    if named := os.environ.get("CXX"):
-        command = shlex.split(named)
-    else:
-        found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
-        if found is None:
-            raise BuildError("no C++ compiler found; install g++ or clang++, or name one in CXX")
-        command = [found]
-    return command, _run([*command, "--version"])
 
 
 def _flags(level: Level) -> tuple[str, ...]:

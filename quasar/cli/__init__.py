@@ -1,30 +1,25 @@
-"""The ``quasar`` command: starts runs, collects their results, and manages models, the cache and W&B runs."""
+"""The ``quasar`` command: starts runs, shows their results, looks at the machine, and manages models and the cache."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from hydra import compose, initialize_config_dir
-from hydra.errors import MissingConfigException
 
-from quasar.config.schema import CONF, ModelSource, check_model, register
-from quasar.errors import QuasarError, RequestError
+from quasar.cli.cache import cache
+from quasar.cli.errors import reported_errors
+from quasar.cli.models import model_source, models
+from quasar.cli.wandb import wandb
 from quasar.results.console import Reporter
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Start runs and manage their results.")
-models = typer.Typer(no_args_is_help=True, help="The models in conf/model.")
+__all__ = ["app", "model_source"]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Start runs and look at their results.")
 app.add_typer(models, name="models")
-kept = typer.Typer(
-    no_args_is_help=True, help="The cache of models, calibration statistics, reference answers and kernels."
-)
-app.add_typer(kept, name="cache")
-wandb_runs = typer.Typer(no_args_is_help=True, help="Runs in Weights & Biases.")
-app.add_typer(wandb_runs, name="wandb")
+app.add_typer(cache, name="cache")
+app.add_typer(wandb, name="wandb")
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -41,30 +36,25 @@ def run(context: typer.Context) -> None:
     raise typer.Exit(guarded(program))
 
 
-@models.command()
-def fetch(
-    name: Annotated[str, typer.Argument(help="a file in conf/model, without .yaml")],
-    path: Annotated[str | None, typer.Option(help="a folder or GGUF file to use instead of the model's source")] = None,
+@app.command("list")
+def list_choices(
+    groups: Annotated[
+        list[str] | None, typer.Argument(help="drafter, verifier, model, data or experiment; default: all")
+    ] = None,
 ) -> None:
-    """Download and prepare a model before its first run."""
-    reporter = Reporter()
-    with _reported_errors():
-        source = model_source(name, path)
-        from quasar.model.sources import locate
+    """List what each group of the configuration offers, with one sentence each."""
+    from quasar.experiment.catalogue import print_entries
 
-        with reporter.stages() as stage:
-            checkpoint = locate(source, stage)
-    reporter.line(f"{name}: {checkpoint.origin}")
-    reporter.line(f"in {checkpoint.folder}")
+    with reported_errors():
+        print_entries(groups or [], Reporter())
 
 
-@models.command("list")
-def list_models() -> None:
-    """List every model in conf/model and its source."""
-    reporter = Reporter()
-    for name in model_names():
-        source = model_source(name)
-        reporter.line(f"{name:<16} {source.repo or source.source}")
+@app.command("doctor")
+def examine() -> None:
+    """Check this machine: what works, what a run falls back to, and what to do. Exit code 1 if a run would fail."""
+    from quasar.doctor.report import doctor
+
+    raise typer.Exit(0 if doctor(Reporter()) else 1)
 
 
 @app.command("collect")
@@ -84,7 +74,7 @@ def collect_runs(
     from quasar.results.run_table import Choice
 
     reporter = Reporter()
-    with _reported_errors():
+    with reported_errors():
         choice = Choice.parsed(columns, sort, form)
         if watch:
             follow(folder, every, reporter)
@@ -96,7 +86,7 @@ def show_run(folder: Annotated[Path, typer.Argument(help="the folder of a run, f
     """Print a run's header, results and settings from its files."""
     from quasar.results.show import show
 
-    with _reported_errors():
+    with reported_errors():
         show(folder, Reporter())
 
 
@@ -109,7 +99,7 @@ def compare_runs(
     """Compare runs with the first one, prompt by prompt, with intervals of the differences."""
     from quasar.results.compare import compare
 
-    with _reported_errors():
+    with reported_errors():
         compare(folders, Reporter())
 
 
@@ -123,7 +113,7 @@ def plot_runs(
     from quasar.results.loading import load
 
     reporter = Reporter()
-    with _reported_errors():
+    with reported_errors():
         files = draw_all(*load(folder), output or folder / "figures")
     for file in files:
         reporter.line(f"wrote {file}")
@@ -142,7 +132,7 @@ def reproduce(
 
     numbers = {"data.limit": limit, "evaluate.repetitions": repetitions}
     chosen = [f"{key}={value}" for key, value in numbers.items() if value is not None]
-    with _reported_errors():
+    with reported_errors():
         carry_out(experiment, [*chosen, *(overrides or [])], prompts, Reporter())
 
 
@@ -151,7 +141,7 @@ def figures() -> None:
     """Draw the tables and figures of all results in experiments/ again."""
     from quasar.experiment.reproduce import redraw_all
 
-    with _reported_errors():
+    with reported_errors():
         redraw_all(Reporter())
 
 
@@ -166,84 +156,7 @@ def run_notebooks(
     from quasar.results.notebooks import execute
 
     reporter = Reporter()
-    with _reported_errors():
+    with reported_errors():
         for notebook in notebooks:
             execute(notebook, results)
             reporter.line(f"wrote {notebook}")
-
-
-@wandb_runs.command("push")
-def push_runs(
-    folder: Annotated[Path, typer.Argument(help="a run, a sweep, or any folder above runs")],
-    mode: Annotated[
-        str | None, typer.Option(help="auto, online or offline; default: the mode in the run's configuration")
-    ] = None,
-    project: Annotated[str | None, typer.Option(help="use this project instead of the run's")] = None,
-    entity: Annotated[str | None, typer.Option(help="use this user or team instead of the run's")] = None,
-) -> None:
-    """Log run folders to W&B. Pushing a run again updates the same W&B run."""
-    from quasar.results.wandb.pushing import push_all
-
-    given = {"mode": mode, "project": project, "entity": entity}
-    with _reported_errors():
-        failed = push_all(folder, {key: value for key, value in given.items() if value is not None}, Reporter())
-    raise typer.Exit(1 if failed else 0)
-
-
-@kept.command("list")
-def list_cache() -> None:
-    """List the kinds of entries in the cache, with their number and size."""
-    from quasar.cache import cache_folder, kinds
-
-    reporter = Reporter()
-    rows = [(kind.name, str(kind.entries), f"{kind.bytes / 1e6:.1f}") for kind in kinds()]
-    reporter.table(str(cache_folder()), ("kind", "entries", "MB"), rows)
-
-
-@kept.command("size")
-def cache_size() -> None:
-    """Print the size of the cache in bytes."""
-    from quasar.cache import kinds
-
-    Reporter().line(str(sum(kind.bytes for kind in kinds())))
-
-
-@kept.command("clear")
-def clear_cache(
-    kind: Annotated[str | None, typer.Argument(help="one kind that quasar cache list shows; default: all")] = None,
-) -> None:
-    """Delete the entries of the cache, except those that a running process is computing."""
-    from quasar.cache import clear
-
-    try:
-        freed = clear(kind)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    Reporter().line(f"freed {freed / 1e6:.1f} MB")
-
-
-@contextmanager
-def _reported_errors() -> Iterator[None]:
-    """Print an error that the user can act on without its traceback, and exit with its code."""
-    try:
-        yield
-    except QuasarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-
-
-def model_names() -> list[str]:
-    return sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
-
-
-def model_source(name: str, path: str | None = None) -> ModelSource:
-    """Return the model node of the configuration. Raises RequestError for an unknown name."""
-    register()
-    overrides = [f"model={name}"] + ([f"model.path={path}"] if path else [])
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", overrides=overrides)
-    except MissingConfigException:
-        raise RequestError(f"model {name!r} is not in conf/model; choose one of {', '.join(model_names())}") from None
-    return check_model(config.model)
