@@ -54,9 +54,7 @@ def ops() -> Iterator[Finding]:
         wrong = [found for found in compared if not found.correct]
         without = [found.op for found in compared if found.correct and found.error is None]
         for found in wrong:
-            problem = (
-                found.failure or f"differs from PyTorch's result by {found.error:.2g} of a row's largest value"
-            )
+            problem = found.failure or f"differs from PyTorch's result by {found.error:.2g} of a row's largest value"
             remedy = "QUASAR_CPU_LEVEL=torch computes without kernels" if name == "cpu" else "device=cpu avoids it"
             yield Finding(subject, "fails", f"{found.op}: {problem}", f"{remedy}; please report it")
         right = len(compared) - len(wrong) - len(without)

@@ -255,6 +255,11 @@ def step_ms(run: Measured) -> float | None:
     return _ratio(run.milliseconds(*DECODE_PHASES), run.steps)
 
 
+def ar_same_ms_per_token(run: Measured) -> float | None:
+    """Milliseconds per token of autoregressive decoding with the same verifier: the time of a pass with one row."""
+    return _value(_free_times(run, "ar_same"), ratio_of_totals("base_ms", "base_tokens"))
+
+
 def speedup_vs_ar_same(run: Measured) -> float | None:
     """Throughput divided by the throughput of autoregressive decoding with the same verifier on the same prompts."""
     return _value(_free_times(run, "ar_same"), _free_speedup)

@@ -10,6 +10,7 @@ from quasar.results.layout import Column
 from quasar.results.load import DISTURBED
 from quasar.results.metrics import MISSING, Measured, named
 from quasar.results.schema import Exactness, Json
+from quasar.results.slowness import explanation, mean_step
 
 TIES = {"bfloat16": 0.25, "float16": 0.03125}
 """Largest gap between the top two logits at which rounding may decide between them: two units in the last place of a
@@ -101,6 +102,9 @@ def _notes(run: Measured, values: Json) -> list[str]:
             "Speedup over AR-ref along the reference's own text, so that both decode the same tokens: "
             f"{_text(values, 'reference_text_speedup')}, 95 % interval {interval}."
         )
+    step = mean_step(run)
+    if step is not None and (reason := explanation(step, run.facts.drafter)) is not None:
+        notes.append(reason)
     return notes + _attempts(run) + _divergences(run)
 
 
