@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from quasar_kernels import selfcheck
 from quasar_kernels.cpu.levels import LEVEL_VARIABLE
 from quasar_kernels.dispatch import Kernel
@@ -127,10 +126,8 @@ def test_without_kernels_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     assert "several times slower" in finding.found
     monkeypatch.setattr(selfcheck, "backend", lambda: None)
     (without,) = kernels.ops()
-    assert (without.state, without.found.startswith("PyTorch's operations compute linear_w8a8, ")) == (
-        "falls back",
-        True,
-    )
+    assert without.state == "falls back"
+    assert without.found.startswith("PyTorch's operations compute linear_w8a8, ")
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -255,18 +252,6 @@ def test_the_exit_code_says_whether_a_run_would_work(monkeypatch: pytest.MonkeyP
 def test_this_machine_is_examined() -> None:
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 0, done.output
-    for subject in (
-        "Python",
-        "PyTorch",
-        "GPU",
-        "CPU kernels",
-        "compiler",
-        "CPU ops",
-        "memory",
-        "load",
-        "results",
-        "hub",
-    ):
+    for subject in ("Python", "PyTorch", "GPU", "CPU kernels", "compiler", "CPU ops", "memory", "load", "hub"):
         assert any(line[12:].startswith(subject) for line in done.output.splitlines()), subject
-    python = yaml.safe_load(f"{sys.version_info[0]}.{sys.version_info[1]}")
-    assert f"works       Python        {python}" in done.output
+    assert f"works       Python        {sys.version_info[0]}.{sys.version_info[1]}." in done.output

@@ -25,19 +25,9 @@ OVERHEAD = Step(tau=1.6, rows=5.0, draft_ms=0.1, verify_ms=1.2, overhead_ms=0.6,
 @pytest.mark.parametrize(
     ("step", "found", "words", "override"),
     [
-        (
-            LOW_TAU,
-            "acceptance",
-            "too few draft tokens are accepted: τ is 1.05 and would have to be 1.20",
-            "drafter=ngram",
-        ),
+        (LOW_TAU, "acceptance", "are accepted: τ is 1.05 and would have to be 1.20", "drafter=ngram"),
         (CHEAP, "acceptance", "τ is 1.25 and would have to be 1.31", "drafter=ngram"),
-        (
-            EXPENSIVE_ROWS,
-            "rows",
-            "a pass that verifies 6.0 tokens takes 2.10x of a step of AR-same",
-            "draft_tokens=auto",
-        ),
+        (EXPENSIVE_ROWS, "rows", "verifies 6.0 tokens takes 2.10x of a step of AR-same", "draft_tokens=auto"),
         (EXPENSIVE_DRAFTER, "drafting", "drafting 53% and overhead 2% of a step", "drafter.draft_verifier=int4"),
         (OVERHEAD, "overhead", "drafting 5% and overhead 32% of a step", "model=NAME"),
     ],
