@@ -255,3 +255,13 @@ def test_this_machine_is_examined() -> None:
     for subject in ("Python", "PyTorch", "GPU", "CPU kernels", "compiler", "CPU ops", "memory", "load", "hub"):
         assert any(line[12:].startswith(subject) for line in done.output.splitlines()), subject
     assert f"works       Python        {sys.version_info[0]}.{sys.version_info[1]}." in done.output
+
+
+@pytest.mark.parametrize("command", [["list"], ["models", "list"]])
+def test_output_that_nobody_reads_ends_a_command_quietly(command: list[str]) -> None:
+    code = f"from quasar.cli import app; app({command!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")

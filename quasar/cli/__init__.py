@@ -8,18 +8,17 @@ from typing import Annotated
 
 import typer
 
-from quasar.cli.cache import cache
+from quasar.cli import cache, models, wandb
 from quasar.cli.errors import reported_errors
-from quasar.cli.models import model_source, models
-from quasar.cli.wandb import wandb
+from quasar.cli.models import model_source
 from quasar.results.console import Reporter
 
 __all__ = ["app", "model_source"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Start runs and look at their results.")
-app.add_typer(models, name="models")
-app.add_typer(cache, name="cache")
-app.add_typer(wandb, name="wandb")
+app.add_typer(models.commands, name="models")
+app.add_typer(cache.commands, name="cache")
+app.add_typer(wandb.commands, name="wandb")
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -54,7 +53,8 @@ def examine() -> None:
     """Check this machine: what works, what a run falls back to, and what to do. Exit code 1 if a run would fail."""
     from quasar.doctor.report import doctor
 
-    raise typer.Exit(0 if doctor(Reporter()) else 1)
+    with reported_errors():
+        raise typer.Exit(0 if doctor(Reporter()) else 1)
 
 
 @app.command("collect")

@@ -9,12 +9,12 @@ import typer
 
 from quasar.results.console import Reporter
 
-cache = typer.Typer(
+commands = typer.Typer(
     no_args_is_help=True, help="The cache of models, calibration statistics, reference answers and kernels."
 )
 
 
-@cache.command("list")
+@commands.command("list")
 def list_cache() -> None:
     """List the kinds of entries in the cache, with their number and size."""
     from quasar.cache import cache_folder, kinds
@@ -24,7 +24,7 @@ def list_cache() -> None:
     reporter.table(str(cache_folder()), ("kind", "entries", "MB"), rows)
 
 
-@cache.command("size")
+@commands.command("size")
 def cache_size() -> None:
     """Print the size of the cache in bytes."""
     from quasar.cache import kinds
@@ -32,7 +32,7 @@ def cache_size() -> None:
     Reporter().line(str(sum(kind.bytes for kind in kinds())))
 
 
-@cache.command("clear")
+@commands.command("clear")
 def clear_cache(
     kind: Annotated[str | None, typer.Argument(help="one kind that quasar cache list shows; default: all")] = None,
 ) -> None:

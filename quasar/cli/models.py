@@ -13,10 +13,10 @@ from quasar.config.schema import CONF, ModelSource, check_model, register
 from quasar.errors import RequestError
 from quasar.results.console import Reporter
 
-models = typer.Typer(no_args_is_help=True, help="The models in conf/model.")
+commands = typer.Typer(no_args_is_help=True, help="The models in conf/model.")
 
 
-@models.command()
+@commands.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="a file in conf/model, without .yaml")],
     path: Annotated[str | None, typer.Option(help="a folder or GGUF file to use instead of the model's source")] = None,
@@ -33,13 +33,14 @@ def fetch(
     reporter.line(f"in {checkpoint.folder}")
 
 
-@models.command("list")
+@commands.command("list")
 def list_models() -> None:
     """List every model in conf/model and its source."""
     reporter = Reporter()
-    for name in model_names():
-        source = model_source(name)
-        reporter.line(f"{name:<16} {source.repo or source.source}")
+    with reported_errors():
+        for name in model_names():
+            source = model_source(name)
+            reporter.line(f"{name:<16} {source.repo or source.source}")
 
 
 def model_names() -> list[str]:

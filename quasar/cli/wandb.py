@@ -10,10 +10,10 @@ import typer
 from quasar.cli.errors import reported_errors
 from quasar.results.console import Reporter
 
-wandb = typer.Typer(no_args_is_help=True, help="Runs in Weights & Biases.")
+commands = typer.Typer(no_args_is_help=True, help="Runs in Weights & Biases.")
 
 
-@wandb.command("push")
+@commands.command("push")
 def push_runs(
     folder: Annotated[Path, typer.Argument(help="a run, a sweep, or any folder above runs")],
     mode: Annotated[

@@ -33,7 +33,7 @@ def python() -> Iterator[Finding]:
 def torch_and_gpu() -> Iterator[Finding]:
     import torch
 
-    yield Finding("PyTorch", "works", f"{torch.__version__}, {torch.get_num_threads()} threads by default")
+    yield Finding("PyTorch", "works", f"{torch.__version__}; threads=null is {torch.get_num_threads()} here")
     if torch.cuda.is_available():
         yield from _gpu()
     elif shutil.which("nvidia-smi") is not None:

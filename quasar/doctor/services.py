@@ -53,7 +53,9 @@ def slurm() -> Iterator[Finding]:
     try:
         done = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        yield Finding("SLURM", "falls back", f"sinfo does not answer ({first_line(error)})", "ask for help there")
+        yield Finding(
+            "SLURM", "falls back", f"sinfo does not answer ({first_line(error)})", "ask the cluster's administrators"
+        )
         return
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[0]

@@ -25,9 +25,9 @@ def cache() -> Iterator[Finding]:
         found = f"{folder} is not writable; kernels, models and calibration are made again in every run"
         yield Finding("cache", "falls back", found, "set QUASAR_CACHE to a folder that you may write to")
         return
-    found = kinds()
-    parts = ", ".join(f"{kind.name} {kind.bytes / 1e6:.0f}" for kind in found if kind.bytes >= 5e5)
-    total = sum(kind.bytes for kind in found) / 1e6
+    kept = kinds()
+    parts = ", ".join(f"{kind.name} {kind.bytes / 1e6:.0f}" for kind in kept if kind.bytes >= 5e5)
+    total = sum(kind.bytes for kind in kept) / 1e6
     yield Finding("cache", "works", f"{folder}, {total:.0f} MB" + (f" ({parts})" if parts else ""))
 
 

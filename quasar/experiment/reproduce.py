@@ -121,6 +121,7 @@ def _compare(experiment: Experiment, folder: Path, reporter: Reporter) -> None:
     names = list(dict.fromkeys(name for names in experiment.publish.tables.values() for name in names))
     found = agreements(read_rows(committed), read_rows(folder / RESULTS), names)
     columns = ["arm", "quantity", "committed", "repeated", "intervals"]
-    reporter.table(f"{experiment.name}: committed and repeated", columns, [entry.cells() for entry in found])
+    rows = [entry.cells() for entry in found]
+    reporter.table(f"{experiment.name}: committed and repeated", columns, rows, text=range(len(columns)))
     differing = sum(entry.overlaps is False for entry in found)
     reporter.line(f"{len(found) - differing} of {len(found)} intervals overlap the committed ones")

@@ -139,10 +139,14 @@ class Reporter:
         return table
 
 
+class OutputClosedError(QuasarError):
+    """Nobody reads standard output any more, as in ``quasar list | head``."""
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Fail as a run does. Rich would exit the program, and the run's status would stay "running"."""
-        raise QuasarError("standard output was closed; the same command continues the run") from None
+        raise OutputClosedError("standard output was closed; the same command continues the run") from None
 
 
 def _plain_width() -> int:

@@ -1,7 +1,7 @@
 """Chooses the columns of a table that fit a number of characters, so that no number is broken across lines.
 
-A column of numbers is shown in full or dropped. A column with rank 1 is dropped last, so that a table of a given width
-always has the columns of a first few ranks. For example, three columns of 9 characters fit 40, four do not:
+A column of numbers is shown in full or dropped. The columns of the highest ranks are dropped first, so that a table
+always has the columns of the first few ranks. For example:
 
 >>> columns = [Column("task", ("chat",), is_text=True), Column("speed", ("1.93x",), rank=2), Column("τ", ("2.1",), 1)]
 >>> fit(columns, 24).shown == columns
@@ -27,7 +27,7 @@ _EDGE, _BETWEEN = 1, 3
 class Column:
     """A column of a table.
 
-    rank: place in the order in which columns are kept, 1 is kept longest; None for a column that is always kept
+    rank: place in the order in which columns are kept; 1 and None are always kept
     is_text: whether it is aligned to the left and may be wrapped; the others are numbers
     """
 
@@ -53,18 +53,21 @@ class Fitted:
 def fit(columns: Sequence[Column], width: int) -> Fitted:
     """Drop the column of the highest rank until the table has at most ``width`` characters.
 
-    The last column of numbers is never dropped. Equal ranks are dropped from the right.
+    The column of rank 1 is never dropped. Equal ranks are dropped from the right.
     """
-    shown = list(columns)
-    while table_width(shown) > width:
-        ranked = [column for column in shown if column.rank is not None]
-        if not ranked or sum(not column.is_text for column in shown) == 1:
+    droppable = [(column.rank, index) for index, column in enumerate(columns) if column.rank not in (None, 1)]
+    dropped: set[int] = set()
+    for _, index in sorted(droppable, reverse=True):
+        if table_width(_without(columns, dropped)) <= width:
             break
-        last = max(reversed(ranked), key=lambda column: column.rank or 0)
-        shown = [column for column in shown if column is not last]
-    return Fitted(shown, [column for column in columns if all(column is not other for other in shown)])
+        dropped.add(index)
+    return Fitted(_without(columns, dropped), [columns[index] for index in sorted(dropped)])
 
 
 def table_width(columns: Sequence[Column]) -> int:
     """Return the characters of a line of a table, its frame included."""
     return _EDGE + sum(column.width + _BETWEEN for column in columns)
+
+
+def _without(columns: Sequence[Column], dropped: set[int]) -> list[Column]:
+    return [column for index, column in enumerate(columns) if index not in dropped]

@@ -80,7 +80,7 @@ def print_runs(runs: Sequence[StoredRun], root: Path, choice: Choice, reporter: 
         rows = list(zip(*(column.cells for column in columns), strict=True))
         reporter.line(markdown_table([column.heading for column in columns], rows))
     else:
-        ranks = {name: place for place, name in enumerate(choice.columns or _default_order())}
+        ranks = {name: place for place, name in enumerate(choice.columns or _default_order(), start=1)}
         columns = [_column(shown, name, ranks.get(name)) for name in names]
         reporter.fitted_table("runs", columns, "--format csv and the written table have them")
         if len(shown) < len(table):
@@ -143,5 +143,5 @@ def _value(table: pd.DataFrame, column: str, row: Any) -> Any:
     """Return one value; None if it is missing."""
     if column not in table.columns:
         return None
-    value = table.at[row, column]
+    value: Any = table.at[row, column]
     return None if not isinstance(value, list) and pd.isna(value) else value
