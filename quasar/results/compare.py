@@ -162,8 +162,8 @@ def _over(quantity: Quantity, prefixes: Sequence[str], combine: Callable[..., np
     def derive(pairs: pd.DataFrame) -> pd.DataFrame:
         parts = [pairs[KEYS]]
         for prefix in prefixes:
-            own = pairs[[name for name in pairs if name.startswith(prefix)]]
-            own = own.rename(columns=lambda name, prefix=prefix: name.removeprefix(prefix))
+            names = [name for name in map(str, pairs.columns) if name.startswith(prefix)]
+            own = pairs[names].set_axis([name.removeprefix(prefix) for name in names], axis=1)
             own = own if quantity.derive is None else quantity.derive(own)
             parts.append(own.add_prefix(prefix))
         return pd.concat(parts, axis=1)
