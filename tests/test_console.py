@@ -153,3 +153,12 @@ def test_sentences_wrap_at_spaces_and_paths_stay_whole(capsys: pytest.CaptureFix
     assert all(len(line) <= 80 for line in lines if path not in line)
     assert f"output  {path}" in lines
     assert lines[-1] == " " * 9 + "numbers " * 3 + "1.25x-2.5x"
+
+
+def test_text_gives_way_to_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "44")
+    interval = "-753.95 to -461.13, of 12 prompts"
+    Reporter().table("title", ["arm", "interval"], [["ngram int8", interval]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 44
+    assert any(cells_of(line)[-1:] == [interval] for line in lines)
