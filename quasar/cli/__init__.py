@@ -10,10 +10,10 @@ import typer
 
 from quasar.cli import cache, models, wandb
 from quasar.cli.errors import reported_errors
-from quasar.cli.models import model_source
+from quasar.cli.models import model_names, model_source
 from quasar.results.console import Reporter
 
-__all__ = ["app", "model_source"]
+__all__ = ["app", "model_names", "model_source"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Start runs and look at their results.")
 app.add_typer(models.commands, name="models")
