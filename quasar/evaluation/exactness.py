@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -12,11 +13,11 @@ from quasar.verifiers.base import Verifier
 
 @dataclass(frozen=True)
 class Comparison:
-    """A greedy output compared with autoregressive decoding.
+    """An output compared with autoregressive decoding.
 
     match_self: whether the two outputs are equal
-    first_divergence: index of the first token that differs; None if one output is a prefix of the other
-    top2_gap: difference between the verifier's two largest logits at that token
+    first_divergence: index of the first token that differs, or that only one of them has; None if they are equal
+    top2_gap: difference between the two largest values that the token there is the argmax of
     """
 
     match_self: bool
@@ -33,11 +34,10 @@ def compare(
     rounding decided between two tokens.
     """
     divergence = next(
-        (index for index, (ours, theirs) in enumerate(zip(output, autoregressive, strict=False)) if ours != theirs),
-        None,
+        (index for index, pair in enumerate(zip_longest(output, autoregressive)) if pair[0] != pair[1]), None
     )
     if divergence is None:
-        return Comparison(len(output) == len(autoregressive))
+        return Comparison(True)
     context = torch.tensor([*prompt, *output[:divergence]], dtype=torch.int64)
     first, second = verifier.prefill(context).logits[0].float().topk(2).values.tolist()
     return Comparison(False, divergence, first - second)

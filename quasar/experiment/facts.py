@@ -29,4 +29,5 @@ def facts_of(parts: Prepared) -> RunFacts:
         weights_on_grid=parts.weights_on_grid,
         sandbox=parts.isolation,
         dtype=str(verifier.dtype).removeprefix("torch."),
+        rows_are_independent=verifier.rows_are_independent,
     )

@@ -29,6 +29,7 @@ def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Pat
         "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
         "drafter": "; ".join([_describe(settings.drafter), *parts.drafter.details]),
         "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
+        + ("" if verifier.rows_are_independent else "; the rows of a pass depend on each other: not lossless bit for bit")
         + (lossless if exact and not verifier.is_reference else ""),
         **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
         "device": parts.machine.name + _kernels(parts.machine),

@@ -43,6 +43,7 @@ class RunFacts:
     lossy: whether the acceptance rule does not preserve the verifier's distribution
     sandbox: what isolates the generated code that is graded; None if none is executed
     dtype: dtype of the verifier's activations and logits, such as bfloat16
+    rows_are_independent: see `quasar.verifiers.base.Verifier`
     """
 
     model: str
@@ -63,6 +64,7 @@ class RunFacts:
     weights_on_grid: float | None
     sandbox: str | None = None
     dtype: str = "float32"
+    rows_are_independent: bool = True
 
 
 class Measured:

@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from quasar.results import metrics
+from quasar.results.certificate import certificate
 from quasar.results.console import Reporter
 from quasar.results.metrics import MISSING, Measured, Metric, named
-from quasar.results.schema import Exactness, Json
-
-TIES = {"bfloat16": 0.25, "float16": 0.03125}
-"""Largest gap between the top two logits at which rounding may decide between them: two units in the last place of a
-logit from 16 to 32, one for each of the two. In float32 no difference counts as rounding.
-"""
-
+from quasar.results.schema import Json
 
 def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) -> None:
     """Print the table of a run, notes on its numbers, the paths of its files, and one line that is easy to grep.
@@ -36,8 +31,9 @@ def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) 
     reporter.table(title, ["task family", *(metric.heading for metric in printed)], rows)
     for note in _notes(run, values):
         reporter.line(note)
-    for text in _unexplained(run):
-        reporter.warning(text)
+    certified = certificate(run)
+    if certified is not None:
+        (reporter.line if certified.holds else reporter.warning)(certified.text)
     for name in ("summary.json", "generations.jsonl", "config.yaml", "environment.json"):
         reporter.line(f"wrote {folder / name}")
     reporter.line(acceptance_line(values))
@@ -91,7 +87,7 @@ def _notes(run: Measured, values: Json) -> list[str]:
             "Speedup over AR-ref along the reference's own text, so that both decode the same tokens: "
             f"{_text(values, 'reference_text_speedup')}, 95 % interval {interval}."
         )
-    return notes + _attempts(run) + _divergences(run)
+    return notes + _attempts(run)
 
 
 def _attempts(run: Measured) -> list[str]:
@@ -121,43 +117,6 @@ def _validity(run: Measured) -> list[str]:
     if not run.facts.is_reference:
         return [f"The output is lossless with respect to the {run.facts.verifier_label} only, not to the reference."]
     return []
-
-
-def _divergences(run: Measured) -> list[str]:
-    """Return a note on the outputs that differ from autoregressive decoding at a tie, if there are any."""
-    found = [found for found in _differing(run) if _is_tie(found, run.facts.dtype)]
-    if not found:
-        return []
-    return [
-        f"{len(found)} outputs differ from autoregressive decoding by rounding: at the first token that differs, "
-        f"the top two logits are a tie in {run.facts.dtype}, at most {TIES[run.facts.dtype]} apart (earliest at token "
-        f"{min(entry.first_divergence or 0 for entry in found)}; largest gap "
-        f"{max(entry.top2_gap or 0 for entry in found):.3f})."
-    ]
-
-
-def _unexplained(run: Measured) -> list[str]:
-    """Return a warning about the outputs that differ from autoregressive decoding although no rounding explains it."""
-    found = [found for found in _differing(run) if not _is_tie(found, run.facts.dtype)]
-    if not found:
-        return []
-    gaps = [entry.top2_gap for entry in found if entry.top2_gap is not None]
-    places = [entry.first_divergence for entry in found if entry.first_divergence is not None]
-    where = f"earliest at token {min(places)}, " if places else "one output ends before the other, "
-    gap = f"largest gap between the top two logits there {max(gaps):.3f}" if gaps else "no gap was measured"
-    return [
-        f"{len(found)} greedy outputs DIFFER from autoregressive decoding with the same verifier, and rounding in "
-        f"{run.facts.dtype} does not explain it ({where}{gap}). Decoding was not lossless: the logits of the verifier "
-        "depend on the draft, or the drafter or verifier has a fault"
-    ]
-
-
-def _differing(run: Measured) -> list[Exactness]:
-    return [turn.exactness for turn in run.turns if turn.exactness is not None and not turn.exactness.match_self]
-
-
-def _is_tie(found: Exactness, dtype: str) -> bool:
-    return found.top2_gap is not None and found.top2_gap <= TIES.get(dtype, -1.0)
 
 
 def _drafter_note(name: str, value: float | Json | None) -> str:
