@@ -101,8 +101,14 @@ def test_every_key_is_documented_where_it_is_defined(group: str) -> None:
         ("decode.draft_tokens=0", r"decode\.draft_tokens=0: must be at least 1"),
         ("decode.draft_tokens=-2", r"decode\.draft_tokens=-2: must be at least 1"),
         ("decode.stop=['']", r"decode\.stop=\[''\]: must be a list of texts of at least one character"),
-        ("decode.acceptance=medusa", r"decode\.acceptance=medusa: must be exact or typical"),
-        ("decode.acceptance=typical", r"decode\.acceptance=typical: must be exact at decode\.temperature=0"),
+        (
+            "decode.acceptance=medusa",
+            r"decode\.acceptance=medusa: must be one of exact, coupled, block, typical, synthetic",
+        ),
+        (
+            "decode.acceptance=typical",
+            r"decode\.acceptance=typical: must be exact or synthetic at decode\.temperature=0",
+        ),
         ("decode.typical_alpha=0", r"decode\.typical_alpha=0\.0: must be above 0"),
         ("data.limit=0", r"data\.limit=0: must be at least 1"),
         ("threads=0", r"threads=0: must be at least 1"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from quasar.verifiers.base import Verifier
 
@@ -25,13 +27,25 @@ class Comparison:
     top2_gap: float | None = None
 
 
+class Ranking(Protocol):
+    def __call__(self, logits: Tensor, *, position: int) -> Tensor:
+        """Return values [V] whose argmax is the token at a position of the sequence, given its logits [V]."""
+        ...
+
+
 def compare(
-    prompt: Sequence[int], output: Sequence[int], autoregressive: Sequence[int], verifier: Verifier
+    prompt: Sequence[int],
+    output: Sequence[int],
+    autoregressive: Sequence[int],
+    verifier: Verifier,
+    ranking: Ranking,
 ) -> Comparison:
-    """Compare a greedy output with the greedy autoregressive output of the same verifier.
+    """Compare an output with the autoregressive output of the same verifier, in greedy decoding or coupled sampling.
 
     If they differ, this runs one more prefill to measure ``top2_gap``. A gap as small as a rounding error means that
     rounding decided between two tokens.
+
+    ranking: see `quasar.decoding.sampling.Sampling.ranking`
     """
     divergence = next(
         (index for index, pair in enumerate(zip_longest(output, autoregressive)) if pair[0] != pair[1]), None
@@ -39,5 +53,6 @@ def compare(
     if divergence is None:
         return Comparison(True)
     context = torch.tensor([*prompt, *output[:divergence]], dtype=torch.int64)
-    first, second = verifier.prefill(context).logits[0].float().topk(2).values.tolist()
+    values = ranking(verifier.prefill(context).logits[0], position=len(context))
+    first, second = values.topk(2).values.tolist()
     return Comparison(False, divergence, first - second)

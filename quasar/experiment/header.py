@@ -21,17 +21,12 @@ def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Pat
 
     finished: number of prompts that an earlier attempt has already decoded
     """
-    settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
-    dtype = str(verifier.dtype).removeprefix("torch.")
-    lossless = f"; lossless with respect to the {verifier.label}, not to the reference"
-    exact = settings.decode.acceptance == "exact"
+    settings, checkpoint, rule = parts.settings, parts.checkpoint, parts.rule
     entries = {
         "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
         "drafter": "; ".join([_describe(settings.drafter), *parts.drafter.details]),
-        "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
-        + ("" if verifier.rows_are_independent else "; the rows of a pass depend on each other: not lossless bit for bit")
-        + (lossless if exact and not verifier.is_reference else ""),
-        **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
+        "verifier": _verifier(parts),
+        **({"decode": rule.description} if rule.description else {}),
         "device": parts.machine.name + _kernels(parts.machine),
         "prompts": f"{len(parts.prompts)} from data={settings.data.name}"
         + (f", {finished} already done" if finished else ""),
@@ -52,6 +47,18 @@ def print_header(reporter: Reporter, parts: Prepared, finished: int, folder: Pat
             "reproduces this grid at these settings. It is lossless here, but this does not show how lossy quantizing "
             "the original model would be"
         )
+
+
+def _verifier(parts: Prepared) -> str:
+    """Describe the verifier, and with respect to what its output is lossless."""
+    verifier, rule = parts.verifier, parts.rule
+    dtype = str(verifier.dtype).removeprefix("torch.")
+    said = [_describe({**parts.settings.verifier, "dtype": dtype}), *verifier.details]
+    if not verifier.rows_are_independent:
+        said.append("the rows of a pass depend on each other, so that drafts may change the output")
+    if not (verifier.is_reference or rule.lossy or rule.simulated):
+        said.append(f"lossless with respect to the {verifier.label}, not to the reference")
+    return "; ".join(said)
 
 
 def _kernels(machine: Machine) -> str:

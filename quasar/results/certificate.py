@@ -42,8 +42,8 @@ def certificate(run: Measured) -> Certificate | None:
     )
     return Certificate(
         False,
-        f"{len(differing)} of {len(compared)} answers DIFFER from autoregressive decoding with the same verifier, first "
-        f"{differing[0].described(run.facts.dtype)}. Decoding was not lossless: {cause}",
+        f"{len(differing)} of {len(compared)} answers DIFFER from autoregressive decoding with the same verifier, "
+        f"first {differing[0].described(run.facts.dtype)}. Decoding was not lossless: {cause}",
     )
 
 

@@ -10,6 +10,7 @@ from quasar.results.console import Reporter
 from quasar.results.metrics import MISSING, Measured, Metric, named
 from quasar.results.schema import Json
 
+
 def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) -> None:
     """Print the table of a run, notes on its numbers, the paths of its files, and one line that is easy to grep.
 
@@ -109,8 +110,8 @@ def _validity(run: Measured) -> list[str]:
     """Return notes on limits of the output: simulated acceptance, a lossy rule, or a verifier that is approximate."""
     if run.facts.simulated:
         return [
-            "SIMULATED: step times are measured, acceptance is replayed from an earlier run; the text is meaningless, "
-            "and no speedup here was achieved by decoding."
+            "SIMULATED: step times are measured, but acceptance is replayed or drawn, not decided by the verifier; the "
+            "text is meaningless, and no speedup here was achieved by decoding."
         ]
     if run.facts.lossy:
         return ["The output is LOSSY: typical acceptance does not preserve the verifier's distribution."]

@@ -1,8 +1,8 @@
 """Verifiers with the low-bit layers of bitsandbytes: LLM.int8() and the 4-bit formats NF4 and FP4.
 
-They are widely used and need no calibration, so they are a baseline for the other formats. Their matmuls sum in an order
-that depends on the number of rows (on a CPU they dequantize and call PyTorch's), so speculative output may differ from
-autoregressive output.
+They are widely used and need no calibration, so they are a baseline for the other formats. Their matmuls sum in an
+order that depends on the number of rows (on a CPU they dequantize and call PyTorch's), so speculative output may differ
+from autoregressive output.
 """
 
 from __future__ import annotations
