@@ -51,7 +51,7 @@ def run(
         print_header(reporter, parts, len(records), folder)
         decode_all(parts, records, run_folder, reporter, shared_baselines)
         time_passes(parts, run_folder, reporter)
-        measured = Measured(records, facts_of(parts))
+        measured = Measured(records, facts_of(parts), run_folder.passes())
         values = compute(measured)
         summary = summary_of(values)
         run_folder.finish(summary)

@@ -88,7 +88,22 @@ def _notes(run: Measured, values: Json) -> list[str]:
             "Speedup over AR-ref along the reference's own text, so that both decode the same tokens: "
             f"{_text(values, 'reference_text_speedup')}, 95 % interval {interval}."
         )
-    return notes + _attempts(run)
+    return notes + _prediction(values) + _attempts(run)
+
+
+def _prediction(values: Json) -> list[str]:
+    """Return a note on the speedup that the timed passes predict, if there are any."""
+    if values["predicted_speedup"] is None:
+        return []
+    predicted, length, cost = (
+        _text(values, name) for name in ("predicted_speedup", "mean_acceptance_length", "pass_cost")
+    )
+    notes = [f"Speedup over AR-same that the timed passes predict: {predicted}, τ {length} over a pass cost of {cost}"]
+    if values["prediction_residual"] is not None:
+        measured, residual = (_text(values, name) for name in ("speedup_vs_ar_same", "prediction_residual"))
+        notes.append(f"measured {measured}, {residual} of it; the rest is drafting and what else a step does")
+    notes.append(f"{_text(values, 'share_of_oracle')} of an oracle that drafts only what will be accepted")
+    return ["; ".join(notes) + "."]
 
 
 def _attempts(run: Measured) -> list[str]:
