@@ -109,7 +109,7 @@ def test_at_least_as_many_tokens_are_accepted_as_token_by_token(
 
 
 def test_the_example_of_the_paper() -> None:
-    """The motivating example of Sun et al. 2024: of two draft tokens 10/9 are accepted token by token, and 11/9 as a block."""
+    """The motivating example of Sun et al. 2024: token by token 10/9 of two tokens are accepted, as a block 11/9."""
     p, q = (torch.tensor(found, dtype=torch.float64) / 3 for found in ([1.0, 2.0], [2.0, 1.0]))
     sequences = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
     found = expected_lengths(dict.fromkeys(sequences, p), dict.fromkeys(sequences, q), 2, 2)

@@ -53,8 +53,8 @@ class Drafter:
     """Guesses the tokens that follow a context. Only `propose` must be implemented.
 
     details: sentences on what `prepare` decided beyond the configuration, for the run's header and environment.json
-    rule:    an acceptance rule of the drafter, or None to use the run's rule. A drafter with its own rule makes the run
-             a simulation: the measured times are real, but the text is not
+    rule:    an acceptance rule of the drafter, or None to use the run's rule. Such a rule has ``simulated = True``: the
+             measured times are real, but the text is not
     """
 
     details: tuple[str, ...] = ()
