@@ -117,7 +117,7 @@ def test_a_rare_token_is_drawn_as_often_as_it_should_be() -> None:
 
 def test_drafts_with_the_same_noise_are_accepted_at_the_rate_of_the_theory() -> None:
     """Two exponential races with common clocks e both choose j if e_i >= e_j max(p_i / p_j, q_i / q_j) for all i, so
-    with probability 1 / sum_i max(p_i / p_j, q_i / q_j) (Daliri et al. 2024, section 3).
+    with probability 1 / sum_i max(p_i / p_j, q_i / q_j) (Daliri et al. 2024).
     """
     sampling = Sampling(1.0, coupled=True)
     logits, proposal = random_logits(2, seed=12), random_logits(1, seed=13)

@@ -47,7 +47,7 @@ class Greedy(AcceptanceRule):
 
 
 class Coupled(AcceptanceRule):
-    """Drafter-invariant sampling (Daliri, Musco and Suresh 2024, arXiv 2408.07978, section 4).
+    """Drafter-invariant sampling (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
 
     The token at every position of the sequence is drawn from the verifier's sampling distribution with random numbers
     that depend only on the seed and on the position (`race`). A draft token is kept if it is this token. So the output
