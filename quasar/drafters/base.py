@@ -80,7 +80,10 @@ class Drafter:
         """Start a new sequence. The verifier has just read the prompt, int64 [P]."""
 
     def propose(self, context: Context, budget: int) -> Draft:
-        """Return a draft for the current context, at most ``budget`` tokens deep (0 or more). It may be empty."""
+        """Return a draft for the current context, at most ``budget`` tokens deep (0 or more). It may be empty.
+
+        A drafter that samples should draw by ``context.draw``: with coupled sampling, as the verifier does.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not implement propose(context, budget)")
 
     def observe(self, step: StepResult) -> None:
