@@ -56,9 +56,9 @@ def tiny_setup() -> Setup:
 def check_drafter(drafter: Drafter, verifier: Verifier | None = None) -> None:
     """Decode several sequences with a drafter and check what it does.
 
-    It checks that greedy output equals the verifier's autoregressive output (unless the drafter has an acceptance
-    rule), that no draft is deeper than its budget, that notes have one value per step, that `begin` starts a repeated
-    sequence from scratch, and that the probabilities of sampled drafts are valid distributions.
+    It checks that greedy output and coupled samples equal the verifier's autoregressive output (unless the drafter has
+    an acceptance rule), that no draft is deeper than its budget, that notes have one value per step, that `begin`
+    starts a repeated sequence from scratch, and that the probabilities of sampled drafts are valid distributions.
 
     verifier: the verifier to draft for; by default one with the tiny model
     """
@@ -77,6 +77,10 @@ def check_drafter(drafter: Drafter, verifier: Verifier | None = None) -> None:
             for name, values in drafter.notes().items():
                 assert len(values) == steps, f"notes()[{name!r}] has {len(values)} values for {steps} steps"
         _generate(watched, verifier, prompt, sampling=Sampling(0.8, top_k=20))
+        coupled = Sampling(0.8, top_k=20, coupled=True)
+        found, expected = (_generate(each, verifier, prompt, sampling=coupled) for each in (watched, NoneDrafter()))
+        if drafter.rule is None:
+            assert found.tokens == expected.tokens, f"the draft changed the coupled sample for the prompt {prompt}"
 
 
 def check_verifier(verifier: Verifier, tolerance: float = 1e-4) -> None:

@@ -16,7 +16,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quasar.decoding.acceptance import Accepted, Greedy, RejectionSampling, Typical
-from quasar.decoding.draft import ROOT, Draft
+from quasar.decoding.draft import ROOT, Context, Draft
 from quasar.decoding.sampling import Sampling, draw, draw_on_device, most_likely
 from quasar.decoding.scores import Scores
 
@@ -25,12 +25,18 @@ SAMPLINGS = [
     for temperature in (0.7, 1.0)
     for top_k, top_p in ((None, 1.0), (4, 1.0), (None, 0.8), (5, 0.9))
 ]
-Accept = Callable[[RejectionSampling, Draft, Scores, torch.Generator], Accepted]
+Accept = Callable[[RejectionSampling, Draft, Scores, Context], Accepted]
+GREEDY = Sampling()
 VOCABULARY = 6
 DRAWS = 6_000
 ALPHA = 1e-4
 FEWEST = 5.0
 """Smallest expected count of a cell in a chi-square test, which its approximation requires."""
+
+
+def after(generator: torch.Generator, length: int = 1, sampling: Sampling = GREEDY) -> Context:
+    """A context of this many tokens."""
+    return Context([0] * length, 1, sampling, generator)
 
 
 def one_hot_logits(tokens: list[int]) -> torch.Tensor:
@@ -51,7 +57,7 @@ def one_hot_logits(tokens: list[int]) -> torch.Tensor:
     ],
 )
 def test_greedy(draft: Draft, targets: list[int], path: list[int], bonus: int) -> None:
-    accepted = Greedy().accept(draft, Scores(one_hot_logits(targets)), torch.Generator())
+    accepted = Greedy().accept(draft, Scores(one_hot_logits(targets)), after(torch.Generator()))
     assert (accepted.path, accepted.bonus) == (path, bonus)
 
 
@@ -84,7 +90,7 @@ def test_one_hot_draft_keeps_the_distribution(accept: Accept, sampling: Sampling
     draft = Draft.chain([token])
     first, second = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
     for _ in range(DRAWS):
-        accepted = accept(rule, draft, Scores(logits), generator)
+        accepted = accept(rule, draft, Scores(logits), after(generator))
         first[first_token(draft, accepted.path, accepted.bonus)] += 1
         if accepted.path:
             second[accepted.bonus] += 1
@@ -106,7 +112,7 @@ def test_drawn_draft_keeps_the_distribution(accept: Accept, sampling: Sampling) 
         second = draw(proposals[1 + first], generator)
         draft = Draft.chain([first, second], torch.stack([proposals[0], proposals[1 + first]]))
         logits = torch.stack([root, following[first], root])
-        accepted = accept(rule, draft, Scores(logits), generator)
+        accepted = accept(rule, draft, Scores(logits), after(generator))
         emitted = [draft.tokens[node] for node in accepted.path] + [accepted.bonus]
         if len(emitted) == 1:
             # The sequence continues with the verifier's own distribution after the replacement.
@@ -126,7 +132,7 @@ def test_tree_of_siblings_keeps_the_distribution(sampling: Sampling) -> None:
     draft = Draft([second, likeliest, 1], [ROOT, ROOT, 1])
     first, below = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
     for _ in range(DRAWS):
-        accepted = rule.accept(draft, Scores(logits), generator)
+        accepted = rule.accept(draft, Scores(logits), after(generator))
         first[first_token(draft, accepted.path, accepted.bonus)] += 1
         if accepted.path[:1] == [1]:
             below[1 if len(accepted.path) == 2 else accepted.bonus] += 1
@@ -144,7 +150,7 @@ def test_siblings_drawn_without_replacement_keep_the_distribution(sampling: Samp
     for _ in range(DRAWS):
         tokens, distributions = zip(*drawn_without_replacement(proposal, generator), strict=True)
         draft = Draft(list(tokens), [ROOT, ROOT], torch.stack(distributions))
-        accepted = rule.accept(draft, Scores(logits), generator)
+        accepted = rule.accept(draft, Scores(logits), after(generator))
         counts[first_token(draft, accepted.path, accepted.bonus)] += 1
     assert_follows(counts, sampling.probabilities(logits[0]))
 
@@ -170,7 +176,7 @@ def test_tree_drawn_without_replacement_keeps_the_distribution(sampling: Samplin
         nodes += [child for token, _ in nodes for child in drawn_without_replacement(proposals[1 + token], generator)]
         tokens, distributions = zip(*nodes, strict=True)
         draft = Draft(list(tokens), [ROOT, ROOT, 0, 0, 1, 1], torch.stack(distributions))
-        accepted = rule.accept(draft, Scores(torch.cat([root.unsqueeze(0), following[list(tokens)]])), generator)
+        accepted = rule.accept(draft, Scores(torch.cat([root.unsqueeze(0), following[list(tokens)]])), after(generator))
         emitted = [tokens[node] for node in accepted.path] + [accepted.bonus]
         if len(emitted) == 1:
             emitted.append(draw(sampling.probabilities(following[emitted[0]]), generator))
@@ -187,7 +193,7 @@ def test_acceptance_probability_is_the_overlap_of_the_distributions() -> None:
     hits = 0
     for _ in range(DRAWS):
         draft = Draft.chain([draw(proposal, generator)], proposal.unsqueeze(0))
-        hits += len(rule.accept(draft, Scores(logits), generator).path)
+        hits += len(rule.accept(draft, Scores(logits), after(generator)).path)
     overlap = float(torch.minimum(sampling.probabilities(logits[0]), proposal).sum())
     assert stats.binomtest(hits, DRAWS, overlap).pvalue > ALPHA
 
@@ -199,7 +205,7 @@ def test_typical_keeps_the_longest_path_of_likely_tokens() -> None:
     rule, generator = Typical(Sampling(1.0), threshold=0.09, alpha=0.3), torch.Generator().manual_seed(0)
 
     def accepted(draft: Draft, *rows: list[float]) -> list[int]:
-        return rule.accept(draft, Scores(torch.tensor(rows).log()), generator).path
+        return rule.accept(draft, Scores(torch.tensor(rows).log()), after(generator)).path
 
     assert accepted(Draft.chain([1, 0, 3]), flat, sharp, flat, sharp) == [0, 1, 2]
     assert accepted(Draft.chain([1, 1, 3]), flat, sharp, flat, sharp) == [0]  # 0.08 after the first token
@@ -216,7 +222,9 @@ def test_typical_bound_falls_with_entropy_and_the_bonus_is_typical_too() -> None
     probabilities = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     bound = 0.5 * math.exp(float((probabilities * probabilities.log()).sum()))
     assert 0.06 < bound < 0.2
-    bonuses = [rule.accept(Draft(), Scores(probabilities.log().unsqueeze(0)), generator).bonus for _ in range(DRAWS)]
+    bonuses = [
+        rule.accept(Draft(), Scores(probabilities.log().unsqueeze(0)), after(generator)).bonus for _ in range(DRAWS)
+    ]
     counts = torch.bincount(torch.tensor(bonuses), minlength=5)
     # The bonus token has the verifier's proportions among the three typical tokens.
     assert_follows(counts, torch.tensor([0.4, 0.3, 0.2, 0.0, 0.0]))
@@ -226,7 +234,7 @@ def test_typical_is_lossy() -> None:
     """The rule is lossy: a draft that is always the second best token is always kept."""
     rule, generator = Typical(Sampling(1.0), threshold=0.09, alpha=0.3), torch.Generator().manual_seed(0)
     logits = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()
-    assert all(rule.accept(Draft.chain([1]), Scores(logits), generator).path == [0] for _ in range(50))
+    assert all(rule.accept(Draft.chain([1]), Scores(logits), after(generator)).path == [0] for _ in range(50))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -244,8 +252,8 @@ def test_a_chain_on_a_gpu_is_accepted_like_any_other() -> None:
         draft, logits = Draft.chain(tokens), one_hot_logits(targets)
         expected = Accepted(list(range(count)), targets[count])
         assert (
-            rule.accept_chain(draft, Scores(logits), generator)
-            == rule.accept(draft, Scores(logits), generator)
+            rule.accept_chain(draft, Scores(logits), after(generator))
+            == rule.accept(draft, Scores(logits), after(generator))
             == expected
         )
 
@@ -275,17 +283,17 @@ def test_a_chain_on_a_gpu_is_accepted_with_one_wait() -> None:
     for sampling in (Sampling(1.0), Sampling(0.7, top_k=9, top_p=0.9)):
         for draft in (Draft.chain([1, 2, 3]), Draft.chain([1, 2, 3], proposals)):
             with NothingWaits():
-                RejectionSampling(sampling).accept_chain(draft, Scores(logits), torch.Generator())
+                RejectionSampling(sampling).accept_chain(draft, Scores(logits), after(torch.Generator()))
 
 
 def test_what_a_pass_found_decides_a_greedy_step() -> None:
     logits, generator = one_hot_logits([1, 2, 3]), torch.Generator()
     draft = Draft.chain([5, 9])
     found = Scores(logits, found=lambda: [5, 6, 7])
-    assert Greedy().accept(draft, found, generator) == Accepted([0], 6)
-    assert Greedy().accept(draft, Scores(logits), generator) == Accepted([], 1)
-    assert Greedy().accept(draft, Scores(logits, found=lambda: None), generator) == Accepted([], 1)
-    assert RejectionSampling(Sampling(1.0, top_k=1)).accept(draft, found, generator) == Accepted([], 1)
+    assert Greedy().accept(draft, found, after(generator)) == Accepted([0], 6)
+    assert Greedy().accept(draft, Scores(logits), after(generator)) == Accepted([], 1)
+    assert Greedy().accept(draft, Scores(logits, found=lambda: None), after(generator)) == Accepted([], 1)
+    assert RejectionSampling(Sampling(1.0, top_k=1)).accept(draft, found, after(generator)) == Accepted([], 1)
 
 
 def test_sampling_distribution() -> None:

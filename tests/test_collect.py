@@ -75,14 +75,14 @@ def test_every_state_has_its_row(tmp_path: Path) -> None:
 def test_columns_are_the_keys_that_vary(tmp_path: Path) -> None:
     finished(tmp_path / "a", "drafter=ngram", "seed=1", "output_dir=x")
     finished(tmp_path / "b", "drafter=ngram", "drafter.num_tokens=7", "output_dir=y")
-    finished(tmp_path / "c", "drafter=none", "decode.top_k=5")
+    finished(tmp_path / "c", "drafter=none", "decode.draft_tokens=5")
     rows = table(tmp_path)
     varying = [column for column in rows.columns if "." in column or column == "seed"]
     # Only the n-gram drafter's options that are set are columns; the other run has none of them.
     options = OmegaConf.load(CONF / "drafter/ngram.yaml")
     own = {f"drafter.{key}" for key, value in options.items() if key not in ("_target_", "name") and value is not None}
     assert "drafter.corpus" not in own
-    assert set(varying) == {*own, "decode.top_k", "seed"}
+    assert set(varying) == {*own, "decode.draft_tokens", "seed"}
     assert list(rows["drafter.num_tokens"].fillna(0)) == [5, 7, 0]
     assert list(rows.seed) == [1, 0, 0]
     assert rows["drafter.num_tokens"].dtype == "Int64"

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from hydra.utils import get_class
 
 from quasar.cli import model_source
 from quasar.config.build import build
+from quasar.config.checks import ReadIf
 from quasar.config.hash import config_hash
-from quasar.config.schema import CONF, RunConfig
+from quasar.config.schema import CONF, DecodeConfig, RunConfig
 from quasar.drafters.base import Drafter
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.prompts import load_prompts, prompt_set_hash
@@ -101,8 +103,14 @@ def test_every_key_is_documented_where_it_is_defined(group: str) -> None:
         ("decode.draft_tokens=0", r"decode\.draft_tokens=0: must be at least 1"),
         ("decode.draft_tokens=-2", r"decode\.draft_tokens=-2: must be at least 1"),
         ("decode.stop=['']", r"decode\.stop=\[''\]: must be a list of texts of at least one character"),
-        ("decode.acceptance=medusa", r"decode\.acceptance=medusa: must be exact or typical"),
-        ("decode.acceptance=typical", r"decode\.acceptance=typical: must be exact at decode\.temperature=0"),
+        (
+            "decode.acceptance=medusa",
+            r"decode\.acceptance=medusa: must be one of exact, coupled, block, typical, synthetic",
+        ),
+        (
+            "decode.acceptance=typical",
+            r"decode\.acceptance=typical: must be exact or synthetic at decode\.temperature=0",
+        ),
         ("decode.typical_alpha=0", r"decode\.typical_alpha=0\.0: must be above 0"),
         ("data.limit=0", r"data\.limit=0: must be at least 1"),
         ("threads=0", r"threads=0: must be at least 1"),
@@ -113,6 +121,71 @@ def test_every_key_is_documented_where_it_is_defined(group: str) -> None:
 def test_values_out_of_range_are_refused(override: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         composed_run(override)
+
+
+UNREAD = {
+    "decode.top_k=5": "decode.top_k=5: has no effect with decode.temperature=0.0; choose another decode.temperature, "
+    "or leave decode.top_k at null",
+    "decode.top_p=0.5": "decode.top_p=0.5: has no effect with decode.temperature=0",
+    "decode=sampling decode.typical_threshold=0.1": "decode.typical_threshold=0.1: has no effect with "
+    "decode.acceptance=exact; choose decode.acceptance=typical, or leave decode.typical_threshold at 0.09",
+    "decode=sampling decode.acceptance=block decode.synthetic_length=2": "decode.synthetic_length=2.0: has no effect "
+    "with decode.acceptance=block; choose decode.acceptance=synthetic",
+    "verifier=int8 verifier.method=gptq verifier.alpha=0.5": "verifier.alpha=0.5: has no effect with "
+    "verifier.method=gptq; choose verifier.method=smoothquant, or leave verifier.alpha at auto",
+    "verifier=int8 verifier.method=rtn verifier.activation_bits=16 verifier.activation_group=32": "has no effect with "
+    "verifier.activation_bits=16; choose verifier.activation_bits=8, or leave verifier.activation_group at 64",
+    "verifier=pruned verifier.selection=deepest": "verifier.selection=deepest: has no effect with "
+    "verifier.method=width; choose verifier.method=depth",
+    "verifier=pruned verifier.layers=[1]": "verifier.layers=[1]: has no effect with verifier.method=width",
+    "verifier=pruned verifier.method=depth verifier.heads=true": "verifier.heads=true: has no effect with "
+    "verifier.method=depth; choose verifier.method=width, or leave verifier.heads at false",
+    "verifier=pruned verifier.method=depth verifier.importance=taylor": "verifier.importance=taylor: has no effect",
+    "verifier=pruned verifier.method=depth verifier.uniform=true": "verifier.uniform=true: has no effect",
+    "verifier=pruned verifier.method=depth verifier.layers=[1] verifier.ratio=0.5": "verifier.ratio=0.5: has no effect "
+    "with verifier.layers=[1]; choose verifier.layers=null, or leave verifier.ratio at 0.1",
+    "verifier=pruned verifier.method=depth verifier.layers=[1] verifier.selection=deepest": "has no effect with "
+    "verifier.layers=[1]",
+    "drafter=model drafter.draft.method=depth drafter.draft.heads=true": "drafter.draft.heads=true: has no effect with "
+    "drafter.draft.method=depth",
+}
+
+
+@pytest.mark.parametrize("overrides", UNREAD)
+def test_options_of_a_method_that_was_not_chosen_are_refused(overrides: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        composed_run(*overrides.split(" "))
+    assert UNREAD[overrides] in str(refused.value)
+
+
+READ = [
+    "decode=sampling decode.top_k=5 decode.top_p=0.5",
+    "decode=sampling decode.acceptance=typical decode.typical_alpha=0.5",
+    "decode.acceptance=synthetic decode.synthetic_rates=[0.5,1]",
+    "verifier=int8 verifier.alpha=0.5 verifier.activation_group=null",
+    "verifier=int8_paper verifier.method=gptq verifier.activation_bits=16",
+    "verifier=pruned verifier.heads=true verifier.ratio=0.3 verifier.importance=wanda",
+    "verifier=pruned verifier.method=depth verifier.layers=[1]",
+    "verifier=pruned verifier.method=depth verifier.ratio=0.4 verifier.selection=deepest",
+    "verifier=pruned verifier.heads=false",  # its default
+]
+
+
+@pytest.mark.parametrize("overrides", READ)
+def test_options_that_are_read_are_accepted(overrides: str) -> None:
+    composed_run(*overrides.split(" "))
+
+
+def test_options_depend_on_keys_that_exist() -> None:
+    found = 0
+    targets = {composed_run(f"verifier={name}").verifier["_target_"] for name in names("verifier")}
+    for owner in (DecodeConfig, *(get_class(target).__init__ for target in targets)):
+        hints = get_type_hints(owner, include_extras=True)
+        for hint in hints.values():
+            notes = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, ReadIf)]
+            assert all(note.key in hints for note in notes), (owner, notes)
+            found += len(notes)
+    assert found > 12
 
 
 @pytest.mark.parametrize(

@@ -454,7 +454,7 @@ def test_the_loop_trusts_the_rule_alone() -> None:
     """If the rule accepts nothing, every draft is useless."""
 
     class Never(Greedy):
-        def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+        def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
             return Accepted([], scores.argmax()[0])
 
     limits = Limits(6, 100, frozenset())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quasar.config.schema import CalibrationConfig
 from quasar.decoding.acceptance import Greedy
-from quasar.decoding.draft import ROOT, Draft
+from quasar.decoding.draft import ROOT, Context, Draft
 from quasar.decoding.loop import decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.scores import Scores
@@ -104,7 +104,7 @@ def test_reference_path_needs_draft_verifier_and_reference_to_agree() -> None:
 
     def accepted(verifier_says: Sequence[int], answer: Sequence[int]) -> tuple[list[int], int]:
         logits = torch.nn.functional.one_hot(torch.tensor(verifier_says), 10).float()
-        found = ReferencePath(answer).accept(draft, Scores(logits), torch.Generator())
+        found = ReferencePath(answer).accept(draft, Scores(logits), Context([1], 1, Sampling(), torch.Generator()))
         return list(found.path), found.bonus
 
     assert accepted([5, 6, 7, 8], [5, 6, 7, 8]) == ([0, 1, 2], 8)

@@ -12,7 +12,7 @@ from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
 from quasar.decoding.acceptance import RejectionSampling, Typical
-from quasar.decoding.draft import Draft, Scratch
+from quasar.decoding.draft import Context, Draft, Scratch
 from quasar.decoding.sampling import Sampling
 from quasar.errors import QuasarError
 from quasar.model.config import LayerShape, ModelConfig
@@ -258,4 +258,4 @@ def test_broken_weights_are_reported_by_the_scores(tiny: Transformer) -> None:
     for rule in (RejectionSampling(Sampling(1.0)), Typical(Sampling(1.0), 0.3, 0.3)):
         # A distribution of NaN must not reach torch.multinomial.
         with pytest.raises(QuasarError, match=r"blocks\.1\.mlp\.down"):
-            rule.accept(Draft(), scores, torch.Generator())
+            rule.accept(Draft(), scores, Context([1], 1, Sampling(), torch.Generator()))

@@ -12,11 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quasar.decoding.acceptance import AcceptanceRule, Greedy, RejectionSampling, Typical
+from quasar.decoding.acceptance import AcceptanceRule, Coupled, Greedy, RejectionSampling, Typical
+from quasar.decoding.block_verification import BlockVerification
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits, StopStrings
+from quasar.decoding.synthetic import Synthetic
 from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
 from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
@@ -39,10 +41,14 @@ from tests.records import turn
 VOCABULARY = 6
 """So few tokens that drafts are often accepted."""
 SAMPLING = Sampling(1.0)
+COUPLED = Sampling(1.0, coupled=True)
 RULES: dict[str, tuple[Callable[[], AcceptanceRule], Sampling]] = {
     "greedy": (Greedy, Sampling()),
     "rejection": (lambda: RejectionSampling(SAMPLING), SAMPLING),
     "typical": (lambda: Typical(SAMPLING, 0.09, 0.3), SAMPLING),
+    "coupled": (lambda: Coupled(COUPLED), COUPLED),
+    "block": (lambda: BlockVerification(SAMPLING), SAMPLING),
+    "synthetic": (lambda: Synthetic(SAMPLING, [0.9, 0.5]), SAMPLING),
     "reference path": (lambda: ReferencePath([3] * 60), Sampling()),
 }
 DECORATORS: dict[str, Callable[[Drafter], Drafter]] = {
@@ -204,7 +210,7 @@ def test_replay_keeps_the_recorded_acceptance(decorator: str, rule: str, tmp_pat
     assert generation.emitted == [3] * 4
 
 
-@pytest.mark.parametrize("rule", ["greedy", "rejection"])
+@pytest.mark.parametrize("rule", ["greedy", "rejection", "coupled"])
 @pytest.mark.parametrize("decorator", ["chain", "auto of a chain"])
 def test_other_members_beside_replay_keep_the_rule_of_the_run(decorator: str, rule: str, tmp_path: Path) -> None:
     """Replay has nothing to draft here, so that the text and the acceptance are those of the other member alone."""
@@ -217,13 +223,11 @@ def test_other_members_beside_replay_keep_the_rule_of_the_run(decorator: str, ru
     alone: Drafter = timeless(model) if "auto" in decorator else model
     limits = Limits(40, 4096, frozenset())
     target = verifier()
-    # The first token is greedy in the chain: no context has said yet how the run samples.
     found, _ = generate(beside, rule, [1, 2, 3], limits, target=target)
     expected, _ = generate(alone, rule, [1, 2, 3], limits, target=target)
-    if rule == "greedy":
-        assert (found.tokens, found.accepted) == (expected.tokens, expected.accepted)
-    else:
-        # A draft model that is the verifier is always right under rejection sampling, and not under the greedy rule.
+    assert (found.tokens, found.accepted) == (expected.tokens, expected.accepted)
+    if rule != "greedy":
+        # A draft model that is the verifier is always right if it samples as the rule does.
         assert found.accepted == found.drafted
         assert len(set(found.tokens)) > 1
 

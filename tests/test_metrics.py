@@ -15,7 +15,7 @@ from quasar.results.collect import Collector, tabulate
 from quasar.results.console import Reporter
 from quasar.results.metrics import METRICS, Measured, Metric, compute, named, summary_of
 from quasar.results.report import print_report
-from quasar.results.schema import Baselines, Exactness, ForcedAnswer, PromptRecord, Timing
+from quasar.results.schema import Baselines, Exactness, ForcedAnswer, PassRecord, PromptRecord, Timing
 from quasar.results.store import RunFolder
 from quasar.results.wandb.log import _history
 from tests.compose import composed
@@ -92,6 +92,7 @@ EXPECTED = {
     "peak_memory_bytes": 5_000_000,
     "simulated": False,
     "lossy": False,
+    **dict.fromkeys(("pass_cost", "predicted_speedup", "prediction_residual", "share_of_oracle")),  # no timed passes
     "disturbed": None,
 }
 
@@ -114,10 +115,39 @@ def test_what_was_not_measured_is_null() -> None:
         *("top1_agreement", "kl_noise_floor", "top1_noise_floor", "exact_match_length", "distinct_4gram_ratio"),
         *("distinct_4gram_ratio_reference", "task_accuracy", "acceptance_rate", "drafter_notes", "draft_ms"),
         *("verify_ms", "overhead_ms", "step_ms", "speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95"),
-        *("reference_text_speedup", "reference_text_speedup_ci95", "exact_match_to_self", "exact_match_to_reference"),
+        *("reference_text_speedup", "reference_text_speedup_ci95", "pass_cost", "predicted_speedup"),
+        *("prediction_residual", "share_of_oracle", "exact_match_to_self", "exact_match_to_reference"),
         *("achieved_bandwidth_fraction", "weights_on_grid", "disturbed", "mean_context"),
     ]
     assert [named(name).text(values[name]) for name in unmeasured] == ["-"] * len(unmeasured)
+
+
+def timed(times: dict[int, float], context: int) -> list[PassRecord]:
+    """Three repetitions of every number of rows, of which the last one was disturbed."""
+    return [
+        PassRecord(rows, context, repetition, milliseconds * (1, 1, 9)[repetition], 1.0, 1)
+        for rows, milliseconds in times.items()
+        for repetition in range(3)
+    ]
+
+
+def test_timed_passes_predict_the_speedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drafts of 4, 2 and 1 tokens, of which 2, 0 and 1 are accepted, behind contexts near 16 tokens."""
+    passes = timed({1: 2.0, 2: 2.2, 4: 3.0, 6: 4.0}, 16) + timed({1: 50.0, 6: 60.0}, 512)
+    run = Measured(run_of_two(), facts(), passes)
+    values = compute(run)
+    drafted = [3.5, 2.6, 2.2]  # of 5, 3 and 2 rows
+    accepted = [2.6, 2.0, 2.2]  # of 3, 1 and 2 rows
+    cost = sum(drafted) / 3 / 2.0
+    assert values["pass_cost"] == pytest.approx(cost)
+    assert values["predicted_speedup"] == pytest.approx(2.0 / cost)
+    assert values["prediction_residual"] == pytest.approx(1.5 / (2.0 / cost))
+    assert values["share_of_oracle"] == pytest.approx(sum(accepted) / sum(drafted))
+    print_report(Reporter(), run, values, tmp_path)
+    assert "predict: 1.45x, τ 2.00 over a pass cost of 1.38; measured 1.50x, 1.04 of it;" in capsys.readouterr().out
+    # A pass that is longer than all timed ones cannot be predicted.
+    assert compute(Measured(run_of_two(), facts(), timed({1: 2.0, 4: 3.0}, 16)))["pass_cost"] is None
+    assert run.of_family("chat").passes == passes
 
 
 def test_a_drafters_notes_are_means_and_counts_per_word() -> None:

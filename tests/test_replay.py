@@ -57,14 +57,14 @@ def test_decoding_follows_the_trace_whatever_the_verifier_says(tiny: Transformer
 def test_the_bonus_token_is_the_verifiers_after_the_accepted_ones(tmp_path: Path) -> None:
     drafter = ReplayDrafter(trace=write_trace(tmp_path / "trace.jsonl", (3, [2], [1])))
     drafter.begin(torch.tensor([1, 2, 3]))
-    draft = drafter.propose(Context([1, 2, 3, 9], 3, Sampling(), torch.Generator()), 8)
+    context = Context([1, 2, 3, 9], 3, Sampling(), torch.Generator())
+    draft = drafter.propose(context, 8)
     assert draft == Draft.chain([9, 9])
     logits = torch.tensor([[0.0, 1, 2, 9], [0, 9, 0, 0], [9, 0, 0, 0]])
-    accepted = drafter.rule.accept(draft, Scores(logits), torch.Generator())
+    accepted = drafter.rule.accept(draft, Scores(logits), context)
     assert (accepted.path, accepted.bonus) == ([0], 1)
-    assert drafter.rule.accept(Draft(), Scores(logits[:1]), torch.Generator()) == Greedy().accept(
-        Draft(), Scores(logits[:1]), torch.Generator()
-    )
+    alone = Draft(), Scores(logits[:1]), context
+    assert drafter.rule.accept(*alone) == Greedy().accept(*alone)
 
 
 def test_whole_run_is_labelled_simulated(
@@ -126,9 +126,10 @@ def test_a_chain_replays_only_the_drafts_of_its_replaying_member(tmp_path: Path)
     rejecting[:, 0] = 1.0
     for prompt, accepted in (([1, 2, 3, 1, 2], 0), ([5, 6, 7], 2)):
         chain.begin(torch.tensor(prompt))
-        draft = chain.propose(Context([*prompt, 3], len(prompt), Sampling(), torch.Generator()), 2)
+        context = Context([*prompt, 3], len(prompt), Sampling(), torch.Generator())
+        draft = chain.propose(context, 2)
         assert len(draft)
-        found = chain.rule.accept(draft, Scores(rejecting[: len(draft) + 1]), torch.Generator())
+        found = chain.rule.accept(draft, Scores(rejecting[: len(draft) + 1]), context)
         assert len(found.path) == accepted
 
 

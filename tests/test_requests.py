@@ -18,11 +18,7 @@ from quasar.config.text import command_line, config_yaml
 from quasar.errors import RequestError
 from quasar.experiment.main import main
 from quasar.model.devices import check_machine
-from quasar.results.metrics import Measured
-from quasar.results.report import TIES, _divergences, _unexplained
-from quasar.results.schema import Exactness, PromptRecord
 from tests.compose import composed, composed_run
-from tests.records import facts, turn
 
 Start = Callable[..., tuple[int, str]]
 
@@ -146,31 +142,3 @@ def test_a_backslash_and_an_n_are_said_to_be_no_line_break() -> None:
     (warning,) = warnings_about(composed_run(r"decode.stop=['\n', x]"))
     assert r"decode.stop has the text \n, in which a backslash and a letter are two characters" in warning
     assert warnings_about(composed_run("decode.stop=['\n', x]")) == []
-
-
-def differing(gap: float | None, place: int | None, dtype: str) -> tuple[list[str], list[str]]:
-    exactness = Exactness(False, place, gap)
-    run = Measured([PromptRecord("1", "chat", [turn([1], [1], exactness=exactness)])], facts(dtype=dtype))
-    return _divergences(run), _unexplained(run)
-
-
-@pytest.mark.parametrize(
-    ("gap", "place", "dtype", "tie"),
-    [
-        (0.0, 3, "bfloat16", True),
-        (0.25, 3, "bfloat16", True),
-        (0.26, 3, "bfloat16", False),
-        (0.25, 3, "float16", False),
-        (0.03, 3, "float16", True),
-        (0.0, 3, "float32", False),
-        (None, None, "bfloat16", False),
-    ],
-)
-def test_only_a_tie_in_16_bit_is_called_rounding(gap: float | None, place: int | None, dtype: str, tie: bool) -> None:
-    notes, warnings = differing(gap, place, dtype)
-    assert (len(notes), len(warnings)) == ((1, 0) if tie else (0, 1))
-    if tie:
-        assert f"tie in {dtype}, at most {TIES[dtype]} apart (earliest at token 3" in notes[0]
-    else:
-        assert "DIFFER" in warnings[0]
-        assert f"rounding in {dtype} does not explain it" in warnings[0]

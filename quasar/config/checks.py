@@ -6,6 +6,7 @@ import difflib
 import math
 import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import MISSING as REQUIRED
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,22 +30,66 @@ class Must:
     text: str
 
 
+@dataclass(frozen=True)
+class ReadIf:
+    """Says in an annotation that a key is read only if another key of the same node has one of certain values.
+
+    key: the other key
+    among: values with which it is read; empty for all
+    not_among: values with which it is not read
+    """
+
+    key: str
+    among: tuple[object, ...] = ()
+    not_among: tuple[object, ...] = ()
+
+    def holds(self, value: object) -> bool:
+        return value not in self.not_among and (not self.among or value in self.among)
+
+    def remedy(self, key: str) -> str:
+        """Return what to choose instead; key: the other key's place in the configuration."""
+        return f"{key}={' or '.join(map(shown, self.among))}" if self.among else f"another {key}"
+
+
+def require_effect(
+    values: Mapping[str, object], hints: Mapping[str, Any], defaults: Mapping[str, object], place: str
+) -> None:
+    """Raise RequestError if a key is set that is not read with the others' values, see `ReadIf`.
+
+    A key counts as set if it is neither null nor its default.
+    """
+    for name, value in values.items():
+        for note in getattr(hints.get(name), "__metadata__", ()):
+            if not isinstance(note, ReadIf) or value in (None, defaults.get(name)) or note.holds(values[note.key]):
+                continue
+            key, other = join(place, name), join(place, note.key)
+            raise RequestError(
+                f"{key}={shown(value)}: has no effect with {other}={shown(values[note.key])}; choose "
+                f"{note.remedy(other)}, or leave {key} at {shown(defaults.get(name))} ({documented_in(place)})"
+            )
+
+
 def read(cls: type[T], values: object, place: str = "") -> T:
     """Return the dataclass ``cls`` with these values.
+
+    A key that is not read with the values of the others must be left at its default (`ReadIf`).
 
     Its annotations are checked without conversion, except between numbers and texts where nothing is lost: a number in
     text is a number, an integer is a float or a text. So ``true`` is no number, and 1.5 no integer.
 
     place: the configuration key of ``values``; empty for the whole configuration
 
-    Raises RequestError for a value that is no mapping, an unknown or a missing key, and a wrong value.
+    Raises RequestError for a value that is no mapping, an unknown or a missing key, and a value that is wrong or
+    has no effect.
     """
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise RequestError(f"{place}={shown(values)}: must be a mapping with the keys {', '.join(known)}")
     require_known(values, known, place)
     hints = _hints(cast(Hashable, cls))
-    return cls(**{name: _value(hints[name], values.get(name, MISSING), join(place, name)) for name in known})
+    found = {name: _value(hints[name], values.get(name, MISSING), join(place, name)) for name in known}
+    require_effect(found, hints, _usual(cast(Hashable, cls)), place)
+    return cls(**found)
 
 
 def require_known(values: Mapping[Any, object], known: Iterable[str], place: str) -> None:
@@ -105,6 +150,15 @@ def join(place: str, key: str) -> str:
 def _hints(cls: Hashable) -> dict[str, Any]:
     assert isinstance(cls, type)
     return get_type_hints(cls, include_extras=True)
+
+
+@lru_cache(maxsize=64)
+def _usual(cls: Hashable) -> dict[str, object]:
+    """Return the default of every field that has one."""
+    return {
+        field.name: field.default if field.default_factory is REQUIRED else field.default_factory()
+        for field in fields(cls)  # type: ignore[arg-type]
+    }
 
 
 def _value(hint: Any, value: object, key: str) -> Any:

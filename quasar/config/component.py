@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from quasar.config.checks import converted, join, require_known, shown
+from quasar.config.checks import converted, join, require_effect, require_known, shown
 from quasar.errors import RequestError, first_line
 
 FRAMEWORK_KEYS = {"drafter": ("_target_", "name"), "verifier": ("_target_", "name", "dtype")}
@@ -25,7 +25,8 @@ def checked_component(group: str, node: object, place: str | None = None) -> dic
     group: drafter or verifier
     place: the configuration key of the node; the group by default
 
-    Raises RequestError if the node names no class, or if a key or a value does not fit the class's constructor.
+    Raises RequestError if the node names no class, if a key or a value does not fit the class's constructor, or if a
+    value has no effect (`quasar.config.checks.ReadIf` in the constructor's annotations).
     """
     place = place or group
     if not isinstance(node, Mapping):
@@ -44,6 +45,7 @@ def checked_component(group: str, node: object, place: str | None = None) -> dic
         if value == "???":
             raise RequestError(f"{place}.{key} is not set")
         own[key] = _checked(constructor.hints.get(key), value, join(place, key), group, str(node["name"]))
+    require_effect({**constructor.defaults, **own}, constructor.hints, constructor.defaults, place)
     return {**{key: node[key] for key in node if key in FRAMEWORK_KEYS[group]}, **own}
 
 
@@ -77,9 +79,15 @@ def class_named(target: str, key: str) -> type:
 
 @dataclass(frozen=True)
 class _Constructor:
-    """hints: annotation of every parameter, None if unknown; takes_any: whether it takes other keywords too."""
+    """The parameters that a configuration can set.
+
+    hints: annotation of every parameter, None if unknown
+    defaults: default of every parameter that has one
+    takes_any: whether it takes other keywords too
+    """
 
     hints: dict[str, Any]
+    defaults: dict[str, Any]
     required: tuple[str, ...]
     takes_any: bool
 
@@ -95,6 +103,7 @@ def _constructor(target: str, group: str, key: str) -> _Constructor:
         hints = {}
     return _Constructor(
         {entry.name: hints.get(entry.name) for entry in named},
+        {entry.name: entry.default for entry in named if entry.default is not entry.empty},
         tuple(entry.name for entry in named if entry.default is entry.empty),
         any(entry.kind == entry.VAR_KEYWORD for entry in parameters),
     )

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from quasar.config.checks import Must, converted, read, shown
+from quasar.config.checks import Must, ReadIf, converted, read, shown
 from quasar.config.component import checked_component
 from quasar.config.groups import check_choices
 from quasar.errors import RequestError, first_line
@@ -48,6 +48,9 @@ Seed = Annotated[int, Interval(ge=0, lt=2**63), Must("an integer from 0 to 2^63 
 Probability = Annotated[
     float, Interval(ge=SMALLEST, le=1), Must(f"above 0 and at most 1; the smallest value is {SMALLEST:g}")
 ]
+
+SAMPLES = ReadIf("temperature", not_among=(0,))
+"""Of options that only sampling reads."""
 
 
 @dataclass
@@ -96,8 +99,8 @@ class DecodeConfig:
         Predicate(_is_temperature),
         Must(f"0 (greedy) or more: from {SMALLEST:g} to {LARGEST:g}"),
     ] = MISSING
-    top_k: Annotated[Annotated[int, Ge(1)] | None, Must("at least 1, or null (all tokens)")] = MISSING
-    top_p: Probability = MISSING
+    top_k: Annotated[Annotated[int, Ge(1)] | None, Must("at least 1, or null (all tokens)"), SAMPLES] = None
+    top_p: Annotated[Probability, SAMPLES] = 1.0
     draft_tokens: Annotated[
         Annotated[int, Ge(1)] | Literal["auto"] | None,
         Must("at least 1, auto, or null (the drafter's default); use drafter=none to draft nothing"),
@@ -105,9 +108,19 @@ class DecodeConfig:
     stop: Annotated[
         list[Annotated[str, MinLen(1)]], Must("a list of texts of at least one character, such as ['###']")
     ] = MISSING
-    acceptance: Annotated[Literal["exact", "typical"], Must("exact or typical")] = MISSING
-    typical_threshold: Probability = 0.09
-    typical_alpha: Probability = 0.3
+    acceptance: Literal["exact", "coupled", "block", "typical", "synthetic"] = MISSING
+    typical_threshold: Annotated[Probability, ReadIf("acceptance", ("typical",))] = 0.09
+    typical_alpha: Annotated[Probability, ReadIf("acceptance", ("typical",))] = 0.3
+    synthetic_length: Annotated[
+        Annotated[float, Interval(ge=1, le=LARGEST)] | None,
+        Must(f"from 1 to {LARGEST:g}, or null"),
+        ReadIf("acceptance", ("synthetic",)),
+    ] = None
+    synthetic_rates: Annotated[
+        list[Annotated[float, Interval(ge=0, le=1)]],
+        Must("a list of probabilities from 0 to 1"),
+        ReadIf("acceptance", ("synthetic",)),
+    ] = field(default_factory=list)
 
 
 @dataclass
@@ -336,31 +349,26 @@ def _check_decode(typed: RunConfig) -> None:
     decode = typed.decode
     greedy = decode.temperature == 0
     at = f"decode.temperature={decode.temperature:g}"
+    rule = f"decode.acceptance={decode.acceptance}"
     _require(
-        decode.acceptance == "exact" or not greedy,
+        decode.acceptance in ("exact", "synthetic") or not greedy,
         "decode.acceptance",
         decode.acceptance,
-        f"exact at {at}, because greedy decoding does not sample; raise the temperature",
-    )
-    for key in ("typical_threshold", "typical_alpha"):
-        usual = getattr(DecodeConfig, key)
-        _require(
-            decode.acceptance == "typical" or getattr(decode, key) == usual,
-            f"decode.{key}",
-            getattr(decode, key),
-            f"{usual} with decode.acceptance=exact, which does not read it; use decode.acceptance=typical",
-        )
-    _require(
-        decode.top_k is None or not greedy,
-        "decode.top_k",
-        decode.top_k,
-        f"null at {at}, because greedy decoding does not sample; raise the temperature",
+        f"exact or synthetic at {at}, because greedy decoding does not sample; raise the temperature",
     )
     _require(
-        decode.top_p == 1 or not greedy,
-        "decode.top_p",
-        decode.top_p,
-        f"1 at {at}, because greedy decoding does not sample; raise the temperature",
+        decode.acceptance != "synthetic" or (decode.synthetic_length is None) != (not decode.synthetic_rates),
+        "decode.acceptance",
+        decode.acceptance,
+        "used with either decode.synthetic_length=TOKENS_PER_STEP or decode.synthetic_rates=[P1,P2,…]",
+    )
+    comparable = (greedy and decode.acceptance == "exact") or decode.acceptance == "coupled"
+    _require(
+        typed.evaluate.exactness is not True or comparable,
+        "evaluate.exactness",
+        True,
+        f"null or false with {rule} at {at}, where autoregressive decoding writes another text; use "
+        "decode.acceptance=coupled, or greedy decoding",
     )
     members = typed.drafter.get("members")
     names = [typed.drafter["name"], *(members if isinstance(members, list) else [])]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from quasar.decoding.draft import ROOT, Draft
+from quasar.decoding.draft import ROOT, Context, Draft
 from quasar.decoding.sampling import Sampling, draw, draw_on_device
 from quasar.decoding.scores import Scores
 
@@ -21,29 +22,61 @@ class Accepted:
     bonus: int
 
 
-class AcceptanceRule(Protocol):
-    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
-        """Choose the accepted path and the bonus token, given the verifier's scores of the draft."""
-        ...
+class AcceptanceRule(ABC):
+    """Decides which draft tokens are kept.
+
+    lossy:       whether the output does not follow the verifier's distribution
+    simulated:   whether acceptance does not depend on the verifier's logits, so that the output means nothing
+    description: what the header and the table of a run say about the rule; empty for the usual rules
+    """
+
+    lossy: bool = False
+    simulated: bool = False
+    description: str = ""
+
+    @abstractmethod
+    def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
+        """Choose the accepted path and the bonus token, given the verifier's scores of the draft after ``context``."""
 
 
-class Greedy:
+class Greedy(AcceptanceRule):
     """Follows the verifier's argmax. The output equals the verifier's greedy decoding for every draft."""
 
-    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
-        targets = scores.argmax()
-        path: list[int] = []
-        node = ROOT
-        while True:
-            target = targets[node + 1]
-            following = next((child for child in draft.children(node) if draft.tokens[child] == target), None)
-            if following is None:
-                return Accepted(path, target)
-            path.append(following)
-            node = following
+    def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
+        return _follow(draft, scores.argmax().__getitem__)
 
 
-class RejectionSampling:
+class Coupled(AcceptanceRule):
+    """Drafter-invariant sampling (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
+
+    The token at every position of the sequence is drawn from the verifier's sampling distribution with random numbers
+    that depend only on the seed and on the position (`race`). A draft token is kept if it is this token. So the output
+    follows the verifier's distribution, and with the same seed it is the same text for every draft: that of
+    autoregressive sampling.
+
+    Example: the verifier's token after the context is 7 and the token after it is 2. The draft (7, 5) keeps 7, and the
+    bonus token is 2. Without a draft, two steps emit 7 and 2.
+    """
+
+    description = "coupled sampling: with this seed every drafter leads to the text of autoregressive sampling"
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
+        depths = [0, *draft.depths()]
+
+        def drawn(row: int) -> Tensor:
+            # Every distribution is computed from one row [V], because some reductions over [R, V] depend on R.
+            return context.race(self.sampling.probabilities(scores.logits[row]), depths[row]).argmax()
+
+        if scores.logits.is_cuda:
+            # The tokens of all rows, which the path may not reach, cost less than a synchronization for each.
+            return _follow(draft, torch.stack([drawn(row) for row in range(len(depths))]).tolist().__getitem__)
+        return _follow(draft, lambda row: int(drawn(row)))
+
+
+class RejectionSampling(AcceptanceRule):
     """Speculative sampling (Leviathan et al. 2023, algorithm 1; on trees recursively, SpecInfer, Miao et al. 2024).
 
     The output follows the verifier's sampling distribution p exactly. A draft token x that was drawn from q is accepted
@@ -60,10 +93,10 @@ class RejectionSampling:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
 
-    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
-        logits = scores.logits
+    def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
+        logits, generator = scores.logits, context.generator
         if logits.is_cuda and draft.is_chain:
-            return self.accept_chain(draft, scores, generator)
+            return self.accept_chain(draft, scores, context)
         # Drawing from a distribution with NaN would raise an obscure error.
         scores.require_finite()
         path: list[int] = []
@@ -84,12 +117,12 @@ class RejectionSampling:
             path.append(following)
             node = following
 
-    def accept_chain(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+    def accept_chain(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
         """Same as `accept`, but for drafts without branches, and with a single synchronization of host and GPU.
 
         It computes the distributions after all draft tokens, whereas `accept` stops at the first rejected token.
         """
-        logits = scores.logits
+        logits, generator = scores.logits, context.generator
         target, size = self.sampling.probabilities(logits), len(draft)
         tokens = torch.tensor(draft.tokens, dtype=torch.int64).to(logits.device, non_blocking=True).unsqueeze(1)
         if draft.probabilities is None:
@@ -107,7 +140,7 @@ class RejectionSampling:
         return Accepted(list(range(count)), token)
 
 
-class Typical:
+class Typical(AcceptanceRule):
     """Typical acceptance (Medusa, Cai et al. 2024, section 2.3.1). **Lossy**: it does not preserve the distribution.
 
     A draft token x is typical if p(x) > min(threshold, alpha * exp(-H(p))), where H is the entropy in nats of the
@@ -116,12 +149,15 @@ class Typical:
     from p restricted to typical tokens.
     """
 
+    lossy = True
+    description = "typical acceptance: lossy, it does not preserve the verifier's distribution"
+
     def __init__(self, sampling: Sampling, threshold: float, alpha: float) -> None:
         self.sampling = sampling
         self.threshold = threshold
         self.alpha = alpha
 
-    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+    def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
         scores.require_finite()
         target = self.sampling.probabilities(scores.logits)
         typical = target > self._bounds(target).unsqueeze(-1)
@@ -132,7 +168,7 @@ class Typical:
         # The most likely token is always typical in exact arithmetic, unless alpha is 1 and p is flat. With rounding
         # there may be no typical token at all.
         candidates = target[row].where(typical[row], 0.0)
-        return Accepted(path, draw(candidates if candidates.any() else target[row], generator))
+        return Accepted(path, draw(candidates if candidates.any() else target[row], context.generator))
 
     def _bounds(self, target: Tensor) -> Tensor:
         """Return the probability above which a token is typical, for each row of ``target`` [T + 1, V]."""
@@ -141,8 +177,26 @@ class Typical:
 
 
 def rule_for(sampling: Sampling) -> AcceptanceRule:
-    """Return the exact rule for a sampling setting: `Greedy` at temperature 0, else `RejectionSampling`."""
-    return Greedy() if sampling.greedy else RejectionSampling(sampling)
+    """Return the exact rule for these settings: `Greedy` at temperature 0, else `Coupled` or `RejectionSampling`."""
+    if sampling.greedy:
+        return Greedy()
+    return Coupled(sampling) if sampling.coupled else RejectionSampling(sampling)
+
+
+def _follow(draft: Draft, target: Callable[[int], int]) -> Accepted:
+    """Walk down the tree as long as a child is the target token; the target that no child matches is the bonus token.
+
+    target: returns the token that follows a row of the pass
+    """
+    path: list[int] = []
+    node = ROOT
+    while True:
+        token = target(node + 1)
+        following = next((child for child in draft.children(node) if draft.tokens[child] == token), None)
+        if following is None:
+            return Accepted(path, token)
+        path.append(following)
+        node = following
 
 
 def _longest_kept_path(draft: Draft, kept: list[bool]) -> list[int]:

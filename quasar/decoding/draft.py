@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from quasar.decoding.sampling import Sampling
+from quasar.decoding.sampling import Sampling, draw, race
 
 ROOT = -1
 """Parent of the draft tokens that directly follow the last emitted token."""
@@ -114,7 +112,11 @@ class Draft:
 
 @dataclass
 class Context:
-    """The sequence so far: prompt and emitted tokens. The last token is not in the KV cache yet."""
+    """The sequence so far: prompt and emitted tokens. The last token is not in the KV cache yet.
+
+    sampling:  settings of the distribution that tokens are drawn from
+    generator: stream of random numbers of this sequence, seeded by the run's seed and the prompt
+    """
 
     tokens: list[int]
     prompt_length: int
@@ -124,6 +126,19 @@ class Context:
     @property
     def last(self) -> int:
         return self.tokens[-1]
+
+    def draw(self, probabilities: Tensor, offset: int) -> int:
+        """Draw the token ``offset`` places after the context (0: the next one) from a distribution [V].
+
+        With coupled sampling every model draws it with the same random numbers, else with the next ones of the stream.
+        """
+        if self.sampling.coupled:
+            return int(self.race(probabilities, offset).argmax())
+        return draw(probabilities, self.generator)
+
+    def race(self, probabilities: Tensor, offset: int) -> Tensor:
+        """Return `quasar.decoding.sampling.race` [V] for the token ``offset`` places after the context."""
+        return race(probabilities, self.generator.initial_seed(), len(self.tokens) + offset)
 
 
 @dataclass(frozen=True)

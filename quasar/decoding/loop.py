@@ -51,15 +51,17 @@ def decode(
     """Generate from a prompt of token ids.
 
     With an exact rule, the drafter and the draft length affect the speed and the random numbers drawn, but not the
-    distribution of the output. Raises QuasarError if a logit is NaN or infinite.
+    distribution of the output. In greedy decoding and with coupled sampling they do not affect the output at all.
+
+    Raises QuasarError if a logit is NaN or infinite.
 
     on_step: called after every step, outside the timed phases
     """
     result = Generation([], len(prompt), "", [], [], [], [], [], {})
     clock = Stopwatch(verifier.device)
     tokens = torch.tensor(prompt, dtype=torch.int64)
-    first = rule.accept(Draft(), verifier.prefill(tokens), generator).bonus
-    context = Context([*prompt, first], len(prompt), sampling, generator)
+    context = Context(list(prompt), len(prompt), sampling, generator)
+    context.tokens.append(rule.accept(Draft(), verifier.prefill(tokens), context).bonus)
     drafter.begin(tokens)
     clock.lap("prefill")
 
@@ -68,7 +70,7 @@ def decode(
         clock.lap("draft")
         scores = verifier.verify(context.last, draft)
         clock.lap("verify")
-        accepted = rule.accept(draft, scores, generator)
+        accepted = rule.accept(draft, scores, context)
         scores.require_finite()
         emitted = limits.cut(context, [draft.tokens[node] for node in accepted.path] + [accepted.bonus])
         # A draft token behind the end of the output is not accepted, and the last token of a step is its bonus token.

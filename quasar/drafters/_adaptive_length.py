@@ -204,7 +204,7 @@ class AdaptiveLength(Drafter):
     Acceptance is bursty: in the middle of a copied passage, one accepted draft follows another. Acceptance is therefore
     counted separately for drafts after a completely accepted draft and for all others. The estimates are kept from
     prompt to prompt. Because the choice depends on measured times, two runs that sample may draw different texts.
-    Greedy output does not depend on it.
+    Greedy output and coupled samples do not depend on it.
 
     clock: returns seconds since any fixed time
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quasar.decoding.draft import Context, Draft
-from quasar.decoding.sampling import draw, most_likely
+from quasar.decoding.sampling import most_likely
 
 NextLogits = Callable[[int, int], Tensor]
 """Returns the logits [V] after a token, given (the token, its offset after the cached context)."""
@@ -18,7 +18,8 @@ def draft_chain(next_logits: NextLogits, context: Context, length: int, confiden
     """Draft at most ``length`` tokens without branches.
 
     In greedy decoding every token is the argmax. Otherwise it is drawn from the sampling distribution of the logits,
-    and the draft contains these distributions.
+    and the draft contains these distributions. With coupled sampling it is drawn with the random numbers that the
+    verifier uses at this position, and the distributions are left out, because the rule does not need them.
 
     confidence: drafting ends with the first token whose probability is lower. This token is still part of the draft,
         because its pass has already been run
@@ -32,9 +33,11 @@ def draft_chain(next_logits: NextLogits, context: Context, length: int, confiden
             token = most_likely(logits.unsqueeze(0))[0]
             sure = confidence == 0.0 or float(logits.float().softmax(-1)[token]) >= confidence
         else:
-            distributions.append(context.sampling.probabilities(logits))
-            token = draw(distributions[-1], context.generator)
-            sure = float(distributions[-1][token]) >= confidence
+            distribution = context.sampling.probabilities(logits)
+            token = context.draw(distribution, len(tokens))
+            sure = confidence == 0.0 or float(distribution[token]) >= confidence
+            if not context.sampling.coupled:
+                distributions.append(distribution)
         tokens.append(token)
         if not sure:
             break

@@ -53,8 +53,8 @@ class Drafter:
     """Guesses the tokens that follow a context. Only `propose` must be implemented.
 
     details: sentences on what `prepare` decided beyond the configuration, for the run's header and environment.json
-    rule:    an acceptance rule of the drafter, or None to use the run's rule. A drafter with its own rule makes the run
-             a simulation: the measured times are real, but the text is not
+    rule:    an acceptance rule of the drafter, or None to use the run's rule. Such a rule has ``simulated = True``: the
+             measured times are real, but the text is not
     devices: types of devices that it drafts on
     simulates: whether it always has such a rule, so that every run with it is a simulation
     """
@@ -84,7 +84,10 @@ class Drafter:
         """Start a new sequence. The verifier has just read the prompt, int64 [P]."""
 
     def propose(self, context: Context, budget: int) -> Draft:
-        """Return a draft for the current context, at most ``budget`` tokens deep (0 or more). It may be empty."""
+        """Return a draft for the current context, at most ``budget`` tokens deep (0 or more). It may be empty.
+
+        A drafter that samples should draw by ``context.draw``: with coupled sampling, as the verifier does.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not implement propose(context, budget)")
 
     def observe(self, step: StepResult) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any
 
-import torch
 from pydantic import AfterValidator, Field, validate_call
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from quasar.config.checks import shown
 from quasar.config.component import checked_component
 from quasar.decoding.acceptance import AcceptanceRule, Accepted, rule_for
 from quasar.decoding.draft import Context, Draft, StepResult
-from quasar.decoding.sampling import Sampling
 from quasar.decoding.scores import Scores
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
@@ -57,17 +55,11 @@ class ChainDrafter(Drafter):
         self.names = [str(node["name"]) for node in nodes]
         self.members: list[Drafter] = [build("drafter", node) for node in nodes]
         self._drafts: list[Draft] = []
-        self._sampling = Sampling()
         self._winners: list[int | float | str] = []
 
     @property
     def rule(self) -> AcceptanceRule | None:
         return None if all(member.rule is None for member in self.members) else _WinnersRule(self)
-
-    @property
-    def sampling(self) -> Sampling:
-        """The sampling settings of the last draft's context; greedy before the first draft."""
-        return self._sampling
 
     @property
     def winner(self) -> Drafter:
@@ -90,7 +82,7 @@ class ChainDrafter(Drafter):
             member.begin(prompt)
 
     def propose(self, context: Context, budget: int) -> Draft:
-        self._drafts, self._sampling = [], context.sampling
+        self._drafts = []
         winner = NOBODY
         for name, member in zip(self.names, self.members, strict=True):
             self._drafts.append(member.propose(context, budget))
@@ -118,13 +110,16 @@ class ChainDrafter(Drafter):
         return next((index for index, draft in enumerate(self._drafts) if draft.scratch is not None), None)
 
 
-class _WinnersRule:
+class _WinnersRule(AcceptanceRule):
     """Uses the rule of the member that made the draft, or the exact rule of the sampling settings if it has none."""
+
+    simulated = True
+    description = "SIMULATED: acceptance of the replaying members is replayed from an earlier run"
 
     def __init__(self, chain: ChainDrafter) -> None:
         self._chain = chain
 
-    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+    def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
         # After the prefill, before the first draft, no member has been asked yet.
         rule = self._chain.winner.rule if len(draft) else None
-        return (rule or rule_for(self._chain.sampling)).accept(draft, scores, generator)
+        return (rule or rule_for(context.sampling)).accept(draft, scores, context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from pydantic import validate_call
 from torch import Tensor
 
@@ -60,12 +59,15 @@ class ReplayDrafter(Drafter):
         return Draft.chain([context.last] * drafted)
 
 
-class _ReplayedAcceptance:
+class _ReplayedAcceptance(AcceptanceRule):
     """Accepts the number of draft tokens that the drafter gives. The bonus token is the argmax."""
+
+    simulated = True
+    description = "SIMULATED: acceptance is replayed from an earlier run; the text means nothing"
 
     def __init__(self, drafter: ReplayDrafter) -> None:
         self._drafter = drafter
 
-    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+    def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
         count = min(self._drafter.accepted, len(draft))
         return Accepted(list(range(count)), scores.argmax()[count])

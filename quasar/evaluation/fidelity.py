@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from quasar.cache import json_store
-from quasar.decoding.acceptance import Accepted
-from quasar.decoding.draft import ROOT, Draft
+from quasar.decoding.acceptance import AcceptanceRule, Accepted
+from quasar.decoding.draft import ROOT, Context, Draft
 from quasar.decoding.scores import Scores
 from quasar.verifiers.base import Verifier
 
@@ -69,7 +69,7 @@ def divergence(reference: Tensor, verifier: Tensor) -> tuple[list[float], list[b
     return kl, top1
 
 
-class ReferencePath:
+class ReferencePath(AcceptanceRule):
     """Acceptance rule of τ_ref: the sequence always follows the reference's answer.
 
     A draft token is accepted if it is the verifier's argmax *and* the next token of the answer. The bonus token is
@@ -78,24 +78,21 @@ class ReferencePath:
 
     def __init__(self, answer: Sequence[int]) -> None:
         self._answer = answer
-        self._position = 0
 
-    def accept(self, draft: Draft, scores: Scores, generator: torch.Generator) -> Accepted:
+    def accept(self, draft: Draft, scores: Scores, context: Context) -> Accepted:
         targets = scores.argmax()
+        rest = self._answer[len(context.tokens) - context.prompt_length :]
         path: list[int] = []
         node = ROOT
         # The last answer token is always the bonus token, because the token after it is unknown.
-        while self._position < len(self._answer) - 1 and targets[node + 1] == self._answer[self._position]:
+        while len(path) < len(rest) - 1 and targets[node + 1] == rest[len(path)]:
             target = targets[node + 1]
             following = next((child for child in draft.children(node) if draft.tokens[child] == target), None)
             if following is None:
                 break
             path.append(following)
             node = following
-            self._position += 1
-        bonus = self._answer[self._position]
-        self._position += 1
-        return Accepted(path, bonus)
+        return Accepted(path, rest[len(path)])
 
 
 def trajectory_of(

@@ -14,6 +14,7 @@ import torch
 from quasar.config.build import build, node_named
 from quasar.config.component import class_named
 from quasar.config.schema import RunConfig
+from quasar.decoding.acceptance import AcceptanceRule
 from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
@@ -22,6 +23,7 @@ from quasar.evaluation.prompts import Prompt
 from quasar.evaluation.sandbox import required_isolation
 from quasar.experiment.capacity import cache_capacity, timed_tokens
 from quasar.experiment.decoder import WARM_UP
+from quasar.experiment.rule import rule_of
 from quasar.model.devices import choose_device, choose_dtype
 from quasar.model.grid import weights_on_grid
 from quasar.model.sources import Checkpoint, locate
@@ -55,6 +57,11 @@ class Prepared:
     exact_reference: Callable[[], Verifier] | None
     machine: Machine
     weights_on_grid: float | None
+
+    @property
+    def rule(self) -> AcceptanceRule:
+        """The acceptance rule of the run: the drafter's, or else that of the configuration."""
+        return self.drafter.rule or rule_of(self.settings.decode)
 
     @property
     def isolation(self) -> str | None:

@@ -7,14 +7,14 @@ import random
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import TypeVar
 
 import torch
 
 from quasar.config.schema import RunConfig
-from quasar.decoding.acceptance import AcceptanceRule, Typical, rule_for
+from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import StepResult
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
@@ -25,6 +25,7 @@ from quasar.evaluation.accuracy import graded
 from quasar.evaluation.exactness import compare
 from quasar.evaluation.fidelity import Fidelity, ReferencePath, Trajectories, measure
 from quasar.evaluation.prompts import Prompt
+from quasar.experiment.rule import rule_of, sampling_of
 from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.schema import (
@@ -56,7 +57,7 @@ class PromptDecoder:
     reference: the unquantized, unpruned model for AR-ref and fidelity; None if ``verifier`` is the reference, or if
         neither AR-ref nor fidelity is measured
     trajectories: the reference's answers that fidelity is measured on; None if it is not measured
-    simulated: whether the drafter decides what is accepted; nothing is computed from the text then
+    simulated: whether the verifier does not decide what is accepted; nothing is computed from the text then
     shared_same, shared_reference: baselines of ``verifier`` and ``reference`` that the jobs of a sweep share; None if
         this run decodes its own
     """
@@ -70,22 +71,17 @@ class PromptDecoder:
     shared_same: SharedBaselines | None = None
     shared_reference: SharedBaselines | None = None
 
-    @property
-    def simulated(self) -> bool:
-        return self.drafter.rule is not None
-
     @cached_property
     def sampling(self) -> Sampling:
-        chosen = self.settings.decode
-        return Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
+        return sampling_of(self.settings.decode)
 
     @cached_property
     def rule(self) -> AcceptanceRule:
-        """The acceptance rule of the configuration. A drafter's `rule`, if it has one, takes precedence."""
-        chosen = self.settings.decode
-        if chosen.acceptance == "typical":
-            return Typical(self.sampling, chosen.typical_threshold, chosen.typical_alpha)
-        return rule_for(self.sampling)
+        return rule_of(self.settings.decode)
+
+    @property
+    def simulated(self) -> bool:
+        return (self.drafter.rule or self.rule).simulated
 
     @cached_property
     def limits(self) -> Limits:
@@ -165,7 +161,7 @@ class PromptDecoder:
             steps=Steps(**{name: getattr(generation, name) for name in STEP_COUNTS}, notes=notes),
             milliseconds=Milliseconds(**laps),
             baselines=self._timings(baselines),
-            exactness=self._exactness(tokens, generation, baselines),
+            exactness=self._exactness(tokens, generation, baselines, key),
         )
 
     def _free_baselines(self) -> dict[str, tuple[Verifier, SharedBaselines | None]]:
@@ -184,10 +180,10 @@ class PromptDecoder:
 
     @property
     def _compares(self) -> bool:
-        """Whether the output is compared with AR-same's. Sampled output differs, and a simulated one is meaningless."""
+        """Whether the output is compared with AR-same's, which some rules do not reproduce."""
         evaluate = self.settings.evaluate
         wanted = evaluate.baselines if evaluate.exactness is None else evaluate.exactness
-        return wanted and self.sampling.greedy and not self.simulated
+        return wanted and (self.sampling.greedy or self.sampling.coupled) and not self.simulated
 
     def _timings(self, baselines: dict[str, Baseline]) -> Baselines | None:
         if not self.settings.evaluate.baselines or "ar_same" not in baselines:
@@ -195,11 +191,14 @@ class PromptDecoder:
         same = baselines["ar_same"]
         return Baselines(ar_same=_timing(same), ar_ref=_timing(baselines.get("ar_ref", same)))
 
-    def _exactness(self, tokens: list[int], generation: Generation, baselines: dict[str, Baseline]) -> Exactness | None:
+    def _exactness(
+        self, tokens: list[int], generation: Generation, baselines: dict[str, Baseline], key: str
+    ) -> Exactness | None:
         if not self._compares:
             return None
         same = baselines["ar_same"]
-        found = compare(tokens, generation.tokens, same.tokens, self.verifier)
+        ranking = partial(self.sampling.ranking, seed=_seed(self.settings.seed, key))
+        found = compare(tokens, generation.tokens, same.tokens, self.verifier, ranking)
         reference = baselines.get("ar_ref", same if self.reference is None else None)
         matches = None
         if self.settings.evaluate.baselines and reference is not None:

@@ -31,16 +31,12 @@ def print_header(reporter: Reporter, environment: Environment, finished: int, fo
 
 def header_of(parts: Prepared) -> dict[str, str]:
     """Return the header's entries by title: model, drafter, verifier, device and prompts."""
-    settings, checkpoint, verifier = parts.settings, parts.checkpoint, parts.verifier
-    dtype = str(verifier.dtype).removeprefix("torch.")
-    lossless = f"; lossless with respect to the {verifier.label}, not to the reference"
-    exact = settings.decode.acceptance == "exact"
+    settings, checkpoint, rule = parts.settings, parts.checkpoint, parts.rule
     return {
         "model": f"{checkpoint.name}, weights from {checkpoint.origin}",
         "drafter": "; ".join([_describe(settings.drafter), *parts.drafter.details]),
-        "verifier": "; ".join([_describe({**settings.verifier, "dtype": dtype}), *verifier.details])
-        + (lossless if exact and not verifier.is_reference else ""),
-        **({} if exact else {"decode": "typical acceptance: lossy, it does not preserve the verifier's distribution"}),
+        "verifier": _verifier(parts),
+        **({"decode": rule.description} if rule.description else {}),
         "device": parts.machine.name + _kernels(parts.machine),
         "prompts": f"{len(parts.prompts)} from data={settings.data.name}",
         **({} if parts.isolation is None else {"sandbox": f"generated code is isolated by {parts.isolation}"}),
@@ -63,6 +59,18 @@ def warnings_of(parts: Prepared) -> list[str]:
             "the original model would be"
         )
     return found
+
+
+def _verifier(parts: Prepared) -> str:
+    """Describe the verifier, and with respect to what its output is lossless."""
+    verifier, rule = parts.verifier, parts.rule
+    dtype = str(verifier.dtype).removeprefix("torch.")
+    said = [_describe({**parts.settings.verifier, "dtype": dtype}), *verifier.details]
+    if not verifier.rows_are_independent:
+        said.append("the rows of a pass depend on each other, so that drafts may change the output")
+    if not (verifier.is_reference or rule.lossy or rule.simulated):
+        said.append(f"lossless with respect to the {verifier.label}, not to the reference")
+    return "; ".join(said)
 
 
 def _kernels(machine: Machine) -> str:

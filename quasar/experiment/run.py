@@ -53,7 +53,7 @@ def run(
         with run_folder.load_recorded(cores=torch.get_num_threads()):
             decode_all(parts, records, run_folder, reporter, shared_baselines)
             time_passes(parts, run_folder, reporter)
-        measured = Measured(records, facts_of(parts, run_folder.attempts()))
+        measured = Measured(records, facts_of(parts, run_folder.attempts()), run_folder.passes())
         values = compute(measured)
         summary = summary_of(values)
         run_folder.finish(summary)

@@ -382,7 +382,7 @@ QUANTITIES: dict[str, Quantity] = {
             ("match_self", "compared"),
             ratio_of_totals("match_self", "compared"),
             _percent,
-            "share of the greedy outputs that equal autoregressive decoding with the same verifier",
+            "share of the outputs that equal autoregressive decoding with the same verifier",
         ),
         Quantity(
             "exact_match_to_reference",

@@ -16,7 +16,17 @@ import numpy as np
 from quasar.evaluation.repetition import distinct_ngram_ratio
 from quasar.results.intervals import Statistic, Sums, estimate, ratio_of_totals, value_of
 from quasar.results.load import DISTURBED
-from quasar.results.schema import DECODE_PHASES, PHASES, Exactness, ForcedAnswer, Json, PromptRecord, Turn
+from quasar.results.pass_curve import pass_curve
+from quasar.results.schema import (
+    DECODE_PHASES,
+    PHASES,
+    Exactness,
+    ForcedAnswer,
+    Json,
+    PassRecord,
+    PromptRecord,
+    Turn,
+)
 
 MISSING = "-"
 """Tables show this in place of a value that was not measured."""
@@ -44,6 +54,7 @@ class RunFacts:
     lossy: whether the acceptance rule does not preserve the verifier's distribution
     sandbox: what isolates the generated code that is graded; None if none is executed
     dtype: dtype of the verifier's activations and logits, such as bfloat16
+    rows_are_independent: see `quasar.verifiers.base.Verifier`
     other_cpu_share: the share that other processes took of the cores that the run uses, see `quasar.results.load`; None
         if it was not measured
     """
@@ -66,6 +77,7 @@ class RunFacts:
     weights_on_grid: float | None
     sandbox: str | None = None
     dtype: str = "float32"
+    rows_are_independent: bool = True
     other_cpu_share: float | None = None
 
 
@@ -78,11 +90,18 @@ class Measured:
     accepted: draft tokens that were accepted
     emitted: tokens that the steps emitted
     context: sum over the steps of the cached tokens that the pass read
+    passes: the passes that the run has timed, none if it was not asked to
     """
 
-    def __init__(self, records: Iterable[PromptRecord] = (), facts: RunFacts | None = None) -> None:
+    def __init__(
+        self,
+        records: Iterable[PromptRecord] = (),
+        facts: RunFacts | None = None,
+        passes: Sequence[PassRecord] = (),
+    ) -> None:
         self.records: list[PromptRecord] = []
         self.steps = self.drafted = self.accepted = self.emitted = self.context = 0
+        self.passes = passes
         self._facts = facts
         self._phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
         for record in records:
@@ -120,7 +139,7 @@ class Measured:
 
     def of_family(self, family: str) -> Measured:
         """Return the prompts of one task family in the same run."""
-        return Measured([record for record in self.records if record.family == family], self._facts)
+        return Measured([record for record in self.records if record.family == family], self._facts, self.passes)
 
 
 def prompts(run: Measured) -> int:
@@ -288,8 +307,40 @@ def reference_text_speedup_ci95(run: Measured) -> list[float] | None:
     return _interval(_reference_text_times(run), _TEXT_SPEEDUP)
 
 
+def pass_cost(run: Measured) -> float | None:
+    """c: mean time of the steps' verification passes over that of a pass with one row, from passes timed by themselves.
+
+    Of a step with γ draft tokens this is t(γ + 1) / t(1), behind the measured context that is nearest to the mean
+    context. A drafter's scratch rows are not counted.
+    """
+    passes, one = _pass_ms(run, "drafted"), _pass_ms(run, None)
+    return None if passes is None or one is None else passes / one
+
+
+def predicted_speedup(run: Measured) -> float | None:
+    """τ / c: the speedup over AR-same if a step were nothing but its verification pass."""
+    cost, length = pass_cost(run), mean_acceptance_length(run)
+    return None if cost is None or length is None else length / cost
+
+
+def prediction_residual(run: Measured) -> float | None:
+    """Measured over predicted speedup; below 1 by drafting and by whatever else a step does beside its pass."""
+    measured, predicted = speedup_vs_ar_same(run), predicted_speedup(run)
+    return None if measured is None or predicted is None else measured / predicted
+
+
+def share_of_oracle(run: Measured) -> float | None:
+    """Predicted speedup over that of an oracle, which ends every draft behind its last token that will be accepted.
+
+    It emits the same tokens in the same steps, so that the share is the time of its passes over that of the run's:
+    sum of t(accepted + 1) / sum of t(drafted + 1). 1 means that no pass was longer than it had to be.
+    """
+    oracle, passes = _pass_ms(run, "accepted"), _pass_ms(run, "drafted")
+    return None if passes is None or oracle is None else oracle / passes
+
+
 def exact_match_to_self(run: Measured) -> float | None:
-    """Share of the greedy outputs that equal autoregressive decoding with the same verifier."""
+    """Share of the outputs that equal autoregressive decoding with the same verifier; of greedy or coupled decoding."""
     return _share(run, lambda found: found.match_self)
 
 
@@ -426,6 +477,10 @@ METRICS: tuple[Metric, ...] = (
         _bounds,
         parts=("low", "high"),
     ),
+    Metric("pass_cost", pass_cost, "ratio", "pass cost", _2, DOWN),
+    Metric("predicted_speedup", predicted_speedup, "ratio", "predicted vs AR-same", _times, UP),
+    Metric("prediction_residual", prediction_residual, "ratio", "measured / predicted", _2, UP),
+    Metric("share_of_oracle", share_of_oracle, "share", "of oracle", _percent, UP),
     Metric("exact_match_to_self", exact_match_to_self, "share", "= AR-same", _percent, UP, rank=9),
     Metric("exact_match_to_reference", exact_match_to_reference, "share", "= AR-ref", _percent, UP),
     Metric("weight_bytes", lambda run: run.facts.weight_bytes, "bytes", "weights MB", _megabytes, DOWN),
@@ -564,6 +619,18 @@ def _interval(found: _Crossed | None, statistic: Statistic) -> list[float] | Non
         return None
     estimated = estimate(found.columns, found.families, statistic)
     return None if estimated.low is None or estimated.high is None else [estimated.low, estimated.high]
+
+
+def _pass_ms(run: Measured, column: str | None) -> float | None:
+    """Return the mean over the steps of t(count + 1), with the counts of a column of `Steps`; 0 without a column.
+
+    None if there is no step, if no pass was timed, or if a count is beyond the timed passes.
+    """
+    curve = pass_curve(run.passes, mean_context(run) or 1.0)
+    if curve is None or not run.steps:
+        return None
+    times = curve.at(1 + (np.zeros(1) if column is None else _column(run, column)))
+    return None if times is None else float(times.mean())
 
 
 def _share(run: Measured, matches: Callable[[Exactness], bool | None]) -> float | None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from quasar.results import metrics
+from quasar.results.certificate import certificate
 from quasar.results.console import Reporter
 from quasar.results.layout import Column
 from quasar.results.load import DISTURBED
 from quasar.results.metrics import MISSING, Measured, named
-from quasar.results.schema import Exactness, Json
+from quasar.results.schema import Json
 from quasar.results.slowness import explanation, mean_step
-
-TIES = {"bfloat16": 0.25, "float16": 0.03125}
-"""Largest gap between the top two logits at which rounding may decide between them: two units in the last place of a
-logit from 16 to 32, one for each of the two. In float32 no difference counts as rounding.
-"""
 
 
 def print_report(reporter: Reporter, run: Measured, values: Json, folder: Path) -> None:
@@ -35,8 +31,11 @@ def print_results(reporter: Reporter, run: Measured, values: Json) -> None:
     reporter.fitted_table(_title(run), _columns(run, values), "summary.json has them")
     for note in _notes(run, values):
         reporter.paragraph(note)
-    for text in [*_disturbance(run), *_unexplained(run)]:
+    for text in _disturbance(run):
         reporter.warning(text)
+    certified = certificate(run)
+    if certified is not None:
+        (reporter.paragraph if certified.holds else reporter.warning)(certified.text)
 
 
 def acceptance_line(values: Json) -> str:
@@ -105,7 +104,22 @@ def _notes(run: Measured, values: Json) -> list[str]:
     step = mean_step(run)
     if step is not None and (reason := explanation(step, run.facts.drafter)) is not None:
         notes.append(reason)
-    return notes + _attempts(run) + _divergences(run)
+    return notes + _prediction(values) + _attempts(run)
+
+
+def _prediction(values: Json) -> list[str]:
+    """Return a note on the speedup that the timed passes predict, if there are any."""
+    if values["predicted_speedup"] is None:
+        return []
+    predicted, length, cost = (
+        _text(values, name) for name in ("predicted_speedup", "mean_acceptance_length", "pass_cost")
+    )
+    notes = [f"Speedup over AR-same that the timed passes predict: {predicted}, τ {length} over a pass cost of {cost}"]
+    if values["prediction_residual"] is not None:
+        measured, residual = (_text(values, name) for name in ("speedup_vs_ar_same", "prediction_residual"))
+        notes.append(f"measured {measured}, {residual} of it; the rest is drafting and what else a step does")
+    notes.append(f"{_text(values, 'share_of_oracle')} of an oracle that drafts only what will be accepted")
+    return ["; ".join(notes) + "."]
 
 
 def _attempts(run: Measured) -> list[str]:
@@ -138,51 +152,14 @@ def _validity(run: Measured) -> list[str]:
     """Return notes on limits of the output: simulated acceptance, a lossy rule, or a verifier that is approximate."""
     if run.facts.simulated:
         return [
-            "SIMULATED: step times are measured, acceptance is replayed from an earlier run; the text is meaningless, "
-            "and no speedup here was achieved by decoding."
+            "SIMULATED: step times are measured, but acceptance is replayed or drawn, not decided by the verifier; the "
+            "text is meaningless, and no speedup here was achieved by decoding."
         ]
     if run.facts.lossy:
         return ["The output is LOSSY: typical acceptance does not preserve the verifier's distribution."]
     if not run.facts.is_reference:
         return [f"The output is lossless with respect to the {run.facts.verifier_label} only, not to the reference."]
     return []
-
-
-def _divergences(run: Measured) -> list[str]:
-    """Return a note on the outputs that differ from autoregressive decoding at a tie, if there are any."""
-    found = [found for found in _differing(run) if _is_tie(found, run.facts.dtype)]
-    if not found:
-        return []
-    return [
-        f"{len(found)} outputs differ from autoregressive decoding by rounding: at the first token that differs, "
-        f"the top two logits are a tie in {run.facts.dtype}, at most {TIES[run.facts.dtype]} apart (earliest at token "
-        f"{min(entry.first_divergence or 0 for entry in found)}; largest gap "
-        f"{max(entry.top2_gap or 0 for entry in found):.3f})."
-    ]
-
-
-def _unexplained(run: Measured) -> list[str]:
-    """Return a warning about the outputs that differ from autoregressive decoding although no rounding explains it."""
-    found = [found for found in _differing(run) if not _is_tie(found, run.facts.dtype)]
-    if not found:
-        return []
-    gaps = [entry.top2_gap for entry in found if entry.top2_gap is not None]
-    places = [entry.first_divergence for entry in found if entry.first_divergence is not None]
-    where = f"earliest at token {min(places)}, " if places else "one output ends before the other, "
-    gap = f"largest gap between the top two logits there {max(gaps):.3f}" if gaps else "no gap was measured"
-    return [
-        f"{len(found)} greedy outputs DIFFER from autoregressive decoding with the same verifier, and rounding in "
-        f"{run.facts.dtype} does not explain it ({where}{gap}). Decoding was not lossless: the logits of the verifier "
-        "depend on the draft, or the drafter or verifier has a fault"
-    ]
-
-
-def _differing(run: Measured) -> list[Exactness]:
-    return [turn.exactness for turn in run.turns if turn.exactness is not None and not turn.exactness.match_self]
-
-
-def _is_tie(found: Exactness, dtype: str) -> bool:
-    return found.top2_gap is not None and found.top2_gap <= TIES.get(dtype, -1.0)
 
 
 def _drafter_note(name: str, value: float | Json | None) -> str:

@@ -96,11 +96,10 @@ class Baselines:
 
 @dataclass(frozen=True)
 class Exactness:
-    """A greedy output compared with autoregressive decoding.
+    """An output compared with autoregressive decoding.
 
     match_self: whether it equals the output of autoregressive decoding with the same verifier
-    first_divergence: index of the first token that differs; None if the outputs are equal
-    top2_gap: difference between the verifier's two largest logits at that token
+    first_divergence, top2_gap: see `quasar.evaluation.exactness.Comparison`
     match_reference: whether it equals the output of the reference; None if the reference was not decoded
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from quasar.errors import RequestError
 from quasar.results.console import Reporter
-from quasar.results.generations import read_records
+from quasar.results.generations import read_passes, read_records
 from quasar.results.load import worst_of
 from quasar.results.metrics import Measured, RunFacts, compute
 from quasar.results.report import acceptance_line, print_results
@@ -29,7 +29,7 @@ def show(folder: Path, reporter: Reporter) -> None:
         reporter.warning(text)
     records = read_records(folder)
     if records:
-        measured = Measured(records, facts_of(run, environment))
+        measured = Measured(records, facts_of(run, environment), read_passes(folder))
         values = compute(measured)
         print_results(reporter, measured, values)
         reporter.line(acceptance_line(values))

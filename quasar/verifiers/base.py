@@ -34,6 +34,8 @@ class Verifier(ABC):
 
     label:          name of the model in sentences such as "lossless with respect to the INT8 model"
     is_reference:   whether this is the unquantized, unpruned model
+    rows_are_independent: whether a token's logits depend on the sequence before it alone, bit for bit, and not on the
+                    other rows of the pass. Only then does speculative output equal autoregressive output
     details:        sentences on what was decided beyond the configuration while it was built
     cost:           bytes that one pass reads
     device, dtype:  device and dtype of the activations
@@ -44,6 +46,7 @@ class Verifier(ABC):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     label: str = "model"
     is_reference: bool = False
+    rows_are_independent: bool = True
     details: tuple[str, ...] = ()
     cost: VerifierCost
     device: torch.device

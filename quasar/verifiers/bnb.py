@@ -1,6 +1,8 @@
 """Verifiers with the low-bit layers of bitsandbytes: LLM.int8() and the 4-bit formats NF4 and FP4.
 
-They are widely used and need no calibration, so they are a baseline for the other formats.
+They are widely used and need no calibration, so they are a baseline for the other formats. Their matmuls sum in an
+order that depends on the number of rows (on a CPU they dequantize and call PyTorch's), so speculative output may differ
+from autoregressive output.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class BnbInt8Verifier(TransformerVerifier):
     """
 
     label = "INT8 model of bitsandbytes"
+    rows_are_independent = False
 
     @validate_call(config=ConfigDict(arbitrary_types_allowed=True))
     def __init__(self, model: Transformer, setup: Setup, *, threshold: NonNegativeFloat = 0.0) -> None:
@@ -58,6 +61,7 @@ class Bnb4BitVerifier(TransformerVerifier):
     """
 
     label = "4-bit model of bitsandbytes"
+    rows_are_independent = False
 
     @validate_call(config=ConfigDict(arbitrary_types_allowed=True))
     def __init__(

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, validate_call
 
+from quasar.config.checks import ReadIf
 from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
 from quasar.quantization.recipes import Int8Format, gptq_w8, quantize_head, rtn_w8, smoothquant_w8a8
@@ -37,9 +38,11 @@ class Int8Verifier(TransformerVerifier):
         setup: Setup,
         *,
         method: Literal["smoothquant", "gptq", "rtn"] = "smoothquant",
-        alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto",
+        alpha: Annotated[
+            Annotated[float, Field(ge=0, le=1)] | Literal["auto"], ReadIf("method", ("smoothquant",))
+        ] = "auto",
         activation_bits: Literal[16, 8] = 8,
-        activation_group: Annotated[int, Field(ge=16)] | None = 64,
+        activation_group: Annotated[Annotated[int, Field(ge=16)] | None, ReadIf("activation_bits", (8,))] = 64,
         lm_head_bits: Literal[16, 8] = 16,
     ) -> None:
         if activation_bits == 16:

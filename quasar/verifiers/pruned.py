@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, validate_call
 
-from quasar.config.checks import distinct
+from quasar.config.checks import ReadIf, distinct
 from quasar.model.transformer import Transformer
 from quasar.pruning.depth import Selection, prune_depth, select_layers
 from quasar.pruning.importance import Importance
@@ -16,6 +16,9 @@ from quasar.pruning.width import prune_width
 from quasar.verifiers._prepared import Found, prepared
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
+
+OF_WIDTH, OF_DEPTH = ReadIf("method", ("width",)), ReadIf("method", ("depth",))
+WITHOUT_LAYERS = ReadIf("layers", (None,))
 
 
 class PrunedVerifier(TransformerVerifier):
@@ -37,12 +40,14 @@ class PrunedVerifier(TransformerVerifier):
         setup: Setup,
         *,
         method: Literal["width", "depth"] = "width",
-        ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1,
-        importance: Importance = "flap",
-        heads: bool = False,
-        uniform: bool = False,
-        selection: Selection = "block_influence",
-        layers: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(distinct)] | None = None,
+        ratio: Annotated[float, Field(ge=0, lt=1), WITHOUT_LAYERS] = 0.1,
+        importance: Annotated[Importance, OF_WIDTH] = "flap",
+        heads: Annotated[bool, OF_WIDTH] = False,
+        uniform: Annotated[bool, OF_WIDTH] = False,
+        selection: Annotated[Selection, OF_DEPTH, WITHOUT_LAYERS] = "block_influence",
+        layers: Annotated[
+            Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(distinct)] | None, OF_DEPTH
+        ] = None,
     ) -> None:
         settings = {
             "pruned": method,

@@ -223,8 +223,10 @@ KEYS: dict[tuple[str, ...], dict[str, Valid]] = {
         "drafter.confidence": lambda value: real(0)(value) and number(value) < 1,
         "drafter.draft_verifier": or_null(text),
         "verifier.ratio": lambda value: real(0)(value) and number(value) < 1,
-        "verifier.layers": or_null(layers(1)),
         "verifier.heads": flag,
+    },
+    ("verifier=pruned", "verifier.method=depth"): {
+        "verifier.layers": or_null(layers(1)),
     },
     ("drafter=model", "verifier=bnb_int8", "data=gsm8k"): {
         "drafter.draft.ratio": lambda value: real(0)(value) and number(value) < 1,
@@ -381,7 +383,8 @@ REFUSED = {
     "name=/a": r"^name=/a: .*below output_dir",
     "name=${nosuch}": "^name: cannot be resolved",
     "seed=${oc.env:QUASAR_NO_SUCH}": "^seed: cannot be resolved",
-    "decode.typical_alpha=0.5": r"^decode\.typical_alpha=0\.5: must be 0\.3 with decode\.acceptance=exact",
+    "decode.typical_alpha=0.5": r"^decode\.typical_alpha=0\.5: has no effect with decode\.acceptance=exact; "
+    r"choose decode\.acceptance=typical, or leave decode\.typical_alpha at 0\.3",
 }
 
 
