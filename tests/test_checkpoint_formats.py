@@ -22,7 +22,8 @@ from quasar.model.transformer import Transformer
 from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.packed import load_packed, load_reference, open_packed, quantized_share
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
-from tests.test_packed import CONFIG, GROUP, TOKENS, into_int32, is_linear, write, write_gguf
+from tests.gguf_files import is_linear, write_gguf
+from tests.test_packed import CONFIG, GROUP, TOKENS, into_int32, write
 
 Change = Callable[[dict], None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from quasar.errors import RequestError
+from quasar.errors import RequestError, first_line
 from quasar.model.config_file import config_of
 from quasar.model.json_files import checked, warn_once
 from quasar.model.tensor_names import source_shapes
@@ -71,6 +71,11 @@ class GGUFFile:
         """Return gguf's description of a tensor, which has its data and type."""
         return self._tensors[_gguf_name(name)]
 
+    @property
+    def tensors(self) -> Iterable[Any]:
+        """gguf's descriptions of all tensors of the file."""
+        return self._tensors.values()
+
     def dense(self, name: str) -> Tensor:
         """Return a tensor in float32; it is dequantized if it is stored quantized."""
         return self.in_order(name, self._dequantized(self.tensor(name)))
@@ -89,11 +94,21 @@ class GGUFFile:
     def _dequantized(self, tensor: Any) -> Tensor:
         from gguf import quants
 
+        kind = tensor.tensor_type.name
         try:
-            values = quants.dequantize(tensor.data, tensor.tensor_type)
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                values = quants.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
-            raise RequestError(f"{self.path}: tensor {tensor.name}: {error}") from None
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+            raise RequestError(
+                f"{self.path}: tensor {tensor.name} is {kind}, which cannot be dequantized ({first_line(error)}); "
+                "convert the file with `llama-quantize --allow-requantize FILE NEW_FILE Q8_0`, or pass another one"
+            ) from None
+        found = torch.from_numpy(np.array(values, dtype=np.float32))
+        if not found.isfinite().all():
+            raise RequestError(
+                f"{self.path}: tensor {tensor.name} has values that are NaN or infinite; download the file again"
+            )
+        return found
 
     def _config(self, metadata: dict[str, Any]) -> dict[str, Any]:
         parts = metadata.get("split.count") or 1

@@ -1,4 +1,4 @@
-"""``x W^T + bias`` with int8 weights and activations that are not quantized."""
+"""``x W^T + bias`` with int8 weights, scaled per channel or per group, and activations that are not quantized."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quasar_kernels.matmul import Matmul, compute_dtype, cpu_matmul, triton_matmul
-from quasar_kernels.weights import Int8Weight
+from quasar_kernels.weights import GroupInt8Weight, Int8Weight
 
 if TYPE_CHECKING:
     from quasar_kernels.triton.tuning import Tiling
 
 
-def linear_w8a16(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """Compute ``x W^T + bias`` with int8 weights and per-channel scales.
+def linear_w8a16(x: Tensor, weight: Int8Weight | GroupInt8Weight, bias: Tensor | None = None) -> Tensor:
+    """Compute ``x W^T + bias`` with int8 weights and scales per channel or group.
 
     x: float [M, K]; weight: [N, K]; bias: [N]. Returns [M, N] in the dtype of x. The compiled kernels round
     activations to 15-bit integers with one scale per token, which is finer than bfloat16 near a token's largest value.
+    If the weight has groups, so have the activations, and float32 activations are not rounded.
     """
     out: Tensor = OP(x, weight, bias)
     return out
 
 
-def _plain(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+def _plain(x: Tensor, weight: Int8Weight | GroupInt8Weight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, GroupInt8Weight):
+        return F.linear(x, weight.dequantize().to(x.dtype), bias)
     computed = compute_dtype(x.dtype)
     out = F.linear(x, weight.values.to(x.dtype)).to(computed) * weight.scales
     return (out if bias is None else out + bias.to(computed)).to(x.dtype)
