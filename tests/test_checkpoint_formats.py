@@ -23,7 +23,7 @@ from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8
 from quasar.quantization.packed import load_packed, load_reference, open_packed, quantized_share
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
 from tests.gguf_files import is_linear, write_gguf
-from tests.test_packed import CONFIG, GROUP, TOKENS, into_int32, write
+from tests.test_packed import CONFIG, GROUP, TOKENS, assert_recorded, into_int32, write
 
 Change = Callable[[dict], None]
 
@@ -151,6 +151,7 @@ def test_packed_integers_of_both_widths(
     assert torch.allclose(model(TOKENS), expected, atol=2e-2)
     kind = W4Linear if bits == 4 else W8A16Linear if strategy == "channel" and symmetric else GroupInt8Linear
     assert isinstance(model.blocks[0].mlp.down, kind)
+    assert_recorded(tmp_path)
     assert not torch.allclose(expected, logits_of(dense, {}), atol=1e-2), "the quantization must show"
 
 
@@ -220,6 +221,7 @@ def test_activation_order_of_compressed_tensors(order: str, bits: int, dense: Ll
     save_file(tensors, file)
     assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), logits_of(dense, back), atol=1e-3)
     assert torch.allclose(loaded(tmp_path)(TOKENS), logits_of(dense, back), atol=1e-3)
+    assert_recorded(tmp_path)
     tensors[next(name for name in tensors if name.endswith("g_idx"))][0] += 1
     save_file(tensors, file)
     with pytest.raises(RequestError, match=r"weight_g_idx does not assign 32 inputs"):
@@ -243,6 +245,7 @@ def test_activation_order_of_gptq(activation_bits: int, dense: LlamaForCausalLM,
     expected = logits_of(dense, back)
     model = load_packed(open_packed(tmp_path), torch.float32, torch.device("cpu"), activation_bits, lambda *_: None)
     assert torch.allclose(model(TOKENS), expected, atol=1e-3 if activation_bits == 16 else 1.5)
+    assert_recorded(tmp_path)
     assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), expected, atol=1e-3)
 
 
@@ -268,6 +271,7 @@ def test_gptq_of_eight_bits(
     write(tmp_path, tensors, {"quant_method": "gptq", **options})
     expected = logits_of(dense, back)
     assert torch.allclose(loaded(tmp_path)(TOKENS), expected, atol=1e-3)
+    assert_recorded(tmp_path)
     assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), expected, atol=1e-3)
 
 

@@ -12,11 +12,20 @@ from collections.abc import Callable, Iterator
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, GroupInt8Weight, GroupNumbers, Int4Weight, Int8Weight, Quantized, cpu
+from quasar_kernels import (
+    DenseWeight,
+    GroupInt8Weight,
+    GroupNumbers,
+    InputOrder,
+    Int4Weight,
+    Int8Weight,
+    Quantized,
+    cpu,
+)
 from quasar_kernels.cpu import library, packing
 from quasar_kernels.cpu.levels import available_levels
 from quasar_kernels.matmul import Matmul
-from quasar_kernels.ops import MATMULS, rotary_write
+from quasar_kernels.ops import MATMULS, rotary_write, select_inputs
 from quasar_kernels.reference import pack_int4
 from torch import Tensor
 
@@ -369,6 +378,17 @@ def test_first_maxima(level: str, size: int, dtype: torch.dtype) -> None:
     assert quasar_kernels.first_maxima(x.T.contiguous().T).tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_select_inputs(level: str, dtype: torch.dtype) -> None:
+    indices = torch.randperm(77, generator=torch.Generator().manual_seed(0))
+    x = normal(130, 77, dtype=dtype)
+    for rows in (1, 130):
+        found = quasar_kernels.select_inputs(x[:rows], InputOrder(indices))
+        assert torch.equal(found, torch.stack([x[:rows, index] for index in indices], dim=1))
+    with pytest.raises(ValueError, match=r"x: expected \[M, 77\], got \[130, 76\]"):
+        select_inputs.OP.check(x[:, :76], InputOrder(indices))
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("normalized", [False, True])
 def test_rotary_write(level: str, head_dim: int, normalized: bool) -> None:
@@ -587,6 +607,8 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, size, 1)
     loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 32, 1)
     loaded.first_maxima(x, other(rows, dtype=torch.int64), rows, size, 1)
+    order = guarded.copy(torch.arange(size).flip(0))
+    loaded.select_inputs(x, order.data_ptr(), bfloat16(rows, size), rows, size, 1)
     q, out = bfloat16(rows, heads, head_dim), bfloat16(rows, heads, head_dim)
     cache = bfloat16(kv_heads, slots, head_dim), bfloat16(kv_heads, slots, head_dim)
     qkv, rotation = bfloat16(rows, (heads + 2 * kv_heads) * head_dim), (other(rows, head_dim), other(rows, head_dim))

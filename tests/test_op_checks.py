@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, GroupInt8Weight, GroupNumbers, Int4Weight, Int8Weight, Quantized
+from quasar_kernels import DenseWeight, GroupInt8Weight, GroupNumbers, InputOrder, Int4Weight, Int8Weight, Quantized
 from quasar_kernels.cpu import packing
 from quasar_kernels.cpu.levels import available_levels
 
@@ -127,6 +127,11 @@ OPS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]], list[tuple[str
             ("block_mask", torch.ones(ROWS, ROWS - 1, dtype=torch.bool)),
             ("block_mask", torch.ones(ROWS + 1, ROWS + 1, dtype=torch.bool)),
         ],
+    ),
+    (
+        quasar_kernels.select_inputs,
+        lambda: {"x": bf16(ROWS, HIDDEN), "order": InputOrder(torch.arange(HIDDEN))},
+        [("x", bf16(ROWS, HIDDEN - 1)), ("x", bf16(HIDDEN)), ("order", InputOrder(torch.arange(HIDDEN - 1)))],
     ),
     (quasar_kernels.linear_w8a8, matmul(int8), [*WRONG_X, ("x", quantized(2)), ("x", quantized(1, torch.int16))]),
     (quasar_kernels.linear_w8a16, matmul(int8), WRONG_X),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from quasar_kernels import cpu
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quasar.errors import RequestError
-from quasar.model.loading import load_transformer
+from quasar.model.execution.cpu_tape import CpuTapeExecutor
+from quasar.model.loading import load_transformer, random_transformer, tiny_config
 from quasar.quantization.layers import W4Linear, W8A8Linear
 from quasar.verifiers.base import Setup
 from quasar.verifiers.packed import PackedVerifier
@@ -83,6 +86,19 @@ def into_int32(values: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tens
     return (packed - ((packed >> 31) << 32)).int()
 
 
+def assert_recorded(path: Path) -> None:
+    """A checkpoint with 96 tokens runs from a tape, which computes the same as its calls one by one."""
+    if cpu.backend() is None:
+        pytest.skip("this machine cannot compile the CPU kernels")
+    model = random_transformer(tiny_config(vocab_size=96), 0, torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = PackedVerifier(model, Setup(), path=str(path))
+    assert isinstance(found.executor, CpuTapeExecutor)
+    rows = torch.arange(9) * 5, torch.arange(9), torch.ones(9, 9, dtype=torch.bool).tril()
+    assert torch.equal(found.executor(*rows).clone(), found.executor.eagerly(*rows))
+
+
 def write(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, object]) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**CONFIG.to_dict(), "quantization_config": quantization}))
@@ -125,6 +141,7 @@ def test_four_bit_safetensors(
     assert isinstance(found.model.blocks[0].attention.qkv, W4Linear)
     assert found.model.blocks[0].attention.qkv.weight.symmetric == symmetric
     assert torch.allclose(found.model(TOKENS), expected_logits(dense, back), atol=1e-4)
+    assert_recorded(folder)
 
 
 def compressed(
@@ -158,6 +175,7 @@ def test_w8a8_safetensors(dense: LlamaForCausalLM, dense_folder: Path, tmp_path:
     x = torch.randn(3, 256)
     assert torch.allclose(layer(x), x @ weight.T, atol=0.02)
     assert not torch.allclose(layer(x), x @ weight.T, atol=1e-6)
+    assert_recorded(folder)
 
 
 def test_what_cannot_be_read_is_named(dense: LlamaForCausalLM, dense_folder: Path, tmp_path: Path) -> None:

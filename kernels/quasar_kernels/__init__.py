@@ -14,13 +14,15 @@ from quasar_kernels.ops.linear_w4a16 import linear_w4a16
 from quasar_kernels.ops.linear_w8a8 import linear_w8a8
 from quasar_kernels.ops.linear_w8a16 import linear_w8a16
 from quasar_kernels.ops.rotary_write import rotary_write
+from quasar_kernels.ops.select_inputs import select_inputs
 from quasar_kernels.ops.silu_mul import silu_mul, silu_mul_quantize
-from quasar_kernels.weights import DenseWeight, GroupInt8Weight, Int4Weight, Int8Weight, Quantized
+from quasar_kernels.weights import DenseWeight, GroupInt8Weight, InputOrder, Int4Weight, Int8Weight, Quantized
 
 __all__ = [
     "DenseWeight",
     "GroupInt8Weight",
     "GroupNumbers",
+    "InputOrder",
     "Int4Weight",
     "Int8Weight",
     "Quantized",
@@ -35,6 +37,7 @@ __all__ = [
     "linear_w8a8",
     "linear_w8a16",
     "rotary_write",
+    "select_inputs",
     "silu_mul",
     "silu_mul_quantize",
 ]

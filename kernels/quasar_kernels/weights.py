@@ -43,6 +43,20 @@ class Quantized(NamedTuple):
     dtype: torch.dtype
 
 
+class InputOrder:
+    """The input that each column of a weight is multiplied with: indices int64 [K], a permutation."""
+
+    def __init__(self, indices: Tensor) -> None:
+        expected = torch.arange(len(indices), device=indices.device)
+        if indices.dtype != torch.int64 or not torch.equal(indices.sort().values, expected):
+            raise ValueError(f"expected a permutation, int64 [K], got {indices.dtype} {list(indices.shape)}")
+        self.indices = indices.contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        return self.indices.nbytes
+
+
 class Int8Weight:
     """An int8 weight with one scale per output channel: values int8 [N, K], scales float32 [N].
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, GroupInt8Weight, Int4Weight, Int8Weight, Quantized
+from quasar_kernels import DenseWeight, GroupInt8Weight, InputOrder, Int4Weight, Int8Weight, Quantized
 from torch import Tensor, nn
 
 from quasar.model.linear import Activations, Linear, QuantizedLinear
@@ -19,7 +19,7 @@ class _Int8Linear(QuantizedLinear):
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bias_bytes(self.bias)
+        return self.weight.nbytes + _bytes_of(self.bias)
 
 
 class W8A8Linear(_Int8Linear):
@@ -45,12 +45,12 @@ class W8A16Linear(_Int8Linear):
 class W4Linear(QuantizedLinear):
     """A linear layer with 4-bit weights in groups. With ``activation_bits`` 8 its inputs are int8 in these groups.
 
-    input_order: int64 [K], the input that each column of the weight is multiplied with; None if it is that of the same
-        index. The op before must not quantize such inputs, because it would do so in the groups of another order
+    input_order: the input that each column of the weight is multiplied with; None if it is that of the same index. The
+        op before must not quantize such inputs, because it would do so in the groups of another order
     """
 
     def __init__(
-        self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16, input_order: Tensor | None = None
+        self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16, input_order: InputOrder | None = None
     ) -> None:
         super().__init__()
         self.weight, self.bias, self.input_order = weight, bias, input_order
@@ -60,12 +60,12 @@ class W4Linear(QuantizedLinear):
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bias_bytes(self.bias)
+        return self.weight.nbytes + _bytes_of(self.bias, self.input_order)
 
     def forward(self, x: Activations) -> Tensor:
         if self.input_order is not None:
             assert isinstance(x, Tensor)
-            x = x.index_select(1, self.input_order)
+            x = quasar_kernels.select_inputs(x, self.input_order)
         if self._quantizes or isinstance(x, Quantized):
             return quasar_kernels.linear_w4a8(x, self.weight, self.bias)
         return quasar_kernels.linear_w4a16(x, self.weight, self.bias)
@@ -80,7 +80,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bias_bytes(self.bias)
+        return self.weight.nbytes + _bytes_of(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return quasar_kernels.linear_bf16(x, self.weight, self.bias)
@@ -120,20 +120,20 @@ def pack_linears(model: nn.Module) -> None:
 class GroupInt8Linear(QuantizedLinear):
     """A linear layer with int8 weights in groups along the input dimension, and activations in the model's dtype.
 
-    input_order: int64 [K], the input that each column is multiplied with; None if it is that of the same index
+    input_order: the input that each column is multiplied with; None if it is that of the same index
     """
 
-    def __init__(self, weight: GroupInt8Weight, bias: Tensor | None, input_order: Tensor | None = None) -> None:
+    def __init__(self, weight: GroupInt8Weight, bias: Tensor | None, input_order: InputOrder | None = None) -> None:
         super().__init__()
         self.weight, self.bias, self.input_order = weight, bias, input_order
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bias_bytes(self.bias)
+        return self.weight.nbytes + _bytes_of(self.bias, self.input_order)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_order is not None:
-            x = x.index_select(1, self.input_order)
+            x = quasar_kernels.select_inputs(x, self.input_order)
         return quasar_kernels.linear_w8a16(x, self.weight, self.bias)
 
 
@@ -154,5 +154,5 @@ class QuantizedEmbedding(nn.Module):
         return self.table.rows(tokens).to(self.dtype)
 
 
-def _bias_bytes(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.nbytes
+def _bytes_of(*parts: Tensor | InputOrder | None) -> int:
+    return sum(part.nbytes for part in parts if part is not None)

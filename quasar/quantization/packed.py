@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from quasar_kernels import GroupInt8Weight, GroupNumbers, Int4Weight, Int8Weight
+from quasar_kernels import GroupInt8Weight, GroupNumbers, InputOrder, Int4Weight, Int8Weight
 from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
@@ -193,7 +193,7 @@ def _layer_of_rows(
     values = torch.cat([part.values for part in parts]).to(device)
     scales = torch.cat([part.scales for part in parts]).float().to(device)
     zeros = torch.cat([part.zeros for part in parts]).float().to(device)
-    order = None if first.order is None else first.order.to(device)
+    order = None if first.order is None else InputOrder(first.order.to(device))
     symmetric = all(part.symmetric for part in parts)
     if first.bits == 4:
         weight = Int4Weight(pack_int4(values), scales, zeros, symmetric, dtype)
