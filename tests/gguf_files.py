@@ -64,15 +64,18 @@ def write_gguf(
     kind: GGMLQuantizationType | Callable[[str], GGMLQuantizationType | None],
     add: Callable[[GGUFWriter], None] = lambda writer: None,
     leave_out: str = "nothing",
+    architecture: str = "llama",
+    tensors_per_part: int = 0,
 ) -> dict[str, Tensor]:
     """Write a file with quantized linear layers; return their dequantized weights by Hugging Face name.
 
     kind: the type of all of them, or of a matrix by its Hugging Face name, None for float32. A type for which gguf has
         no quantizer gets random blocks
     add: adds metadata and tensors; leave_out: the name of a tensor
+    tensors_per_part: write several parts, whose names begin with that of ``file``
     """
     config = dense.config
-    writer = GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, architecture, split_max_tensors=tensors_per_part)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(512)
     writer.add_embedding_length(config.hidden_size)
@@ -89,6 +92,7 @@ def write_gguf(
             continue
         chosen = (kind(name) if callable(kind) else kind if is_linear(name) else None) if weight.dim() == 2 else None
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        heads = heads if architecture == "llama" else None
         if chosen is None:
             writer.add_tensor(gguf_name(name), interleaved(weight.numpy(), heads))
             continue
@@ -106,7 +110,8 @@ def gguf_name(name: str) -> str:
     if name in _NAMES:
         return _NAMES[name]
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_PARTS[rest.removesuffix('.weight')]}.weight"
+    part, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{_PARTS[part]}.{kind}"
 
 
 def blocks_of(weight: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:

@@ -28,6 +28,7 @@ from quasar_kernels.group_numbers import GroupNumbers
 
 if TYPE_CHECKING:
     from quasar_kernels.triton.int4_packing import PackedInt4
+    from quasar_kernels.triton.linear_w8_groups import PackedGroupInt8
 
 # Group sizes of PyTorch's packed 4-bit matmul.
 TORCH_INT4_GROUP_SIZES = (32, 64, 128, 256)
@@ -129,6 +130,7 @@ class GroupInt8Weight:
         if _has_kernels(values.device, self.outputs, self.inputs, self.group_size):
             self._packed = cpu.pack_group_int8(values, scales, minimums)
             self._canonical = None
+        self._triton: PackedGroupInt8 | None = None
 
     @property
     def nbytes(self) -> int:
@@ -163,6 +165,17 @@ class GroupInt8Weight:
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None if they do not apply."""
         return self._packed
+
+    def packed_for_triton(self) -> PackedGroupInt8:
+        """Return the form for the Triton kernels, which has the same values."""
+        if self._triton is None:
+            from quasar_kernels.triton.linear_w8_groups import PackedGroupInt8, TransposedNumbers
+
+            assert self._canonical is not None
+            values, scales, minimums = self._canonical
+            lowest = None if minimums is None else TransposedNumbers.of(minimums)
+            self._triton = PackedGroupInt8(values, TransposedNumbers.of(scales), lowest, self.group_size)
+        return self._triton
 
 
 class Int4Weight:

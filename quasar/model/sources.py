@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -23,7 +24,7 @@ from quasar.cache import cache_folder, folder_is_whole, seal_folder, sha256_of
 from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError, first_line
 from quasar.model.config import quantization_method
-from quasar.model.gguf_file import GGUFFile, write_dequantized
+from quasar.model.gguf_file import GGUFFile, parts_of, write_dequantized
 from quasar.model.json_files import read_object
 from quasar.model.tensor_files import TensorFiles
 from quasar.model.tokenizer_files import has_tokenizer
@@ -115,6 +116,12 @@ def _hash_of(file: Path) -> str:
     return blob if len(blob) == 64 and set(blob) <= set("0123456789abcdef") else sha256_of(file)
 
 
+def hash_of_parts(path: Path) -> str:
+    """Return the SHA-256 of a GGUF file; for a model in several parts, of all of them."""
+    digests = [_hash_of(part) for part in parts_of(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
 def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Checkpoint:
     path = Path(str(source.path)).expanduser()
     if not path.exists():
@@ -124,7 +131,7 @@ def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Che
             raise RequestError(
                 f"model.path={path}: a file must be GGUF (.gguf); otherwise pass the checkpoint's folder"
             )
-        digest = _hash_of(path)
+        digest = hash_of_parts(path)
         folder = _converted(path, _conversion(path.stem, digest), status)
         return Checkpoint(source.name, folder, f"GGUF file {path}, dequantized", digest, chat_template=template)
     return _whole(source, path, f"folder {path}", None, template)

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from quasar_kernels.dispatch import Kernel
 from quasar_kernels.matmul import Matmul, compute_dtype, cpu_matmul, triton_matmul
 from quasar_kernels.weights import GroupInt8Weight, Int8Weight
 
 if TYPE_CHECKING:
     from quasar_kernels.triton.tuning import Tiling
+
+# A dot product of 16-bit values takes 16 inputs.
+TRITON_GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
 def linear_w8a16(x: Tensor, weight: Int8Weight | GroupInt8Weight, bias: Tensor | None = None) -> Tensor:
@@ -33,20 +37,33 @@ def _plain(x: Tensor, weight: Int8Weight | GroupInt8Weight, bias: Tensor | None 
     return (out if bias is None else out + bias.to(computed)).to(x.dtype)
 
 
-def _triton(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
+def _triton(
+    x: Tensor, weight: Int8Weight | GroupInt8Weight, bias: Tensor | None = None, tiling: Tiling | None = None
+) -> Tensor:
     from quasar_kernels.triton.linear_bf16 import linear_bf16
+    from quasar_kernels.triton.linear_w8_groups import linear_w8_groups
     from quasar_kernels.triton.tuning import Shape, tiling_for
 
-    values = weight.values
-    tiling = tiling or tiling_for(Shape(OP.name, len(x), *values.shape), x.device)
-    return linear_bf16(x.contiguous(), values, bias, tiling, weight.scales)
+    group_size = weight.group_size if isinstance(weight, GroupInt8Weight) else 0
+    tiling = tiling or tiling_for(Shape(OP.name, len(x), weight.outputs, weight.inputs, group_size), x.device)
+    if isinstance(weight, GroupInt8Weight):
+        return linear_w8_groups(x.contiguous(), weight.packed_for_triton(), bias, tiling)
+    return linear_bf16(x.contiguous(), weight.values, bias, tiling, weight.scales)
+
+
+_TRITON = triton_matmul(_triton)
+
+
+def _triton_takes(x: Tensor, weight: Int8Weight | GroupInt8Weight, bias: Tensor | None = None) -> bool:
+    fits = isinstance(weight, Int8Weight) or weight.group_size in TRITON_GROUP_SIZES
+    return fits and _TRITON.supports(x, weight, bias)
 
 
 OP = Matmul(
     "linear_w8a16",
     plain=_plain,
     cpu=cpu_matmul("linear_w8a16"),
-    triton=triton_matmul(_triton),
+    triton=Kernel(_triton_takes, _TRITON.run),
     differentiable=False,
     weight_bits=8,
     round=lambda values, group_size: Int8Weight.rounded(values),
