@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from quasar.errors import RequestError
 from quasar.model.execution.cpu_tape import CpuTapeExecutor
 from quasar.model.gguf_file import GGUFFile, write_dequantized
+from quasar.model.grid import weights_on_grid
 from quasar.model.loading import load_transformer
 from quasar.quantization.layers import GroupInt8Linear, QuantizedEmbedding, W4Linear
 from quasar.quantization.packed_blocks import BlockRows, stacked
@@ -208,14 +209,15 @@ def test_some_matrices_may_be_floats(untied: LlamaForCausalLM, tmp_path: Path) -
         verifier(file, untied)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q3_K", "Q4_1"])
-def test_four_bit_layers_with_int8_activations(kind: str, untied: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_four_bit_layers_with_int8_activations(
+    kind: str, dtype: torch.dtype, untied: LlamaForCausalLM, tmp_path: Path
+) -> None:
     file = tmp_path / "model.gguf"
     expected = logits_of(untied, write_gguf(file, untied, every(kind)))
     verifier(file, untied)
-    found = PackedVerifier(
-        load_transformer(tmp_path / "reference", torch.float32), Setup(), path=str(file), activation_bits=8
-    )
+    found = PackedVerifier(load_transformer(tmp_path / "reference", dtype), Setup(), path=str(file), activation_bits=8)
     assert found.model.blocks[0].mlp.down.int8_activations
     assert not found.model.lm_head.int8_activations
     error = (found.model(TOKENS) - expected).abs().max() / expected.abs().max()
@@ -233,6 +235,20 @@ def test_scales_that_are_not_finite_are_refused(untied: LlamaForCausalLM, tmp_pa
         verifier(file, untied)
     with pytest.raises(RequestError, match=r"blk\.1\.ffn_up\.weight has values that are NaN or infinite"):
         GGUFFile(file).dense("model.layers.1.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize(("kind", "share"), [("Q6_K", 1.0), ("IQ2_XXS", 1.0), ("F16", 0.0)])
+def test_the_share_of_dequantized_weights_is_known(
+    kind: str, share: float, untied: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """A grid of 6 bits could not be told from rounding, so the types of the file are kept."""
+    file, folder = tmp_path / "model.gguf", tmp_path / "converted"
+    folder.mkdir()
+    write_gguf(file, untied, lambda name: GGMLQuantizationType.F16 if "down" in name else GGMLQuantizationType[kind])
+    write_dequantized(GGUFFile(file), folder, lambda *_: None)
+    sizes = {name: weight.numel() for name, weight in untied.named_parameters() if weight.dim() == 2}
+    down = sum(size for name, size in sizes.items() if "down" in name)
+    assert weights_on_grid(folder) == pytest.approx(share * (1 - down / sum(sizes.values())))
 
 
 KINDS = [kind for kind in GGMLQuantizationType if kind.name in HALVES]

@@ -525,7 +525,9 @@ def test_products_use_tensor_cores_and_wide_loads(architecture: int) -> None:
         assert any(re.search(pattern, instruction) for instruction in products), (name, products)
         # The weights (and keys) go to shared memory 16 bytes at a time, without passing through registers; only
         # activations, which lie in the cache, may come in smaller pieces.
-        assert facts["wide_asynchronous_copies"] >= 3, name
+        # Groups of 16 int8 are too short for that: a thread copies 8 bytes.
+        copies = "narrow" if facts["kind"] == "w8a16 in groups" else "wide"
+        assert facts[f"{copies}_asynchronous_copies"] >= 3, name
         if facts["kind"] in ("w8a8", "bf16", "attention") and "groups" not in name:
             assert facts["narrow_asynchronous_copies"] == 0, name
 

@@ -256,7 +256,8 @@ class Int4Weight:
     @property
     def nbytes(self) -> int:
         """Bytes that a matmul reads: 4-bit integers and zero points, scales of 16 bit (32 in float32 mode)."""
-        return self._nbytes if self._packed is None else self._packed.nbytes
+        form = self._packed if self._triton is None else self._triton[0]
+        return self._nbytes if form is None else form.nbytes
 
     def canonical(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return packed, scales and zeros in the form that `quasar_kernels.reference` takes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from quasar.errors import RequestError, first_line
 from quasar.model.config_file import config_of
 from quasar.model.gguf_metadata import Values, raw_config
+from quasar.model.grid import TYPES_FILE
 from quasar.model.tensor_names import source_shapes
 from quasar.model.transformer import Transformer
 
@@ -145,16 +147,23 @@ class GGUFFile:
 
 
 def write_dequantized(file: GGUFFile, folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Write a model as safetensors in bfloat16, with the config.json that transformers and this program read."""
+    """Write a model as safetensors in bfloat16, with the config.json that transformers and this program read.
+
+    A third file tells `quasar.model.grid` how many weights were quantized.
+    """
     import json
 
     from safetensors.torch import save_file
 
     tensors = {}
+    types: Counter[str] = Counter()
     for done, name in enumerate(file.shapes):
         progress(done, len(file.shapes))
         tensors[name] = file.dense(name).to(torch.bfloat16).contiguous()
+        if len(file.shapes[name]) == 2:
+            types[file.tensor(name).tensor_type.name] += tensors[name].numel()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / TYPES_FILE).write_text(json.dumps(types), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps({**file.raw, "dtype": "bfloat16"}, indent=2), encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ from quasar.model.tokenizer_files import has_tokenizer
 Status = Callable[[str, int, int], None]
 """Called with (description, done, total) while a model is downloaded or converted."""
 
-CONVERSION = "v2"
+CONVERSION = "v3"
 """The version of the conversion of GGUF files, in the names of the cache's folders."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 from quasar_kernels import GroupInt8Weight, GroupNumbers, Int4Weight
+from quasar_kernels.gpu import has_gpu_kernels
+from quasar_kernels.ops.linear_w4a16 import TRITON_GROUP_SIZES
 from quasar_kernels.reference import pack_int4
 from torch import Tensor
 
@@ -36,12 +38,17 @@ class BlockRows:
     def weight(self, device: torch.device, dtype: torch.dtype) -> Int4Weight | GroupInt8Weight:
         """Return the operand of the matmuls. No value, scale or minimum is rounded."""
         here = self.mapped(lambda part: part.to(device))
+        if here.bits == 4 and device.type == "cuda" and self.group_size not in TRITON_GROUP_SIZES:
+            here = _as_int8(here, self.group_size, here.minimums is not None)
         if here.bits == 8:
             return GroupInt8Weight(here.values, here.scales, here.minimums)
         zeros: Tensor | GroupNumbers | None = here.minimums
         if zeros is None:
             zeros = torch.full((len(here.values), here.scales.groups), float(MIDDLE), device=device)
-        return Int4Weight(pack_int4(here.values), here.scales, zeros, here.minimums is None, dtype)
+        weight = Int4Weight(pack_int4(here.values), here.scales, zeros, here.minimums is None, dtype)
+        if has_gpu_kernels(here.values):
+            weight.packed_for_triton()  # now, because its bytes are counted before the first pass
+        return weight
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> BlockRows:
         """Return the rows with ``change`` applied to every tensor, all of which have one row per output."""

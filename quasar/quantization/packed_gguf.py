@@ -17,11 +17,10 @@ from torch import Tensor
 
 from quasar.errors import RequestError
 from quasar.model.gguf_file import GGUFFile
+from quasar.model.grid import FLOAT_TYPES
 from quasar.quantization.packed_blocks import MIDDLE, BlockRows
 
 BLOCK = 32
-# Types that are stored as floats.
-_FLOATS = ("F32", "F16", "BF16")
 # The values of the 4-bit integers of IQ4_NL and IQ4_XS.
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -46,7 +45,7 @@ class GGUFCheckpoint:
     def packed(self, name: str) -> BlockRows | None:
         tensor = self._file.tensor(name)
         kind = tensor.tensor_type.name
-        if kind in _FLOATS:
+        if kind in FLOAT_TYPES:
             return None
         if kind not in READERS:
             self._file.dense(name)  # raises the error of a type that nothing can read

@@ -154,6 +154,5 @@ def group_numbers(values, factors, group, outputs, source, SHARED: tl.constexpr)
     """Return the numbers of one group, float32 [BLOCK_N]. SHARED: as in `TransposedNumbers`."""
     if SHARED == 0:
         return tl.load(values + group * outputs + source).to(tl.float32)
-    else:
-        shared = tl.load(values + (group // SHARED) * outputs + source).to(tl.float32)
-        return shared * tl.load(factors + group * outputs + source).to(tl.float32)
+    shared = tl.load(values + (group // SHARED) * outputs + source).to(tl.float32)
+    return shared * tl.load(factors + group * outputs + source).to(tl.float32)
