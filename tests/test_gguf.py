@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from quasar_kernels import GroupInt8Weight, Int4Weight
 from quasar_kernels.cpu.levels import available_levels
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quasar.errors import RequestError
 from quasar.model.execution.cpu_tape import CpuTapeExecutor
 from quasar.model.gguf_file import GGUFFile, write_dequantized
 from quasar.model.grid import weights_on_grid
 from quasar.model.loading import load_transformer
+from quasar.model.sources import locate
+from quasar.model.tokenizer import load_tokenizer
 from quasar.quantization.layers import GroupInt8Linear, QuantizedEmbedding, W4Linear
 from quasar.quantization.packed_blocks import BlockRows, stacked
 from quasar.quantization.packed_gguf import READERS
@@ -334,3 +336,56 @@ def test_every_type_is_read_exactly_or_refused(
     else:
         with pytest.raises(RequestError, match=rf"ffn_down\.weight is {kind.name}; only .*model=path model\.path="):
             verifier(file, untied)
+
+
+def add_vocabulary(split: str | None) -> Callable[[GGUFWriter], None]:
+    """A byte-level vocabulary whose merges make a token of three spaces and of ``ab``."""
+
+    def add(writer: GGUFWriter) -> None:
+        alphabet = [chr(code) for code in range(33, 123)]
+        writer.add_tokenizer_model("gpt2")
+        if split is not None:
+            writer.add_tokenizer_pre(split)
+        writer.add_token_list([*alphabet, "Ġ", "ĠĠ", "ĠĠĠ", "ab", "<e>", "12"])
+        writer.add_token_types([1] * (len(alphabet) + 4) + [3, 1])
+        writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ", "a b", "1 2"])
+        writer.add_eos_token_id(len(alphabet) + 4)
+        writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("split", "tokens"),
+    [
+        ("smollm", ["ab", "ĠĠĠ", "1", "2", "<e>"]),
+        ("gpt-2", ["ab", "ĠĠ", "Ġ", "12", "<e>"]),
+        ("llama-bpe", ["ab", "ĠĠ", "Ġ", "12", "<e>"]),
+        ("qwen2", ["ab", "ĠĠ", "Ġ", "1", "2", "<e>"]),
+    ],
+)
+def test_texts_are_split_as_the_file_says(
+    split: str, tokens: list[str], untied: LlamaForCausalLM, tmp_path: Path, path_source, monkeypatch
+) -> None:
+    monkeypatch.setattr("quasar.model.sources.cache_folder", lambda: tmp_path / "cache")
+    file = tmp_path / "model.gguf"
+    write_gguf(file, untied, every("Q8_0"), add_vocabulary(split))
+    path_source.path = str(file)
+    checkpoint = locate(path_source)
+    inner = AutoTokenizer.from_pretrained(checkpoint.folder)
+    assert inner.convert_ids_to_tokens(inner.encode("ab   12<e>")) == tokens
+    tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer.stop_tokens == {94}
+    assert tokenizer.encode_chat([{"role": "user", "content": "ab"}]) == [93]
+
+
+def test_an_unknown_split_is_refused(untied: LlamaForCausalLM, tmp_path: Path, path_source, monkeypatch) -> None:
+    monkeypatch.setattr("quasar.model.sources.cache_folder", lambda: tmp_path / "cache")
+    file = tmp_path / "model.gguf"
+    path_source.path = str(file)
+    write_gguf(file, untied, every("Q8_0"), add_vocabulary("nobody-knows"))
+    with pytest.raises(RequestError, match=r"tokenizer\.ggml\.pre=nobody-knows is not known.*pass the folder"):
+        locate(path_source)
+    write_gguf(file, untied, every("Q8_0"), add_vocabulary(None))
+    with pytest.warns(RuntimeWarning, match=r"tokenizer\.ggml\.pre is missing"):
+        locate(path_source)

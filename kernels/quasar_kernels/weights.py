@@ -100,8 +100,12 @@ class Int8Weight:
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return dequantized rows, float32 [R, K]. indices: int64 [R]."""
-        values = self._values[indices] if self._packed is None else unpack_int8(self._packed.of_rows(indices))
-        return values[: len(indices)].float() * self.scales[indices].unsqueeze(1)
+        if self._values is not None:
+            values = self._values[indices]
+        else:
+            assert self._packed is not None
+            values = unpack_int8(self._packed.of_rows(indices))[: len(indices)]
+        return values.float() * self.scales[indices].unsqueeze(1)
 
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None if they do not apply."""

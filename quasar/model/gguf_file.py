@@ -61,9 +61,10 @@ def parts_of(path: Path) -> list[Path]:
 class GGUFFile:
     """A model in a GGUF file, which is mapped into memory, or in several parts, of which ``path`` is the first.
 
-    raw:    its config as in config.json of transformers
-    config: the same as a ModelConfig
-    shapes: of its tensors, by their Hugging Face names
+    metadata: the metadata of the first part, see `quasar.model.gguf_metadata.Values`
+    raw:      its config as in config.json of transformers
+    config:   the same as a ModelConfig
+    shapes:   of its tensors, by their Hugging Face names
 
     Raises RequestError if a file is corrupt or a part is missing, if the architecture is not supported, or if the
     tensors are not exactly those that the metadata implies.
@@ -71,14 +72,14 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        metadata, self._tensors = _read_parts(parts_of(path))
+        self.metadata, self._tensors = _read_parts(parts_of(path))
         embedding = self._tensors.get("token_embd.weight")
         if embedding is None:
             raise RequestError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
-        metadata.setdefault(f"{metadata.get('general.architecture')}.vocab_size", int(embedding.shape[1]))
+        self.metadata.setdefault(f"{self.metadata.get('general.architecture')}.vocab_size", int(embedding.shape[1]))
         factors = self._tensors.get(ROPE_FACTORS)
         divisors = None if factors is None else self._dequantized(factors).flatten().tolist()
-        self.raw = raw_config(metadata, self._tensors, divisors, str(path))
+        self.raw = raw_config(self.metadata, self._tensors, divisors, str(path))
         self.config = config_of(self.raw, str(path))
         # Only files of this architecture store the rows of q and k in the order of ggml's rotary embedding.
         self._interleaved = self.raw["model_type"] == "llama"

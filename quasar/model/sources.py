@@ -25,6 +25,7 @@ from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError, first_line
 from quasar.model.config import quantization_method
 from quasar.model.gguf_file import GGUFFile, parts_of, write_dequantized
+from quasar.model.gguf_tokenizer import gguf_tokenizer
 from quasar.model.json_files import read_object
 from quasar.model.tensor_files import TensorFiles
 from quasar.model.tokenizer_files import has_tokenizer
@@ -262,17 +263,11 @@ def _converted(gguf: Path, folder: Path, status: Status) -> Path:
 
 
 def _dequantize(gguf: Path, folder: Path, status: Status) -> None:
-    from transformers import AutoTokenizer
-
-    what = f"dequantizing {gguf.name}"
-    write_dequantized(GGUFFile(gguf), folder, lambda done, total: status(what, done, total))
+    what, file = f"dequantizing {gguf.name}", GGUFFile(gguf)
+    write_dequantized(file, folder, lambda done, total: status(what, done, total))
     # The loader prints progress bars, even to a log file.
     with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except Exception as error:  # the libraries below raise whatever a damaged vocabulary makes them raise
-            raise RequestError(f"{gguf}: contains no usable tokenizer ({first_line(error)})") from error
-        tokenizer.save_pretrained(folder)
+        gguf_tokenizer(gguf, file.metadata).save_pretrained(folder)
 
 
 def _missing(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ class _Int8Linear(QuantizedLinear):
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bytes_of(self.bias)
+        return self.weight.nbytes + _bias_bytes(self.bias)
 
 
 class W8A8Linear(_Int8Linear):
@@ -60,7 +60,7 @@ class W4Linear(QuantizedLinear):
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bytes_of(self.bias, self.input_order)
+        return self.weight.nbytes + _bias_bytes(self.bias) + _order_bytes(self.input_order)
 
     def forward(self, x: Activations) -> Tensor:
         if self.input_order is not None:
@@ -80,7 +80,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bytes_of(self.bias)
+        return self.weight.nbytes + _bias_bytes(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return quasar_kernels.linear_bf16(x, self.weight, self.bias)
@@ -129,7 +129,7 @@ class GroupInt8Linear(QuantizedLinear):
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bytes_of(self.bias, self.input_order)
+        return self.weight.nbytes + _bias_bytes(self.bias) + _order_bytes(self.input_order)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_order is not None:
@@ -154,5 +154,9 @@ class QuantizedEmbedding(nn.Module):
         return self.table.rows(tokens).to(self.dtype)
 
 
-def _bytes_of(*parts: Tensor | InputOrder | None) -> int:
-    return sum(part.nbytes for part in parts if part is not None)
+def _bias_bytes(bias: Tensor | None) -> int:
+    return 0 if bias is None else bias.nbytes
+
+
+def _order_bytes(order: InputOrder | None) -> int:
+    return 0 if order is None else order.nbytes

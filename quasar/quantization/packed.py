@@ -127,7 +127,8 @@ def load_packed(
             checkpoint, sources, whole, dtype, device, activation_bits if owner.startswith("blocks.") else 16
         )
         if sources == [EMBEDDING]:
-            model.embedding, owner = QuantizedEmbedding(layer.weight, dtype), "lm_head"
+            model.set_submodule(owner, QuantizedEmbedding(layer.weight, dtype))
+            owner = "lm_head"
         model.set_submodule(owner, layer)
         if isinstance(module, nn.Linear) and module.bias is not None:
             layer.bias = module.bias  # still on the meta device; its values are loaded in a later iteration

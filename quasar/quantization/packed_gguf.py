@@ -79,9 +79,8 @@ def _q4_0(stored: Tensor) -> BlockRows:
 def _q4_1(stored: Tensor) -> BlockRows:
     scale, offset, nibbles = _fields(stored, 2, 2, BLOCK // 2)
     scales, minimums = _halves(scale), _negative(_halves(offset))
-    if torch.equal(minimums.values.float(), MIDDLE * scales.values.float()):
-        minimums = None  # the symmetric grid
-    return BlockRows(4, _planes(nibbles, 4).flatten(1), scales, minimums)
+    symmetric = torch.equal(minimums.values.float(), MIDDLE * scales.values.float())
+    return BlockRows(4, _planes(nibbles, 4).flatten(1), scales, None if symmetric else minimums)
 
 
 def _q5_0(stored: Tensor) -> BlockRows:
