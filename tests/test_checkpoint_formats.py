@@ -164,6 +164,24 @@ def test_eight_bit_attention_beside_four_bit_mlp(dense: LlamaForCausalLM, tmp_pa
     assert torch.allclose(model(TOKENS), logits_of(dense, back), atol=1e-3)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_output_layer_stays_quantized_too(bits: int, dense: LlamaForCausalLM, tmp_path: Path) -> None:
+    back = written(tmp_path, dense, lambda name, weight: Layer(weight, bits, "group"))
+    file = tmp_path / "model.safetensors"
+    tensors, head = load_file(file), Layer(dense.lm_head.weight.detach(), bits, "group")
+    del tensors["lm_head.weight"]
+    save_file({**tensors, **{name: part.contiguous() for name, part in head.packed("lm_head").items()}}, file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantized = config["quantization_config"]
+    quantized["config_groups"]["head"] = {"targets": ["lm_head"], "weights": head.arguments()}
+    quantized["ignore"] = []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = loaded(tmp_path)
+    assert isinstance(model.lm_head, W4Linear if bits == 4 else GroupInt8Linear)
+    assert torch.allclose(model(TOKENS), logits_of(dense, {**back, "lm_head.weight": head.restored()}), atol=1e-3)
+    assert_recorded(tmp_path)
+
+
 def test_a_name_goes_before_an_expression_and_that_before_a_class(dense: LlamaForCausalLM, tmp_path: Path) -> None:
     """As in compressed-tensors, in whatever order the groups are written."""
     exact = "model.layers.0.mlp.down_proj"

@@ -20,7 +20,7 @@ from quasar.model.sources import Checkpoint
 from quasar.model.tensor_names import EMBEDDING, source_names
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import GroupInt8Linear, QuantizedEmbedding, W4Linear, W8A8Linear, W8A16Linear
-from quasar.quantization.packed_blocks import BlockRows, stacked
+from quasar.quantization.packed_blocks import BlockRows, layer_of_blocks
 from quasar.quantization.packed_gguf import GGUFCheckpoint
 from quasar.quantization.packed_rows import PackedRows
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
@@ -45,6 +45,9 @@ class PackedCheckpoint(Protocol):
     def require_all_read(self) -> None:
         """Raise RequestError if the checkpoint contains tensors that have not been read."""
         ...
+
+
+QuantizedLayer = W4Linear | W8A8Linear | W8A16Linear | GroupInt8Linear
 
 
 def open_packed(path: Path) -> PackedCheckpoint:
@@ -74,9 +77,7 @@ def quantized_share(path: Path) -> float:
 
 def storage(model: Transformer) -> tuple[str, ...]:
     """Return a sentence on every format that the quantized layers of a model are stored in."""
-    layers = [
-        layer for layer in model.modules() if isinstance(layer, W4Linear | W8A8Linear | W8A16Linear | GroupInt8Linear)
-    ]
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)]
     forms = Counter(_form(layer.weight) for layer in layers)
     return tuple(
         f"{count} {'layer is' if count == 1 else 'layers are'} stored as {form}" for form, count in forms.items()
@@ -112,20 +113,22 @@ def load_packed(
         progress(done, len(names))
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        kept = not dequantize and _may_be_packed(name, module, checkpoint.config)
-        parts = [checkpoint.packed(source) for source in sources] if kept else []
-        whole = [part for part in parts if part is not None]
-        if not whole:
+        kept = not dequantize and _may_be_packed(name, module, checkpoint)
+        parts = _quantized_parts(checkpoint, sources) if kept else []
+        if not parts:
             dense = torch.cat([checkpoint.dense(source) for source in sources])
             _require_shape(checkpoint, sources, dense, model.get_parameter(name))
             setattr(module, attribute, nn.Parameter(dense.to(device=device, dtype=dtype), requires_grad=False))
             continue
-        if len(whole) != len(parts):
-            raise RequestError(f"{checkpoint.path}: some of {', '.join(sources)} are quantized and some are not")
-        _require_shape(checkpoint, sources, torch.cat([part.values for part in whole]), model.get_parameter(name))
-        layer = _layer(
-            checkpoint, sources, whole, dtype, device, activation_bits if owner.startswith("blocks.") else 16
-        )
+        _require_shape(checkpoint, sources, torch.cat([part.values for part in parts]), model.get_parameter(name))
+        bits = activation_bits if owner.startswith("blocks.") else 16
+        rows = [part for part in parts if isinstance(part, PackedRows)]
+        blocks = [part for part in parts if isinstance(part, BlockRows)]
+        layer: QuantizedLayer
+        if blocks:
+            layer = layer_of_blocks(blocks, dtype, device, bits)
+        else:
+            layer = _layer(checkpoint, sources, rows, dtype, device, bits)
         if sources == [EMBEDDING]:
             model.set_submodule(owner, QuantizedEmbedding(layer.weight, dtype))
             owner = "lm_head"
@@ -140,10 +143,20 @@ def load_packed(
     return model.eval().requires_grad_(False)
 
 
-def _may_be_packed(name: str, module: nn.Module, config: ModelConfig) -> bool:
+def _may_be_packed(name: str, module: nn.Module, checkpoint: PackedCheckpoint) -> bool:
     if isinstance(module, nn.Embedding):
-        return config.tie_word_embeddings  # otherwise a pass reads only a few of its rows
+        # Of an embedding that is not the output layer too, a pass reads only a few rows.
+        return checkpoint.config.tie_word_embeddings and isinstance(checkpoint, GGUFCheckpoint)
     return isinstance(module, nn.Linear) and name.endswith(".weight")
+
+
+def _quantized_parts(checkpoint: PackedCheckpoint, sources: Sequence[str]) -> list[PackedRows | BlockRows]:
+    """Return the weights that form one matrix; none if they are stored as floats."""
+    parts = [checkpoint.packed(source) for source in sources]
+    found = [part for part in parts if part is not None]
+    if 0 < len(found) < len(parts):
+        raise RequestError(f"{checkpoint.path}: some of {', '.join(sources)} are quantized and some are not")
+    return found
 
 
 def _require_shape(checkpoint: PackedCheckpoint, sources: Sequence[str], found: Tensor, expected: Tensor) -> None:
@@ -157,33 +170,12 @@ def _require_shape(checkpoint: PackedCheckpoint, sources: Sequence[str], found: 
 def _layer(
     checkpoint: PackedCheckpoint,
     sources: Sequence[str],
-    parts: Sequence[PackedRows | BlockRows],
-    dtype: torch.dtype,
-    device: torch.device,
-    activation_bits: int,
-) -> W4Linear | W8A8Linear | W8A16Linear | GroupInt8Linear:
-    """Build one layer from the stacked rows of its parts."""
-    blocks = [part for part in parts if isinstance(part, BlockRows)]
-    if blocks:
-        weight = stacked(blocks).weight(device, dtype)
-        return (
-            GroupInt8Linear(weight, None)
-            if isinstance(weight, GroupInt8Weight)
-            else W4Linear(weight, None, activation_bits)
-        )
-    return _layer_of_rows(
-        checkpoint, sources, [part for part in parts if isinstance(part, PackedRows)], dtype, device, activation_bits
-    )
-
-
-def _layer_of_rows(
-    checkpoint: PackedCheckpoint,
-    sources: Sequence[str],
     parts: Sequence[PackedRows],
     dtype: torch.dtype,
     device: torch.device,
     activation_bits: int,
-) -> W4Linear | W8A8Linear | W8A16Linear | GroupInt8Linear:
+) -> QuantizedLayer:
+    """Build one layer from the stacked rows of its parts."""
     first = parts[0]
     kinds = {(part.bits, part.scales.shape[1], part.quantized_inputs) for part in parts}
     if len(kinds) > 1 or any(not _same_order(part.order, first.order) for part in parts):

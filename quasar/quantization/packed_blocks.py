@@ -14,6 +14,8 @@ from quasar_kernels.ops.linear_w4a16 import TRITON_GROUP_SIZES
 from quasar_kernels.reference import pack_int4
 from torch import Tensor
 
+from quasar.quantization.layers import GroupInt8Linear, W4Linear
+
 MIDDLE = 8
 """The zero point of 4-bit values without minimums."""
 
@@ -58,6 +60,16 @@ class BlockRows:
 
         minimums = None if self.minimums is None else numbers(self.minimums)
         return BlockRows(self.bits, change(self.values), numbers(self.scales), minimums)
+
+
+def layer_of_blocks(
+    parts: Sequence[BlockRows], dtype: torch.dtype, device: torch.device, activation_bits: int
+) -> W4Linear | GroupInt8Linear:
+    """Build one layer without bias from the stacked rows of its parts."""
+    weight = stacked(parts).weight(device, dtype)
+    if isinstance(weight, GroupInt8Weight):
+        return GroupInt8Linear(weight, None)
+    return W4Linear(weight, None, activation_bits)
 
 
 def stacked(parts: Sequence[BlockRows]) -> BlockRows:
