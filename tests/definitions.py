@@ -25,6 +25,13 @@ def dequantized(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return (int4_values(packed) - zero) * scale
 
 
+def dequantized_groups(values: Tensor, scales: Tensor, minimums: Tensor | None) -> Tensor:
+    """float64 [N, K] of ``q * scale - minimum``; scales, minimums: [N, G]."""
+    size = values.shape[1] // scales.shape[1]
+    out = values.double() * scales.double().repeat_interleave(size, dim=1)
+    return out if minimums is None else out - minimums.double().repeat_interleave(size, dim=1)
+
+
 def linear(x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` in the dtype of x."""
     out = x.double() @ values.double().T

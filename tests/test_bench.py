@@ -27,7 +27,7 @@ def test_report_covers_every_op_and_its_ratios_are_those_of_its_times(tmp_path) 
     assert {one["backend"] for one in report["measurements"]} >= {op.format for op in MATMULS}
     assert {one["op"] for one in report["layer_ops"]} == {
         "add_rms_norm", "add_rms_norm_quantize", "silu_mul", "silu_mul_quantize", "rotary_write", "block_attention",
-        "first_maxima",
+        "first_maxima", "select_inputs",
     }  # fmt: skip
     for one in report["layer_ops"]:
         assert one["speedup"] == pytest.approx(one["torch_milliseconds"] / one["milliseconds"])

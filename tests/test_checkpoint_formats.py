@@ -17,12 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quasar.errors import RequestError
 from quasar.model.gguf_file import GGUFFile, write_dequantized
 from quasar.model.loading import load_transformer
-from quasar.model.sources import Checkpoint, locate
+from quasar.model.sources import Checkpoint, hash_of_parts, locate
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.packed import load_packed, load_reference, open_packed, quantized_share
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
-from tests.test_packed import CONFIG, GROUP, TOKENS, into_int32, is_linear, write, write_gguf
+from tests.gguf_files import is_linear, write_gguf
+from tests.test_packed import CONFIG, GROUP, TOKENS, assert_recorded, into_int32, write
 
 Change = Callable[[dict], None]
 
@@ -150,6 +151,7 @@ def test_packed_integers_of_both_widths(
     assert torch.allclose(model(TOKENS), expected, atol=2e-2)
     kind = W4Linear if bits == 4 else W8A16Linear if strategy == "channel" and symmetric else GroupInt8Linear
     assert isinstance(model.blocks[0].mlp.down, kind)
+    assert_recorded(tmp_path)
     assert not torch.allclose(expected, logits_of(dense, {}), atol=1e-2), "the quantization must show"
 
 
@@ -160,6 +162,24 @@ def test_eight_bit_attention_beside_four_bit_mlp(dense: LlamaForCausalLM, tmp_pa
     assert isinstance(model.blocks[1].attention.qkv, GroupInt8Linear)
     assert isinstance(model.blocks[1].mlp.gate_up, W4Linear)
     assert torch.allclose(model(TOKENS), logits_of(dense, back), atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_output_layer_stays_quantized_too(bits: int, dense: LlamaForCausalLM, tmp_path: Path) -> None:
+    back = written(tmp_path, dense, lambda name, weight: Layer(weight, bits, "group"))
+    file = tmp_path / "model.safetensors"
+    tensors, head = load_file(file), Layer(dense.lm_head.weight.detach(), bits, "group")
+    del tensors["lm_head.weight"]
+    save_file({**tensors, **{name: part.contiguous() for name, part in head.packed("lm_head").items()}}, file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantized = config["quantization_config"]
+    quantized["config_groups"]["head"] = {"targets": ["lm_head"], "weights": head.arguments()}
+    quantized["ignore"] = []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = loaded(tmp_path)
+    assert isinstance(model.lm_head, W4Linear if bits == 4 else GroupInt8Linear)
+    assert torch.allclose(model(TOKENS), logits_of(dense, {**back, "lm_head.weight": head.restored()}), atol=1e-3)
+    assert_recorded(tmp_path)
 
 
 def test_a_name_goes_before_an_expression_and_that_before_a_class(dense: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -219,6 +239,7 @@ def test_activation_order_of_compressed_tensors(order: str, bits: int, dense: Ll
     save_file(tensors, file)
     assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), logits_of(dense, back), atol=1e-3)
     assert torch.allclose(loaded(tmp_path)(TOKENS), logits_of(dense, back), atol=1e-3)
+    assert_recorded(tmp_path)
     tensors[next(name for name in tensors if name.endswith("g_idx"))][0] += 1
     save_file(tensors, file)
     with pytest.raises(RequestError, match=r"weight_g_idx does not assign 32 inputs"):
@@ -242,6 +263,7 @@ def test_activation_order_of_gptq(activation_bits: int, dense: LlamaForCausalLM,
     expected = logits_of(dense, back)
     model = load_packed(open_packed(tmp_path), torch.float32, torch.device("cpu"), activation_bits, lambda *_: None)
     assert torch.allclose(model(TOKENS), expected, atol=1e-3 if activation_bits == 16 else 1.5)
+    assert_recorded(tmp_path)
     assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), expected, atol=1e-3)
 
 
@@ -267,6 +289,7 @@ def test_gptq_of_eight_bits(
     write(tmp_path, tensors, {"quant_method": "gptq", **options})
     expected = logits_of(dense, back)
     assert torch.allclose(loaded(tmp_path)(TOKENS), expected, atol=1e-3)
+    assert_recorded(tmp_path)
     assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), expected, atol=1e-3)
 
 
@@ -427,13 +450,36 @@ def test_rope_scaling_of_gguf_in_both_loaders(
 @pytest.mark.parametrize(
     ("add", "message"),
     [
-        (lambda writer: writer.add_uint16("split.count", 3), "one of 3 parts of a split model"),
+        (lambda writer: writer.add_uint16("split.count", 3), "is part 1 of 3 by its metadata, but part 1 of 1"),
         (lambda writer: writer.add_string("llama.rope.scaling.type", "longrope"), r"rope\.scaling\.type"),
         (lambda writer: writer.add_uint32("llama.rope.dimension_sections", 4), r"llama\.rope\.dimension_sections"),
         (lambda writer: writer.add_uint32("llama.rope.dimension_count", 16), r"rope\.dimension_count=16"),
         (lambda writer: writer.add_uint32("llama.expert_count", 8), "expert_count"),
         (lambda writer: writer.add_float32("llama.logit_scale", 0.5), "logit_scale"),
-        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(128, np.float32)), r"blk\.0\.attn_q\.bias"),
+        (lambda writer: writer.add_tensor("blk.1.attn_q.bias", np.ones(128, np.float32)), r"blk\.1\.attn_q\.bias"),
+        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(128, np.float32)), r"attn_k\.bias is missing"),
+        (
+            lambda writer: writer.add_float32("llama.attention.scale", 0.5),
+            r"attention\.scale=0\.5 is not 1 / sqrt\(32\)",
+        ),
+        (
+            lambda writer: writer.add_float32("llama.attention.temperature_scale", 0.5),
+            r"attention\.temperature_scale=0\.5",
+        ),
+        (lambda writer: writer.add_float32("llama.attention.max_alibi_bias", 8.0), r"attention\.max_alibi_bias"),
+        (lambda writer: writer.add_float32("llama.attention.not_known_yet", 8.0), r"attention\.not_known_yet=8\.0"),
+        (lambda writer: writer.add_uint32("llama.attention.sliding_window", 4096), r"attention\.sliding_window"),
+        (
+            lambda writer: writer.add_float32("llama.rope.scaling.yarn_ext_factor", 0.5),
+            r"rope\.scaling\.yarn_ext_factor",
+        ),
+        (lambda writer: writer.add_float32("llama.rope.scaling.alpha", 2.0), r"rope\.scaling\.alpha"),
+        (lambda writer: writer.add_float32("llama.expert_weights_scale", 2.0), "expert_weights_scale"),
+        (lambda writer: writer.add_uint32("llama.nextn_predict_layers", 1), "nextn_predict_layers"),
+        (lambda writer: writer.add_float32("llama.embedding_scale", 12.0), "embedding_scale"),
+        (lambda writer: writer.add_float32("llama.residual_scale", 0.5), "residual_scale"),
+        (lambda writer: writer.add_bool("llama.swin_norm", True), r"swin_norm=True changes what the model computes"),
+        (lambda writer: writer.add_array("llama.attention.key_length", [32, 16]), "differs from layer to layer"),
         (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(16, np.float32)), "rope_factors_long"),
     ],
 )
@@ -443,6 +489,69 @@ def test_what_gguf_may_say_and_this_reader_does_not_know(
     write_gguf(tmp_path / "model.gguf", dense, GGMLQuantizationType.Q8_0, add)
     with pytest.raises(RequestError, match=message):
         GGUFFile(tmp_path / "model.gguf")
+
+
+def test_what_gguf_may_say_without_changing_anything(dense: LlamaForCausalLM, tmp_path: Path) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_float32("llama.attention.scale", 32**-0.5)
+        writer.add_array("llama.attention.key_length", [32, 32])
+        writer.add_uint32("llama.expert_count", 0)
+        writer.add_float32("llama.logit_scale", 1.0)
+        writer.add_float32("llama.attn_logit_softcapping", 0.0)
+        writer.add_string("llama.tensor_data_layout", "Meta AI original pth")
+        writer.add_float32("llama.rope.scaling.yarn_attn_factor", 1.0)
+        writer.add_uint32("llama.nobody_knows", 1)
+
+    back = write_gguf(tmp_path / "model.gguf", dense, GGMLQuantizationType.Q8_0, add)
+    with pytest.warns(RuntimeWarning, match=r"llama\.nobody_knows is not known and has no effect"):
+        model = loaded(tmp_path / "model.gguf")
+    assert torch.allclose(model(TOKENS), logits_of(dense, back), atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "pangu-embedded"])
+def test_biases_of_gguf(architecture: str, tmp_path: Path) -> None:
+    """Those of q and k are in ggml's order too, but only for the architecture llama."""
+    config = LlamaConfig(**{**CONFIG.to_dict(), "attention_bias": True, "mlp_bias": architecture == "llama"})
+    torch.manual_seed(1)
+    biased = LlamaForCausalLM(config).eval()
+    for parameter in biased.parameters():
+        parameter.data.normal_(0, 1.0 if parameter.dim() == 1 else 2.5 * parameter.shape[1] ** -0.5)
+    back = write_gguf(tmp_path / "model.gguf", biased, GGMLQuantizationType.Q8_0, architecture=architecture)
+    model = loaded(tmp_path / "model.gguf")
+    assert torch.allclose(model(TOKENS), logits_of(biased, back, config), atol=1e-3)
+
+
+def test_the_tokens_that_end_a_turn_are_stop_tokens(dense: LlamaForCausalLM, tmp_path: Path) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_eos_token_id(7)
+        writer.add_eot_token_id(9)
+
+    write_gguf(tmp_path / "model.gguf", dense, GGMLQuantizationType.Q8_0, add)
+    assert GGUFFile(tmp_path / "model.gguf").raw["eos_token_id"] == [7, 9]
+    write_gguf(tmp_path / "one.gguf", dense, GGMLQuantizationType.Q8_0, lambda writer: writer.add_eos_token_id(7))
+    assert GGUFFile(tmp_path / "one.gguf").raw["eos_token_id"] == 7
+
+
+def test_a_model_in_several_parts(dense: LlamaForCausalLM, tmp_path: Path) -> None:
+    back = write_gguf(tmp_path / "model.gguf", dense, GGMLQuantizationType.Q8_0, tensors_per_part=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == [f"model-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
+    assert torch.allclose(loaded(parts[0])(TOKENS), logits_of(dense, back), atol=1e-3)
+    digest = hash_of_parts(parts[0])
+    with pytest.raises(RequestError, match=r"is part 2 of 3; pass the first part, model-00001-of-00003\.gguf"):
+        loaded(parts[1])
+    content = parts[2].read_bytes()
+    parts[2].write_bytes(content[:-1] + b"x")
+    assert hash_of_parts(parts[0]) != digest
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(RequestError, match=r"is part 2 of 3 by its metadata, but part 3 of 3 by its name"):
+        loaded(parts[0])
+    parts[2].unlink()
+    with pytest.raises(RequestError, match=r"model-00003-of-00003\.gguf: no such file; it is one of the 3 parts"):
+        loaded(parts[0])
+    alone = parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(RequestError, match=r"is part 1 of 3 by its metadata.*keep the names"):
+        loaded(alone)
 
 
 def test_a_gguf_file_with_fewer_tensors_than_layers(dense: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -12,11 +12,21 @@ from collections.abc import Callable, Iterator
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu
+from quasar_kernels import (
+    DenseWeight,
+    GroupInt8Weight,
+    GroupNumbers,
+    InputOrder,
+    Int4Weight,
+    Int8Weight,
+    Quantized,
+    cpu,
+)
 from quasar_kernels.cpu import library, packing
 from quasar_kernels.cpu.levels import available_levels
 from quasar_kernels.matmul import Matmul
-from quasar_kernels.ops import MATMULS, rotary_write
+from quasar_kernels.ops import MATMULS, rotary_write, select_inputs
+from quasar_kernels.reference import pack_int4
 from torch import Tensor
 
 from tests import definitions
@@ -60,6 +70,36 @@ def int4_weight(
         "fraction": torch.rand(shape, generator=generator) * 15,
     }[zeros]
     return Int4Weight(packed, scales, offsets, zeros == "symmetric", dtype)
+
+
+def group_numbers(shape: tuple[int, int], shared: int, dtype: torch.dtype, seed: int) -> GroupNumbers:
+    """Numbers of the groups [N, G]; ``shared`` groups have one value and different factors."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.rand(shape[0], shape[1] // shared, generator=generator) + 0.1).to(dtype) / 64
+    if shared == 1:
+        return GroupNumbers(values)
+    return GroupNumbers(values, torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator))
+
+
+def weight_in_blocks(
+    bits: int, shape: tuple[int, int], group_size: int, shared: int, minimums: bool, dtype: torch.dtype
+) -> tuple[Int4Weight | GroupInt8Weight, Tensor]:
+    """A weight as checkpoints store it, and its definition in float64."""
+    generator = torch.Generator().manual_seed(bits + group_size)
+    groups = shape[0], shape[1] // group_size
+    number_dtype = torch.float16 if shared > 1 else torch.float32
+    scales = group_numbers(groups, shared, number_dtype, 1)
+    lowest = group_numbers(groups, shared, number_dtype, 2) if minimums else None
+    low, high = (-128, 128) if bits == 8 else (0, 16)
+    values = torch.randint(low, high, shape, generator=generator)
+    centered = values - (8 if bits == 4 and not minimums else 0)
+    expected = definitions.dequantized_groups(
+        centered, scales.expanded(), None if lowest is None else lowest.expanded()
+    )
+    if bits == 8:
+        return GroupInt8Weight(values.to(torch.int8), scales, lowest), expected
+    zeros = torch.full(groups, 8.0) if lowest is None else lowest
+    return Int4Weight(pack_int4(values.to(torch.uint8)), scales, zeros, lowest is None, dtype), expected
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -174,6 +214,45 @@ def test_w4a16_is_close_to_the_reference(level: str, dtype: torch.dtype, zeros: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("minimums", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_in_blocks_keep_their_scales(level: str, bits: int, minimums: bool, dtype: torch.dtype) -> None:
+    for group_size, shared, shape in [(16, 16, (96, 512)), (32, 8, (32, 256)), (32, 1, (96, 160)), (96, 1, (64, 192))]:
+        weight, exact = weight_in_blocks(bits, shape, group_size, shared, minimums, dtype)
+        assert relative_error(weight.dequantize(), exact) < 3e-7  # some roundings in float32
+        indices = torch.tensor([5, 0, 31, 5, 17])
+        assert torch.equal(weight.rows(indices), weight.dequantize()[indices])
+        offset = normal(shape[0], dtype=dtype)
+        product = quasar_kernels.linear_w4a16 if bits == 4 else quasar_kernels.linear_w8a16
+        for rows in (1, 2, 3, 8, 17, 64):
+            x = normal(rows, shape[1], seed=rows, dtype=dtype)
+            x[-1, : shape[1] // 2] = 0
+            expected = definitions.linear(x, exact, offset)
+            # Activations of 15 bit round by 1 / 32512 of the largest value of a group.
+            tolerance = 2e-6 if dtype == torch.float32 else 1.5e-2 if level == "torch" else 5e-3
+            assert relative_error(product(x, weight, offset), expected) < tolerance
+            if bits == 4:
+                quantized = Quantized(*definitions.quantized(x, group_size), dtype)
+                tokens = quantized.values.double() * quantized.scales.double().repeat_interleave(group_size, dim=1)
+                expected = definitions.linear(tokens, exact, offset).to(dtype)
+                found = quasar_kernels.linear_w4a8(quantized, weight, offset)
+                assert relative_error(found, expected) < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+@needs_kernels
+def test_weights_in_groups_take_activations_of_fifteen_bit_in_every_group(level: str) -> None:
+    """A group of small activations is as exact as one of large ones, which one scale per token would not be."""
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    x = torch.cat([torch.arange(1, 33).bfloat16() * 2.0**-40, torch.arange(1, 33).bfloat16() * 2.0**40]).repeat(3, 1)
+    values = torch.randint(-127, 128, (32, 64), dtype=torch.int8)
+    scales = torch.tensor([[2.0**40, 2.0**-40]]).repeat(32, 1)
+    found = quasar_kernels.linear_w8a16(x, GroupInt8Weight(values, GroupNumbers(scales)))
+    expected = definitions.linear(x, definitions.dequantized_groups(values, scales, None))
+    assert relative_error(found, expected) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None:
     for outputs, inputs in SHAPES:
         values, offset = normal(outputs, inputs, dtype=dtype), normal(outputs, dtype=dtype)
@@ -185,16 +264,21 @@ def test_dense_is_close_to_the_reference(level: str, dtype: torch.dtype) -> None
 
 
 @needs_kernels
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("product", MATMULS, ids=[op.name for op in MATMULS])
-def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, product: Matmul) -> None:
+def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, product: Matmul, blocks: bool) -> None:
     if level == "torch":
         pytest.skip("holds for the kernels")
-    outputs, inputs = 160, 576
+    outputs, inputs = 160, 768
     weight = {
         4: int4_weight(outputs, inputs, 64, "integer"),
         8: int8_weight(outputs, inputs),
         16: DenseWeight(normal(outputs, inputs, dtype=torch.bfloat16)),
     }[product.weight_bits]
+    if blocks:
+        if product.name in ("linear_bf16", "linear_w8a8"):
+            pytest.skip("takes no weights in blocks")
+        weight = weight_in_blocks(product.weight_bits, (outputs, inputs), 32, 8, True, torch.bfloat16)[0]
     x = normal(100, inputs, dtype=torch.bfloat16)
     alone = torch.cat([product(x[row : row + 1], weight) for row in range(len(x))])
     for rows in (*range(1, 33), 47, 64, 65, 100):
@@ -242,6 +326,10 @@ def test_packing_keeps_every_value(level: str) -> None:
     assert torch.equal(weight.values, dense)
     rows = torch.tensor([63, 0, 17])
     assert torch.equal(weight.rows(rows), dense[rows])
+    assert torch.equal(int8.rows(rows), values[rows].float() * int8.scales[rows].unsqueeze(1))
+    for zeros in ("symmetric", "integer", "fraction"):
+        int4 = int4_weight(64, 96, 32, zeros)
+        assert torch.equal(int4.rows(rows), int4.dequantize()[rows])
 
 
 def test_norm_and_swiglu(level: str) -> None:
@@ -288,6 +376,17 @@ def test_first_maxima(level: str, size: int, dtype: torch.dtype) -> None:
         assert quasar_kernels.first_maxima(x[:rows]).tolist() == expected[:rows]
     # Rows whose elements do not lie side by side.
     assert quasar_kernels.first_maxima(x.T.contiguous().T).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_select_inputs(level: str, dtype: torch.dtype) -> None:
+    indices = torch.randperm(77, generator=torch.Generator().manual_seed(0))
+    x = normal(130, 77, dtype=dtype)
+    for rows in (1, 130):
+        found = quasar_kernels.select_inputs(x[:rows], InputOrder(indices))
+        assert torch.equal(found, torch.stack([x[:rows, index] for index in indices], dim=1))
+    with pytest.raises(ValueError, match=r"x: expected \[M, 77\], got \[130, 76\]"):
+        select_inputs.OP.check(x[:, :76], InputOrder(indices))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
@@ -423,7 +522,10 @@ class Guarded:
         guarded = torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=offset)
         return guarded.view(source.shape).copy_(source)
 
-    def optional(self, source: Tensor | None) -> Tensor | None:
+    def optional(self, source: Tensor | packing.PackedNumbers | None) -> Tensor | packing.PackedNumbers | None:
+        if isinstance(source, packing.PackedNumbers):
+            factors = None if source.factors is None else self.copy(source.factors)
+            return packing.PackedNumbers(self.copy(source.values), factors)
         return None if source is None else self.copy(source)
 
 
@@ -472,12 +574,16 @@ def run_guarded(at_end: bool) -> None:
             product(loaded.linear_w8a16, packed(int8_weight(32, 160)), x)
             for zeros in ("symmetric", "integer", "fraction"):
                 product(loaded.linear_w4a16, packed(int4_weight(32, 160, 32, zeros, dtype)), x)
+            wide = normal(rows, 256, dtype=dtype)
+            for bits, function in ((4, loaded.linear_w4a16), (8, loaded.linear_w8a16)):
+                for size, shared in ((16, 16), (32, 8), (32, 1)):
+                    product(function, packed(weight_in_blocks(bits, (32, 256), size, shared, True, dtype)[0]), wide)
             product(loaded.linear_bf16, packed(DenseWeight(normal(32, 160).bfloat16())), x)
             product(loaded.linear_f32, packed(DenseWeight(normal(32, 160))), x)
         run_fused_guarded(loaded, guarded, rows)
 
 
-def packed(weight: Int8Weight | Int4Weight | DenseWeight) -> packing.PackedWeight:
+def packed(weight: Int8Weight | GroupInt8Weight | Int4Weight | DenseWeight) -> packing.PackedWeight:
     found = weight.packed_for_kernels()
     assert found is not None
     return found
@@ -501,6 +607,8 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, size, 1)
     loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 32, 1)
     loaded.first_maxima(x, other(rows, dtype=torch.int64), rows, size, 1)
+    order = guarded.copy(torch.arange(size).flip(0))
+    loaded.select_inputs(x, order.data_ptr(), bfloat16(rows, size), rows, size, 1)
     q, out = bfloat16(rows, heads, head_dim), bfloat16(rows, heads, head_dim)
     cache = bfloat16(kv_heads, slots, head_dim), bfloat16(kv_heads, slots, head_dim)
     qkv, rotation = bfloat16(rows, (heads + 2 * kv_heads) * head_dim), (other(rows, head_dim), other(rows, head_dim))

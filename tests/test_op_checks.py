@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized
+from quasar_kernels import DenseWeight, GroupInt8Weight, GroupNumbers, InputOrder, Int4Weight, Int8Weight, Quantized
 from quasar_kernels.cpu import packing
 from quasar_kernels.cpu.levels import available_levels
 
@@ -128,6 +128,11 @@ OPS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]], list[tuple[str
             ("block_mask", torch.ones(ROWS + 1, ROWS + 1, dtype=torch.bool)),
         ],
     ),
+    (
+        quasar_kernels.select_inputs,
+        lambda: {"x": bf16(ROWS, HIDDEN), "order": InputOrder(torch.arange(HIDDEN))},
+        [("x", bf16(ROWS, HIDDEN - 1)), ("x", bf16(HIDDEN)), ("order", InputOrder(torch.arange(HIDDEN - 1)))],
+    ),
     (quasar_kernels.linear_w8a8, matmul(int8), [*WRONG_X, ("x", quantized(2)), ("x", quantized(1, torch.int16))]),
     (quasar_kernels.linear_w8a16, matmul(int8), WRONG_X),
     (quasar_kernels.linear_w4a8, matmul(int4), [*WRONG_X, ("x", quantized(1)), ("x", quantized(4))]),
@@ -173,4 +178,19 @@ def test_packed_weights_have_all_their_scales() -> None:
     with pytest.raises(ValueError, match="expected 32 scales"):
         packing.PackedWeight(values, 64, torch.ones(1))
     with pytest.raises(ValueError, match="expected 64 scales"):
-        packing.PackedWeight(values, 64, torch.ones(2, 1, 16), group_size=32)
+        packing.PackedWeight(values, 64, packing.PackedNumbers(torch.ones(2, 1, 16)), group_size=32)
+    shared = packing.PackedNumbers(torch.ones(2, 1, 16), torch.ones(2, 1, 16, dtype=torch.int8))
+    with pytest.raises(ValueError, match="expected 64 scales"):
+        packing.PackedWeight(values, 64, shared, group_size=32)
+
+
+@pytest.mark.parametrize(("shared", "groups"), [(1, 3), (2, 3), (4, 2)])
+def test_shared_scales_belong_to_a_power_of_two_of_groups(shared: int, groups: int) -> None:
+    with pytest.raises(ValueError, match="G a power of two times S"):
+        GroupNumbers(torch.ones(32, shared), torch.ones(32, groups, dtype=torch.int8))
+
+
+def test_int8_weights_in_groups_have_minimums_for_each_group() -> None:
+    values, two, four = torch.zeros(32, 64, dtype=torch.int8), *(GroupNumbers(torch.ones(32, n)) for n in (2, 4))
+    with pytest.raises(ValueError, match=r"got torch\.int8 \[32, 64\] with 2 groups"):
+        GroupInt8Weight(values, two, four)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import quasar_kernels.ops
 import torch
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu, dispatch
+from quasar_kernels import DenseWeight, InputOrder, Int4Weight, Int8Weight, Quantized, cpu, dispatch
 from quasar_kernels.cases import LAYERS, Layer, Setting
 from quasar_kernels.dispatch import Kernel, LayerOp, Op
 from quasar_kernels.matmul import Matmul
@@ -21,6 +21,7 @@ from quasar_kernels.ops import (
     first_maxima,
     linear_w4a8,
     rotary_write,
+    select_inputs,
     silu_mul,
 )
 from torch import Tensor
@@ -69,7 +70,7 @@ def matmul(weight_bits: int, activations: str = "float") -> Matmul:
 def test_every_file_of_an_op_is_in_the_table() -> None:
     files = {path.stem for path in Path(quasar_kernels.ops.__file__).parent.glob("*.py")} - {"__init__"}
     names = [op.name for op in (*MATMULS, *LAYER_OPS)]
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 13
     assert files == {name.removesuffix("_quantize") for name in names}
 
 
@@ -203,6 +204,20 @@ def test_rotation_and_attention(dtype: torch.dtype, rows: int, normalized: bool)
     for block_mask in (mask, mask.long()):
         found = block_attention.OP.plain(q, *cache, slot, block_mask)
         assert_close(found, definitions.block_attention(q, *cache, start, mask), dtype)
+
+
+def test_select_inputs() -> None:
+    order = InputOrder(torch.tensor([2, 0, 3, 1]))
+    x = torch.tensor([[10.0, 20.0, 30.0, 40.0], [1.0, 2.0, 3.0, 4.0]])
+    for dtype in DTYPES:
+        found = select_inputs.OP.plain(x.to(dtype), order)
+        assert found.tolist() == [[30, 10, 40, 20], [3, 1, 4, 2]]
+        assert found.dtype == dtype
+    for wrong in ([0, 0, 1, 2], [1, 2, 3, 4], [-1, 0, 1, 2]):
+        with pytest.raises(ValueError, match=r"expected a permutation, int64 \[K\]"):
+            InputOrder(torch.tensor(wrong))
+    with pytest.raises(ValueError, match=r"got torch\.int32"):
+        InputOrder(torch.arange(4, dtype=torch.int32))
 
 
 def test_first_maxima() -> None:

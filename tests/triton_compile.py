@@ -18,6 +18,7 @@ from quasar_kernels.triton.activation import silu_mul_kernel
 from quasar_kernels.triton.attention import MERGE_ELEMENTS, attention_launch, block_attention_kernel, merge_kernel
 from quasar_kernels.triton.linear_bf16 import linear_bf16_kernel
 from quasar_kernels.triton.linear_w4 import linear_w4_kernel
+from quasar_kernels.triton.linear_w8_groups import linear_w8_groups_kernel
 from quasar_kernels.triton.linear_w8a8 import linear_w8a8_kernel
 from quasar_kernels.triton.norm import rms_norm_kernel
 from quasar_kernels.triton.quantize import quantize_tokens_kernel
@@ -53,7 +54,7 @@ def main() -> None:
         sys.exit(77)
     architecture = int(sys.argv[1])
     facts: dict[str, Any] = {}
-    for case in [*products(architecture), *attentions(), *elementwise()]:
+    for case in [*products(architecture), *group_products(), *attentions(), *elementwise()]:
         assert case.name not in facts, case.name
         facts[case.name] = {"kind": case.kind, **examine(compile_kernel(case, architecture))}
     print(json.dumps(facts))
@@ -85,6 +86,23 @@ def products(architecture: int) -> Iterator[Case]:
         shape = _shape(f"linear_{kind.split()[0]}", 6, *DOWN)
         tiling = default_tiling(shape, PROCESSORS)
         yield product(f"{kind}, asymmetric", kind, shape, tiling, {"HAS_ZEROS": True})
+
+
+def group_products() -> Iterator[Case]:
+    """int8 weights in groups: of Q8_0, and of Q6_K and Q5_K with numbers that groups share."""
+    types = {"x": "*bf16", "values": "*i8", "scales": "*fp16", "scale_factors": "*i8", "minimums": "*fp16"}
+    types |= {"minimum_factors": "*i8", "bias": "*bf16", "out": "*bf16", "counters": "*i32", "partials": "*fp32"}
+    types |= {"rows": "i32", "outputs": "i32", "inputs": "i32"}
+    for rows in (6, 32):
+        for group_size, shared, minimums in ((32, 0, False), (16, 16, False), (32, 8, True)):
+            tiling = default_tiling(Shape("linear_w8a16", rows, *DOWN, group_size), PROCESSORS)
+            constants = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k}
+            constants |= {"GROUP": group_size, "GROUPS": tiling.block_k // group_size, "WIDE": False, "HAS_BIAS": True}
+            constants |= {"SCALE_SHARED": shared, "MINIMUM_SHARED": shared, "HAS_MINIMUMS": minimums}
+            options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+            name = f"w8a16 in groups of {group_size}, {rows} rows"
+            name += ", minimums" if minimums else ""
+            yield Case(name, "w8a16 in groups", linear_w8_groups_kernel, types, constants, options)
 
 
 def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[str, Any] | None = None) -> Case:

@@ -4,6 +4,7 @@ This package works on tensors only and knows nothing of configs, models or decod
 every op; the functions exported here choose the backend that the tensors' device offers.
 """
 
+from quasar_kernels.group_numbers import GroupNumbers
 from quasar_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_quantize
 from quasar_kernels.ops.block_attention import block_attention
 from quasar_kernels.ops.first_maxima import first_maxima
@@ -13,11 +14,15 @@ from quasar_kernels.ops.linear_w4a16 import linear_w4a16
 from quasar_kernels.ops.linear_w8a8 import linear_w8a8
 from quasar_kernels.ops.linear_w8a16 import linear_w8a16
 from quasar_kernels.ops.rotary_write import rotary_write
+from quasar_kernels.ops.select_inputs import select_inputs
 from quasar_kernels.ops.silu_mul import silu_mul, silu_mul_quantize
-from quasar_kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
+from quasar_kernels.weights import DenseWeight, GroupInt8Weight, InputOrder, Int4Weight, Int8Weight, Quantized
 
 __all__ = [
     "DenseWeight",
+    "GroupInt8Weight",
+    "GroupNumbers",
+    "InputOrder",
     "Int4Weight",
     "Int8Weight",
     "Quantized",
@@ -32,6 +37,7 @@ __all__ = [
     "linear_w8a8",
     "linear_w8a16",
     "rotary_write",
+    "select_inputs",
     "silu_mul",
     "silu_mul_quantize",
 ]

@@ -33,6 +33,13 @@ def first_maxima(x: Tensor) -> None:
         raise ValueError(f"x: expected [M, S] with values in every row, got {list(x.shape)}")
 
 
+def select_inputs(x: Tensor, order: Any) -> None:
+    """order: `quasar_kernels.InputOrder`, which checks its indices."""
+    if x.dim() != 2 or x.shape[1] != len(order.indices):
+        raise ValueError(f"x: expected [M, {len(order.indices)}], got {list(x.shape)}")
+    _require("x", x, x.shape, device=order.indices.device)
+
+
 def rotary_write(
     qkv: Tensor,
     cos: Tensor,

@@ -14,9 +14,9 @@ from quasar_kernels.cpu.calls import multiply
 from quasar_kernels.cpu.library import ACTIVATION_DTYPES, Library
 from quasar_kernels.dispatch import Kernel, Op
 from quasar_kernels.reference import quantize_tokens
-from quasar_kernels.weights import DenseWeight, Int4Weight, Int8Weight, Quantized
+from quasar_kernels.weights import DenseWeight, GroupInt8Weight, Int4Weight, Int8Weight, Quantized
 
-Weight = DenseWeight | Int8Weight | Int4Weight
+Weight = DenseWeight | Int8Weight | GroupInt8Weight | Int4Weight
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,24 @@ def dequantize_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return ((groups - zeros.float().unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(1)
 
 
+def dequantize_groups(values: Tensor, scales: Tensor, minimums: Tensor | None) -> Tensor:
+    """Return ``q * scale - minimum``, float32 [N, K]. values: int8 [N, K]; scales, minimums: float32 [N, G]."""
+    groups = values.float().view(len(values), scales.shape[1], -1) * scales.unsqueeze(-1)
+    return (groups if minimums is None else groups - minimums.unsqueeze(-1)).flatten(1)
+
+
+def zero_points(values: Tensor, scales: Tensor, minimums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Write ``q * scale - minimum`` as ``(q - zero) * scale``; return values, scales and zero points.
+
+    values: uint8 [N, K]; scales, minimums: float32 [N, G]. A constant group has scale 0, so another scale is chosen for
+    it: q becomes 0, the scale the minimum, and the zero point 1.
+    """
+    constant = scales == 0
+    scales = torch.where(constant, torch.where(minimums == 0, 1, minimums), scales)
+    values = values.view(*scales.shape, -1).masked_fill(constant.unsqueeze(2), 0).flatten(1)
+    return values, scales, minimums / scales
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute root mean square normalization over the last dimension (Zhang & Sennrich 2019).
 

@@ -14,18 +14,21 @@ from torch import Tensor
 from quasar_kernels import cpu, reference
 from quasar_kernels.cpu import PackedWeight
 from quasar_kernels.cpu.packing import (
-    INPUTS_MULTIPLE,
+    GROUP_MULTIPLE,
     SYMMETRIC_ZERO,
     float16_scale_unit,
     packable,
     unpack_dense,
     unpack_dense_rows,
+    unpack_group_int8,
     unpack_int4,
     unpack_int8,
 )
+from quasar_kernels.group_numbers import GroupNumbers
 
 if TYPE_CHECKING:
     from quasar_kernels.triton.int4_packing import PackedInt4
+    from quasar_kernels.triton.linear_w8_groups import PackedGroupInt8
 
 # Group sizes of PyTorch's packed 4-bit matmul.
 TORCH_INT4_GROUP_SIZES = (32, 64, 128, 256)
@@ -39,6 +42,20 @@ class Quantized(NamedTuple):
     values: Tensor
     scales: Tensor
     dtype: torch.dtype
+
+
+class InputOrder:
+    """The input that each column of a weight is multiplied with: indices int64 [K], a permutation."""
+
+    def __init__(self, indices: Tensor) -> None:
+        expected = torch.arange(len(indices), device=indices.device)
+        if indices.dtype != torch.int64 or not torch.equal(indices.sort().values, expected):
+            raise ValueError(f"expected a permutation, int64 [K], got {indices.dtype} {list(indices.shape)}")
+        self.indices = indices.contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        return self.indices.nbytes
 
 
 class Int8Weight:
@@ -58,7 +75,7 @@ class Int8Weight:
             raise ValueError(f"group_size: expected 0 or a divisor of {values.shape[1]}, got {group_size}")
         self.outputs, self.inputs = values.shape
         self.scales, self.group_size = scales, 0 if group_size == self.inputs else group_size
-        takes = _has_kernels(values.device, self.outputs, self.inputs, self.group_size or INPUTS_MULTIPLE)
+        takes = _has_kernels(values.device, self.outputs, self.inputs, self.group_size or GROUP_MULTIPLE)
         self._packed = cpu.pack_int8(values, scales, self.group_size) if takes else None
         self._values = values if self._packed is None else None
 
@@ -81,40 +98,132 @@ class Int8Weight:
         """Bytes that a matmul reads."""
         return self.outputs * self.inputs + self.scales.nbytes
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return dequantized rows, float32 [R, K]. indices: int64 [R]."""
+        if self._values is not None:
+            values = self._values[indices]
+        else:
+            assert self._packed is not None
+            values = unpack_int8(self._packed.of_rows(indices))[: len(indices)]
+        return values.float() * self.scales[indices].unsqueeze(1)
+
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None if they do not apply."""
         return self._packed
 
 
-class Int4Weight:
-    """A 4-bit weight ``(q - zero) * scale`` in groups along K.
+class GroupInt8Weight:
+    """An int8 weight ``q * scale - minimum`` in groups along K, with scales and minimums as they are stored.
 
-    packed: uint8 [N, K / 2] as in `reference.pack_int4`; scales, zeros: [N, K / group_size]. For activations of
-    float32, the exactness mode, scales stay float32; for 16-bit activations they are rounded to float16 times a
-    power of two per matrix, and ``scales`` gives the rounded ones, so that every backend computes the same.
+    values: int8 [N, K]; minimums: None if all are 0. The CPU kernels take groups of a multiple of 16 inputs.
+    """
+
+    def __init__(self, values: Tensor, scales: GroupNumbers, minimums: GroupNumbers | None = None) -> None:
+        groups = scales.groups
+        valid = values.dim() == 2 and values.dtype == torch.int8 and len(scales.values) == len(values)
+        valid = valid and (minimums is None or (minimums.groups, len(minimums.values)) == (groups, len(values)))
+        if not valid or values.shape[1] % groups:
+            raise ValueError(
+                f"expected int8 values [N, K] with scales and minimums [N, G], got {values.dtype} {list(values.shape)} "
+                f"with {groups} groups"
+            )
+        self.outputs, self.inputs = values.shape
+        self.group_size = self.inputs // groups
+        self._packed: PackedWeight | None = None
+        self._canonical: tuple[Tensor, GroupNumbers, GroupNumbers | None] | None = (values, scales, minimums)
+        if _has_kernels(values.device, self.outputs, self.inputs, self.group_size):
+            self._packed = cpu.pack_group_int8(values, scales, minimums)
+            self._canonical = None
+        self._triton: PackedGroupInt8 | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a matmul reads."""
+        if self._packed is not None:
+            return self._packed.nbytes
+        assert self._canonical is not None
+        return sum(part.nbytes for part in self._canonical if part is not None)
+
+    def canonical(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return values, int8 [N, K], and scales and minimums, float32 [N, G]."""
+        if self._canonical is not None:
+            values, scales, minimums = self._canonical
+            return values, scales.expanded(), None if minimums is None else minimums.expanded()
+        assert self._packed is not None
+        return unpack_group_int8(self._packed)
+
+    def dequantize(self) -> Tensor:
+        """Return the matrix, float32 [N, K]."""
+        return reference.dequantize_groups(*self.canonical())
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return dequantized rows, float32 [R, K]. indices: int64 [R]."""
+        if self._packed is not None:
+            chosen = unpack_group_int8(self._packed.of_rows(indices))
+            return reference.dequantize_groups(*chosen)[: len(indices)]
+        values, scales, minimums = self.canonical()
+        return reference.dequantize_groups(
+            values[indices], scales[indices], None if minimums is None else minimums[indices]
+        )
+
+    def packed_for_kernels(self) -> PackedWeight | None:
+        """The form for the CPU kernels, or None if they do not apply."""
+        return self._packed
+
+    def packed_for_triton(self) -> PackedGroupInt8:
+        """Return the form for the Triton kernels, which has the same values."""
+        if self._triton is None:
+            from quasar_kernels.triton.linear_w8_groups import PackedGroupInt8, TransposedNumbers
+
+            assert self._canonical is not None
+            values, scales, minimums = self._canonical
+            lowest = None if minimums is None else TransposedNumbers.of(minimums)
+            self._triton = PackedGroupInt8(values, TransposedNumbers.of(scales), lowest, self.group_size)
+        return self._triton
+
+
+class Int4Weight:
+    """A 4-bit weight ``(q - zero) * scale``, or ``q * scale - minimum``, in groups along K.
+
+    packed: uint8 [N, K / 2] as in `reference.pack_int4`
+    scales: float [N, K / group_size]. For activations of float32, the exactness mode, they stay float32; for 16-bit
+        activations they are rounded to float16 times a power of two per matrix, and ``scales`` gives the rounded ones,
+        so that every backend computes the same. `GroupNumbers` are kept as they are
+    zeros: zero points, float [N, K / group_size], or the minimums as `GroupNumbers`
     """
 
     def __init__(
-        self, packed: Tensor, scales: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype = torch.bfloat16
+        self,
+        packed: Tensor,
+        scales: Tensor | GroupNumbers,
+        zeros: Tensor | GroupNumbers,
+        symmetric: bool,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        rows, groups = scales.shape if scales.dim() == 2 else (0, 0)
-        valid = packed.dim() == 2 and packed.dtype == torch.uint8 and zeros.shape == scales.shape
-        if not valid or rows != len(packed) or groups == 0 or packed.shape[1] * 2 % groups:
+        shape, zeros_shape = (
+            part.shape if isinstance(part, Tensor) else torch.Size((len(part.values), part.groups))
+            for part in (scales, zeros)
+        )
+        valid = packed.dim() == 2 and packed.dtype == torch.uint8 and zeros_shape == shape and len(shape) == 2
+        if not valid or shape[0] != len(packed) or shape[1] == 0 or packed.shape[1] * 2 % shape[1]:
             raise ValueError(
                 f"expected uint8 [N, K / 2] with scales and zeros [N, G], got {packed.dtype} {list(packed.shape)} with "
-                f"scales {list(scales.shape)} and zeros {list(zeros.shape)}"
+                f"scales {list(shape)} and zeros {list(zeros_shape)}"
             )
         self.outputs, self.inputs = len(packed), packed.shape[1] * 2
-        self.group_size = self.inputs // scales.shape[1]
+        self.group_size = self.inputs // shape[1]
         self.symmetric, self.dtype = symmetric, dtype
-        self._scale_unit = None if dtype == torch.float32 else float16_scale_unit(scales)
-        rounded = scales if self._scale_unit is None else (scales / self._scale_unit).half().float() * self._scale_unit
         self._device = packed.device
+        stored, unit = (scales, 1.0) if isinstance(scales, GroupNumbers) else _stored_scales(scales, dtype)
         self._packed = None
-        self._canonical: tuple[Tensor, Tensor, Tensor] | None = (packed, rounded, zeros)
+        self._canonical: tuple[Tensor, Tensor, Tensor] | None = None
         if _has_kernels(self._device, self.outputs, self.inputs, self.group_size):
-            self._packed = cpu.pack_int4(packed, rounded, zeros, self._scale_unit)
-            self._canonical = None
+            self._packed = cpu.pack_int4(
+                packed, stored, zeros if isinstance(zeros, GroupNumbers) else zeros.float(), unit
+            )
+        else:
+            self._canonical = _with_zero_points(packed, stored.expanded() * unit, zeros)
+        self._nbytes = packed.nbytes + stored.nbytes + self._zero_bytes(zeros)
         self._triton: tuple[PackedInt4, Tensor, Tensor] | None = None
         self._torch_packed: tuple[Tensor, Tensor] | None = None
 
@@ -126,6 +235,12 @@ class Int4Weight:
         quants = (torch.round(groups / scales.unsqueeze(2)) + SYMMETRIC_ZERO).to(torch.uint8).view(values.shape)
         zeros = torch.full_like(scales, SYMMETRIC_ZERO)
         return Int4Weight(reference.pack_int4(quants), scales, zeros, symmetric=True, dtype=values.dtype)
+
+    def _zero_bytes(self, zeros: Tensor | GroupNumbers) -> int:
+        """Bytes of zero points, which have 4 bits, or of minimums."""
+        if isinstance(zeros, GroupNumbers):
+            return zeros.nbytes
+        return 0 if self.symmetric else zeros.numel() // 2
 
     @property
     def packed(self) -> Tensor:
@@ -145,11 +260,8 @@ class Int4Weight:
     @property
     def nbytes(self) -> int:
         """Bytes that a matmul reads: 4-bit integers and zero points, scales of 16 bit (32 in float32 mode)."""
-        if self._packed is not None:
-            return self._packed.nbytes
-        groups = self.outputs * self.inputs // self.group_size
-        scale_bytes = 4 if self._scale_unit is None else 2
-        return self.outputs * self.inputs // 2 + groups * scale_bytes + (0 if self.symmetric else groups // 2)
+        form = self._packed if self._triton is None else self._triton[0]
+        return self._nbytes if form is None else form.nbytes
 
     def canonical(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return packed, scales and zeros in the form that `quasar_kernels.reference` takes."""
@@ -168,6 +280,12 @@ class Int4Weight:
     def packed_for_kernels(self) -> PackedWeight | None:
         """The form for the CPU kernels, or None if they do not apply."""
         return self._packed
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return dequantized rows, float32 [R, K]. indices: int64 [R]."""
+        if self._packed is not None:
+            return reference.dequantize_int4(*unpack_int4(self._packed.of_rows(indices)))[: len(indices)]
+        return reference.dequantize_int4(*(part[indices] for part in self.canonical()))
 
     def packed_for_triton(self) -> PackedInt4:
         """Return the form for the Triton kernels. After its first use it is the only copy of the 4-bit integers."""
@@ -196,6 +314,21 @@ class Int4Weight:
         prepared = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
         self._torch_packed = prepared, scales_and_offsets.to(torch.bfloat16)
         return self._torch_packed
+
+
+def _stored_scales(scales: Tensor, dtype: torch.dtype) -> tuple[GroupNumbers, float]:
+    """Return scales in their storage format for activations of ``dtype``, and the number that multiplies them."""
+    if dtype == torch.float32:
+        return GroupNumbers(scales.float()), 1.0
+    unit = float16_scale_unit(scales)
+    return GroupNumbers((scales / unit).half()), unit
+
+
+def _with_zero_points(packed: Tensor, scales: Tensor, zeros: Tensor | GroupNumbers) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(zeros, Tensor):
+        return packed, scales, zeros
+    values, scales, points = reference.zero_points(reference.unpack_int4(packed), scales, zeros.expanded())
+    return reference.pack_int4(values), scales, points
 
 
 class DenseWeight:
@@ -240,5 +373,5 @@ class DenseWeight:
         return self._packed
 
 
-def _has_kernels(device: torch.device, outputs: int, inputs: int, group_size: int = INPUTS_MULTIPLE) -> bool:
+def _has_kernels(device: torch.device, outputs: int, inputs: int, group_size: int = GROUP_MULTIPLE) -> bool:
     return device.type == "cpu" and packable(outputs, inputs, group_size) and cpu.backend() is not None

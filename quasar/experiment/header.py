@@ -49,7 +49,7 @@ def warnings_of(parts: Prepared) -> list[str]:
     checkpoint = parts.checkpoint
     if parts.weights_on_grid is not None and parts.weights_on_grid > MOSTLY_ON_GRID:
         found.append(
-            f"the reference was dequantized: {parts.weights_on_grid:.0%} of its weights lie on a 4-bit or 8-bit grid; "
+            f"the reference was dequantized: {parts.weights_on_grid:.0%} of its weights lie on a low-bit grid; "
             "a verifier that quantizes to the same grid is not a compression of it"
         )
     if checkpoint.grid is not None and _on_grid(parts.settings.verifier, checkpoint.grid):

@@ -13,7 +13,7 @@ from quasar.cache import code_version, sha256_of
 from quasar.config.schema import RunConfig
 from quasar.evaluation.calibration import calibration_prompts
 from quasar.evaluation.prompts import Prompt, prompt_set_hash
-from quasar.model.sources import MODEL_FILES, Checkpoint
+from quasar.model.sources import MODEL_FILES, Checkpoint, hash_of_parts
 from quasar.results.schema import Inputs
 
 PACKAGES = ("torch", "transformers")
@@ -51,7 +51,7 @@ def _named_files(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
         elif key in FILE_KEYS and isinstance(value, str):
             path = Path(value).expanduser()
             if path.is_file():
-                yield f"{prefix}{key}", sha256_of(path)
+                yield f"{prefix}{key}", hash_of_parts(path) if path.suffix == ".gguf" else sha256_of(path)
             elif path.is_dir():
                 yield f"{prefix}{key}", _folder_hash(path)
 

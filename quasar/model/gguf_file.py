@@ -1,25 +1,28 @@
-"""Reads GGUF files: metadata, which becomes a config as in config.json, and tensors by their Hugging Face names."""
+"""Reads GGUF files, also in several parts: their config, and their tensors by the names of Hugging Face."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from quasar.errors import RequestError
+from quasar.errors import RequestError, first_line
 from quasar.model.config_file import config_of
-from quasar.model.json_files import checked, warn_once
+from quasar.model.gguf_metadata import Values, raw_config
+from quasar.model.grid import TYPES_FILE
 from quasar.model.tensor_names import source_shapes
 from quasar.model.transformer import Transformer
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
 """The divisor of every frequency of the rotary embedding, with which Llama 3.1 files store their scaling."""
+LONG = 1000
+"""Longer arrays belong to the vocabulary and are not read."""
 
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _IN_BLOCK = {
@@ -37,29 +40,46 @@ _IN_BLOCK = {
 }
 
 
+def parts_of(path: Path) -> list[Path]:
+    """Return the files of a model, whose first one is ``path``: NAME-00001-of-0000N.gguf and those that follow.
+
+    Raises RequestError if ``path`` is another part, or if a part is missing.
+    """
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})", path.stem)
+    if match is None:
+        return [path]
+    name, number, count = match[1], int(match[2]), int(match[3])
+    parts = [path.with_name(f"{name}-{part:05d}-of-{count:05d}{path.suffix}") for part in range(1, count + 1)]
+    if number != 1:
+        raise RequestError(f"{path}: is part {number} of {count}; pass the first part, {parts[0].name}")
+    missing = [part for part in parts if not part.is_file()]
+    if missing:
+        raise RequestError(f"{missing[0]}: no such file; it is one of the {count} parts of the model in {path}")
+    return parts
+
+
 class GGUFFile:
-    """A model in one GGUF file, which is mapped into memory.
+    """A model in a GGUF file, which is mapped into memory, or in several parts, of which ``path`` is the first.
 
-    raw:    its config as in config.json of transformers
-    config: the same as a ModelConfig
-    shapes: of its tensors, by their Hugging Face names
+    metadata: the metadata of the first part, see `quasar.model.gguf_metadata.Values`
+    raw:      its config as in config.json of transformers
+    config:   the same as a ModelConfig
+    shapes:   of its tensors, by their Hugging Face names
 
-    Raises RequestError if the file is corrupt or only a part of a model, if its architecture is not supported, or if
-    its tensors are not exactly those that the metadata implies.
+    Raises RequestError if a file is corrupt or a part is missing, if the architecture is not supported, or if the
+    tensors are not exactly those that the metadata implies.
     """
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         self.path = path
-        try:
-            reader = GGUFReader(path)
-            metadata = {name: _value(field) for name, field in reader.fields.items()}
-            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        # The reader checks nothing: a damaged file makes it read or allocate at random places.
-        except (ValueError, OSError, LookupError, ArithmeticError, TypeError, MemoryError) as error:
-            raise RequestError(f"{path}: not a readable GGUF file ({error}); download it again") from None
-        self.raw = self._config(metadata)
+        self.metadata, self._tensors = _read_parts(parts_of(path))
+        embedding = self._tensors.get("token_embd.weight")
+        if embedding is None:
+            raise RequestError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
+        self.metadata.setdefault(f"{self.metadata.get('general.architecture')}.vocab_size", int(embedding.shape[1]))
+        factors = self._tensors.get(ROPE_FACTORS)
+        divisors = None if factors is None else self._dequantized(factors).flatten().tolist()
+        self.raw = raw_config(self.metadata, self._tensors, divisors, str(path))
         self.config = config_of(self.raw, str(path))
         # Only files of this architecture store the rows of q and k in the order of ggml's rotary embedding.
         self._interleaved = self.raw["model_type"] == "llama"
@@ -71,16 +91,21 @@ class GGUFFile:
         """Return gguf's description of a tensor, which has its data and type."""
         return self._tensors[_gguf_name(name)]
 
+    @property
+    def tensors(self) -> Iterable[Any]:
+        """gguf's descriptions of all tensors of the file."""
+        return self._tensors.values()
+
     def dense(self, name: str) -> Tensor:
         """Return a tensor in float32; it is dequantized if it is stored quantized."""
         return self.in_order(name, self._dequantized(self.tensor(name)))
 
     def in_order(self, name: str, rows: Tensor) -> Tensor:
-        """Reorder the rows of q and k, [heads * D, ...], for the rotary embedding of Hugging Face.
+        """Reorder the rows or biases of q and k, [heads * D, ...], for the rotary embedding of Hugging Face.
 
         ggml rotates the pairs (0, 1), (2, 3), …; Hugging Face rotates the pairs (0, D / 2), (1, D / 2 + 1), ….
         """
-        if not self._interleaved or not name.endswith(("q_proj.weight", "k_proj.weight")):
+        if not self._interleaved or not name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
             return rows
         shape = self.config.layers[0]
         heads = shape.num_heads if "q_proj" in name else shape.num_kv_heads
@@ -89,115 +114,21 @@ class GGUFFile:
     def _dequantized(self, tensor: Any) -> Tensor:
         from gguf import quants
 
+        kind = tensor.tensor_type.name
         try:
-            values = quants.dequantize(tensor.data, tensor.tensor_type)
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                values = quants.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
-            raise RequestError(f"{self.path}: tensor {tensor.name}: {error}") from None
-        return torch.from_numpy(np.array(values, dtype=np.float32))
-
-    def _config(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        parts = metadata.get("split.count") or 1
-        if parts != 1 or (metadata.get("split.no") or 0) != 0:
             raise RequestError(
-                f"{self.path}: is one of {parts} parts of a split model; join them with `llama-gguf-split --merge "
-                "FIRST_PART WHOLE_FILE` and pass the whole file"
-            )
-        architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
-        if architecture not in ARCHITECTURES or kind != "model":
-            supported = ", ".join(ARCHITECTURES)
+                f"{self.path}: tensor {tensor.name} is {kind}, which cannot be dequantized ({first_line(error)}); "
+                "convert the file with `llama-quantize --allow-requantize FILE NEW_FILE Q8_0`, or pass another one"
+            ) from None
+        found = torch.from_numpy(np.array(values, dtype=np.float32))
+        if not found.isfinite().all():
             raise RequestError(
-                f"{self.path}: not a readable GGUF file of a supported architecture (general.architecture is "
-                f"{architecture!r}, general.type is {kind!r}; supported are models of {supported})"
+                f"{self.path}: tensor {tensor.name} has values that are NaN or infinite; download the file again"
             )
-        own = {
-            name.removeprefix(f"{architecture}."): value
-            for name, value in metadata.items()
-            if name.startswith(f"{architecture}.")
-        }
-        found = checked(_Metadata, own, f"{self.path}: metadata of {architecture}")
-        for name in found.model_extra or {}:
-            if name.startswith("rope."):
-                raise RequestError(
-                    f"{self.path}: {architecture}.{name} changes the rotary embedding and is not supported"
-                )
-            warn_once(f"{self.path}: the metadata {architecture}.{name} is not known and has no effect here")
-        head_dim = found.key_length or found.hidden_size // found.heads
-        for name, size in (
-            ("rope.dimension_count", found.dimension_count),
-            ("attention.value_length", found.value_length),
-        ):
-            if size not in (None, head_dim):
-                raise RequestError(f"{self.path}: {architecture}.{name}={size} differs from the head size {head_dim}")
-        embedding = self._tensors.get("token_embd.weight")
-        if embedding is None:
-            raise RequestError(f"{self.path}: tensor token_embd.weight is missing; the file is incomplete")
-        return {
-            "architectures": [ARCHITECTURES[architecture]],
-            "model_type": architecture,
-            "hidden_act": "silu",
-            "vocab_size": found.vocab_size or int(embedding.shape[1]),
-            "hidden_size": found.hidden_size,
-            "intermediate_size": found.intermediate_size,
-            "num_hidden_layers": found.blocks,
-            "num_attention_heads": found.heads,
-            "num_key_value_heads": found.kv_heads or found.heads,
-            "head_dim": head_dim,
-            "max_position_embeddings": found.context_length,
-            "rms_norm_eps": found.epsilon,
-            "rope_parameters": self._rope(found, architecture),
-            "tie_word_embeddings": "output.weight" not in self._tensors,
-            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-        }
-
-    def _rope(self, found: _Metadata, architecture: str) -> dict[str, Any]:
-        """Return rope_parameters as transformers names them.
-
-        ``rope_freqs.weight`` becomes the type longrope with equal factors for texts of every length, which divides the
-        frequencies in the same way. The scaling types linear and yarn of ggml are those of transformers.
-        """
-        base = {"rope_theta": found.freq_base or 10_000.0}
-        place = f"{self.path}: {architecture}.rope.scaling"
-        if found.factor and found.scale_linear and found.factor != found.scale_linear:
-            raise RequestError(f"{place}.factor and rope.scale_linear disagree")
-        # 0 stands for no scaling, and a factor without a type is linear, as in llama.cpp.
-        factor = found.factor or found.scale_linear or 1.0
-        kind = found.scaling_type or "linear"
-        if kind == "none":
-            factor = 1.0
-        growth = found.attention_factor or 1.0
-        if growth != 1.0 and kind != "yarn":
-            raise RequestError(f"{place}.attn_factor={growth} is not supported with {place}.type={kind}")
-        scaled = kind == "yarn" or factor != 1.0
-        if ROPE_FACTORS in self._tensors:
-            factors = self._dequantized(self._tensors[ROPE_FACTORS]).flatten().tolist()
-            if any(one != 1.0 for one in factors):
-                if scaled:
-                    raise RequestError(
-                        f"{self.path}: {ROPE_FACTORS} together with {place}.type={kind} is not supported"
-                    )
-                return {
-                    **base,
-                    "rope_type": "longrope",
-                    "short_factor": factors,
-                    "long_factor": factors,
-                    "factor": 1.0,
-                    "attention_factor": 1.0,
-                    "original_max_position_embeddings": found.context_length,
-                }
-        if not scaled:
-            return {**base, "rope_type": "default"}
-        if kind == "linear":
-            return {**base, "rope_type": "linear", "factor": factor}
-        yarn = {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": found.original_context_length or found.context_length,
-            "attention_factor": growth * (0.1 * float(np.log(max(factor, 1.0))) + 1.0),
-            "beta_fast": found.beta_fast or 32.0,
-            "beta_slow": found.beta_slow or 1.0,
-        }
-        return {**base, **yarn}
+        return found
 
     def _require_exact(self) -> None:
         expected = {_gguf_name(name): shape for name, shape in self.shapes.items()}
@@ -216,59 +147,24 @@ class GGUFFile:
                 raise RequestError(f"{self.path}: {name} has shape {found}, but the metadata implies {shape}")
 
 
-_Count = Annotated[int, Field(ge=1)]
-_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class _Metadata(BaseModel):
-    """The keys of a file's architecture, by their names in the file. Those that must be neutral have one value."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    context_length: _Count
-    hidden_size: Annotated[_Count, Field(alias="embedding_length")]
-    intermediate_size: Annotated[_Count, Field(alias="feed_forward_length")]
-    blocks: Annotated[int, Field(alias="block_count", ge=1, le=1000)]
-    heads: Annotated[_Count, Field(alias="attention.head_count")]
-    kv_heads: Annotated[_Count | None, Field(alias="attention.head_count_kv")] = None
-    key_length: Annotated[_Count | None, Field(alias="attention.key_length")] = None
-    value_length: Annotated[_Count | None, Field(alias="attention.value_length")] = None
-    epsilon: Annotated[_Number, Field(alias="attention.layer_norm_rms_epsilon")]
-    vocab_size: _Count | None = None
-    dimension_count: Annotated[_Count | None, Field(alias="rope.dimension_count")] = None
-    freq_base: Annotated[_Number | None, Field(alias="rope.freq_base")] = None
-    scale_linear: Annotated[_Number | None, Field(alias="rope.scale_linear")] = None
-    scaling_type: Annotated[Literal["none", "linear", "yarn"] | None, Field(alias="rope.scaling.type")] = None
-    factor: Annotated[_Number | None, Field(alias="rope.scaling.factor")] = None
-    attention_factor: Annotated[_Number | None, Field(alias="rope.scaling.attn_factor")] = None
-    original_context_length: Annotated[_Count | None, Field(alias="rope.scaling.original_context_length")] = None
-    finetuned: Annotated[bool | None, Field(alias="rope.scaling.finetuned")] = None  # says nothing about the function
-    beta_fast: Annotated[_Number | None, Field(alias="rope.scaling.yarn_beta_fast")] = None
-    beta_slow: Annotated[_Number | None, Field(alias="rope.scaling.yarn_beta_slow")] = None
-    expert_count: Literal[0] | None = None
-    expert_used_count: Literal[0] | None = None
-    sliding_window: Annotated[Literal[0] | None, Field(alias="attention.sliding_window")] = None
-    causal: Annotated[Literal[True] | None, Field(alias="attention.causal")] = None
-    parallel_residual: Annotated[Literal[False] | None, Field(alias="use_parallel_residual")] = None
-    clamp: Annotated[_Number | None, Field(alias="attention.clamp_kqv", le=0)] = None
-    logit_scale: Annotated[_Number | None, Field(ge=1, le=1)] = None
-    embedding_scale: Annotated[_Number | None, Field(ge=1, le=1)] = None
-    residual_scale: Annotated[_Number | None, Field(ge=1, le=1)] = None
-    attn_softcap: Annotated[_Number | None, Field(alias="attn_logit_softcapping", le=0)] = None
-    final_softcap: Annotated[_Number | None, Field(alias="final_logit_softcapping", le=0)] = None
-
-
 def write_dequantized(file: GGUFFile, folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Write a model as safetensors in bfloat16, with the config.json that transformers and this program read."""
+    """Write a model as safetensors in bfloat16, with the config.json that transformers and this program read.
+
+    A third file tells `quasar.model.grid` how many weights were quantized.
+    """
     import json
 
     from safetensors.torch import save_file
 
     tensors = {}
+    types: Counter[str] = Counter()
     for done, name in enumerate(file.shapes):
         progress(done, len(file.shapes))
         tensors[name] = file.dense(name).to(torch.bfloat16).contiguous()
+        if len(file.shapes[name]) == 2:
+            types[file.tensor(name).tensor_type.name] += tensors[name].numel()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / TYPES_FILE).write_text(json.dumps(types), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps({**file.raw, "dtype": "bfloat16"}, indent=2), encoding="utf-8")
 
 
@@ -280,11 +176,42 @@ def _gguf_name(name: str) -> str:
     return f"blk.{index}.{_IN_BLOCK[rest]}.{kind}"
 
 
+def _read_parts(paths: list[Path]) -> tuple[Values, dict[str, Any]]:
+    """Return the metadata of the first part, and gguf's descriptions of the tensors of all parts, by name."""
+    from gguf import GGUFReader
+
+    metadata: Values = {}
+    tensors: dict[str, Any] = {}
+    for number, path in enumerate(paths):
+        try:
+            reader = GGUFReader(path)
+            own = {name: _value(field) for name, field in reader.fields.items()}
+            found = {tensor.name: tensor for tensor in reader.tensors}
+        # The reader checks nothing: a damaged file makes it read or allocate at random places.
+        except (ValueError, OSError, LookupError, ArithmeticError, TypeError, MemoryError) as error:
+            raise RequestError(f"{path}: not a readable GGUF file ({error}); download it again") from None
+        place = own.get("split.no") or 0, own.get("split.count") or 1
+        if place != (number, len(paths)):
+            raise RequestError(
+                f"{path}: is part {place[0] + 1} of {place[1]} by its metadata, but part {number + 1} of {len(paths)} "
+                "by its name; pass the first part, and keep the names NAME-00001-of-0000N.gguf of the parts"
+            )
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise RequestError(f"{path}: tensor {twice[0]} is in another part too; download the parts again")
+        metadata, tensors = metadata or own, {**tensors, **found}
+    expected = metadata.get("split.tensors.count")
+    if len(paths) > 1 and expected not in (None, len(tensors)):
+        raise RequestError(f"{paths[0]}: the parts have {len(tensors)} tensors instead of {expected}")
+    return metadata, tensors
+
+
 def _value(field: Any) -> Any:
-    """Return the value of a metadata field as a Python object; of an array only its length, because none is used."""
+    """Return the value of a metadata field as a Python object: a list for an array of numbers, None for any other."""
     from gguf import GGUFValueType
 
-    if field.types and field.types[0] == GGUFValueType.ARRAY:
-        return [None] * len(field.data)
+    if field.types[:1] == [GGUFValueType.ARRAY] and (
+        field.types[1:] == [GGUFValueType.STRING] or len(field.data) > LONG
+    ):
+        return None
     value = field.contents()
     return value.item() if isinstance(value, np.generic) else value

@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quasar.model.json_files import read_object
 from quasar.model.tensor_files import TensorFiles
+
+TYPES_FILE = "gguf_types.json"
+"""A file in the folder of a dequantized GGUF file: the number of matrix weights of every type."""
+
+FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+"""The types of GGUF files that are not quantized."""
 
 GROUP = 32
 """Consecutive inputs that share a scale: the block of GGUF's formats, which divides the groups of all others."""
@@ -24,11 +31,15 @@ _LARGEST_INT8 = 127
 
 
 def weights_on_grid(folder: Path) -> float | None:
-    """Return the share of a checkpoint's matrix weights that are on a 4-bit or 8-bit grid.
+    """Return the share of a checkpoint's matrix weights that are on a low-bit grid.
 
-    It is estimated from a sample of groups. None if no matrix has rows of a whole number of groups. About 0 for weights
+    It is known if this program has dequantized a GGUF file. Otherwise it is estimated from a sample of groups, which
+    are compared with grids of 4 and 8 bits. None if no matrix has rows of a whole number of groups. About 0 for weights
     as they were trained, about 1 for a dequantized file.
     """
+    if (folder / TYPES_FILE).is_file():
+        weights = read_object(folder / TYPES_FILE)
+        return sum(count for kind, count in weights.items() if kind not in FLOAT_TYPES) / sum(weights.values())
     files = TensorFiles(folder)
     found, total = 0.0, 0
     for name in files.names():

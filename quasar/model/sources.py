@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -23,7 +24,8 @@ from quasar.cache import cache_folder, folder_is_whole, seal_folder, sha256_of
 from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError, first_line
 from quasar.model.config import quantization_method
-from quasar.model.gguf_file import GGUFFile, write_dequantized
+from quasar.model.gguf_file import GGUFFile, parts_of, write_dequantized
+from quasar.model.gguf_tokenizer import gguf_tokenizer
 from quasar.model.json_files import read_object
 from quasar.model.tensor_files import TensorFiles
 from quasar.model.tokenizer_files import has_tokenizer
@@ -31,7 +33,7 @@ from quasar.model.tokenizer_files import has_tokenizer
 Status = Callable[[str, int, int], None]
 """Called with (description, done, total) while a model is downloaded or converted."""
 
-CONVERSION = "v2"
+CONVERSION = "v3"
 """The version of the conversion of GGUF files, in the names of the cache's folders."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -115,6 +117,12 @@ def _hash_of(file: Path) -> str:
     return blob if len(blob) == 64 and set(blob) <= set("0123456789abcdef") else sha256_of(file)
 
 
+def hash_of_parts(path: Path) -> str:
+    """Return the SHA-256 of a GGUF file; for a model in several parts, of all of them."""
+    digests = [_hash_of(part) for part in parts_of(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
 def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Checkpoint:
     path = Path(str(source.path)).expanduser()
     if not path.exists():
@@ -124,7 +132,7 @@ def _local(source: ModelSource, status: Status, template: dict[str, Any]) -> Che
             raise RequestError(
                 f"model.path={path}: a file must be GGUF (.gguf); otherwise pass the checkpoint's folder"
             )
-        digest = _hash_of(path)
+        digest = hash_of_parts(path)
         folder = _converted(path, _conversion(path.stem, digest), status)
         return Checkpoint(source.name, folder, f"GGUF file {path}, dequantized", digest, chat_template=template)
     return _whole(source, path, f"folder {path}", None, template)
@@ -255,17 +263,11 @@ def _converted(gguf: Path, folder: Path, status: Status) -> Path:
 
 
 def _dequantize(gguf: Path, folder: Path, status: Status) -> None:
-    from transformers import AutoTokenizer
-
-    what = f"dequantizing {gguf.name}"
-    write_dequantized(GGUFFile(gguf), folder, lambda done, total: status(what, done, total))
+    what, file = f"dequantizing {gguf.name}", GGUFFile(gguf)
+    write_dequantized(file, folder, lambda done, total: status(what, done, total))
     # The loader prints progress bars, even to a log file.
     with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except Exception as error:  # the libraries below raise whatever a damaged vocabulary makes them raise
-            raise RequestError(f"{gguf}: contains no usable tokenizer ({first_line(error)})") from error
-        tokenizer.save_pretrained(folder)
+        gguf_tokenizer(gguf, file.metadata).save_pretrained(folder)
 
 
 def _missing(folder: Path) -> str | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import quasar_kernels
 import torch
-import torch.nn.functional as F
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized
+from quasar_kernels import DenseWeight, GroupInt8Weight, InputOrder, Int4Weight, Int8Weight, Quantized
 from torch import Tensor, nn
 
 from quasar.model.linear import Activations, Linear, QuantizedLinear
@@ -46,12 +45,12 @@ class W8A16Linear(_Int8Linear):
 class W4Linear(QuantizedLinear):
     """A linear layer with 4-bit weights in groups. With ``activation_bits`` 8 its inputs are int8 in these groups.
 
-    input_order: int64 [K], the input that each column of the weight is multiplied with; None if it is that of the same
-        index. The op before must not quantize such inputs, because it would do so in the groups of another order
+    input_order: the input that each column of the weight is multiplied with; None if it is that of the same index. The
+        op before must not quantize such inputs, because it would do so in the groups of another order
     """
 
     def __init__(
-        self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16, input_order: Tensor | None = None
+        self, weight: Int4Weight, bias: Tensor | None, activation_bits: int = 16, input_order: InputOrder | None = None
     ) -> None:
         super().__init__()
         self.weight, self.bias, self.input_order = weight, bias, input_order
@@ -61,12 +60,12 @@ class W4Linear(QuantizedLinear):
 
     @property
     def weight_bytes(self) -> int:
-        return self.weight.nbytes + _bias_bytes(self.bias)
+        return self.weight.nbytes + _bias_bytes(self.bias) + _order_bytes(self.input_order)
 
     def forward(self, x: Activations) -> Tensor:
         if self.input_order is not None:
             assert isinstance(x, Tensor)
-            x = x.index_select(1, self.input_order)
+            x = quasar_kernels.select_inputs(x, self.input_order)
         if self._quantizes or isinstance(x, Quantized):
             return quasar_kernels.linear_w4a8(x, self.weight, self.bias)
         return quasar_kernels.linear_w4a16(x, self.weight, self.bias)
@@ -119,39 +118,45 @@ def pack_linears(model: nn.Module) -> None:
 
 
 class GroupInt8Linear(QuantizedLinear):
-    """A linear layer with int8 weights in groups along the input dimension, which some checkpoints contain.
+    """A linear layer with int8 weights in groups along the input dimension, and activations in the model's dtype.
 
-    The weights are dequantized in every call, so it is not faster than 16 bit.
-
-    values: int8 [N, K]; scales: float32 [N, G]; zeros: float32 [N, G], or None if all are 0
-    input_order: int64 [K], the input that each column is multiplied with; None if it is that of the same index
+    input_order: the input that each column is multiplied with; None if it is that of the same index
     """
 
-    def __init__(
-        self,
-        values: Tensor,
-        scales: Tensor,
-        bias: Tensor | None = None,
-        zeros: Tensor | None = None,
-        input_order: Tensor | None = None,
-    ) -> None:
+    def __init__(self, weight: GroupInt8Weight, bias: Tensor | None, input_order: InputOrder | None = None) -> None:
         super().__init__()
-        self.values, self.scales, self.bias, self.zeros = values, scales, bias, zeros
-        self.input_order = input_order
+        self.weight, self.bias, self.input_order = weight, bias, input_order
 
     @property
     def weight_bytes(self) -> int:
-        return self.values.nbytes + 2 * self.scales.numel() + _bias_bytes(self.bias)
+        return self.weight.nbytes + _bias_bytes(self.bias) + _order_bytes(self.input_order)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_order is not None:
-            x = x.index_select(1, self.input_order)
-        groups = self.values.view(*self.scales.shape, -1)
-        if self.zeros is not None:
-            groups = groups - self.zeros.unsqueeze(2)
-        groups = groups * self.scales.unsqueeze(2)
-        return F.linear(x, groups.view(self.values.shape).to(x.dtype), self.bias)
+            x = quasar_kernels.select_inputs(x, self.input_order)
+        return quasar_kernels.linear_w8a16(x, self.weight, self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding that reads its rows from the quantized weight of the output layer, which it is tied to.
+
+    dtype: of the rows
+    """
+
+    weight_bytes = 0
+    """The output layer counts the table."""
+
+    def __init__(self, table: Int4Weight | Int8Weight | GroupInt8Weight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table, self.dtype = table, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table.rows(tokens).to(self.dtype)
 
 
 def _bias_bytes(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.nbytes
+
+
+def _order_bytes(order: InputOrder | None) -> int:
+    return 0 if order is None else order.nbytes

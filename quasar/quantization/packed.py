@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from quasar_kernels import Int4Weight, Int8Weight
+from quasar_kernels import GroupInt8Weight, GroupNumbers, InputOrder, Int4Weight, Int8Weight
 from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
@@ -16,9 +17,10 @@ from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
 from quasar.model.loading import Progress, load_model
 from quasar.model.sources import Checkpoint
-from quasar.model.tensor_names import source_names
+from quasar.model.tensor_names import EMBEDDING, source_names
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
+from quasar.quantization.layers import GroupInt8Linear, QuantizedEmbedding, W4Linear, W8A8Linear, W8A16Linear
+from quasar.quantization.packed_blocks import BlockRows, layer_of_blocks
 from quasar.quantization.packed_gguf import GGUFCheckpoint
 from quasar.quantization.packed_rows import PackedRows
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
@@ -36,13 +38,16 @@ class PackedCheckpoint(Protocol):
         """Return a tensor as floats; it is dequantized if it is stored quantized."""
         ...
 
-    def packed(self, name: str) -> PackedRows | None:
+    def packed(self, name: str) -> PackedRows | BlockRows | None:
         """Return the quantized weight of a linear layer; None if it is stored as floats."""
         ...
 
     def require_all_read(self) -> None:
         """Raise RequestError if the checkpoint contains tensors that have not been read."""
         ...
+
+
+QuantizedLayer = W4Linear | W8A8Linear | W8A16Linear | GroupInt8Linear
 
 
 def open_packed(path: Path) -> PackedCheckpoint:
@@ -70,6 +75,21 @@ def quantized_share(path: Path) -> float:
     return sum(size for name, size in sizes.items() if checkpoint.quantizes(name)) / sum(sizes.values())
 
 
+def storage(model: Transformer) -> tuple[str, ...]:
+    """Return a sentence on every format that the quantized layers of a model are stored in."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)]
+    forms = Counter(_form(layer.weight) for layer in layers)
+    return tuple(
+        f"{count} {'layer is' if count == 1 else 'layers are'} stored as {form}" for form, count in forms.items()
+    )
+
+
+def _form(weight: Int4Weight | Int8Weight | GroupInt8Weight) -> str:
+    values = "4-bit integers" if isinstance(weight, Int4Weight) else "int8"
+    scales = "with a scale per output" if isinstance(weight, Int8Weight) else f"in groups of {weight.group_size}"
+    return f"{values} {scales}, {weight.nbytes * 8 / (weight.outputs * weight.inputs):.3g} bits per weight"
+
+
 def load_packed(
     checkpoint: PackedCheckpoint,
     dtype: torch.dtype,
@@ -80,6 +100,7 @@ def load_packed(
 ) -> Transformer:
     """Load the model of a checkpoint. Its quantized linear layers stay quantized; everything else is in ``dtype``.
 
+    activation_bits: 8 also quantizes the inputs of the 4-bit layers of the decoder blocks
     dequantize: whether the quantized layers are in ``dtype`` too
 
     Raises RequestError if the tensors are not exactly those that the checkpoint's config implies.
@@ -92,32 +113,50 @@ def load_packed(
         progress(done, len(names))
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        kept = not dequantize and _may_be_packed(name, module)
-        parts = [checkpoint.packed(source) for source in sources] if kept else []
-        whole = [part for part in parts if part is not None]
-        if not whole:
+        kept = not dequantize and _may_be_packed(name, module, checkpoint)
+        parts = _quantized_parts(checkpoint, sources) if kept else []
+        if not parts:
             dense = torch.cat([checkpoint.dense(source) for source in sources])
             _require_shape(checkpoint, sources, dense, model.get_parameter(name))
             setattr(module, attribute, nn.Parameter(dense.to(device=device, dtype=dtype), requires_grad=False))
             continue
-        if len(whole) != len(parts):
-            raise RequestError(f"{checkpoint.path}: some of {', '.join(sources)} are quantized and some are not")
-        assert isinstance(module, nn.Linear)
-        _require_shape(checkpoint, sources, torch.cat([part.values for part in whole]), module.weight)
-        layer = _layer(checkpoint, sources, whole, dtype, device, activation_bits)
+        _require_shape(checkpoint, sources, torch.cat([part.values for part in parts]), model.get_parameter(name))
+        bits = activation_bits if owner.startswith("blocks.") else 16
+        rows = [part for part in parts if isinstance(part, PackedRows)]
+        blocks = [part for part in parts if isinstance(part, BlockRows)]
+        layer: QuantizedLayer
+        if blocks:
+            layer = layer_of_blocks(blocks, dtype, device, bits)
+        else:
+            layer = _layer(checkpoint, sources, rows, dtype, device, bits)
+        if sources == [EMBEDDING]:
+            model.set_submodule(owner, QuantizedEmbedding(layer.weight, dtype))
+            owner = "lm_head"
         model.set_submodule(owner, layer)
-        if module.bias is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             layer.bias = module.bias  # still on the meta device; its values are loaded in a later iteration
     progress(len(names), len(names))
     checkpoint.require_all_read()
-    if checkpoint.config.tie_word_embeddings:
+    if checkpoint.config.tie_word_embeddings and isinstance(model.embedding, nn.Embedding):
         model.lm_head.weight = model.embedding.weight
     model.rope = type(model.rope)(checkpoint.config.rope, checkpoint.config.head_dim).to(device)
     return model.eval().requires_grad_(False)
 
 
-def _may_be_packed(name: str, module: nn.Module) -> bool:
-    return name.startswith("blocks.") and isinstance(module, nn.Linear) and name.endswith(".weight")
+def _may_be_packed(name: str, module: nn.Module, checkpoint: PackedCheckpoint) -> bool:
+    if isinstance(module, nn.Embedding):
+        # Of an embedding that is not the output layer too, a pass reads only a few rows.
+        return checkpoint.config.tie_word_embeddings and isinstance(checkpoint, GGUFCheckpoint)
+    return isinstance(module, nn.Linear) and name.endswith(".weight")
+
+
+def _quantized_parts(checkpoint: PackedCheckpoint, sources: Sequence[str]) -> list[PackedRows | BlockRows]:
+    """Return the weights that form one matrix; none if they are stored as floats."""
+    parts = [checkpoint.packed(source) for source in sources]
+    found = [part for part in parts if part is not None]
+    if 0 < len(found) < len(parts):
+        raise RequestError(f"{checkpoint.path}: some of {', '.join(sources)} are quantized and some are not")
+    return found
 
 
 def _require_shape(checkpoint: PackedCheckpoint, sources: Sequence[str], found: Tensor, expected: Tensor) -> None:
@@ -135,7 +174,7 @@ def _layer(
     dtype: torch.dtype,
     device: torch.device,
     activation_bits: int,
-) -> nn.Module:
+) -> QuantizedLayer:
     """Build one layer from the stacked rows of its parts."""
     first = parts[0]
     kinds = {(part.bits, part.scales.shape[1], part.quantized_inputs) for part in parts}
@@ -147,7 +186,7 @@ def _layer(
     values = torch.cat([part.values for part in parts]).to(device)
     scales = torch.cat([part.scales for part in parts]).float().to(device)
     zeros = torch.cat([part.zeros for part in parts]).float().to(device)
-    order = None if first.order is None else first.order.to(device)
+    order = None if first.order is None else InputOrder(first.order.to(device))
     symmetric = all(part.symmetric for part in parts)
     if first.bits == 4:
         weight = Int4Weight(pack_int4(values), scales, zeros, symmetric, dtype)
@@ -155,7 +194,10 @@ def _layer(
     if scales.shape[1] == 1 and symmetric:
         layer = W8A8Linear if first.quantized_inputs else W8A16Linear
         return layer(Int8Weight(values, scales.squeeze(1)), None)
-    return GroupInt8Linear(values, scales, zeros=None if symmetric else zeros, input_order=order)
+    # The minimum, zero times scale, is not rounded either.
+    stored = GroupNumbers.compact(scales)
+    minimums = None if symmetric else GroupNumbers(stored.values, zeros.to(torch.int8))
+    return GroupInt8Linear(GroupInt8Weight(values, stored, minimums), None, order)
 
 
 def _same_order(first: Tensor | None, second: Tensor | None) -> bool:

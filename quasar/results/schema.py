@@ -288,7 +288,7 @@ class ModelFiles:
     """The source of the reference's weights.
 
     files: SHA-256 by file name
-    weights_on_grid: share of the weights that are on a 4-bit or 8-bit grid; None for random weights
+    weights_on_grid: share of the weights that are on a low-bit grid; None for random weights
     """
 
     origin: str

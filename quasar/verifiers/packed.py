@@ -9,7 +9,7 @@ from pydantic import ConfigDict, validate_call
 
 from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
-from quasar.quantization.packed import load_packed, open_packed
+from quasar.quantization.packed import load_packed, open_packed, storage
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 
@@ -17,7 +17,7 @@ from quasar.verifiers.transformer import TransformerVerifier
 class PackedVerifier(TransformerVerifier):
     """The checkpoint at ``path``. Its linear layers keep their stored weights; the run's model is the reference.
 
-    path: a GGUF file or a checkpoint folder
+    path: a GGUF file, or the first of several parts, or a checkpoint folder
     activation_bits: 8 also quantizes the inputs of 4-bit layers
     """
 
@@ -42,3 +42,4 @@ class PackedVerifier(TransformerVerifier):
             )
         packed = load_packed(checkpoint, model.dtype, model.device, activation_bits, setup.progress)
         super().__init__(packed, setup)
+        self.details = storage(packed)

@@ -5,7 +5,7 @@ weights of `quasar_kernels.cpu.packing`.
 """
 
 from quasar_kernels.cpu.library import Library, backend, kernel_level, use_level
-from quasar_kernels.cpu.packing import PackedWeight, pack_dense, pack_int4, pack_int8
+from quasar_kernels.cpu.packing import PackedWeight, pack_dense, pack_group_int8, pack_int4, pack_int8
 from quasar_kernels.cpu.tape import NotRecordableError, Tape
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "backend",
     "kernel_level",
     "pack_dense",
+    "pack_group_int8",
     "pack_int4",
     "pack_int8",
     "use_level",

@@ -6,6 +6,8 @@ given tensors; the other functions do not check this again.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from quasar_kernels.cpu.library import (
     MatmulFunction,
 )
 from quasar_kernels.cpu.packing import PackedWeight
+
+if TYPE_CHECKING:
+    from quasar_kernels.weights import InputOrder
 
 LANES = 16
 HEAD_DIM_MULTIPLE = 32
@@ -136,6 +141,15 @@ def first_maxima(library: Library, x: Tensor) -> Tensor:
     indices = torch.empty(len(x), dtype=torch.int64)
     library.first_maxima(x.data_ptr(), indices.data_ptr(), *x.shape, torch.get_num_threads())
     return indices
+
+
+def select_inputs(library: Library, x: Tensor, order: InputOrder) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    library.select_inputs(
+        x.data_ptr(), order.indices.data_ptr(), out.data_ptr(), len(x), x.shape[1], torch.get_num_threads()
+    )
+    return out
 
 
 def rotary_write(

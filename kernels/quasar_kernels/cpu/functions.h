@@ -29,6 +29,10 @@ FUNCTION(silu_mul, const uint8_t *gate_up, uint8_t *out, int8_t *quantized, floa
 // Writes the argmax of each row of x [rows][size], the first one if several values are largest. No value is NaN.
 FUNCTION(first_maxima, const uint8_t *x, int64_t *indices, int64_t rows, int64_t size, int32_t threads)
 
+// Writes element order[k] of a row of x [rows][size] to element k of the row of out. order: a permutation of the inputs.
+FUNCTION(select_inputs, const uint16_t *x, const int64_t *order, uint16_t *out, int64_t rows, int64_t size,
+         int32_t threads)
+
 // Takes qkv [rows][heads + 2 * kv_heads][head_dim] and cosines, sines [rows][head_dim]. Rotated queries go to q
 // [rows][heads][head_dim]; rotated keys and values go to the slots from `*start` on of keys and values
 // [kv_heads][..][head_dim], with head_stride elements from head to head. q_weight, k_weight: weights of the heads'

@@ -138,6 +138,13 @@ void quasar_first_maxima(const uint8_t* x, int64_t* indices, int64_t rows, int64
     }
 }
 
+void quasar_select_inputs(const uint16_t* x, const int64_t* order, uint16_t* out, int64_t rows, int64_t size,
+                          int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * size >= PARALLEL_ELEMENTS)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t k = 0; k < size; ++k) out[row * size + k] = x[row * size + order[k]];
+}
+
 void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines, const uint8_t* q_weight,
                          const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, const int64_t* start,
                          int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,

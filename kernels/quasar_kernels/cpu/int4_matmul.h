@@ -1,21 +1,11 @@
 // Matmuls of 4-bit weights in groups with int8 activations, or with activations that are not quantized.
 #pragma once
 
-#include "linear.h"
+#include "groups.h"
 
 namespace {
 
 constexpr int64_t INPUTS_PER_VECTOR = 8;  // inputs of each of sixteen outputs in 64 bytes of 4-bit integers
-
-// The scales and zero points of sixteen outputs and one group.
-inline Floats group_scales(const Weight& weight, int64_t index) {
-    return weight.scale_kind == SCALE_FLOAT16 ? load_float16(weight.scales + 2 * LANES * index)
-                                              : load_float32(weight.scales + 4 * LANES * index);
-}
-inline Floats group_zeros(const Weight& weight, int64_t index) {
-    return weight.zero_kind == ZERO_NIBBLE ? load_nibbles(weight.zeros + LANES / 2 * index)
-                                           : load_float32(weight.zeros + 4 * LANES * index);
-}
 
 struct Int4Int8Matmul : VectorsOnly {
     static constexpr int64_t INPUTS_PER_UNIT = 4;
@@ -36,7 +26,7 @@ struct Int4Int8Matmul : VectorsOnly {
             quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets, scales);
         for (int64_t group = 0; group < job.groups; ++group) {
             sums[group] = static_cast<float>(offsets[group]);
-            offsets[group] *= weight.zero_kind == ZERO_EIGHT ? -8 : 0;
+            offsets[group] *= weight.zero_kind == ZERO_MIDDLE ? -8 : 0;
         }
     }
 
@@ -67,16 +57,22 @@ struct Int4Int8Matmul : VectorsOnly {
                 values += 64;
                 units += 2 * ROWS;
             }
-            const int64_t index = block * job.groups + group;
-            const Floats scales = group_scales(weight, index);
+            const Floats scales = group_numbers(weight.scales, block, group, job.groups);
             const auto add_scaled = [&](int row, Floats dot) {
                 const Floats both = multiply(scales, broadcast(token_scales[row * job.groups]));
                 totals[row] = add(totals[row], multiply(dot, both));
             };
-            if (weight.zero_kind == ZERO_EIGHT) {
+            if (weight.zero_kind == ZERO_MIDDLE) {
                 FOR_EACH_ROW add_scaled(row, to_floats(sums[row]));
+            } else if (weight.zero_kind == ZERO_MINIMUM) {
+                const Floats minimums = group_numbers(weight.minimums, block, group, job.groups);
+                FOR_EACH_ROW {
+                    const Floats product = multiply(to_floats(sums[row]), scales);
+                    const Floats rest = subtract_product(product, broadcast(group_sums[row * job.groups]), minimums);
+                    totals[row] = multiply_add(rest, broadcast(token_scales[row * job.groups]), totals[row]);
+                }
             } else {
-                const Floats zeros = group_zeros(weight, index);
+                const Floats zeros = group_zeros(weight, block, group, job.groups);
                 FOR_EACH_ROW add_scaled(
                     row, subtract_product(to_floats(sums[row]), broadcast(group_sums[row * job.groups]), zeros));
             }
@@ -117,17 +113,7 @@ struct Int4FloatMatmul : VectorsOnly {
                 store_float32(units + k, load_activations(job.request, first + k));
             }
         }
-        if (weight.zero_kind == ZERO_EIGHT) return;
-        for (int64_t group = 0; group < job.groups; ++group) {
-            Floats sum = zero_floats();
-            for (int64_t k = group * weight.group_size; k < (group + 1) * weight.group_size; k += LANES)
-                sum = add(sum, load_activations(job.request, first + k));
-            alignas(64) float lanes[LANES];
-            store_float32(lanes, sum);
-            float total = 0;
-            for (const float lane : lanes) total += lane;
-            job.activations.sums[row * job.groups + group] = total;
-        }
+        if (weight.zero_kind != ZERO_MIDDLE) sum_groups(job, row);
     }
 
     template <int ROWS>
@@ -148,15 +134,7 @@ struct Int4FloatMatmul : VectorsOnly {
                 values += 64;
                 units += UNITS_PER_VECTOR * ROWS;
             }
-            const int64_t index = block * job.groups + group;
-            const Floats scales = group_scales(weight, index);
-            if (weight.zero_kind != ZERO_EIGHT) {
-                const Floats centered = add(group_zeros(weight, index), broadcast(-8.0f));
-                FOR_EACH_ROW
-                    sums[row] = subtract_product(sums[row], broadcast(group_sums[row * job.groups]), centered);
-            }
-            FOR_EACH_ROW totals[row] = multiply_add(sums[row], scales, totals[row]);
-            ++group_sums;
+            add_group<8>(job, block, group, sums, group_sums, totals);
         }
         FOR_EACH_ROW store_float32(results + row * LANES, totals[row]);
     }

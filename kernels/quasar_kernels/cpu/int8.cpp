@@ -8,5 +8,8 @@ MATMUL(linear_w8a8) {
 }
 
 MATMUL(linear_w8a16) {
-    multiply<Int8WideMatmul>(*weight, {x, token_scales, out, bias, rows, flags, threads});
+    const Request request{x, token_scales, out, bias, rows, flags, threads};
+    if (!weight->scaled_in_groups) return multiply<Int8WideMatmul>(*weight, request);
+    if (request.bfloat16()) return multiply<Int8GroupsWideMatmul>(*weight, request);
+    multiply<Int8GroupsFloatMatmul>(*weight, request);
 }

@@ -203,6 +203,15 @@ inline Floats centered_nibbles(Ints packed) {
     return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, center)), _mm256_cvtepi32_ps(_mm256_sub_epi32(high, center))};
 }
 
+// Returns byte SHIFT / 8 of every lane minus 128.
+template <int SHIFT>
+inline Floats signed_bytes(Ints packed) {
+    const __m256i mask = _mm256_set1_epi32(255), middle = _mm256_set1_epi32(128);
+    const __m256i low = _mm256_and_si256(_mm256_srli_epi32(packed.low, SHIFT), mask);
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi32(packed.high, SHIFT), mask);
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, middle)), _mm256_cvtepi32_ps(_mm256_sub_epi32(high, middle))};
+}
+
 inline Floats even_bfloat16(Ints pairs) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.low, 16)),
             _mm256_castsi256_ps(_mm256_slli_epi32(pairs.high, 16))};

@@ -111,6 +111,13 @@ inline Floats centered_nibbles(Ints packed) {
     return _mm512_permutexvar_ps(SHIFT == 0 ? packed : _mm512_srli_epi32(packed, SHIFT), table);
 }
 
+// Returns byte SHIFT / 8 of every lane minus 128.
+template <int SHIFT>
+inline Floats signed_bytes(Ints packed) {
+    const Ints bytes = _mm512_and_si512(_mm512_srli_epi32(packed, SHIFT), _mm512_set1_epi32(255));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(bytes, _mm512_set1_epi32(128)));
+}
+
 inline Floats even_bfloat16(Ints pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline Floats odd_bfloat16(Ints pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))));

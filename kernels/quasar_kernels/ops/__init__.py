@@ -13,6 +13,7 @@ from quasar_kernels.ops import (
     linear_w8a8,
     linear_w8a16,
     rotary_write,
+    select_inputs,
     silu_mul,
 )
 
@@ -26,5 +27,6 @@ LAYER_OPS = (
     rotary_write.OP,
     block_attention.OP,
     first_maxima.OP,
+    select_inputs.OP,
 )
 """The ops between the matmuls. Each has a case to measure."""

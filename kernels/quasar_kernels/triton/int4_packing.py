@@ -26,8 +26,8 @@ class PackedInt4:
     """A 4-bit weight ``(q - zero) * scale`` for the GPU.
 
     values: uint8 [N / 16 rounded up, K / g, 16, g / 2]
-    scales: float16 [K / g, N], to be multiplied by ``unit``
-    zeros:  ``zero - 8``, int8 or (where fractional) float16 [K / g, N]; None if all are 0 (a symmetric grid)
+    scales: float16 [K / g, N], or float32 if float16 does not hold them, to be multiplied by ``unit``
+    zeros:  ``zero - 8``, int8 or (where fractional) float16 or float32 [K / g, N]; None if all are 0 (a symmetric grid)
     """
 
     values: Tensor
@@ -56,7 +56,7 @@ class PackedInt4:
 def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> PackedInt4:
     """Repack a weight in canonical form: uint8 [N, K / 2] as in `reference.pack_int4`, scales and zeros [N, K / g].
 
-    Scales are rounded to float16 times a power of two chosen for the matrix.
+    Nothing is rounded: scales are float16 times a power of two chosen for the matrix if that holds them, else float32.
     """
     outputs, groups = scales.shape
     values = reference.unpack_int4(packed).view(outputs, groups, -1) ^ MIDDLE
@@ -71,5 +71,10 @@ def pack_int4(packed: Tensor, scales: Tensor, zeros: Tensor) -> PackedInt4:
     elif torch.equal(offsets, offsets.round()):
         offsets = offsets.to(torch.int8)
     else:
-        offsets = offsets.half()
-    return PackedInt4(tiled, (scales / unit).half().T.contiguous(), offsets, unit, outputs, packed.shape[1] * 2)
+        offsets = _compact(offsets)
+    return PackedInt4(tiled, _compact(scales.T.float() / unit), offsets, unit, outputs, packed.shape[1] * 2)
+
+
+def _compact(numbers: Tensor) -> Tensor:
+    halves = numbers.half().contiguous()
+    return halves if torch.equal(halves.float(), numbers) else numbers.contiguous()

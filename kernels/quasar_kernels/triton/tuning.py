@@ -196,7 +196,8 @@ def _write(file: Path) -> None:
 
 def _groups_per_iteration(shape: Shape) -> int:
     """Return the number of groups that make 64 bytes of a row, out of the numbers that divide the groups of a row."""
-    wanted = max(1, 128 // shape.group_size)
+    inputs = 64 if shape.op == "linear_w8a16" else 128
+    wanted = max(1, inputs // shape.group_size)
     groups = shape.inputs // shape.group_size
     return next(count for count in (4, 2, 1) if count <= wanted and groups % count == 0)
 
