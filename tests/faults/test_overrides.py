@@ -183,7 +183,7 @@ KEYS: dict[tuple[str, ...], dict[str, Valid]] = {
         "verifier.symmetric": flag,
         "verifier.clip": flag,
         "verifier.activation_bits": integer(16, 16),
-        "drafter.window": integer(1),
+        "drafter.window": any_of(integer(1), either("auto")),
         "drafter.ngram": integer(3),
         "drafter.guesses": integer(1),
         "drafter.pool_capacity": or_null(integer(1)),
