@@ -25,6 +25,7 @@ from quasar.drafters.lookahead import LookaheadDrafter
 from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
+from quasar.drafters.suffix_automaton import SuffixAutomatonDrafter
 from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.verifiers.base import Setup, Verifier, VerifierCost
@@ -46,8 +47,11 @@ VERIFIERS: dict[str, Callable[..., TransformerVerifier]] = {
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "ngram": NgramDrafter,
     "ngram-tree": lambda: NgramDrafter(match="frequent", branches=3),
-    "ngram-automaton": lambda: NgramDrafter(num_tokens=8, method="suffix_automaton", scope="session", branches=2),
-    "lookahead": LookaheadDrafter,
+    "ngram-first": lambda: NgramDrafter(match="first"),
+    "automaton": lambda: SuffixAutomatonDrafter(scope="session"),
+    "automaton-paths": lambda: SuffixAutomatonDrafter(num_tokens=8, match="recent", scope="session", branches=2),
+    "lookahead": lambda: LookaheadDrafter(5, 4, 5),
+    "lookahead-auto": LookaheadDrafter,
     "lookahead-wide": lambda: LookaheadDrafter(window=7, ngram=3, guesses=8, pool_from_prompt=False),
     "layerskip": LayerSkipDrafter,
     "layerskip-exit": lambda: LayerSkipDrafter(num_tokens=6, exit_layer=1),
@@ -135,7 +139,7 @@ def test_stop_token_inside_a_copied_block_ends_the_output_there() -> None:
 
 
 # Prompt lookup finds little in random text; the test above covers it.
-@pytest.mark.parametrize("drafter_name", [name for name in DRAFTERS if "ngram" not in name])
+@pytest.mark.parametrize("drafter_name", [name for name in DRAFTERS if not name.startswith(("ngram", "automaton"))])
 def test_stop_token_inside_a_block_ends_the_output_there(drafter_name: str) -> None:
     verifier = build("fp16")
     inside = 0

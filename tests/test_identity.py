@@ -29,6 +29,7 @@ from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
 from quasar.drafters.replay import ReplayDrafter
+from quasar.drafters.suffix_automaton import SuffixAutomatonDrafter
 from quasar.evaluation.fidelity import ReferencePath
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import Checkpoint
@@ -92,15 +93,16 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
         "none": NoneDrafter(),
         "ngram": NgramDrafter(),
         "ngram tree": NgramDrafter(branches=3, match="frequent"),
-        "automaton": NgramDrafter(method="suffix_automaton", scope="session"),
-        "lookahead": LookaheadDrafter(),
+        "automaton": SuffixAutomatonDrafter(scope="session"),
+        "lookahead": LookaheadDrafter(5, 4, 5),
+        "lookahead auto": LookaheadDrafter(),
         "layerskip": LayerSkipDrafter(skip_layers=[1]),
         "model": model,
         "replay": ReplayDrafter(trace=trace),
     }
 
 
-NAMES = ("none", "ngram", "ngram tree", "automaton", "lookahead", "layerskip", "model", "replay")
+NAMES = ("none", "ngram", "ngram tree", "automaton", "lookahead", "lookahead auto", "layerskip", "model", "replay")
 
 
 def generate(
