@@ -25,6 +25,7 @@ from quasar.drafters.lookahead import LookaheadDrafter
 from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
+from quasar.drafters.recycling import RecyclingDrafter
 from quasar.drafters.suffix_automaton import SuffixAutomatonDrafter
 from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
@@ -50,6 +51,8 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "ngram-first": lambda: NgramDrafter(match="first"),
     "automaton": lambda: SuffixAutomatonDrafter(scope="session"),
     "automaton-paths": lambda: SuffixAutomatonDrafter(num_tokens=8, match="recent", scope="session", branches=2),
+    "recycling": lambda: RecyclingDrafter(20),
+    "recycling-auto": RecyclingDrafter,
     "lookahead": lambda: LookaheadDrafter(5, 4, 5),
     "lookahead-auto": LookaheadDrafter,
     "lookahead-wide": lambda: LookaheadDrafter(window=7, ngram=3, guesses=8, pool_from_prompt=False),

@@ -28,6 +28,7 @@ from quasar.drafters.lookahead import LookaheadDrafter
 from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
+from quasar.drafters.recycling import RecyclingDrafter
 from quasar.drafters.replay import ReplayDrafter
 from quasar.drafters.suffix_automaton import SuffixAutomatonDrafter
 from quasar.evaluation.fidelity import ReferencePath
@@ -94,6 +95,7 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
         "ngram": NgramDrafter(),
         "ngram tree": NgramDrafter(branches=3, match="frequent"),
         "automaton": SuffixAutomatonDrafter(scope="session"),
+        "recycling": RecyclingDrafter(num_tokens=12),
         "lookahead": LookaheadDrafter(5, 4, 5),
         "lookahead auto": LookaheadDrafter(),
         "layerskip": LayerSkipDrafter(skip_layers=[1]),
@@ -102,7 +104,18 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
     }
 
 
-NAMES = ("none", "ngram", "ngram tree", "automaton", "lookahead", "lookahead auto", "layerskip", "model", "replay")
+NAMES = (
+    "none",
+    "ngram",
+    "ngram tree",
+    "automaton",
+    "recycling",
+    "lookahead",
+    "lookahead auto",
+    "layerskip",
+    "model",
+    "replay",
+)
 
 
 def generate(

@@ -15,7 +15,7 @@ from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits
 from quasar.drafters._pass_cost import PassCost
-from quasar.drafters._tree_size import NodeRates, TreeSize, by_probability, subtree
+from quasar.drafters._tree_size import Kind, NodeRates, TreeSize, by_probability, subtree
 from quasar.drafters._window_size import WindowSize
 from quasar.drafters.lookahead import JacobiWindow, LookaheadDrafter, window_rows
 from quasar.drafters.none import NoneDrafter
@@ -366,10 +366,11 @@ def test_most_probable_nodes_form_a_tree() -> None:
 
 def test_rates_of_nodes_are_those_of_their_last_fifty_tries() -> None:
     rates = NodeRates(weight=2.0)
-    assert rates.rate("a", 0.5) == 0.5
+    kind = Kind("a", 0.5)
+    assert rates.rate(kind) == 0.5
     outcomes = [True, False, False]
     for accepted in outcomes:
-        rates.add("a", accepted, 0.5)
+        rates.add(kind, accepted)
     weights = [2 * 0.98**3, 0.98**2, 0.98, 1.0]
-    assert rates.rate("a", 0.5) == pytest.approx(float(np.average([0.5, 1, 0, 0], weights=weights)))
-    assert rates.rate("b", 0.25) == 0.25
+    assert rates.rate(kind) == pytest.approx(float(np.average([0.5, 1, 0, 0], weights=weights)))
+    assert rates.rate(Kind("b", 0.25)) == 0.25

@@ -51,6 +51,10 @@ class PassCost:
         return np.interp(rows, self.rows, known) + slope * np.maximum(0.0, rows - self.rows[-1])
 
 
+FREE_ROWS = PassCost((1, MAX_ROWS), (1,), ((1.0, 1.0),))
+"""The cost that drafters assume before `prepare` has given them the measured one."""
+
+
 def measure_pass_cost(verifier: Verifier, prompt: Sequence[int], capacity: int) -> PassCost:
     """Measure passes of 1 to 64 rows after a prompt, and after the prompt repeated up to a long context.
 

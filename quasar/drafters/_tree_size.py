@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from quasar.decoding.draft import ROOT
+from quasar.decoding.draft import ROOT, StepResult
 from quasar.drafters._pass_cost import PassCost
 from quasar.drafters._probing import ProbeCredit
 
@@ -14,27 +15,59 @@ DECAY = 0.98
 """Factor on the weight of older tries of the same kind of token: about the last fifty tries count."""
 
 
-class NodeRates:
-    """Running acceptance rates of draft tokens by kind, among the tokens whose parent was accepted.
+@dataclass(frozen=True)
+class Kind:
+    """What tells draft tokens apart before they are verified, such as their source and depth.
 
-    A kind is anything that tells tokens apart before they are verified, such as (source, depth).
-
-    weight: weight of a kind's first estimate in tries. It fades like older tries
+    key: equal for tokens of one kind
+    first: the assumed acceptance rate before a token of this kind has been tried
     """
 
-    def __init__(self, weight: float = 2.0) -> None:
-        self._weight = weight
-        self._counts: dict[Hashable, tuple[float, float]] = {}
+    key: Hashable
+    first: float
 
-    def rate(self, kind: Hashable, first: float) -> float:
-        """Return the acceptance rate of a kind, ``first`` if no token of this kind was tried yet."""
-        tried, kept = self._counts.get(kind, (1.0, first))
-        return kept / tried
 
-    def add(self, kind: Hashable, accepted: bool, first: float) -> None:
-        """Count one token of a kind whose parent was accepted. first: the estimate before any was tried."""
-        tried, kept = self._counts.get(kind, (self._weight, self._weight * first))
-        self._counts[kind] = tried * DECAY + 1, kept * DECAY + accepted
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens of a tree with a kind each: ``tokens[T]``, ``parents[T]`` as in a `Draft`, ``kinds[T]``."""
+
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    kinds: Sequence[Kind]
+
+
+class TreePruning:
+    """Reduces trees of candidates to the tokens that are worth their rows, and learns from what is accepted.
+
+    Every kind of token has a running acceptance rate, counted where the parent was accepted (`NodeRates`). The
+    probability of a token is the product of the rates from the root to it, and `TreeSize` decides how many of the most
+    probable tokens are verified.
+
+    cost: the measured time of a pass
+    """
+
+    def __init__(self, cost: PassCost) -> None:
+        self._size, self._rates = TreeSize(cost), NodeRates()
+        self.kinds: list[Kind] = []
+        """The kinds of the last draft's tokens."""
+
+    def prune(self, tree: Candidates, context: int, scratch_rows: int = 0) -> tuple[list[int], list[int]]:
+        """Return tokens and parents of the part of a tree to verify after ``context`` cached tokens."""
+        ranked = by_probability(tree.parents, [self._rates.rate(kind) for kind in tree.kinds])
+        size = self._size.choose([probability for probability, _ in ranked], context, scratch_rows)
+        nodes = sorted(node for _, node in ranked[:size])
+        self.kinds = [tree.kinds[node] for node in nodes]
+        return subtree(tree.tokens, tree.parents, nodes)
+
+    def add(self, step: StepResult) -> None:
+        """Count the accepted tokens of a step whose draft `prune` has returned."""
+        path = set(step.path)
+        end = step.path[-1] if step.path else ROOT
+        for node, parent in enumerate(step.draft.parents):
+            # Behind the end of the output nothing was tried.
+            untried = step.cut and parent == end
+            if (parent == ROOT or parent in path) and not untried:
+                self._rates.add(self.kinds[node], node in path)
 
 
 class TreeSize:
@@ -69,6 +102,26 @@ class TreeSize:
             return size
         self._credit.spend(extra)
         return size + 1
+
+
+class NodeRates:
+    """Running acceptance rates of draft tokens by kind, among the tokens whose parent was accepted.
+
+    weight: weight of a kind's assumed rate in tries. It fades like older tries
+    """
+
+    def __init__(self, weight: float = 2.0) -> None:
+        self._weight = weight
+        self._counts: dict[Hashable, tuple[float, float]] = {}
+
+    def rate(self, kind: Kind) -> float:
+        tried, kept = self._counts.get(kind.key, (1.0, kind.first))
+        return kept / tried
+
+    def add(self, kind: Kind, accepted: bool) -> None:
+        """Count one token of a kind whose parent was accepted."""
+        tried, kept = self._counts.get(kind.key, (self._weight, self._weight * kind.first))
+        self._counts[kind.key] = tried * DECAY + 1, kept * DECAY + accepted
 
 
 def by_probability(parents: Sequence[int], rates: Sequence[float]) -> list[tuple[float, int]]:

@@ -13,16 +13,14 @@ import torch
 from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor
 
-from quasar.decoding.draft import MAX_ROWS, ROOT, Context, Draft, Scratch, StepResult, merge_into_tree
+from quasar.decoding.draft import MAX_ROWS, Context, Draft, Scratch, StepResult, merge_into_tree
 from quasar.decoding.sampling import most_likely
-from quasar.drafters._pass_cost import PassCost
-from quasar.drafters._tree_size import NodeRates, TreeSize, by_probability, subtree
+from quasar.drafters._pass_cost import FREE_ROWS, PassCost
+from quasar.drafters._tree_size import Candidates, Kind, TreePruning
 from quasar.drafters._window_size import WindowSize
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 
-FREE = PassCost((1, MAX_ROWS), (1,), ((1.0, 1.0),))
-"""The cost of a pass before `LookaheadDrafter.use`."""
 FIRST_RATE = 0.5
 """Assumed acceptance rate of a guess's first token before there is evidence; that of the r-th guess is this / r."""
 
@@ -40,7 +38,7 @@ class LookaheadDrafter(Drafter):
     The cost per pass is (N - 1) W - 1 scratch rows and up to G (N - 1) draft rows. There are no additional passes.
 
     ``window=auto`` chooses W in every period of eight steps (`WindowSize`) and the guesses' tokens in every step
-    (`TreeSize`) by the measured time of a pass, from recent acceptance: how many tokens n-grams of the window have
+    (`TreePruning`) by the measured time of a pass, from recent acceptance: how many tokens n-grams of the window have
     contributed, and how often tokens of guesses were right, by source (window or text), depth and age. Where rows are
     expensive and guesses are wrong, passes have a single row as in autoregressive decoding. The estimates are kept from
     prompt to prompt. The greedy output does not depend on the sizes.
@@ -70,7 +68,7 @@ class LookaheadDrafter(Drafter):
         self.seed = seed
         self._pool: dict[int, OrderedDict[tuple[int, ...], bool]] = {}
         self._jacobi = JacobiWindow(ngram, [0], seed)
-        self._sizes = None if window != "auto" else Sizes(FREE, ngram, guesses)
+        self._sizes = None if window != "auto" else Sizes(FREE_ROWS, ngram, guesses)
         self._indexed, self._last = 0, 0
         self._widths: list[int | float | str] = []
 
@@ -109,9 +107,9 @@ class LookaheadDrafter(Drafter):
         guesses = [(tail[:budget], from_window) for tail, from_window in known]
         tokens, parents = merge_into_tree([guess for guess, _ in guesses])
         if self._sizes is not None:
-            kinds = _kinds(guesses)
+            tree = Candidates(tokens, parents, _kinds(guesses))
             rows = 0 if scratch is None else len(scratch.tokens)
-            tokens, parents = self._sizes.profitable(tokens, parents, kinds, cached, rows)
+            tokens, parents = self._sizes.tree.prune(tree, cached, rows)
         return Draft(tokens, parents, scratch=scratch)
 
     def observe(self, step: StepResult) -> None:
@@ -201,40 +199,19 @@ class JacobiWindow:
         return [self._random.choice(self._tokens) for _ in range(count)]
 
 
-Kind = tuple[bool, int, int]
-"""What tells tokens of guesses apart: whether only the window has found the n-gram, the depth, and the age of the guess
-among those with another first token (0 for the latest; deeper than the first token it has no effect)."""
-
-
 class Sizes:
     """The sizes of lookahead's steps that ``window=auto`` chooses, and the estimates behind them."""
 
     def __init__(self, cost: PassCost, ngram: int, guesses: int) -> None:
         widest = max(width for width in range(MAX_ROWS) if _rows(width, ngram, guesses) <= MAX_ROWS)
         self.window = WindowSize(cost, [window_rows(width, ngram) for width in range(widest + 1)])
-        self._tree, self._rates = TreeSize(cost), NodeRates()
-        self._kinds: list[Kind] = []
-
-    def profitable(
-        self, tokens: list[int], parents: list[int], kinds: list[Kind], context: int, scratch_rows: int
-    ) -> tuple[list[int], list[int]]:
-        """Return the tokens of a tree that are worth their rows, and their parents."""
-        ranked = by_probability(parents, [self._rates.rate(kind, _first_rate(kind)) for kind in kinds])
-        size = self._tree.choose([probability for probability, _ in ranked], context, scratch_rows)
-        nodes = sorted(node for _, node in ranked[:size])
-        self._kinds = [kinds[node] for node in nodes]
-        return subtree(tokens, parents, nodes)
+        self.tree = TreePruning(cost)
 
     def add(self, step: StepResult) -> None:
-        """Count the accepted tokens of a step whose draft `profitable` has chosen."""
-        draft, path = step.draft, set(step.path)
-        found = sum(self._kinds[node][0] for node in path)
-        self.window.add(len(draft), found, len(step.emitted) - found)
-        end = step.path[-1] if step.path else ROOT
-        for node, parent in enumerate(draft.parents):
-            untried = step.cut and parent == end
-            if (parent == ROOT or parent in path) and not untried:
-                self._rates.add(self._kinds[node], node in path, _first_rate(self._kinds[node]))
+        """Count the accepted tokens of a step whose draft ``tree`` has pruned."""
+        found = sum(self.tree.kinds[node].key[0] for node in step.path)
+        self.window.add(len(step.draft), found, len(step.emitted) - found)
+        self.tree.add(step)
 
 
 def window_rows(width: int, ngram: int) -> int:
@@ -289,17 +266,20 @@ def _require_rows(window: int | Literal["auto"], ngram: int, guesses: int) -> No
 
 
 def _kinds(guesses: Sequence[tuple[tuple[int, ...], bool]]) -> list[Kind]:
-    """Return the kind of every token of the merged guesses. A token that several share belongs to the latest one."""
+    """Return the kind of every token of the merged guesses. A token that several share belongs to the latest one.
+
+    The key is whether only the window has found the n-gram, the depth, and for first tokens the age of the guess among
+    those with another first token, 0 for the latest.
+    """
     kinds: dict[tuple[int, ...], Kind] = {}
     age = 0
     for guess, from_window in guesses:
         for depth in range(1, len(guess) + 1):
-            if guess[:depth] not in kinds:
-                kinds[guess[:depth]] = (from_window, depth, age if depth == 1 else 0)
-                age += depth == 1
+            if guess[:depth] in kinds:
+                continue
+            if depth == 1:
+                kinds[guess[:1]] = Kind((from_window, 1, age), FIRST_RATE / (1 + age))
+                age += 1
+            else:
+                kinds[guess[:depth]] = Kind((from_window, depth, 0), FIRST_RATE)
     return list(kinds.values())
-
-
-def _first_rate(kind: Kind) -> float:
-    _, depth, age = kind
-    return FIRST_RATE / (1 + age) if depth == 1 else FIRST_RATE
