@@ -61,7 +61,7 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "layerskip-sure": lambda: LayerSkipDrafter(num_tokens=6, confidence=0.05),
     "model": lambda: draft_model("int4"),
     "model-pruned": lambda: draft_model("pruned-depth"),
-    "chain": lambda: ChainDrafter([{"name": "ngram", "n_min": 2}, "lookahead", "layerskip"]),
+    "chain": lambda: ChainDrafter([{"name": "ngram", "n_min": 2}, {"name": "lookahead", "window": 5}, "layerskip"]),
     "auto-ngram": lambda: timeless(NgramDrafter(num_tokens=9)),
     "auto-layerskip": lambda: timeless(LayerSkipDrafter(num_tokens=9)),
 }

@@ -382,5 +382,5 @@ def test_help_answers_without_loading_torch(run: Run, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0
-    assert "drafter: chain, layerskip, lookahead, model, ngram, none" in done.stdout
+    assert "drafter: chain, layerskip, lookahead, lookahead_paper, " in done.stdout
     assert " torch\n" not in done.stderr
