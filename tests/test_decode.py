@@ -22,6 +22,7 @@ from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter
+from quasar.drafters.mixture import MixtureDrafter
 from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
@@ -53,6 +54,7 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "automaton-paths": lambda: SuffixAutomatonDrafter(num_tokens=8, match="recent", scope="session", branches=2),
     "recycling": lambda: RecyclingDrafter(20),
     "recycling-auto": RecyclingDrafter,
+    "mixture": lambda: MixtureDrafter(num_tokens=20),
     "lookahead": lambda: LookaheadDrafter(5, 4, 5),
     "lookahead-auto": LookaheadDrafter,
     "lookahead-wide": lambda: LookaheadDrafter(window=7, ngram=3, guesses=8, pool_from_prompt=False),

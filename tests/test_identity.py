@@ -25,6 +25,7 @@ from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter
+from quasar.drafters.mixture import MixtureDrafter
 from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
@@ -96,6 +97,7 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
         "ngram tree": NgramDrafter(branches=3, match="frequent"),
         "automaton": SuffixAutomatonDrafter(scope="session"),
         "recycling": RecyclingDrafter(num_tokens=12),
+        "mixture": MixtureDrafter(num_tokens=12),
         "lookahead": LookaheadDrafter(5, 4, 5),
         "lookahead auto": LookaheadDrafter(),
         "layerskip": LayerSkipDrafter(skip_layers=[1]),
@@ -110,6 +112,7 @@ NAMES = (
     "ngram tree",
     "automaton",
     "recycling",
+    "mixture",
     "lookahead",
     "lookahead auto",
     "layerskip",

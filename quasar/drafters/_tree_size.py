@@ -51,6 +51,10 @@ class TreePruning:
         self.kinds: list[Kind] = []
         """The kinds of the last draft's tokens."""
 
+    def rate(self, kind: Kind) -> float:
+        """Return the present acceptance rate of a kind."""
+        return self._rates.rate(kind)
+
     def prune(self, tree: Candidates, context: int, scratch_rows: int = 0) -> tuple[list[int], list[int]]:
         """Return tokens and parents of the part of a tree to verify after ``context`` cached tokens."""
         ranked = by_probability(tree.parents, [self._rates.rate(kind) for kind in tree.kinds])

@@ -219,6 +219,12 @@ KEYS: dict[tuple[str, ...], dict[str, Valid]] = {
         "drafter.length_factor": or_null(real(0, above=True)),
         "drafter.min_probability": lambda value: real(0)(value) and number(value) < 1,
     },
+    ("drafter=mixture",): {
+        "drafter.num_tokens": integer(1, 63),
+        "drafter.order": integer(1, 16),
+        "drafter.candidates": integer(1, 63),
+        "drafter.memory": either("prompt", "session"),
+    },
     ("drafter=recycling",): {
         "drafter.num_tokens": any_of(integer(1, 63), either("auto")),
         "drafter.candidates": integer(1, 63),
