@@ -366,11 +366,11 @@ def test_most_probable_nodes_form_a_tree() -> None:
 
 def test_rates_of_nodes_are_those_of_their_last_fifty_tries() -> None:
     rates = NodeRates(weight=2.0)
-    kind = Kind("a", 0.5)
+    kind = Kind(("a",), 0.5)
     assert rates.rate(kind) == 0.5
     outcomes = [True, False, False]
     for accepted in outcomes:
         rates.add(kind, accepted)
     weights = [2 * 0.98**3, 0.98**2, 0.98, 1.0]
     assert rates.rate(kind) == pytest.approx(float(np.average([0.5, 1, 0, 0], weights=weights)))
-    assert rates.rate(Kind("b", 0.25)) == 0.25
+    assert rates.rate(Kind(("b",), 0.25)) == 0.25

@@ -32,9 +32,11 @@ steps without a draft. With a zero entry every 200 steps, layer-skip, which is n
 DECAY = 0.98
 """Factor on the weight of older steps for every new step: about the last fifty steps count.
 
-In simulated decoding (tests/test_draft_length.py) 0.95 lost 5 % of the autoregressive speed where drafts are always
-wrong and a row costs 6.5 % of a pass: with the evidence of only twenty steps, the estimate could not fall below the
-6.5 % from which on a draft token pays.
+Simulated as in tests/test_draft_length.py, where a row costs 6.5 % of a pass: with 0.9, 0.95, 0.98 and 0.99 the speed
+over autoregressive decoding is 3.98, 4.00, 4.05 and 4.06 if nine of ten draft tokens are right, 1.54, 1.54, 1.53 and
+1.51 if every second one is, and 1.58, 1.56, 1.51 and 1.45 if the rate falls from 0.9 to 0 in the middle. Shorter
+memories stop sooner, but also by bad luck: with 0.95 and rows that cost 70 %, drafts of which nine of ten tokens are
+right lose 5 % of the best fixed length's speed.
 """
 FIRST_WEIGHT = 2.0
 FIRST_RATE = 0.75

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ class Kind:
     first: the assumed acceptance rate before a token of this kind has been tried
     """
 
-    key: Hashable
+    key: tuple[str | int, ...]
     first: float
 
 
@@ -116,7 +116,7 @@ class NodeRates:
 
     def __init__(self, weight: float = 2.0) -> None:
         self._weight = weight
-        self._counts: dict[Hashable, tuple[float, float]] = {}
+        self._counts: dict[tuple[str | int, ...], tuple[float, float]] = {}
 
     def rate(self, kind: Kind) -> float:
         tried, kept = self._counts.get(kind.key, (1.0, kind.first))

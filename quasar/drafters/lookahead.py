@@ -25,6 +25,10 @@ FIRST_RATE = 0.5
 """Assumed acceptance rate of a guess's first token before there is evidence; that of the r-th guess is this / r."""
 
 
+WINDOW, TEXT = "window", "text"
+"""Sources of n-grams in the pool."""
+
+
 class LookaheadDrafter(Drafter):
     """Lookahead decoding (Fu et al. 2024) with window W, n-gram size N and at most G guesses per step.
 
@@ -68,7 +72,8 @@ class LookaheadDrafter(Drafter):
         self.seed = seed
         self._pool: dict[int, OrderedDict[tuple[int, ...], bool]] = {}
         self._jacobi = JacobiWindow(ngram, [0], seed)
-        self._sizes = None if window != "auto" else Sizes(FREE_ROWS, ngram, guesses)
+        self._fixed_width = 0 if window == "auto" else window
+        self._sizes = Sizes(FREE_ROWS, ngram, guesses) if window == "auto" else None
         self._indexed, self._last = 0, 0
         self._widths: list[int | float | str] = []
 
@@ -100,7 +105,7 @@ class LookaheadDrafter(Drafter):
             self._widths.append(0)
             return Draft()
         self._last, cached = context.last, len(context.tokens) - 1
-        self._jacobi.resize(self.window if self._sizes is None else self._sizes.window.choose(cached))
+        self._jacobi.resize(self._fixed_width if self._sizes is None else self._sizes.window.choose(cached))
         self._widths.append(self._jacobi.width)
         scratch = self._jacobi.scratch()
         known = islice(reversed(self._pool.get(context.last, {}).items()), self.guesses)
@@ -209,7 +214,7 @@ class Sizes:
 
     def add(self, step: StepResult) -> None:
         """Count the accepted tokens of a step whose draft ``tree`` has pruned."""
-        found = sum(self.tree.kinds[node].key[0] for node in step.path)
+        found = sum(self.tree.kinds[node].key[0] == WINDOW for node in step.path)
         self.window.add(len(step.draft), found, len(step.emitted) - found)
         self.tree.add(step)
 
@@ -268,18 +273,19 @@ def _require_rows(window: int | Literal["auto"], ngram: int, guesses: int) -> No
 def _kinds(guesses: Sequence[tuple[tuple[int, ...], bool]]) -> list[Kind]:
     """Return the kind of every token of the merged guesses. A token that several share belongs to the latest one.
 
-    The key is whether only the window has found the n-gram, the depth, and for first tokens the age of the guess among
-    those with another first token, 0 for the latest.
+    The key is the source of the n-gram (``WINDOW`` if only the window has found it), the depth, and for first tokens
+    the age of the guess among those with another first token, 0 for the latest.
     """
     kinds: dict[tuple[int, ...], Kind] = {}
     age = 0
     for guess, from_window in guesses:
+        source = WINDOW if from_window else TEXT
         for depth in range(1, len(guess) + 1):
             if guess[:depth] in kinds:
                 continue
             if depth == 1:
-                kinds[guess[:1]] = Kind((from_window, 1, age), FIRST_RATE / (1 + age))
+                kinds[guess[:1]] = Kind((source, 1, age), FIRST_RATE / (1 + age))
                 age += 1
             else:
-                kinds[guess[:depth]] = Kind((from_window, depth, 0), FIRST_RATE)
+                kinds[guess[:depth]] = Kind((source, depth), FIRST_RATE)
     return list(kinds.values())
