@@ -16,14 +16,18 @@ from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.scores import Scores
 from quasar.decoding.stopping import Limits
-from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
+from quasar.drafters._adaptive_length import AdaptiveLength
+from quasar.drafters._pass_cost import PassCost
 from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter
+from quasar.drafters.mixture import MixtureDrafter
 from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
+from quasar.drafters.recycling import RecyclingDrafter
+from quasar.drafters.suffix_automaton import SuffixAutomatonDrafter
 from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.verifiers.base import Setup, Verifier, VerifierCost
@@ -45,15 +49,21 @@ VERIFIERS: dict[str, Callable[..., TransformerVerifier]] = {
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "ngram": NgramDrafter,
     "ngram-tree": lambda: NgramDrafter(match="frequent", branches=3),
-    "ngram-automaton": lambda: NgramDrafter(num_tokens=8, method="suffix_automaton", scope="session", branches=2),
-    "lookahead": LookaheadDrafter,
+    "ngram-first": lambda: NgramDrafter(match="first"),
+    "automaton": lambda: SuffixAutomatonDrafter(scope="session"),
+    "automaton-paths": lambda: SuffixAutomatonDrafter(num_tokens=8, match="recent", scope="session", branches=2),
+    "recycling": lambda: RecyclingDrafter(20),
+    "recycling-auto": RecyclingDrafter,
+    "mixture": lambda: MixtureDrafter(num_tokens=20),
+    "lookahead": lambda: LookaheadDrafter(5, 4, 5),
+    "lookahead-auto": LookaheadDrafter,
     "lookahead-wide": lambda: LookaheadDrafter(window=7, ngram=3, guesses=8, pool_from_prompt=False),
     "layerskip": LayerSkipDrafter,
     "layerskip-exit": lambda: LayerSkipDrafter(num_tokens=6, exit_layer=1),
     "layerskip-sure": lambda: LayerSkipDrafter(num_tokens=6, confidence=0.05),
     "model": lambda: draft_model("int4"),
     "model-pruned": lambda: draft_model("pruned-depth"),
-    "chain": lambda: ChainDrafter([{"name": "ngram", "n_min": 2}, "lookahead", "layerskip"]),
+    "chain": lambda: ChainDrafter([{"name": "ngram", "n_min": 2}, {"name": "lookahead", "window": 5}, "layerskip"]),
     "auto-ngram": lambda: timeless(NgramDrafter(num_tokens=9)),
     "auto-layerskip": lambda: timeless(LayerSkipDrafter(num_tokens=9)),
 }
@@ -134,7 +144,7 @@ def test_stop_token_inside_a_copied_block_ends_the_output_there() -> None:
 
 
 # Prompt lookup finds little in random text; the test above covers it.
-@pytest.mark.parametrize("drafter_name", [name for name in DRAFTERS if "ngram" not in name])
+@pytest.mark.parametrize("drafter_name", [name for name in DRAFTERS if not name.startswith(("ngram", "automaton"))])
 def test_stop_token_inside_a_block_ends_the_output_there(drafter_name: str) -> None:
     verifier = build("fp16")
     inside = 0

@@ -16,8 +16,7 @@ from quasar.decoding.loop import Generation
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopwatch import DECODE_PHASES
 from quasar.drafters._layer_search import search_skipped_layers
-from quasar.drafters._suffix_automaton import PLACES, SuffixAutomaton
-from quasar.drafters.base import Resources
+from quasar.drafters.base import Drafter
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter, window_layout
 from quasar.drafters.ngram import LOOKUP_PLACES, NgramDrafter
@@ -45,6 +44,15 @@ def slow_prompt_lookup(
     return []
 
 
+def slow_first(tokens: list[int], n_max: int, n_min: int, length: int) -> list[int]:
+    """Return what followed the earliest occurrence of the longest suffix, as vLLM's proposer does."""
+    for size in range(n_max, n_min - 1, -1):
+        for end in range(size, len(tokens)):
+            if tokens[end - size : end] == tokens[len(tokens) - size :]:
+                return tokens[end : end + length]
+    return []
+
+
 def slow_choice(found: list[list[int]], match: str, branches: int) -> list[list[int]]:
     """``found``: continuations, the latest first."""
     chosen: list[list[int]] = []
@@ -64,7 +72,7 @@ def slow_choice(found: list[list[int]], match: str, branches: int) -> list[list[
     return chosen
 
 
-def grown(drafter: NgramDrafter, tokens: list[int], budget: int) -> Draft:
+def grown(drafter: Drafter, tokens: list[int], budget: int) -> Draft:
     """Return the draft after a context that grew by a few tokens at a time, as in decoding."""
     drafter.begin(torch.tensor(tokens[:1]))
     for end in range(2, len(tokens) + 1, 3):
@@ -98,174 +106,28 @@ def test_ngram_equals_a_linear_search(
     assert (draft.tokens, draft.parents) == merge_into_tree([tuple(path) for path in expected])
 
 
-@settings(max_examples=1000, deadline=None)
-@given(
-    SHORT_TEXTS,
-    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), max_size=3),
-    st.integers(1, 3),
-    st.tuples(st.integers(1, 8), st.integers(0, 8)),
-    st.sampled_from([None, 0.5, 1.0, 2.0]),
-    st.sampled_from(["recent", "frequent"]),
-    st.integers(1, 3),
-)
-def test_automaton_drafts_equal_a_linear_search(
-    tokens: list[int],
-    texts: list[list[int]],
-    n_min: int,
-    lengths: tuple[int, int],
-    factor: float | None,
-    match: str,
-    branches: int,
+@settings(max_examples=500, deadline=None)
+@given(SHORT_TEXTS | RUNS, st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(1, 6), st.integers(0, 8))
+def test_ngram_first_equals_a_linear_search(
+    tokens: list[int], sizes: tuple[int, int], length: int, budget: int
 ) -> None:
-    """The longest match of any length in the sequence or in a remembered text, and what followed it there."""
-    drafter = NgramDrafter(
-        lengths[0], "suffix_automaton", match, n_min=n_min, branches=branches, length_factor=factor, scope="session"
-    )
-    for number, text in enumerate(texts):  # conversations of the session: a prompt of its own and the text as output
-        drafter.begin(torch.tensor([100 + number]))
-        drafter.propose(context([100 + number, *text]), 5)
-    draft = grown(drafter, tokens, lengths[1])
-
-    size, ends = slow_longest_match(tokens, tokens)
-    followers = [endless(tokens[end:]) for end in ends]
-    remembered = max((slow_longest_match(text, tokens)[0] for text in texts), default=0)
-    if remembered > size:
-        size = remembered
-        found = [(text, slow_longest_match(text, tokens)) for text in texts]
-        followers = [text[end:] for text, (longest, ends) in found if longest == size for end in ends]
-    length = min(lengths)
-    if factor is not None:
-        length = min(length, max(1, int(factor * size)))
-    paths = [follower[:length] for follower in reversed(followers[-PLACES:]) if follower[:length]]
-    expected = slow_choice(paths, match, branches) if size >= n_min else []
-    assert (draft.tokens, draft.parents) == merge_into_tree([tuple(path) for path in expected])
-
-
-def endless(tokens: list[int]) -> list[int]:
-    """A continuation that reaches the end of the text goes on from its own beginning."""
-    return tokens * 8
+    drafter = NgramDrafter(num_tokens=length, n_max=max(sizes), n_min=min(sizes), match="first")
+    draft = grown(drafter, tokens, budget)
+    assert draft.is_chain
+    assert draft.tokens == slow_first(tokens, max(sizes), min(sizes), min(length, budget))
 
 
 def test_ngram_in_a_constant_run_offers_a_full_draft() -> None:
     assert grown(NgramDrafter(num_tokens=4), [7] * 12, 9).tokens == [7] * 4
-    assert grown(NgramDrafter(num_tokens=9, method="suffix_automaton"), [1, 2] * 6, 9).tokens == [1, 2] * 4 + [1]
 
 
 def test_ngram_matches_recent_or_frequent() -> None:
     tokens = [5, 1, 9, 5, 1, 8, 5, 2, 9, 5]
     assert grown(NgramDrafter(num_tokens=2, n_max=1), tokens, 9).tokens == [2, 9]
     assert grown(NgramDrafter(num_tokens=2, n_max=1, match="frequent"), tokens, 9).tokens == [1, 8]
+    assert grown(NgramDrafter(num_tokens=2, n_max=1, match="first"), tokens, 9).tokens == [1, 9]
     tree = grown(NgramDrafter(num_tokens=2, n_max=1, branches=2), tokens, 9)
     assert (tree.tokens, tree.parents) == ([2, 9, 1, 8], [ROOT, 0, ROOT, 2])
-
-
-def slow_longest_match(text: list[int], tokens: list[int]) -> tuple[int, list[int]]:
-    """Return the length of the longest suffix of ``tokens`` that occurs earlier in ``text``, and all its places."""
-    for size in range(len(tokens), 0, -1):
-        ends = [end for end in range(size, len(text) + 1) if text[end - size : end] == tokens[len(tokens) - size :]]
-        if text is tokens:
-            ends.remove(len(tokens))
-        if ends:
-            return size, ends
-    return 0, []
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.lists(st.integers(0, 3), max_size=60))
-def test_suffix_automaton_equals_a_linear_search(tokens: list[int], memory: list[int]) -> None:
-    own, other = SuffixAutomaton(), SuffixAutomaton()
-    other.extend(memory)
-    cursor = 0, 0
-    for end in range(1, len(tokens) + 1):
-        own.append(tokens[end - 1])
-        cursor = other.step(*cursor, tokens[end - 1])
-        seen = tokens[:end]
-        size, ends = slow_longest_match(seen, seen)
-        found = own.own_match()
-        assert (found.length, found.places) == (size, ends[: -PLACES - 1 : -1])
-        size, ends = slow_longest_match(memory, seen)
-        found = other.match(*cursor)
-        assert (found.length, found.places) == (size, ends[: -PLACES - 1 : -1])
-
-
-@settings(max_examples=100, deadline=None)
-@given(RUNS)
-def test_suffix_automaton_in_runs_of_one_token(tokens: list[int]) -> None:
-    """There the places of short matches may be older ones; the match is the longest, and they are places of it."""
-    automaton = SuffixAutomaton()
-    for end, token in enumerate(tokens, start=1):
-        automaton.append(token)
-        if end % 8 and end < len(tokens):
-            continue
-        seen = tokens[:end]
-        size, ends = slow_longest_match(seen, seen)
-        found = automaton.own_match()
-        assert found.length == size
-        assert (not found.places) == (not ends)
-        assert set(found.places) <= set(ends)
-        assert found.places == sorted(found.places, reverse=True)
-
-
-def test_suffix_automaton_stays_small_and_fast_in_long_runs() -> None:
-    """At most two states per token, and a bounded number of refreshed places, in the worst texts."""
-    for tokens in ([1] * 3000, [1, 2] * 1500, [1] * 1500 + [2] + [1] * 1500):
-        automaton = SuffixAutomaton()
-        automaton.extend(tokens)
-        assert len(automaton._next) <= 2 * len(tokens)
-        assert max(map(len, automaton._ends)) <= PLACES
-    automaton = SuffixAutomaton()
-    automaton.extend([1] * 3000)
-    assert automaton.own_match().length == 2999
-
-
-def test_suffix_automaton_adapts_the_length_to_the_match() -> None:
-    drafter = NgramDrafter(num_tokens=8, method="suffix_automaton", length_factor=2.0)
-    story = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
-    assert grown(drafter, [*story, 30, 2], 9).tokens == [3, 4]
-    assert grown(drafter, [*story, 30, 2, 3], 9).tokens == [4, 5, 6, 7]
-    assert grown(drafter, [*story, 30, 1, 2, 3, 4], 9).tokens == [5, 6, 7, 8, 9, 10, 11, 30]
-    fixed = NgramDrafter(num_tokens=3, method="suffix_automaton", length_factor=None, n_min=2)
-    assert grown(fixed, [*story, 30, 2, 3], 9).tokens == [4, 5, 6]
-    assert grown(fixed, [*story, 30, 2], 9).tokens == []
-
-
-def test_session_scope_offers_outputs_of_other_conversations_only() -> None:
-    drafter = NgramDrafter(num_tokens=3, method="suffix_automaton", scope="session")
-    begin = lambda prompt: drafter.begin(torch.tensor(prompt))  # noqa: E731
-    begin([1, 2])
-    drafter.propose(context([1, 2, 40, 41, 42, 43, 44]), 5)
-    begin([1, 2])  # the same prompt once more must not find its own answer
-    assert drafter.propose(context([1, 2, 40, 41]), 5).tokens == []
-    begin([1, 2, 40, 41, 3])  # nor must its second turn, beyond what the turn itself holds
-    assert drafter.propose(context([1, 2, 40, 41, 3, 42]), 5).tokens == []
-    begin([9])
-    assert drafter.propose(context([9, 41, 42]), 5).tokens == [43, 44]
-
-
-def test_corpus_scope_reads_a_text_file(tmp_path: Path) -> None:
-    file = tmp_path / "corpus.txt"
-    file.write_text("abcdefgh")
-    drafter = NgramDrafter(num_tokens=4, method="suffix_automaton", scope="corpus", corpus=str(file))
-    encode = lambda text: [ord(letter) for letter in text]  # noqa: E731
-    drafter.prepare(Resources(None, encode, None, lambda: None, {}))  # type: ignore[arg-type]
-    drafter.begin(torch.tensor([1]))
-    assert drafter.propose(context([1, *encode("cd")]), 9).tokens == encode("efgh")
-    missing = NgramDrafter(method="suffix_automaton", scope="corpus", corpus=str(tmp_path / "none.txt"))
-    with pytest.raises(RequestError, match=r"drafter\.corpus=.*none\.txt: not a readable text file"):
-        missing.prepare(Resources(None, encode, None, lambda: None, {}))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scope": "session"}, r"drafter\.scope=session needs drafter\.method=suffix_automaton"),
-        ({"method": "suffix_automaton", "scope": "corpus"}, r"drafter\.scope=corpus with drafter\.corpus=None"),
-        ({"method": "suffix_automaton", "corpus": "x"}, r"drafter\.scope=prompt with drafter\.corpus=x"),
-    ],
-)
-def test_ngram_refuses_settings_that_contradict_each_other(options: dict, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        NgramDrafter(**options)
 
 
 def test_ngram_prefers_the_longer_match_and_the_latest_place() -> None:
@@ -442,3 +304,5 @@ def test_drafters_refuse_lengths_that_draft_nothing() -> None:
                 make(num_tokens=length)
     with pytest.raises(RequestError, match=r"drafter\.n_min=4 is larger than drafter\.n_max=3"):
         NgramDrafter(n_min=4)
+    with pytest.raises(RequestError, match=r"drafter\.branches=2 with drafter\.match=first"):
+        NgramDrafter(match="first", branches=2)

@@ -19,15 +19,19 @@ from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits, StopStrings
 from quasar.decoding.synthetic import Synthetic
-from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
+from quasar.drafters._adaptive_length import AdaptiveLength
+from quasar.drafters._pass_cost import PassCost
 from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter
+from quasar.drafters.mixture import MixtureDrafter
 from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
+from quasar.drafters.recycling import RecyclingDrafter
 from quasar.drafters.replay import ReplayDrafter
+from quasar.drafters.suffix_automaton import SuffixAutomatonDrafter
 from quasar.evaluation.fidelity import ReferencePath
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import Checkpoint
@@ -91,15 +95,30 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
         "none": NoneDrafter(),
         "ngram": NgramDrafter(),
         "ngram tree": NgramDrafter(branches=3, match="frequent"),
-        "automaton": NgramDrafter(method="suffix_automaton", scope="session"),
-        "lookahead": LookaheadDrafter(),
+        "automaton": SuffixAutomatonDrafter(scope="session"),
+        "recycling": RecyclingDrafter(num_tokens=12),
+        "mixture": MixtureDrafter(num_tokens=12),
+        "lookahead": LookaheadDrafter(5, 4, 5),
+        "lookahead auto": LookaheadDrafter(),
         "layerskip": LayerSkipDrafter(skip_layers=[1]),
         "model": model,
         "replay": ReplayDrafter(trace=trace),
     }
 
 
-NAMES = ("none", "ngram", "ngram tree", "automaton", "lookahead", "layerskip", "model", "replay")
+NAMES = (
+    "none",
+    "ngram",
+    "ngram tree",
+    "automaton",
+    "recycling",
+    "mixture",
+    "lookahead",
+    "lookahead auto",
+    "layerskip",
+    "model",
+    "replay",
+)
 
 
 def generate(

@@ -15,7 +15,8 @@ from quasar.decoding.loop import decode
 from quasar.decoding.sampling import Sampling
 from quasar.decoding.scores import Scores
 from quasar.decoding.stopping import Limits
-from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
+from quasar.drafters._adaptive_length import AdaptiveLength
+from quasar.drafters._pass_cost import PassCost
 from quasar.drafters.base import Drafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.replay import ReplayDrafter

@@ -133,7 +133,7 @@ def test_edited_calibration_text_is_refused(run: Run, tmp_path: Path) -> None:
 def test_an_edited_corpus_is_refused(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "corpus.txt"
     text.write_text("one two three one two")
-    chosen = ["drafter=ngram", "drafter.method=suffix_automaton", "drafter.scope=corpus", f"drafter.corpus={text}"]
+    chosen = ["drafter=suffix_automaton", "drafter.scope=corpus", f"drafter.corpus={text}"]
     assert run(*chosen)[0] == 0
     interrupt(tmp_path / "out", 2)
     text.write_text("two one three")
@@ -238,7 +238,7 @@ def test_records_without_a_configuration_are_refused(run: Run, tmp_path: Path) -
     assert (code, "contains records but no config.yaml" in err) == (2, True), err
 
 
-SESSION = ["drafter=ngram", "drafter.method=suffix_automaton", "drafter.scope=session", "verifier.dtype=float32"]
+SESSION = ["drafter=suffix_automaton", "drafter.scope=session", "verifier.dtype=float32", "decode.draft_tokens=null"]
 
 
 @pytest.mark.parametrize("fidelity", ["false", "true"])
@@ -248,8 +248,8 @@ def test_a_continued_session_drafts_like_an_undisturbed_one(
 ) -> None:
     chosen = SESSION
     if chained:
-        member = "{name: ngram, method: suffix_automaton, scope: session}"
-        chosen = ["drafter=chain", f"drafter.members=[{member}]", "verifier.dtype=float32"]
+        member = "{name: suffix_automaton, scope: session}"
+        chosen = ["drafter=chain", f"drafter.members=[{member}]", *SESSION[2:]]
     chosen = [*chosen, f"evaluate.fidelity={fidelity}"]
     assert run(*chosen)[0] == 0
     shutil.copytree(tmp_path / "out", tmp_path / "whole")

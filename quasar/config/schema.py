@@ -103,7 +103,7 @@ class DecodeConfig:
     top_p: Annotated[Probability, SAMPLES] = 1.0
     draft_tokens: Annotated[
         Annotated[int, Ge(1)] | Literal["auto"] | None,
-        Must("at least 1, auto, or null (the drafter's default); use drafter=none to draft nothing"),
+        Must("at least 1, auto, or null (the drafter's length); use drafter=none to draft nothing"),
     ] = MISSING
     stop: Annotated[
         list[Annotated[str, MinLen(1)]], Must("a list of texts of at least one character, such as ['###']")

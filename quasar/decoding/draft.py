@@ -13,6 +13,9 @@ from quasar.decoding.sampling import Sampling, draw, race
 ROOT = -1
 """Parent of the draft tokens that directly follow the last emitted token."""
 
+MAX_ROWS = 64
+"""Most rows of a pass that CPU tapes and CUDA graphs record. A larger pass runs op by op, which is slow."""
+
 
 @dataclass(frozen=True)
 class Scratch:

@@ -5,24 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import cycle, islice
+from collections.abc import Callable, Iterable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.drafters._pass_cost import PassCost
+from quasar.drafters._probing import ProbeCredit
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
-from quasar.verifiers.base import Verifier
-from quasar.verifiers.timing import pass_milliseconds
-
-MEASURED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-REPEATS = 7
-"""Passes timed per number of rows; the median is used."""
-LONG_CONTEXT = 1024
 
 LONGEST = 32
 DRAFT_TIMES = 9
@@ -31,90 +23,28 @@ FREE_EVERY = 500
 """Estimate of the drafting time per position: the lower median of the last `DRAFT_TIMES` drafts. It starts with
 `FREE_DRAFTS` entries of zero time, and another zero entry is added after every `FREE_EVERY` steps without a draft.
 
-With a mean, a single slow draft (a first call that allocates, a disturbance) can stop drafting forever, because no
-later draft corrects it. In simulations on recorded acceptance, 200 ms more for the first draft cost prompt lookup 24 %
+With a mean, a single slow draft (a first call that allocates, a disturbance) can stop drafting for long, because few
+later drafts correct it. In simulations on recorded acceptance, 200 ms more for the first draft cost prompt lookup 24 %
 and an INT4 draft model 11 % of their speed. With one zero entry the lower median ignores the first draft. Medians of
 five drafts followed noise and cost the model 0.5 %. However slow nine drafts were, the median is zero again after 2,500
 steps without a draft. With a zero entry every 200 steps, layer-skip, which is never faster, lost another 0.2 %.
 """
-DECAY = 0.95
-"""Factor on the weight of older steps for every new step with a draft. About the last twenty steps count."""
-REST_DECAY = 0.98
-"""The same factor for a step that was chosen to have no draft.
+DECAY = 0.98
+"""Factor on the weight of older steps for every new step: about the last fifty steps count.
 
-Suppose drafts are accepted with probability p and are worth their cost only from probability q > p on. A draft is tried
-again when the weight n of the evidence has decayed so far that (n p + PRIOR_WEIGHT PRIOR_RATE) / (n + PRIOR_WEIGHT)
-reaches q. A try adds 1 to n, and every step removes the share 1 - REST_DECAY of n, so that there are
-n (1 - REST_DECAY) tries per step. They cost
-
-    n (q - p) (1 - REST_DECAY) = PRIOR_WEIGHT (PRIOR_RATE - q) (1 - REST_DECAY)
-
-tokens per step. This does not depend on p, and it is small if drafts are expensive (q close to PRIOR_RATE). A slower
-decay costs less, but stops drafting for longer after bad luck. In simulations on recorded acceptance, the decays 0.95,
-0.98 and 0.99 gave layer-skip, which is never faster, 0.979, 0.985 and 0.988 of the speed without drafts. They gave an
-INT4 draft model, which is slightly faster, 0.984, 0.981 and 0.976 of the speed at its best fixed length.
+Simulated as in tests/test_draft_length.py, where a row costs 6.5 % of a pass: with 0.9, 0.95, 0.98 and 0.99 the speed
+over autoregressive decoding is 3.98, 4.00, 4.05 and 4.06 if nine of ten draft tokens are right, 1.54, 1.54, 1.53 and
+1.51 if every second one is, and 1.58, 1.56, 1.51 and 1.45 if the rate falls from 0.9 to 0 in the middle. Shorter
+memories stop sooner, but also by bad luck: with 0.95 and rows that cost 70 %, drafts of which nine of ten tokens are
+right lose 5 % of the best fixed length's speed.
 """
-PRIOR_WEIGHT = 4.0
-PRIOR_RATE = 0.9
-"""Prior acceptance rate of the first position, and its weight in steps. The prior of each later position is the rate of
-the position before.
-
-The prior is optimistic, because drafts soon correct an estimate that is too high. An estimate that is too low leads to
-no drafts and is never corrected.
-"""
-
-
-@dataclass(frozen=True)
-class PassCost:
-    """Milliseconds t(M) of a verification pass as a function of its number of rows M and the context length.
-
-    rows: the measured numbers of rows, ascending
-    contexts: the measured context lengths in tokens, ascending, at least one
-    milliseconds: for every context length, the durations by number of rows
-    """
-
-    rows: Sequence[int]
-    contexts: Sequence[int]
-    milliseconds: Sequence[Sequence[float]]
-
-    def __call__(self, rows: np.ndarray, context: int) -> np.ndarray:
-        """Return t(M) for every number of rows, which may be fractional; linear between and beyond measured points."""
-        times = self._behind(0, rows)
-        if len(self.contexts) == 1:
-            return times
-        # Attention reads the whole context, so the cost of a row grows with the context length.
-        share = (context - self.contexts[0]) / (self.contexts[-1] - self.contexts[0])
-        return np.maximum(times + share * (self._behind(-1, rows) - times), min(self.milliseconds[0]))
-
-    def _behind(self, index: int, rows: np.ndarray) -> np.ndarray:
-        known = self.milliseconds[index]
-        slope = max(0.0, (known[-1] - known[-2]) / (self.rows[-1] - self.rows[-2]))
-        return np.interp(rows, self.rows, known) + slope * np.maximum(0.0, rows - self.rows[-1])
-
-
-def measure_pass_cost(verifier: Verifier, prompt: Sequence[int], capacity: int) -> PassCost:
-    """Measure passes of 1 to 32 rows after a prompt, and after the prompt repeated up to a long context.
-
-    The verifier's cache contains only the prompt afterwards.
-
-    capacity: size of the verifier's cache in tokens; if a long context does not fit, only the prompt is measured
-    """
-    long = min(LONG_CONTEXT, capacity - MEASURED_ROWS[-1])
-    contexts = [len(prompt), long] if long > 2 * len(prompt) else [len(prompt)]
-    measured = {length: _pass_milliseconds(verifier, list(islice(cycle(prompt), length))) for length in contexts[::-1]}
-    return PassCost(MEASURED_ROWS, contexts, [measured[length] for length in contexts])
-
-
-def _pass_milliseconds(verifier: Verifier, prompt: Sequence[int]) -> list[float]:
-    verifier.prefill(torch.tensor(prompt, dtype=torch.int64))
-    drafts = [Draft.chain([prompt[-1]] * (rows - 1)) for rows in MEASURED_ROWS]
-    laps: list[list[float]] = [[] for _ in drafts]
-    for _ in range(REPEATS + 1):
-        # The numbers of rows are interleaved, so that a disturbance does not affect only one of them.
-        for index, draft in enumerate(drafts):
-            laps[index].append(pass_milliseconds(verifier, prompt[-1], draft))
-    # The first round may still compile and allocate.
-    return [statistics.median(times[1:]) for times in laps]
+FIRST_WEIGHT = 2.0
+FIRST_RATE = 0.75
+"""The assumed acceptance rate of the first position and its weight in steps. It fades like older steps: it only decides
+how often drafts are tried before there is evidence, and `ProbeCredit` tries them again if they stopped too early."""
+DEEPER_WEIGHT = 2.0
+"""Weight in steps, at each later position, of the rate of the position before. It does not fade, because few drafts
+reach the later positions."""
 
 
 class RunningAcceptance:
@@ -123,16 +53,21 @@ class RunningAcceptance:
     def __init__(self) -> None:
         self._tried = np.zeros(LONGEST)
         self._kept = np.zeros(LONGEST)
+        self._tried[0], self._kept[0] = FIRST_WEIGHT, FIRST_WEIGHT * FIRST_RATE
 
     def rest(self) -> None:
-        """Count a step that was chosen to have no draft. Evidence decays, so that drafts are rarely tried again."""
-        self._tried *= REST_DECAY
-        self._kept *= REST_DECAY
+        """Count a step that was chosen to have no draft: older evidence loses weight against the next probe.
+
+        The weight of one step remains, so that the estimate itself does not change.
+        """
+        if self._tried[0] > 1.0:
+            self._fade()
 
     def add(self, depth: int, accepted: int) -> None:
-        """Count a draft of ``depth`` tokens (0 if the drafter offered none), of which ``accepted`` were accepted."""
-        self._tried *= DECAY
-        self._kept *= DECAY
+        """Count a draft of ``depth`` tokens, of which ``accepted`` were accepted. Depth 0 is no evidence."""
+        if depth == 0:
+            return
+        self._fade()
         reached = min(depth, accepted + 1, LONGEST)
         self._tried[:reached] += 1
         self._kept[: min(accepted, LONGEST)] += 1
@@ -140,14 +75,20 @@ class RunningAcceptance:
     def reach(self, longest: int = LONGEST) -> list[float]:
         """Return the probability that a draft is accepted up to each position, from 1 to ``longest``.
 
-        Evidence also decays at positions that no recent draft reaches, so that long drafts are tried again.
+        Evidence also fades at positions that no recent draft reaches, so that long drafts are tried again.
         """
-        rate, probability, reached = PRIOR_RATE, 1.0, []
-        for tried, kept in zip(self._tried[:longest].tolist(), self._kept[:longest].tolist(), strict=True):
-            rate = (kept + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+        tried, kept = self._tried[:longest].tolist(), self._kept[:longest].tolist()
+        rate, weight, probability, reached = 0.0, 0.0, 1.0, []
+        for tries, hits in zip(tried, kept, strict=True):
+            rate = (hits + weight * rate) / (tries + weight)
+            weight = DEEPER_WEIGHT
             probability *= rate
             reached.append(probability)
         return reached
+
+    def _fade(self) -> None:
+        self._tried *= DECAY
+        self._kept *= DECAY
 
 
 class StepCost:
@@ -170,7 +111,8 @@ class StepCost:
         rows = 1 + (self._drafted / self._depths if self._depths else 1.0) * lengths + self._scratch_rows
         rows[0] = 1
         slowdown = self._passed_ms / self._expected_ms if self._passed_ms else 1.0
-        return slowdown * self.cost(rows, context) + statistics.median_low(self._draft_ms) * lengths
+        milliseconds: np.ndarray = slowdown * self.cost(rows, context) + statistics.median_low(self._draft_ms) * lengths
+        return milliseconds
 
     def add(self, draft: Draft, context: int, draft_ms: float, pass_ms: float) -> None:
         """Count a step after ``context`` tokens. pass_ms: time of the whole step after drafting."""
@@ -198,6 +140,10 @@ class AdaptiveLength(Drafter):
     slowdown of recent steps, r the draft rows per position (1 without branches), s the scratch rows, and d the
     drafting time per position. L = 0 means no draft. The expected gain is this rate divided by the rate for L = 0.
 
+    If L = 0 is best, the best other length is tried from time to time, so that an acceptance that has risen is noticed.
+    `ProbeCredit` bounds what these probes cost to 1 % of the time. Decoding is therefore hardly slower than without
+    drafts, whatever the drafter offers.
+
     Example: if t = 10 ms for any number of rows, d = 1 ms, c = 1, s = 0 and a = (0.8, 0.4, 0.1), the rates for L = 0 to
     3 are 1 / 10, 1.8 / 11, 2.2 / 12 and 2.3 / 13 tokens per ms, so L = 2 is chosen with a gain of 1.83.
 
@@ -216,6 +162,7 @@ class AdaptiveLength(Drafter):
         self._after_hit, self._after_miss = RunningAcceptance(), RunningAcceptance()
         self._acceptance = self._after_miss
         self._deepest = 3
+        self._credit, self._probe_ms = ProbeCredit(), 0.0
         self._started, self._drafted, self._context = 0.0, 0.0, 0
         self._chosen: list[int | float | str] = []
         self._gains: list[int | float | str] = []
@@ -240,6 +187,9 @@ class AdaptiveLength(Drafter):
     def propose(self, context: Context, budget: int) -> Draft:
         self._context = len(context.tokens) - 1
         length, gain = self.choose(budget, self._context)
+        self._probe_ms = 0.0
+        if length == 0 and budget > 0:
+            length = self._probe(budget)
         self._chosen.append(length)
         self._gains.append(round(gain, 4))
         self._started = self._clock()
@@ -261,6 +211,7 @@ class AdaptiveLength(Drafter):
         else:
             self._acceptance.rest()
         if depth > 0:
+            self._credit.spend(self._probe_ms)
             self._acceptance = self._after_hit if len(step.path) == depth else self._after_miss
         self.drafter.observe(step)
 
@@ -273,9 +224,25 @@ class AdaptiveLength(Drafter):
 
         The length is at most ``budget``, and at most one more than the deepest draft so far.
         """
-        longest = min(budget, self._deepest + 1, LONGEST)
-        emitted = np.cumsum([1.0, *self._acceptance.reach(longest)])
-        gains = emitted / self._cost.milliseconds(longest, context)
-        gains /= gains[0]
+        gains, _ = self._gains_and_times(budget, context)
         best = int(gains.argmax())
         return best, float(gains[best])
+
+    def _probe(self, budget: int) -> int:
+        """Return the length of a probe, the best one apart from 0, or 0 if the credit does not cover it."""
+        gains, milliseconds = self._gains_and_times(budget, self._context)
+        length = int(gains[1:].argmax()) + 1
+        cost = float(milliseconds[length] - milliseconds[0])
+        self._credit.earn(float(milliseconds[0]), cost)
+        if not self._credit.affords(cost):
+            return 0
+        self._probe_ms = cost
+        return length
+
+    def _gains_and_times(self, budget: int, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the expected gain and the milliseconds of a step for every length from 0 on."""
+        longest = min(budget, self._deepest + 1, LONGEST)
+        emitted = np.cumsum([1.0, *self._acceptance.reach(longest)])
+        milliseconds = self._cost.milliseconds(longest, context)
+        rates = emitted / milliseconds
+        return rates / rates[0], milliseconds

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
-SEPARATOR = -1
-"""Separates the sequences of one automaton. It is not in any model's vocabulary."""
+from quasar.drafters._continuations import SEPARATOR, Match
 
 PLACES = 16
 """Number of places kept per state; only the latest ones are kept."""
@@ -15,19 +14,8 @@ REFRESHED_LINKS = 32
 """Number of suffix links along which a new token updates the places of shorter matches. Usual texts need about ten.
 Only repetitions of a single token need more, and there an older place is as good as a newer one."""
 
-
-@dataclass(frozen=True)
-class Match:
-    """The last ``length`` tokens of the context also occur in ``text``.
-
-    places: indices in ``text`` of the tokens after these occurrences, latest first
-    loops: whether a continuation that reaches the end of ``text`` starts again from its beginning
-    """
-
-    length: int
-    text: list[int]
-    places: list[int]
-    loops: bool = False
+MATCH_LENGTHS = 4
+"""Number of different matches in one text that `AutomatonIndex.matches` returns."""
 
 
 class AutomatonIndex:
@@ -84,6 +72,12 @@ class AutomatonIndex:
         own, remembered = self._own.own_match(), self._memory.match(*self._cursor)
         return remembered if remembered.length > own.length else own
 
+    def matches(self) -> list[Match]:
+        """Return the longest match and shorter ones that occur at more places, in both texts, the longest first."""
+        found = [*self._own.own_matches(), *self._memory.matches(*self._cursor)]
+        # Sorting is stable: the match in the current sequence stays first among equally long ones.
+        return sorted(found, key=lambda match: -match.length)
+
     def _finish_sequence(self, prompt: tuple[int, ...]) -> None:
         output = self._own.tokens[len(self._prompt) :]
         if output:
@@ -138,6 +132,16 @@ class SuffixAutomaton:
         """Return the longest suffix of the sequence that occurred in it before."""
         return Match(self._length[self._link[self._last]] if self._last else 0, self.tokens, self._seen[::-1], True)
 
+    def own_matches(self) -> list[Match]:
+        """Return the longest suffixes of the sequence that occurred in it before, at most `MATCH_LENGTHS`."""
+        end = len(self.tokens)
+        found = [self.own_match()] if self._seen else []
+        shorter = self._shorter(self._link[self._last]) if found else iter(())
+        for state in islice(shorter, MATCH_LENGTHS - 1):
+            earlier = [place for place in reversed(self._ends[state]) if place < end]
+            found.append(Match(self._length[state], self.tokens, earlier, True))
+        return found
+
     def step(self, state: int, length: int, token: int) -> tuple[int, int]:
         """Add one token of another text; return state and length of its longest suffix that occurs in this sequence.
 
@@ -152,6 +156,18 @@ class SuffixAutomaton:
     def match(self, state: int, length: int) -> Match:
         """Return the match for a state and length that `step` has returned."""
         return Match(length, self.tokens, self._ends[state][::-1] if state else [])
+
+    def matches(self, state: int, length: int) -> list[Match]:
+        """Return the match for a state and length that `step` has returned, and shorter ones, like `own_matches`."""
+        if not state:
+            return []
+        shorter = islice(self._shorter(state), MATCH_LENGTHS - 1)
+        return [self.match(state, length), *(self.match(other, self._length[other]) for other in shorter)]
+
+    def _shorter(self, state: int) -> Iterator[int]:
+        """Yield the states of the suffixes that occur at more places than ``state``, the longest first."""
+        while (state := self._link[state]) > 0:
+            yield state
 
     def _state(self, length: int, following: dict[int, int], link: int, ends: list[int]) -> int:
         self._length.append(length)

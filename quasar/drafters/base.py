@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.drafters._pass_cost import PassCost, measure_pass_cost
 from quasar.verifiers.base import LayeredVerifier, Verifier
 
 if TYPE_CHECKING:
     from quasar.quantization.statistics import Calibration
+
+
+TIMED_TEXT = "Say hello, hello, hello."
+"""The beginning of the sequence whose passes are timed. It has few tokens, and their number matters little."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,14 @@ class Resources:
     calibration: Callable[[], Calibration | None]
     identity: dict[str, str]
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+
+    @cached_property
+    def pass_cost(self) -> PassCost:
+        """Milliseconds of the verifier's passes by rows and context length. Measured on first use, which takes seconds.
+
+        The verifier's cache contains another sequence afterwards.
+        """
+        return measure_pass_cost(self.verifier, self.encode(TIMED_TEXT), self.verifier.capacity)
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,14 @@ class Drafter:
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     simulates: ClassVar[bool] = False
     details: tuple[str, ...] = ()
+
+    @property
+    def chooses_size(self) -> bool:
+        """Whether the drafter chooses the size of its drafts by their cost itself, or its size has no effect on speed.
+
+        ``decode.draft_tokens=auto`` chooses the draft length of all other drafters, see `_adaptive_length`.
+        """
+        return False
 
     @property
     def rule(self) -> AcceptanceRule | None:

@@ -62,6 +62,10 @@ class ChainDrafter(Drafter):
         return None if all(member.rule is None for member in self.members) else _WinnersRule(self)
 
     @property
+    def chooses_size(self) -> bool:
+        return all(member.chooses_size for member in self.members)
+
+    @property
     def winner(self) -> Drafter:
         """The last member that was asked, whose draft the last step verified."""
         return self.members[len(self._drafts) - 1]

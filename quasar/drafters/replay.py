@@ -37,6 +37,11 @@ class ReplayDrafter(Drafter):
         self._accepted = 0
 
     @property
+    def chooses_size(self) -> bool:
+        """The earlier run has chosen it."""
+        return True
+
+    @property
     def rule(self) -> AcceptanceRule:
         """The rule that accepts as many tokens as the trace."""
         return _ReplayedAcceptance(self)

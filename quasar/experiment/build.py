@@ -15,14 +15,13 @@ from quasar.config.build import build, node_named
 from quasar.config.component import class_named
 from quasar.config.schema import RunConfig
 from quasar.decoding.acceptance import AcceptanceRule
-from quasar.drafters._adaptive_length import AdaptiveLength, measure_pass_cost
+from quasar.drafters._adaptive_length import AdaptiveLength
 from quasar.drafters.base import Drafter, Resources
 from quasar.errors import RequestError
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
 from quasar.evaluation.sandbox import required_isolation
 from quasar.experiment.capacity import cache_capacity, timed_tokens
-from quasar.experiment.decoder import WARM_UP
 from quasar.experiment.rule import rule_of
 from quasar.model.devices import choose_device, choose_dtype
 from quasar.model.grid import weights_on_grid
@@ -80,7 +79,6 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
     with reporter.stages() as stage:
         checkpoint = locate(settings.model, stage)
     tokenizer = load_tokenizer(checkpoint)
-    warm_up = tokenizer.encode_chat(WARM_UP)
 
     def load(dtype: torch.dtype) -> Transformer:
         with reporter.progress("loading weights") as advance:
@@ -108,9 +106,10 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
     }
     with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
         another = partial(_build_another, load, dtype, device, replace(setup, progress=advance))
-        drafter.prepare(Resources(verifier, tokenizer.encode, another, calibration, identity, advance))
-    if settings.decode.draft_tokens == "auto":
-        drafter = AdaptiveLength(drafter, measure_pass_cost(verifier, warm_up, verifier.capacity))
+        resources = Resources(verifier, tokenizer.encode, another, calibration, identity, advance)
+        drafter.prepare(resources)
+    if settings.decode.draft_tokens == "auto" and not drafter.chooses_size:
+        drafter = AdaptiveLength(drafter, resources.pass_cost)
     gc.collect()
     reference = None
     evaluate = settings.evaluate

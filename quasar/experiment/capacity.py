@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from quasar.config.schema import PassesConfig
+from quasar.decoding.draft import MAX_ROWS
 from quasar.errors import RequestError
 from quasar.evaluation.prompts import Prompt
 from quasar.model.tokenizer import Tokenizer
-
-BLOCK_ROOM = 64
-"""Rows of a verification pass that the initial KV cache has room for."""
 
 
 def cache_capacity(prompts: Iterable[Prompt], max_new_tokens: int, tokenizer: Tokenizer, context_length: int) -> int:
@@ -19,7 +17,7 @@ def cache_capacity(prompts: Iterable[Prompt], max_new_tokens: int, tokenizer: To
     Raises RequestError if a prompt does not fit the context window.
     """
     longest = _longest(prompts, tokenizer, context_length)
-    return min(longest + max_new_tokens, context_length) + BLOCK_ROOM
+    return min(longest + max_new_tokens, context_length) + MAX_ROWS
 
 
 def timed_tokens(passes: PassesConfig, context_length: int) -> int:

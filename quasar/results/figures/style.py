@@ -42,7 +42,19 @@ _COLOURS = {
     "bnb": "#009E73",
 }
 _OTHER_COLOUR = "#56B4E9"
-_MARKERS = {"none": "_", "ngram": "o", "lookahead": "s", "layerskip": "^", "model": "D", "chain": "P", "replay": "X"}
+_MARKERS = {
+    "none": "_",
+    "ngram": "o",
+    "suffix_automaton": "h",
+    "lookahead": "s",
+    "lookahead_paper": "8",
+    "recycling": "p",
+    "mixture": "*",
+    "layerskip": "^",
+    "model": "D",
+    "chain": "P",
+    "replay": "X",
+}
 _OTHER_MARKER = "v"
 _LINES = {"none": ":", "ngram": "-", "lookahead": "--", "layerskip": "-.", "model": (0, (5, 1, 1, 1, 1, 1))}
 # A date or a version in a file would change it at every redraw.

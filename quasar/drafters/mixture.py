@@ -1,0 +1,145 @@
+"""One draft tree from several sources of next tokens, whose acceptance rates are estimated during decoding."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, validate_call
+from torch import Tensor
+
+from quasar.decoding.draft import MAX_ROWS, ROOT, Context, Draft, StepResult
+from quasar.drafters._next_tokens import SOURCES, NextTokens, Suggestion
+from quasar.drafters._pass_cost import FREE_ROWS, PassCost
+from quasar.drafters._tree_size import Candidates, Kind, TreePruning
+from quasar.drafters.base import Drafter, FinishedSequence, Resources
+
+LEAST_PROBABILITY = 0.02
+"""Tokens with a lower estimated probability are not considered. This bounds the drafting time where rows are free."""
+
+
+class MixtureDrafter(Drafter):
+    """Mixes suffix matches of several lengths with the verifier's own earlier guesses in one calibrated tree.
+
+    Each source suggests next tokens after the last n tokens, for n from ``order`` to 1 (`NextTokens`): ``text`` those
+    that came next after earlier occurrences, as in prompt lookup, and ``logits`` the most likely ones in the last pass
+    over the same tokens, as in Token Recycling. Every kind of suggestion (source, n, place in its list) has a running
+    acceptance rate. A token that several kinds suggest has the highest of their rates. The draft is the tree of the
+    most probable tokens by the product of the rates along the path. It ends where a further token is not worth its row
+    by the measured time of a pass (`TreePruning`): where rows are expensive and nothing is likely, there is no draft.
+
+    Example: the context is "the cat sat . the". The text suggests cat (n = 1, rate 0.5). After "the cat" it suggests
+    sat (n = 2, rate 0.8), so that sat has the probability 0.4. If the last pass over "the" found dog second with rate
+    0.2, the candidates are cat 0.5, sat 0.4 and dog 0.2. If a row costs 10 % of a pass, each is worth its row.
+
+    num_tokens: most tokens per draft, at most 63
+    order: most tokens of a context
+    candidates: tokens that are kept per context and source
+    sources: names of the sources
+    memory: prompt: every sequence begins without knowledge. session: what was learnt is kept from sequence to sequence,
+        so that drafts depend on what was decoded before, also on earlier decodes of the same prompt. A continued run
+        knows the earlier sequences' tokens, but not their logits. The rates are kept in both cases
+    """
+
+    @validate_call
+    def __init__(
+        self,
+        num_tokens: Annotated[int, Field(ge=1, le=MAX_ROWS - 1)] = MAX_ROWS - 1,
+        order: Annotated[int, Field(ge=1, le=16)] = 4,
+        candidates: Annotated[int, Field(ge=1, le=MAX_ROWS - 1)] = 8,
+        sources: Annotated[Sequence[Literal["text", "logits"]], Field(min_length=1)] = ("text", "logits"),
+        memory: Literal["prompt", "session"] = "prompt",
+    ) -> None:
+        self.num_tokens, self.order, self.candidates, self.memory = num_tokens, order, candidates, memory
+        self._sources: list[NextTokens] = [SOURCES[name](order, candidates) for name in dict.fromkeys(sources)]
+        self._pruning = TreePruning(FREE_ROWS)
+        self._read = 0
+        self._tail: tuple[int, ...] = ()
+        if memory == "session":
+            self.details = ("remembers the earlier sequences of the run (drafter.memory=session)",)
+
+    @property
+    def chooses_size(self) -> bool:
+        return True
+
+    def prepare(self, resources: Resources) -> None:
+        self.use(resources.pass_cost)
+
+    def use(self, cost: PassCost) -> None:
+        """Weigh tokens against these times of a pass. Without this, rows count as free."""
+        self._pruning = TreePruning(cost)
+
+    def start(self, finished: Iterable[FinishedSequence]) -> None:
+        self._clear()
+        if self.memory == "session":
+            for sequence in finished:
+                for source in self._sources:
+                    source.read(sequence.prompt + sequence.output, 0)
+
+    def begin(self, prompt: Tensor) -> None:
+        if self.memory == "prompt":
+            self._clear()
+        self._read = 0
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        for source in self._sources:
+            source.read(context.tokens, self._read)
+        self._read = len(context.tokens)
+        self._tail = tuple(context.tokens[-self.order :])
+        return Draft(*self._pruning.prune(self._tree(budget), len(context.tokens) - 1))
+
+    def observe(self, step: StepResult) -> None:
+        """Learn from every row of the pass, and count what was accepted."""
+        likely = step.logits.topk(min(self.candidates, step.logits.shape[-1])).indices.tolist()
+        contexts = {ROOT: self._tail}
+        for node, (token, parent) in enumerate(zip(step.draft.tokens, step.draft.parents, strict=True)):
+            contexts[node] = (*contexts[parent], token)[-self.order :]
+        # Rows of the accepted path come last, because they replace what other rows say after the same tokens.
+        accepted = {ROOT, *step.path}
+        for node in sorted(contexts, key=lambda node: (node in accepted, node)):
+            for source in self._sources:
+                source.score(contexts[node], likely[node + 1])
+        self._pruning.add(step)
+
+    def _tree(self, deepest: int) -> Candidates:
+        """Return the most probable tokens, best first, with at most ``deepest`` tokens per path."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        kinds: list[Kind] = []
+        # Entries are (-probability, order, parent, depth, context before the token, suggestion); order decides ties.
+        reachable: list[tuple[float, int, int, int, tuple[int, ...], Suggestion]] = []
+        added = 0
+
+        def reach(probability: float, parent: int, depth: int, context: tuple[int, ...]) -> None:
+            nonlocal added
+            for suggestion in self._suggestions(context):
+                product = probability * self._pruning.rate(suggestion.kind)
+                if product >= LEAST_PROBABILITY:
+                    heapq.heappush(reachable, (-product, added, parent, depth, context, suggestion))
+                    added += 1
+
+        if deepest > 0:
+            reach(1.0, ROOT, 1, self._tail)
+        while reachable and len(tokens) < self.num_tokens:
+            negative, _, parent, depth, context, suggestion = heapq.heappop(reachable)
+            tokens.append(suggestion.token)
+            parents.append(parent)
+            kinds.append(suggestion.kind)
+            if depth < deepest:
+                reach(-negative, len(tokens) - 1, depth + 1, (*context, suggestion.token)[-self.order :])
+        return Candidates(tokens, parents, kinds)
+
+    def _suggestions(self, context: tuple[int, ...]) -> Iterable[Suggestion]:
+        """Return every suggested token once, with the kind whose rate is the highest."""
+        best: dict[int, Suggestion] = {}
+        for source in self._sources:
+            for suggestion in source.suggest(context):
+                known = best.get(suggestion.token)
+                if known is None or self._pruning.rate(suggestion.kind) > self._pruning.rate(known.kind):
+                    best[suggestion.token] = suggestion
+        return best.values()
+
+    def _clear(self) -> None:
+        for source in self._sources:
+            source.clear()
