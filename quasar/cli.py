@@ -67,6 +67,26 @@ def list_models() -> None:
         reporter.line(f"{name:<16} {source.repo or source.source}")
 
 
+@app.command("fidelity")
+def fidelity_of(
+    a: Annotated[str, typer.Argument(help="overrides of one verifier, such as 'verifier=fp16'")],
+    b: Annotated[str, typer.Argument(help="overrides of another, such as 'verifier=packed verifier.path=FILE'")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="overrides of both, such as model=tiny")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="a plain text, or prompts as JSONL; default: the configuration's prompts")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="write the results to this file, too")] = None,
+) -> None:
+    """Compare two verifiers on the same text: KL(A || B), top-1 agreement, flips and both perplexities.
+
+    Prompts are answered greedily by A, and B is teacher-forced along A's answers.
+    """
+    from quasar.experiment.fidelity import Request, measure_fidelity
+
+    with _reported_errors():
+        measure_fidelity(Request(a, b, overrides or [], text, output), Reporter())
+
+
 @app.command("collect")
 def collect_runs(
     folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],
