@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, Quantized, cpu
+from quasar_kernels import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Quantized, cpu
 from quasar_kernels.cpu import library, packing
 from quasar_kernels.cpu.levels import available_levels
 from quasar_kernels.matmul import Matmul
@@ -195,6 +195,8 @@ def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, product: M
         8: int8_weight(outputs, inputs),
         16: DenseWeight(normal(outputs, inputs, dtype=torch.bfloat16)),
     }[product.weight_bits]
+    if product.activations == "fp8":
+        weight = Fp8Weight.rounded(normal(outputs, inputs))
     x = normal(100, inputs, dtype=torch.bfloat16)
     alone = torch.cat([product(x[row : row + 1], weight) for row in range(len(x))])
     for rows in (*range(1, 33), 47, 64, 65, 100):

@@ -93,6 +93,7 @@ EXPECTED = {
     "simulated": False,
     "lossy": False,
     **dict.fromkeys(("pass_cost", "predicted_speedup", "prediction_residual", "share_of_oracle")),  # no timed passes
+    "emulated": False,
 }
 
 
@@ -104,6 +105,15 @@ def test_every_metric_of_a_hand_made_run() -> None:
     assert set(values) == set(EXPECTED)
     for name, expected in EXPECTED.items():
         assert values[name] == pytest.approx(expected), name
+
+
+def test_times_of_an_emulation_are_no_speedup() -> None:
+    values = compute(Measured(run_of_two(), facts(emulated=True)))
+    assert values["emulated"] is True
+    speeds = {"speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95", "achieved_bandwidth_fraction"}
+    speeds |= {"reference_text_speedup", "reference_text_speedup_ci95"}
+    assert {name for name, value in values.items() if value is None} - speeds <= {"weights_on_grid", "task_accuracy"}
+    assert all(values[name] is None for name in speeds)
 
 
 def test_what_was_not_measured_is_null() -> None:

@@ -25,6 +25,7 @@ def facts_of(parts: Prepared) -> RunFacts:
         device=parts.machine.device,
         simulated=parts.rule.simulated,
         lossy=parts.rule.lossy,
+        emulated=verifier.emulated,
         model_origin=parts.checkpoint.origin,
         weights_on_grid=parts.weights_on_grid,
         sandbox=parts.isolation,

@@ -54,6 +54,7 @@ class RunFacts:
     sandbox: what isolates the generated code that is graded; None if none is executed
     dtype: dtype of the verifier's activations and logits, such as bfloat16
     rows_are_independent: see `quasar.verifiers.base.Verifier`
+    emulated: whether the device emulates the verifier's number format, so that its times say nothing about it
     """
 
     model: str
@@ -75,6 +76,7 @@ class RunFacts:
     sandbox: str | None = None
     dtype: str = "float32"
     rows_are_independent: bool = True
+    emulated: bool = False
 
 
 class Measured:
@@ -120,6 +122,11 @@ class Measured:
         if self._facts is None:
             raise ValueError("this metric needs facts about the whole run; records alone are not enough")
         return self._facts
+
+    @property
+    def emulated(self) -> bool:
+        """Whether times say nothing about the verifier; no speedup is computed from them."""
+        return self._facts is not None and self._facts.emulated
 
     @property
     def turns(self) -> list[Turn]:
@@ -352,7 +359,7 @@ def bytes_per_step(run: Measured) -> float:
 
 def achieved_bandwidth_fraction(run: Measured) -> float | None:
     """Bytes per step divided by the time of the verification pass, as a share of the measured copy bandwidth."""
-    milliseconds = verify_ms(run)
+    milliseconds = None if run.emulated else verify_ms(run)
     return bytes_per_step(run) / (milliseconds / 1e3) / run.facts.copy_bandwidth if milliseconds else None
 
 
@@ -479,6 +486,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("model_origin", lambda run: run.facts.model_origin),
     Metric("weights_on_grid", lambda run: run.facts.weights_on_grid, "share", "weights on a grid", _percent),
     Metric("simulated", lambda run: run.facts.simulated),
+    Metric("emulated", lambda run: run.facts.emulated),
     Metric("lossy", lambda run: run.facts.lossy),
     Metric("mean_context", mean_context, "tokens", "context", _0, in_summary=False),
     Metric("steps", lambda run: run.steps, "steps", "steps", in_summary=False),
@@ -536,8 +544,10 @@ class _Crossed:
 def _crossed(run: Measured, values: Callable[[PromptRecord], dict[str, float] | None]) -> _Crossed | None:
     """Collect ``values`` of every record. A prompt that lacks them in any repetition is left out.
 
-    Returns None if no prompt is left.
+    Returns None if no prompt is left, or if the verifier's arithmetic is emulated: its times are then no speedup.
     """
+    if run.emulated:
+        return None
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for record in run.records:
         if (entry := values(record)) is not None:
