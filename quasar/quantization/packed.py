@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from quasar_kernels import Int4Weight, Int8Weight
+from quasar_kernels import Fp8Weight, Int4Weight, Int8Weight
 from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from quasar.model.loading import Progress, load_model
 from quasar.model.sources import Checkpoint
 from quasar.model.tensor_names import source_names
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
+from quasar.quantization.layers import Fp8Linear, GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.packed_gguf import GGUFCheckpoint
 from quasar.quantization.packed_rows import PackedRows
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
@@ -138,7 +138,7 @@ def _layer(
 ) -> nn.Module:
     """Build one layer from the stacked rows of its parts."""
     first = parts[0]
-    kinds = {(part.bits, part.scales.shape[1], part.quantized_inputs) for part in parts}
+    kinds = {(part.bits, part.values.dtype, part.scales.shape[1], part.quantized_inputs) for part in parts}
     if len(kinds) > 1 or any(not _same_order(part.order, first.order) for part in parts):
         raise RequestError(
             f"{checkpoint.path}: {', '.join(sources)} are quantized in different formats or with different orders of "
@@ -152,6 +152,13 @@ def _layer(
     if first.bits == 4:
         weight = Int4Weight(pack_int4(values), scales, zeros, symmetric, dtype)
         return W4Linear(weight, None, activation_bits, order)
+    if values.dtype == torch.float8_e4m3fn:
+        if not first.quantized_inputs:
+            raise RequestError(
+                f"{checkpoint.path}: {', '.join(sources)} are FP8 with inputs in 16 bit, which is not supported. Pass "
+                "model.path=FOLDER model.dequantize=true to dequantize them"
+            )
+        return Fp8Linear(Fp8Weight(values, scales.squeeze(1)), None)
     if scales.shape[1] == 1 and symmetric:
         layer = W8A8Linear if first.quantized_inputs else W8A16Linear
         return layer(Int8Weight(values, scales.squeeze(1)), None)

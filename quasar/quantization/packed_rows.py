@@ -13,10 +13,10 @@ from torch import Tensor
 class PackedRows:
     """Quantized rows of one linear layer, ``(values - zeros) * scales``.
 
-    values: uint8 [N, K] in 0..15 for 4 bits, int8 [N, K] for 8 bits
+    values: uint8 [N, K] in 0..15 for 4 bits, int8 or float8_e4m3fn [N, K] for 8 bits
     scales, zeros: float32 [N, G], of G groups of consecutive columns; zeros need not be whole numbers
     symmetric: every zero is the middle of the range
-    quantized_inputs: 8 bits: made for int8 activations per token
+    quantized_inputs: 8 bits: made for activations that are quantized like the weights, per token
     order: int64 [K], the input that each column is multiplied with, or None if it is that of the same index
     """
 
