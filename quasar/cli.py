@@ -87,6 +87,18 @@ def fidelity_of(
         measure_fidelity(Request(a, b, overrides or [], text, output), Reporter())
 
 
+@app.command("export")
+def export_model(
+    folder: Annotated[Path, typer.Argument(help="a new folder for the checkpoint")],
+    overrides: Annotated[list[str], typer.Argument(help="overrides as for run.py, such as verifier=int8")],
+) -> None:
+    """Write a quantized or pruned verifier as a Hugging Face checkpoint (compressed-tensors, if it is quantized)."""
+    from quasar.experiment.export import export_verifier
+
+    with _reported_errors():
+        export_verifier(folder, overrides, Reporter())
+
+
 @app.command("collect")
 def collect_runs(
     folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
+from quasar.model.linear import QuantizedLinear
 from quasar.model.loading import Progress, load_model
 from quasar.model.sources import Checkpoint
 from quasar.model.tensor_names import source_names
@@ -98,7 +99,12 @@ def load_packed(
         if not whole:
             dense = torch.cat([checkpoint.dense(source) for source in sources])
             _require_shape(checkpoint, sources, dense, model.get_parameter(name))
-            setattr(module, attribute, nn.Parameter(dense.to(device=device, dtype=dtype), requires_grad=False))
+            # The ops add the bias of a quantized layer in float32, as quantizers leave it after folding scales into it.
+            wide = (
+                attribute == "bias" and isinstance(module, QuantizedLinear) and not isinstance(module, GroupInt8Linear)
+            )
+            parameter = dense.to(device=device, dtype=torch.float32 if wide else dtype)
+            setattr(module, attribute, nn.Parameter(parameter, requires_grad=False))
             continue
         if len(whole) != len(parts):
             raise RequestError(f"{checkpoint.path}: some of {', '.join(sources)} are quantized and some are not")
@@ -117,7 +123,7 @@ def load_packed(
 
 
 def _may_be_packed(name: str, module: nn.Module) -> bool:
-    return name.startswith("blocks.") and isinstance(module, nn.Linear) and name.endswith(".weight")
+    return isinstance(module, nn.Linear) and name.endswith(".weight")
 
 
 def _require_shape(checkpoint: PackedCheckpoint, sources: Sequence[str], found: Tensor, expected: Tensor) -> None:
@@ -138,7 +144,9 @@ def _layer(
 ) -> nn.Module:
     """Build one layer from the stacked rows of its parts."""
     first = parts[0]
-    kinds = {(part.bits, part.values.dtype, part.scales.shape[1], part.quantized_inputs) for part in parts}
+    kinds = {
+        (part.bits, part.values.dtype, part.scales.shape[1], part.quantized_inputs, part.input_group) for part in parts
+    }
     if len(kinds) > 1 or any(not _same_order(part.order, first.order) for part in parts):
         raise RequestError(
             f"{checkpoint.path}: {', '.join(sources)} are quantized in different formats or with different orders of "
@@ -151,7 +159,7 @@ def _layer(
     symmetric = all(part.symmetric for part in parts)
     if first.bits == 4:
         weight = Int4Weight(pack_int4(values), scales, zeros, symmetric, dtype)
-        return W4Linear(weight, None, activation_bits, order)
+        return W4Linear(weight, None, 8 if first.quantized_inputs else activation_bits, order)
     if values.dtype == torch.float8_e4m3fn:
         if not first.quantized_inputs:
             raise RequestError(
@@ -161,7 +169,7 @@ def _layer(
         return Fp8Linear(Fp8Weight(values, scales.squeeze(1)), None)
     if scales.shape[1] == 1 and symmetric:
         layer = W8A8Linear if first.quantized_inputs else W8A16Linear
-        return layer(Int8Weight(values, scales.squeeze(1)), None)
+        return layer(Int8Weight(values, scales.squeeze(1), first.input_group), None)
     return GroupInt8Linear(values, scales, zeros=None if symmetric else zeros, input_order=order)
 
 

@@ -238,10 +238,15 @@ class _Compressed:
         if order is not None:
             values = values[:, order]
         symmetric = bool((zeros == offset).all())
+        inputs = scheme.input_activations
         if weights.num_bits == 4:
-            return PackedRows(4, values.to(torch.uint8).contiguous(), scales, zeros, symmetric, order=order)
+            unsigned = values.to(torch.uint8).contiguous()
+            return PackedRows(4, unsigned, scales, zeros, symmetric, inputs is not None, order)
         signed = (values.short() - offset).to(torch.int8).contiguous()
-        return PackedRows(8, signed, scales, zeros - offset, symmetric, scheme.input_activations is not None, order)
+        input_group = 0
+        if inputs is not None and inputs.strategy == "group":
+            input_group = _group_size(inputs.group_size, columns, f"{self._place}: inputs of {layer}")
+        return PackedRows(8, signed, scales, zeros - offset, symmetric, inputs is not None, order, input_group)
 
     def _read_fp8(self, layer: str, scheme: _Scheme) -> PackedRows:
         """Read E4M3 weights with a scale per tensor or channel."""
@@ -308,13 +313,11 @@ class _Compressed:
         packed = form == "pack-quantized"
         if weights.strategy == "tensor" and packed and not weights.symmetric:
             raise RequestError(f"{place}.weights: packed weights with one zero point per tensor are not supported")
-        if inputs is None:
-            return
-        plain = (inputs.num_bits, inputs.symmetric, inputs.dynamic, inputs.strategy) == (8, True, True, "token")
-        if not plain or weights.num_bits != 8 or weights.strategy == "group" or not weights.symmetric:
+        if inputs is not None and not _computable(weights, inputs):
             raise RequestError(
-                f"{place}.input_activations is supported only for symmetric 8-bit weights per tensor or channel, and "
-                "only symmetric, dynamic, with 8 bits per token"
+                f"{place}.input_activations is supported only symmetric and dynamic with 8 bits: per token for "
+                "symmetric 8-bit weights per tensor or channel; of integers also in groups, which for 4-bit weights "
+                "are those of the weights"
             )
 
     def _require_type(self, scheme: _Scheme, form: str, place: str) -> None:
@@ -490,6 +493,16 @@ def order_of(group_of_input: Tensor, size: int, name: str) -> Tensor | None:
     if not in_range or not (torch.bincount(found, minlength=groups) == size).all():
         raise RequestError(f"{name} does not assign {size} inputs to each of {groups} groups; it is damaged")
     return torch.argsort(found, stable=True)
+
+
+def _computable(weights: _Quantized, inputs: _Quantized) -> bool:
+    """Return whether there is an op for weights with inputs that are quantized in this way."""
+    if (inputs.num_bits, inputs.symmetric, inputs.dynamic) != (8, True, True):
+        return False
+    if weights.num_bits == 4:
+        return weights.strategy == inputs.strategy == "group" and weights.group_size == inputs.group_size
+    in_groups = inputs.strategy == "group" and inputs.type == "int"
+    return weights.strategy != "group" and weights.symmetric and (inputs.strategy == "token" or in_groups)
 
 
 def _group_size(configured: int | None, columns: int, place: str) -> int:
