@@ -64,11 +64,7 @@ def _config(built: Standalone, verifier: TransformerVerifier) -> tuple[dict[str,
     own = verifier.model.config
     if isinstance(verifier.model.lm_head, QuantizedLinear):
         own = replace(own, tie_word_embeddings=False)
-    if len(set(own.layers)) > 1:
-        raise RequestError(
-            "the layers have different widths, which the config of a Hugging Face model cannot say; export a model "
-            "whose layers are alike (verifier.method=depth, or verifier.method=width verifier.uniform=true)"
-        )
+    _require_alike(own.layers)
     folder = built.checkpoint.folder
     raw = _llama(own) if folder is None else read_object(folder / "config.json")
     for key in (*QUANTIZATION_KEYS, "torch_dtype"):
@@ -95,6 +91,17 @@ def _config(built: Standalone, verifier: TransformerVerifier) -> tuple[dict[str,
                 + ("; biases come from verifier.importance=flap, choose another one" if key in _BIASES else "")
             )
     return raw, meant
+
+
+def _require_alike(layers: Sequence[LayerShape]) -> None:
+    if len(set(layers)) > 1:
+        widths = sorted({layer.intermediate_size for layer in layers})
+        heads = sorted({layer.num_kv_heads for layer in layers})
+        raise RequestError(
+            f"the layers differ (MLP widths {widths}, KV heads {heads}), which the config of a Hugging Face model "
+            "cannot say. Export verifier.method=depth, or verifier.uniform=true with a verifier.ratio at which the "
+            "rounding of the widths leaves no difference"
+        )
 
 
 def _add_biases(raw: dict[str, Any], own: ModelConfig) -> None:
