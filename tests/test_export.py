@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from quasar.cli import app
+from quasar.decoding.draft import Draft
 from quasar.errors import RequestError
 from quasar.experiment.export import export_verifier
 from quasar.experiment.standalone import build_alone
+from quasar.model.tokenizer import _byte_tokenizer
 from quasar.quantization.export import pack
+from quasar.quantization.packed import open_packed
 from quasar.quantization.packed_safetensors import unpack
 from quasar.results.console import Reporter
 from quasar.verifiers.base import Verifier
@@ -33,8 +36,6 @@ def logits(verifier: Verifier) -> Tensor:
     """Teacher-forced, and step by step after a prompt."""
     assert isinstance(verifier, TransformerVerifier)
     verifier.prefill(TOKENS[:20])
-    from quasar.decoding.draft import Draft
-
     steps = []
     for token in TOKENS[20:28].tolist():
         steps.append(verifier.verify(token, Draft()).logits[0].clone())
@@ -45,8 +46,6 @@ def logits(verifier: Verifier) -> Tensor:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint of every key that an export has to carry over: tied embeddings, grouped heads, biases of q, k, v."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
@@ -61,14 +60,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
             parameter.data.uniform_(0.5, 2.0)
     folder = tmp_path_factory.mktemp("qwen2")
     model.to(torch.bfloat16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-def byte_tokenizer():
-    from quasar.model.tokenizer import _byte_tokenizer
-
-    return _byte_tokenizer()
 
 
 QUANTIZED = [
@@ -121,7 +114,7 @@ def test_a_pruned_verifier_is_an_ordinary_checkpoint(
     overrides = ["model=tiny", "calibration.prompts=3", *f"verifier={verifier}".split()]
     folder = tmp_path / "exported"
     export_verifier(folder, overrides, Reporter())
-    byte_tokenizer().save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
     exported = built(*overrides)
     read = built("model=path", f"model.path={folder}", "verifier=fp16")
     assert torch.equal(logits(read), logits(exported))
@@ -189,3 +182,23 @@ def test_smoothed_norms_are_exported(base: str, tmp_path: Path, monkeypatch: pyt
     name = "model.layers.0.input_layernorm.weight"
     before, after = (load_file(folder / "model.safetensors")[name] for folder in (Path(base), tmp_path / "exported"))
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("verifier", ["int8", "fp8", "int4 verifier.method=rtn verifier.symmetric=false"])
+def test_the_library_of_compressed_tensors_agrees(
+    verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("compressed_tensors.compressors")
+    schemes = pytest.importorskip("compressed_tensors.quantization")
+    monkeypatch.setattr("quasar.cache.cache_folder", lambda: tmp_path / "cache")
+    folder = tmp_path / "exported"
+    overrides = ["model=tiny", "calibration.prompts=3", *f"verifier={verifier}".split()]
+    export_verifier(folder, overrides, Reporter())
+    raw = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (scheme,) = schemes.QuantizationConfig.model_validate(raw).config_groups.values()
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.down_proj."
+    layer = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+    theirs = library.BaseCompressor.get_value_from_registry(scheme.format).decompress(layer, scheme)["weight"]
+    rows = open_packed(folder).packed(f"{name}weight")
+    assert rows is not None
+    assert torch.equal(theirs.float(), rows.restored())

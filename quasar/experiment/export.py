@@ -137,6 +137,7 @@ def _write(folder: Path, raw: dict[str, Any], exported: Exported, source: Path |
         for pattern in () if source is None else (*COPIED, *VOCABULARY):
             for file in source.glob(pattern) if source is not None else ():
                 shutil.copyfile(file, unfinished / file.name)
+        (unfinished / "model.safetensors").chmod(0o644)
         unfinished.chmod(0o755)
         unfinished.rename(folder)
     except BaseException:
