@@ -612,9 +612,9 @@ def _interval(found: _Crossed | None, statistic: Statistic) -> list[float] | Non
 def _pass_ms(run: Measured, column: str | None) -> float | None:
     """Return the mean over the steps of t(count + 1), with the counts of a column of `Steps`; 0 without a column.
 
-    None if there is no step, if no pass was timed, or if a count is beyond the timed passes.
+    None if there is no step, if no pass was timed, if a count is beyond the timed passes, or if they were emulated.
     """
-    curve = pass_curve(run.passes, mean_context(run) or 1.0)
+    curve = None if run.emulated else pass_curve(run.passes, mean_context(run) or 1.0)
     if curve is None or not run.steps:
         return None
     times = curve.at(1 + (np.zeros(1) if column is None else _column(run, column)))
