@@ -48,8 +48,9 @@ def test_every_backend_multiplies_by_the_given_matrix() -> None:
     with torch.inference_mode():
         for backend in backends():
             error = (backend.prepare(weight.clone())(x).double() - exact).norm() / exact.norm()
-            # The error of rounding to four bits is about a tenth. A mistake in layout or scale makes a much larger one.
-            assert error < (0.15 if backend.bits < 8 else 0.02), backend.name
+            # The error of rounding to four bits is about a tenth, that of FP8, which has 3 bits of mantissa, a 25th. A
+            # mistake in layout or scale makes a much larger one.
+            assert error < (0.15 if backend.bits < 8 else {"fp8": 0.06}.get(backend.name, 0.02)), backend.name
 
 
 @pytest.mark.parametrize("op", LAYER_OPS, ids=[op.name for op in LAYER_OPS])

@@ -19,7 +19,7 @@ from quasar.model.gguf_file import GGUFFile, write_dequantized
 from quasar.model.loading import load_transformer
 from quasar.model.sources import Checkpoint, hash_of_parts, locate
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
+from quasar.quantization.layers import Fp8Linear, GroupInt8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.packed import load_packed, load_reference, open_packed, quantized_share
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
 from tests.gguf_files import is_linear, write_gguf
@@ -317,7 +317,7 @@ GROUP_0 = "config_groups.self_attn"
         (in_config("nobody_knows", 1), "nobody_knows"),
         (in_config(f"{GROUP_0}.weights.num_bits", 3), r"weights\.num_bits=3"),
         (in_config(f"{GROUP_0}.weights.num_bits", 8), "weight_packed is I32"),
-        (in_config(f"{GROUP_0}.weights.type", "float"), r"weights\.type"),
+        (in_config(f"{GROUP_0}.weights.type", "float"), "weights of type float do not have the format pack-quantized"),
         (in_config(f"{GROUP_0}.weights.strategy", "block"), r"weights\.strategy"),
         (in_config(f"{GROUP_0}.weights.strategy", "channel"), "weight_scale is F32"),
         (in_config(f"{GROUP_0}.weights.group_size", 64), "weight_scale is F32"),
@@ -596,3 +596,99 @@ def test_integers_are_no_weights_even_if_the_config_does_not_say_that_they_are_q
     with pytest.raises(RequestError, match="which is no dtype of unquantized weights"):
         load_transformer(tmp_path, torch.float32)
     assert Checkpoint("model", tmp_path, "here").dequantized is False
+
+
+def fp8(weight: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
+    """Values and scales as compressed-tensors makes them: the largest magnitude is 448, the largest E4M3 number."""
+    largest = weight.abs().amax() if strategy == "tensor" else weight.abs().amax(1, keepdim=True)
+    scales = (largest / 448).bfloat16()
+    return (weight / scales.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scales.reshape(-1, 1)[
+        :, : weight.dim() - 1
+    ]
+
+
+FP8_GROUP = "config_groups.group_0"
+FP8_CONFIG = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        }
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def written_fp8(folder: Path, dense: LlamaForCausalLM, strategy: str = "channel") -> dict[str, Tensor]:
+    """Write an FP8 checkpoint; return its dequantized weights."""
+    tensors, back = {}, {}
+    for name, weight in dense.state_dict().items():
+        tensors[name] = weight
+        if is_linear(name):
+            values, scales = fp8(weight, strategy)
+            tensors[name], tensors[f"{name}_scale"] = values, scales.flatten() if strategy == "tensor" else scales
+            back[name] = (values.double() * scales.double()).float()
+    config = json.loads(json.dumps(FP8_CONFIG))
+    config["config_groups"]["group_0"]["weights"]["strategy"] = strategy
+    write(folder, tensors, config)
+    return back
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_fp8_of_compressed_tensors(strategy: str, dense: LlamaForCausalLM, tmp_path: Path) -> None:
+    back = written_fp8(tmp_path, dense, strategy)
+    assert torch.allclose(loaded(tmp_path, dequantize=True)(TOKENS), logits_of(dense, back), atol=1e-3)
+    model = loaded(tmp_path)
+    layer = model.blocks[1].attention.qkv
+    assert isinstance(layer, Fp8Linear)
+    stacked = torch.cat([back[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"])
+    assert torch.equal(layer.weight.values.float() * layer.weight.scales.unsqueeze(1), stacked)
+    x = torch.randn(3, stacked.shape[1], generator=torch.Generator().manual_seed(1))
+    scales = x.abs().amax(1, keepdim=True) / 448
+    rounded = (x / scales).to(torch.float8_e4m3fn).double() * scales.double()
+    assert torch.allclose(layer(x), (rounded @ stacked.double().T).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_config(f"{FP8_GROUP}.weights.strategy", "block"), r"weights\.strategy"),
+        (in_config(f"{FP8_GROUP}.weights.block_structure", [128, 128]), r"weights\.block_structure"),
+        (in_config(f"{FP8_GROUP}.weights.strategy", "group"), r"weights\.strategy=group is not supported for floats"),
+        (in_config(f"{FP8_GROUP}.weights.num_bits", 4), r"num_bits=4, symmetric=True is not supported"),
+        (in_config(f"{FP8_GROUP}.weights.symmetric", False), "symmetric=False is not supported"),
+        (in_config(f"{FP8_GROUP}.weights.type", "int"), "weights of type int do not have the format float-quantized"),
+        (in_config(f"{FP8_GROUP}.input_activations.type", "int"), "inputs of type int are not supported"),
+        (in_config(f"{FP8_GROUP}.input_activations.dynamic", False), "input_activations is supported only"),
+        (in_config(f"{FP8_GROUP}.input_activations.strategy", "tensor"), "input_activations is supported only"),
+        (in_config(f"{FP8_GROUP}.input_activations", None), "are FP8 with inputs in 16 bit, which is not supported"),
+        (in_config("format", "int-quantized"), "weights of type float do not have the format int-quantized"),
+    ],
+)
+def test_what_fp8_may_say_and_this_reader_does_not_know(
+    change: Change, message: str, dense: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    written_fp8(tmp_path, dense)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match=message):
+        loaded(tmp_path)
+
+
+def test_damaged_fp8_is_named(dense: LlamaForCausalLM, tmp_path: Path) -> None:
+    written_fp8(tmp_path, dense)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = tensors[name].view(torch.uint8).clone()
+    broken[3, 5] = 0x7F
+    save_file({**tensors, name: broken.view(torch.float8_e4m3fn)}, file)
+    with pytest.raises(RequestError, match=r"up_proj\.weight contains NaN"):
+        loaded(tmp_path)
+    save_file({**tensors, name: tensors[name].to(torch.bfloat16)}, file)
+    with pytest.raises(RequestError, match=r"up_proj\.weight is BF16 .* but its format implies F8_E4M3"):
+        loaded(tmp_path)

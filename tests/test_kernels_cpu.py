@@ -14,6 +14,7 @@ import quasar_kernels
 import torch
 from quasar_kernels import (
     DenseWeight,
+    Fp8Weight,
     GroupInt8Weight,
     GroupNumbers,
     InputOrder,
@@ -275,8 +276,10 @@ def test_a_row_does_not_depend_on_its_block_or_on_threads(level: str, product: M
         8: int8_weight(outputs, inputs),
         16: DenseWeight(normal(outputs, inputs, dtype=torch.bfloat16)),
     }[product.weight_bits]
+    if product.activations == "fp8":
+        weight = Fp8Weight.rounded(normal(outputs, inputs))
     if blocks:
-        if product.name in ("linear_bf16", "linear_w8a8"):
+        if product.name in ("linear_bf16", "linear_w8a8", "linear_fp8"):
             pytest.skip("takes no weights in blocks")
         weight = weight_in_blocks(product.weight_bits, (outputs, inputs), 32, 8, True, torch.bfloat16)[0]
     x = normal(100, inputs, dtype=torch.bfloat16)

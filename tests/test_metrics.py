@@ -94,6 +94,7 @@ EXPECTED = {
     "lossy": False,
     **dict.fromkeys(("pass_cost", "predicted_speedup", "prediction_residual", "share_of_oracle")),  # no timed passes
     "disturbed": None,
+    "emulated": False,
 }
 
 
@@ -105,6 +106,18 @@ def test_every_metric_of_a_hand_made_run() -> None:
     assert set(values) == set(EXPECTED)
     for name, expected in EXPECTED.items():
         assert values[name] == pytest.approx(expected), name
+
+
+def test_times_of_an_emulation_are_no_speedup() -> None:
+    values, measured = (compute(Measured(run_of_two(), facts(emulated=emulated))) for emulated in (True, False))
+    assert values["emulated"] is True
+    speeds = {"speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95", "achieved_bandwidth_fraction"}
+    speeds |= {"reference_text_speedup", "reference_text_speedup_ci95"}
+    assert {name for name in values if values[name] is None and measured[name] is not None} == speeds - {
+        name for name in speeds if measured[name] is None
+    }
+    assert all(values[name] is None for name in speeds)
+    assert measured["speedup_vs_ar_ref"] is not None
 
 
 def test_what_was_not_measured_is_null() -> None:

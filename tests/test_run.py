@@ -36,7 +36,7 @@ SUMMARY_KEYS = {
         "exact_match_length",
     ),
     *("distinct_4gram_ratio", "distinct_4gram_ratio_reference", "task_accuracy", "drafter_notes"),
-    *("simulated", "lossy", "disturbed", "model_origin", "weights_on_grid", "reference_text_speedup"),
+    *("simulated", "lossy", "emulated", "disturbed", "model_origin", "weights_on_grid", "reference_text_speedup"),
     "reference_text_speedup_ci95",
 }
 

@@ -17,11 +17,12 @@ import triton
 from quasar_kernels.triton.activation import silu_mul_kernel
 from quasar_kernels.triton.attention import MERGE_ELEMENTS, attention_launch, block_attention_kernel, merge_kernel
 from quasar_kernels.triton.linear_bf16 import linear_bf16_kernel
+from quasar_kernels.triton.linear_fp8 import linear_fp8_kernel
 from quasar_kernels.triton.linear_w4 import linear_w4_kernel
 from quasar_kernels.triton.linear_w8_groups import linear_w8_groups_kernel
 from quasar_kernels.triton.linear_w8a8 import linear_w8a8_kernel
 from quasar_kernels.triton.norm import rms_norm_kernel
-from quasar_kernels.triton.quantize import quantize_tokens_kernel
+from quasar_kernels.triton.quantize import quantize_tokens_fp8_kernel, quantize_tokens_kernel
 from quasar_kernels.triton.rotary import rotary_write_kernel
 from quasar_kernels.triton.tuning import Shape, Tiling, candidates, default_tiling
 from triton.backends.compiler import GPUTarget
@@ -31,6 +32,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROCESSORS = 132  # of an H100
 DOWN, GATE_UP = (4096, 12288), (24576, 4096)  # of Qwen3-8B
 SMALL = (576, 1536)  # of SmolLM2-135M
+FP8 = 89  # the first compute capability with it
 GROUP_SIZE = 128
 NOT_DIVISIBLE = ("rows", "start", "block_mask", "counters", "width", "heads", "kv_heads", "splits", "stripes")
 """Arguments that need not be multiples of 16."""
@@ -54,7 +56,7 @@ def main() -> None:
         sys.exit(77)
     architecture = int(sys.argv[1])
     facts: dict[str, Any] = {}
-    for case in [*products(architecture), *group_products(), *attentions(), *elementwise()]:
+    for case in [*products(architecture), *group_products(), *attentions(), *elementwise(architecture)]:
         assert case.name not in facts, case.name
         facts[case.name] = {"kind": case.kind, **examine(compile_kernel(case, architecture))}
     print(json.dumps(facts))
@@ -63,7 +65,8 @@ def main() -> None:
 def products(architecture: int) -> Iterator[Case]:
     """The default tilings of large and small shapes at every size of tile; where it is meant to tune, what it may
     choose too."""
-    for kind in ("w8a8", "w8a16", "w4a16 bf16", "w4a16 fp16", "w4a8", "bf16"):
+    kinds = ("w8a8", "w8a16", "w4a16 bf16", "w4a16 fp16", "w4a8", "bf16", *(("fp8",) if architecture >= FP8 else ()))
+    for kind in kinds:
         op = f"linear_{kind.split()[0]}"
         cases = [(6, DOWN), (32, SMALL), (64, GATE_UP)]
         if architecture == 90:
@@ -117,6 +120,9 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
         constants = {**sizes, **even, "HAS_BIAS": True, "GROUP": shape.group_size}
         types = common | w8 | {"partials": "*fp32" if shape.group_size else "*i32"}
         return Case(name, kind, linear_w8a8_kernel, types, constants, options)
+    if kind == "fp8":
+        types = {**common, "tokens": "*fp8e4nv", "token_scales": "*fp32", "values": "*fp8e4nv", "scales": "*fp32"}
+        return Case(name, kind, linear_fp8_kernel, types, {**sizes, **even, "HAS_BIAS": True, "WIDE": False}, options)
     if kind in ("bf16", "w8a16"):
         types = {**common, "x": "*bf16", "values": "*i8" if kind == "w8a16" else "*bf16", "scales": "*fp32"}
         constants = {**sizes, **even, "SCALED": kind == "w8a16", "HAS_BIAS": True, "WIDE": False}
@@ -145,7 +151,7 @@ def attentions() -> Iterator[Case]:
         yield Case(f"merge of {splits} splits", "merge", merge_kernel, merge, constants, {"num_warps": 4})
 
 
-def elementwise() -> Iterator[Case]:
+def elementwise(architecture: int) -> Iterator[Case]:
     rotary = {"keys": "*bf16", "values": "*bf16", "start": "*i64", "head_stride": "i32", "eps": "fp32"}
     rotary |= {"qkv": "*bf16", "cos": "*fp32", "sin": "*fp32", "queries": "*bf16", "heads": "i32", "kv_heads": "i32"}
     for norm in (True, False):
@@ -171,6 +177,11 @@ def elementwise() -> Iterator[Case]:
     for group in (16384, GROUP_SIZE):
         constants = {"BLOCK": 16384, "GROUP": group}
         yield Case(f"quantize by {group}", "quantize", quantize_tokens_kernel, types, constants, {"num_warps": 16})
+    if architecture >= FP8:
+        types = {"x": "*bf16", "out": "*fp8e4nv", "scales": "*fp32", "width": "i32"}
+        yield Case(
+            "quantize to FP8", "quantize", quantize_tokens_fp8_kernel, types, {"BLOCK": 16384}, {"num_warps": 16}
+        )
 
 
 def compile_kernel(case: Case, architecture: int) -> Any:

@@ -9,6 +9,7 @@ from quasar_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_quantize
 from quasar_kernels.ops.block_attention import block_attention
 from quasar_kernels.ops.first_maxima import first_maxima
 from quasar_kernels.ops.linear_bf16 import linear_bf16, linear_dense
+from quasar_kernels.ops.linear_fp8 import linear_fp8
 from quasar_kernels.ops.linear_w4a8 import linear_w4a8
 from quasar_kernels.ops.linear_w4a16 import linear_w4a16
 from quasar_kernels.ops.linear_w8a8 import linear_w8a8
@@ -16,10 +17,19 @@ from quasar_kernels.ops.linear_w8a16 import linear_w8a16
 from quasar_kernels.ops.rotary_write import rotary_write
 from quasar_kernels.ops.select_inputs import select_inputs
 from quasar_kernels.ops.silu_mul import silu_mul, silu_mul_quantize
-from quasar_kernels.weights import DenseWeight, GroupInt8Weight, InputOrder, Int4Weight, Int8Weight, Quantized
+from quasar_kernels.weights import (
+    DenseWeight,
+    Fp8Weight,
+    GroupInt8Weight,
+    InputOrder,
+    Int4Weight,
+    Int8Weight,
+    Quantized,
+)
 
 __all__ = [
     "DenseWeight",
+    "Fp8Weight",
     "GroupInt8Weight",
     "GroupNumbers",
     "InputOrder",
@@ -32,6 +42,7 @@ __all__ = [
     "first_maxima",
     "linear_bf16",
     "linear_dense",
+    "linear_fp8",
     "linear_w4a8",
     "linear_w4a16",
     "linear_w8a8",

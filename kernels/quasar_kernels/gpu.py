@@ -14,6 +14,11 @@ def has_gpu_kernels(x: Tensor) -> bool:
     return x.is_cuda and _triton_installed() and _capable(x.device)
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Return whether the tensor cores of a device multiply FP8: compute capability 8.9 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""The common parts of the five matmuls, ``x W^T + bias`` with weights of some format."""
+"""The common parts of all matmuls, ``x W^T + bias`` with weights of some format."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quasar_kernels.cpu.calls import multiply
 from quasar_kernels.cpu.library import ACTIVATION_DTYPES, Library
 from quasar_kernels.dispatch import Kernel, Op
 from quasar_kernels.reference import quantize_tokens
-from quasar_kernels.weights import DenseWeight, GroupInt8Weight, Int4Weight, Int8Weight, Quantized
+from quasar_kernels.weights import DenseWeight, Fp8Weight, GroupInt8Weight, Int4Weight, Int8Weight, Quantized
 
-Weight = DenseWeight | Int8Weight | GroupInt8Weight | Int4Weight
+Weight = DenseWeight | Int8Weight | GroupInt8Weight | Int4Weight | Fp8Weight
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class Matmul(Op):
     """An op of the form (x, weight, bias).
 
     weight_bits: stored bits of a weight, without its scale
-    activations: "float" if the op does not quantize them; "int8" if it quantizes per token, "int8 groups" in groups
+    activations: "float" if the op does not quantize them; "int8" or "fp8" if it quantizes per token, "int8 groups" in
+        groups. Those in FP8 are never quantized by the op before
     round: rounds a float matrix [N, K] to the op's format; takes the matrix and a group size, which some formats ignore
     """
 
     weight_bits: int = field(kw_only=True)
-    activations: Literal["float", "int8", "int8 groups"] = "float"
+    activations: Literal["float", "int8", "int8 groups", "fp8"] = "float"
     round: Callable[[Tensor, int], Weight] = field(kw_only=True)
 
     @property
@@ -43,7 +44,7 @@ class Matmul(Op):
 
     def quantized(self, x: Tensor, group_size: int) -> Tensor | Quantized:
         """Quantize x as the op before this one does, or return x if this op takes floats."""
-        if self.activations == "float":
+        if self.activations in ("float", "fp8"):
             return x
         return as_quantized(x, group_size if self.activations == "int8 groups" else None)
 
@@ -72,11 +73,16 @@ def cpu_matmul(function: str) -> Kernel:
     return Kernel(supports, run)
 
 
-def triton_matmul(run: Callable[..., Tensor], group_sizes: tuple[int, ...] | None = None) -> Kernel:
+def triton_matmul(
+    run: Callable[..., Tensor],
+    group_sizes: tuple[int, ...] | None = None,
+    device_takes: Callable[[torch.device], bool] = lambda device: True,
+) -> Kernel:
     """Return a Triton kernel of a matmul, for few rows that can be read 16 bytes at a time.
 
     run: takes x, weight, bias and optionally a tiling
     group_sizes: the group sizes that it takes, 0 for none; None if the weights have no groups
+    device_takes: whether a GPU has the instructions that it needs
 
     PyTorch computes float32, because results are compared exactly in float32.
     """
@@ -89,6 +95,7 @@ def triton_matmul(run: Callable[..., Tensor], group_sizes: tuple[int, ...] | Non
             rows.dtype in ACTIVATION_DTYPES
             and len(rows) <= MAX_ROWS
             and rows.shape[1] % INPUTS_MULTIPLE == 0
+            and device_takes(rows.device)
             and (group_sizes is None or getattr(weight, "group_size", None) in group_sizes)
         )
 

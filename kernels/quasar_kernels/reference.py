@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
+FP8_MAX = 448.0
+"""Largest number of E4M3 (`torch.float8_e4m3fn`), which has no infinity."""
 
 
 def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -22,6 +24,20 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
     scales = largest / torch.full_like(largest, INT8_MAX)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return torch.round(groups / scales).to(torch.int8).view(x.shape), scales.squeeze(2)
+
+
+def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic quantization of each row to E4M3: divide by ``amax / 448``, saturate and round to nearest even.
+
+    x: float [M, K]. Returns float8_e4m3fn [M, K] and the float32 scales [M, 1], ``x ≈ values * scales``. A row of zeros
+    gets scale 1; a NaN stays a NaN, and a row with an infinity has one.
+    """
+    wide = x.float()
+    largest = wide.abs().amax(dim=1, keepdim=True)
+    # Divided by a tensor, not by a constant: see `quantize_tokens`.
+    scales = largest / torch.full_like(largest, FP8_MAX)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return (wide / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
 
 
 def unpack_int4(packed: Tensor) -> Tensor:

@@ -112,6 +112,51 @@ class Int8Weight:
         return self._packed
 
 
+class Fp8Weight:
+    """An FP8 weight with one scale per output channel: values float8_e4m3fn [N, K], scales float32 [N].
+
+    The CPU kernels have no FP8. For them the values are packed as bfloat16, which holds every E4M3 number exactly and
+    takes twice the memory.
+    """
+
+    group_size = 0
+
+    def __init__(self, values: Tensor, scales: Tensor) -> None:
+        if values.dim() != 2 or values.dtype != torch.float8_e4m3fn or scales.shape != (len(values),):
+            raise ValueError(
+                f"expected float8_e4m3fn values [N, K] with scales [N], got {values.dtype} {list(values.shape)} with "
+                f"scales {list(scales.shape)}"
+            )
+        self.outputs, self.inputs = values.shape
+        self.scales = scales
+        takes = _has_kernels(values.device, self.outputs, self.inputs)
+        self._packed = cpu.pack_dense(values.to(torch.bfloat16)) if takes else None
+        self._values = values if self._packed is None else None
+
+    @staticmethod
+    def rounded(values: Tensor) -> Fp8Weight:
+        """Round a float matrix [N, K] to nearest and pack it. A channel of zeros gets scale 1."""
+        rounded, scales = reference.quantize_tokens_fp8(values)
+        return Fp8Weight(rounded, scales.squeeze(1))
+
+    @property
+    def values(self) -> Tensor:
+        """float8_e4m3fn [N, K]."""
+        if self._values is not None:
+            return self._values
+        assert self._packed is not None
+        return unpack_dense(self._packed, torch.bfloat16).to(torch.float8_e4m3fn)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the format, which a matmul reads where there are instructions for FP8."""
+        return self.outputs * self.inputs + self.scales.nbytes
+
+    def packed_for_kernels(self) -> PackedWeight | None:
+        """The form for the CPU kernels, or None if they do not apply."""
+        return self._packed
+
+
 class GroupInt8Weight:
     """An int8 weight ``q * scale - minimum`` in groups along K, with scales and minimums as they are stored.
 

@@ -103,6 +103,38 @@ def compare_runs(
         compare(folders, Reporter())
 
 
+@app.command("fidelity")
+def fidelity_of(
+    a: Annotated[str, typer.Argument(help="overrides of one verifier, such as 'verifier=fp16'")],
+    b: Annotated[str, typer.Argument(help="overrides of another, such as 'verifier=packed verifier.path=FILE'")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="overrides of both, such as model=tiny")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="a plain text, or prompts as JSONL; default: the configuration's prompts")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="write the results to this file, too")] = None,
+) -> None:
+    """Compare two verifiers on the same text: KL(A || B), top-1 agreement, flips and both perplexities.
+
+    Prompts are answered greedily by A, and B is teacher-forced along A's answers.
+    """
+    from quasar.experiment.fidelity import Request, measure_fidelity
+
+    with reported_errors():
+        measure_fidelity(Request(a, b, overrides or [], text, output), Reporter())
+
+
+@app.command("export")
+def export_model(
+    folder: Annotated[Path, typer.Argument(help="a new folder for the checkpoint")],
+    overrides: Annotated[list[str], typer.Argument(help="overrides as for run.py, such as verifier=int8")],
+) -> None:
+    """Write a quantized or pruned verifier as a Hugging Face checkpoint (compressed-tensors, if it is quantized)."""
+    from quasar.experiment.export import export_verifier
+
+    with reported_errors():
+        export_verifier(folder, overrides, Reporter())
+
+
 @app.command("plot")
 def plot_runs(
     folder: Annotated[Path, typer.Argument(help="an experiment's results, a sweep, or any folder above runs")],

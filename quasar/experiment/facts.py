@@ -32,6 +32,7 @@ def facts_of(parts: Prepared, attempts: Sequence[Json] = ()) -> RunFacts:
         device=parts.machine.device,
         simulated=parts.rule.simulated,
         lossy=parts.rule.lossy,
+        emulated=verifier.emulated,
         model_origin=parts.checkpoint.origin,
         weights_on_grid=parts.weights_on_grid,
         sandbox=parts.isolation,

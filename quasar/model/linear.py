@@ -23,10 +23,13 @@ class QuantizedLinear(nn.Module):
     int8_activations:      whether `forward` quantizes its input to int8. It then also accepts `Quantized` input, which
                            the op before has already quantized
     activation_group_size: number of elements of a row that share a scale; None if the whole row does
+    emulated:              whether this device lacks the instructions of the format, so that a pass takes longer than
+                           its bytes suggest, and says nothing about the speed of the format
     """
 
     int8_activations: bool = False
     activation_group_size: int | None = None
+    emulated: bool = False
 
     @property
     def weight_bytes(self) -> int:

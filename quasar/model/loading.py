@@ -109,7 +109,10 @@ def random_transformer(
             parameter.data.normal_(0.0, deviation, generator=generator)
         elif name.endswith("bias"):
             parameter.data.normal_(0.0, 0.1, generator=generator)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model.to(device=device, dtype=dtype)
+    # The rotary frequencies stay in float32, as in a model that is loaded.
+    model.rope = type(model.rope)(config.rope, config.head_dim).to(device)
+    return model.eval().requires_grad_(False)
 
 
 def tiny_config(vocab_size: int = 512, num_layers: int = 4, context_length: int = 16384) -> ModelConfig:

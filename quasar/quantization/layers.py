@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, GroupInt8Weight, InputOrder, Int4Weight, Int8Weight, Quantized
+from quasar_kernels import DenseWeight, Fp8Weight, GroupInt8Weight, InputOrder, Int4Weight, Int8Weight, Quantized
+from quasar_kernels.gpu import multiplies_fp8
 from torch import Tensor, nn
 
 from quasar.model.linear import Activations, Linear, QuantizedLinear
@@ -40,6 +41,22 @@ class W8A16Linear(_Int8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return quasar_kernels.linear_w8a16(x, self.weight, self.bias)
+
+
+class Fp8Linear(QuantizedLinear):
+    """A linear layer with FP8 weights, one scale per output channel, and dynamic FP8 activations, scaled per token."""
+
+    def __init__(self, weight: Fp8Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.emulated = not multiplies_fp8(weight.scales.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes + _bias_bytes(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quasar_kernels.linear_fp8(x, self.weight, self.bias)
 
 
 class W4Linear(QuantizedLinear):

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from quasar_kernels import GroupInt8Weight, GroupNumbers, InputOrder, Int4Weight, Int8Weight
+from quasar_kernels import Fp8Weight, GroupInt8Weight, GroupNumbers, InputOrder, Int4Weight, Int8Weight
 from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
 from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
+from quasar.model.linear import QuantizedLinear
 from quasar.model.loading import Progress, load_model
 from quasar.model.sources import Checkpoint
 from quasar.model.tensor_names import EMBEDDING, source_names
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import GroupInt8Linear, QuantizedEmbedding, W4Linear, W8A8Linear, W8A16Linear
+from quasar.quantization.layers import Fp8Linear, GroupInt8Linear, QuantizedEmbedding, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.packed_blocks import BlockRows, layer_of_blocks
 from quasar.quantization.packed_gguf import GGUFCheckpoint
 from quasar.quantization.packed_rows import PackedRows
@@ -118,7 +119,12 @@ def load_packed(
         if not parts:
             dense = torch.cat([checkpoint.dense(source) for source in sources])
             _require_shape(checkpoint, sources, dense, model.get_parameter(name))
-            setattr(module, attribute, nn.Parameter(dense.to(device=device, dtype=dtype), requires_grad=False))
+            # The ops add the bias of a quantized layer in float32, as quantizers leave it after folding scales into it.
+            wide = (
+                attribute == "bias" and isinstance(module, QuantizedLinear) and not isinstance(module, GroupInt8Linear)
+            )
+            parameter = dense.to(device=device, dtype=torch.float32 if wide else dtype)
+            setattr(module, attribute, nn.Parameter(parameter, requires_grad=False))
             continue
         _require_shape(checkpoint, sources, torch.cat([part.values for part in parts]), model.get_parameter(name))
         bits = activation_bits if owner.startswith("blocks.") else 16
@@ -177,7 +183,9 @@ def _layer(
 ) -> QuantizedLayer:
     """Build one layer from the stacked rows of its parts."""
     first = parts[0]
-    kinds = {(part.bits, part.scales.shape[1], part.quantized_inputs) for part in parts}
+    kinds = {
+        (part.bits, part.values.dtype, part.scales.shape[1], part.quantized_inputs, part.input_group) for part in parts
+    }
     if len(kinds) > 1 or any(not _same_order(part.order, first.order) for part in parts):
         raise RequestError(
             f"{checkpoint.path}: {', '.join(sources)} are quantized in different formats or with different orders of "
@@ -190,10 +198,17 @@ def _layer(
     symmetric = all(part.symmetric for part in parts)
     if first.bits == 4:
         weight = Int4Weight(pack_int4(values), scales, zeros, symmetric, dtype)
-        return W4Linear(weight, None, activation_bits, order)
+        return W4Linear(weight, None, 8 if first.quantized_inputs else activation_bits, order)
+    if values.dtype == torch.float8_e4m3fn:
+        if not first.quantized_inputs:
+            raise RequestError(
+                f"{checkpoint.path}: {', '.join(sources)} are FP8 with inputs in 16 bit, which is not supported. Pass "
+                "model.path=FOLDER model.dequantize=true to dequantize them"
+            )
+        return Fp8Linear(Fp8Weight(values, scales.squeeze(1)), None)
     if scales.shape[1] == 1 and symmetric:
         layer = W8A8Linear if first.quantized_inputs else W8A16Linear
-        return layer(Int8Weight(values, scales.squeeze(1)), None)
+        return layer(Int8Weight(values, scales.squeeze(1), first.input_group), None)
     # The minimum, zero times scale, is not rounded either.
     stored = GroupNumbers.compact(scales)
     minimums = None if symmetric else GroupNumbers(stored.values, zeros.to(torch.int8))

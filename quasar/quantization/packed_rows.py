@@ -13,11 +13,13 @@ from torch import Tensor
 class PackedRows:
     """Quantized rows of one linear layer, ``(values - zeros) * scales``.
 
-    values: uint8 [N, K] in 0..15 for 4 bits, int8 [N, K] for 8 bits
+    values: uint8 [N, K] in 0..15 for 4 bits, int8 or float8_e4m3fn [N, K] for 8 bits
     scales, zeros: float32 [N, G], of G groups of consecutive columns; zeros need not be whole numbers
     symmetric: every zero is the middle of the range
-    quantized_inputs: 8 bits: made for int8 activations per token
+    quantized_inputs: made for 8-bit activations: of FP8 weights in FP8 per token, of 4-bit weights in int8 and in the
+        groups of the weights, of int8 weights in int8 per token or in groups of ``input_group``
     order: int64 [K], the input that each column is multiplied with, or None if it is that of the same index
+    input_group: number of inputs that share a scale; 0 if all of a token do
     """
 
     bits: Literal[4, 8]
@@ -27,6 +29,7 @@ class PackedRows:
     symmetric: bool
     quantized_inputs: bool = False
     order: Tensor | None = None
+    input_group: int = 0
 
     def restored(self) -> Tensor:
         """Return the dequantized weight, float32 [N, K], with its inputs in the model's order."""

@@ -31,7 +31,7 @@ class SafetensorsCheckpoint:
     """Implements `PackedCheckpoint` for a folder.
 
     Raises RequestError if the format is not supported. Supported are compressed-tensors (integers of 4 or 8 bits, per
-    tensor, channel or group), GPTQ of 4 or 8 bits, and 4-bit AWQ.
+    tensor, channel or group, and FP8 per tensor or channel), GPTQ of 4 or 8 bits, and 4-bit AWQ.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,7 +133,7 @@ class _Quantized(_Strict):
     """How weights or activations are quantized, in compressed-tensors."""
 
     num_bits: int = 8
-    type: Literal["int"] = "int"
+    type: Literal["int", "float"] = "int"
     symmetric: bool = True
     strategy: Literal["tensor", "channel", "group", "token"] | None = None
     group_size: Annotated[int, Field(ge=-1)] | None = None
@@ -146,7 +146,7 @@ class _Quantized(_Strict):
     observer_kwargs: Any = None
 
 
-_Format = Literal["pack-quantized", "int-quantized", "naive-quantized"]
+_Format = Literal["pack-quantized", "int-quantized", "float-quantized", "naive-quantized"]
 
 
 class _Scheme(_Strict):
@@ -176,7 +176,8 @@ class _Compressed:
     """compressed-tensors, whose config assigns a scheme to every layer by its name or class.
 
     ``weight_packed`` is int32 [N, K * bits / 32] with the first value in the low bits and 2^(bits - 1) added;
-    ``weight`` is int8 [N, K]. Zero points of ``weight_packed`` are packed in that way along the outputs.
+    ``weight`` is int8 or float8_e4m3fn [N, K]. Zero points of ``weight_packed`` are packed in that way, but along the
+    outputs.
     """
 
     def __init__(self, entry: dict[str, Any], place: str, source: _Source) -> None:
@@ -205,6 +206,8 @@ class _Compressed:
         assert scheme is not None
         weights, source = scheme.weights, self._source
         rows, columns = source.shapes[f"{layer}.weight"]
+        if weights.type == "float":
+            return self._read_fp8(layer, scheme)
         size = _group_size(
             weights.group_size if weights.strategy == "group" else -1, columns, f"{self._place}: {layer}"
         )
@@ -222,13 +225,10 @@ class _Compressed:
             values = source.take(f"{layer}.weight", ("I8",), (rows, columns)).short() + offset
             if not ((values >= 0) & (values < 2 * offset)).all():
                 raise RequestError(f"{source.place(f'{layer}.weight')} exceeds the range of {weights.num_bits} bits")
-        scale = f"{layer}.weight_scale"
-        if weights.strategy == "tensor":
-            scales = source.scales(scale, (1,), (), (1, 1)).reshape(1, 1).expand(rows, 1).contiguous()
-        elif weights.strategy == "channel":
-            scales = source.scales(scale, (rows, 1), (rows,)).view(rows, 1)
+        if weights.strategy == "group":
+            scales = source.scales(f"{layer}.weight_scale", (rows, groups))
         else:
-            scales = source.scales(scale, (rows, groups))
+            scales = self._scales_of_rows(layer, weights, rows)
         zeros = self._zeros(layer, weights, packed, (rows, groups)) + offset
         order = None
         if f"{layer}.weight_g_idx" in source:
@@ -238,10 +238,32 @@ class _Compressed:
         if order is not None:
             values = values[:, order]
         symmetric = bool((zeros == offset).all())
+        inputs = scheme.input_activations
         if weights.num_bits == 4:
-            return PackedRows(4, values.to(torch.uint8).contiguous(), scales, zeros, symmetric, order=order)
+            unsigned = values.to(torch.uint8).contiguous()
+            return PackedRows(4, unsigned, scales, zeros, symmetric, inputs is not None, order)
         signed = (values.short() - offset).to(torch.int8).contiguous()
-        return PackedRows(8, signed, scales, zeros - offset, symmetric, scheme.input_activations is not None, order)
+        input_group = 0
+        if inputs is not None and inputs.strategy == "group":
+            input_group = _group_size(inputs.group_size, columns, f"{self._place}: inputs of {layer}")
+        return PackedRows(8, signed, scales, zeros - offset, symmetric, inputs is not None, order, input_group)
+
+    def _read_fp8(self, layer: str, scheme: _Scheme) -> PackedRows:
+        """Read E4M3 weights with a scale per tensor or channel."""
+        rows, columns = self._source.shapes[f"{layer}.weight"]
+        values = self._source.take(f"{layer}.weight", ("F8_E4M3",), (rows, columns))
+        if values.isnan().any():
+            raise RequestError(f"{self._source.place(f'{layer}.weight')} contains NaN; download the checkpoint again")
+        zeros = self._zeros(layer, scheme.weights, False, (rows, 1))
+        scales = self._scales_of_rows(layer, scheme.weights, rows)
+        return PackedRows(8, values, scales, zeros, True, scheme.input_activations is not None)
+
+    def _scales_of_rows(self, layer: str, weights: _Quantized, rows: int) -> Tensor:
+        """Return the scales per tensor or channel, float32 [N, 1]."""
+        name = f"{layer}.weight_scale"
+        if weights.strategy == "tensor":
+            return self._source.scales(name, (1,), (), (1, 1)).reshape(1, 1).expand(rows, 1).contiguous()
+        return self._source.scales(name, (rows, 1), (rows,)).view(rows, 1)
 
     def _zeros(self, layer: str, weights: _Quantized, packed: bool, shape: tuple[int, int]) -> Tensor:
         """Return the signed zero points, float32 [N, G]."""
@@ -286,16 +308,36 @@ class _Compressed:
                 f"{place}.weights: strategy={weights.strategy}, dynamic={weights.dynamic} is not supported; supported "
                 "are static weights with strategy tensor, channel or group"
             )
-        packed = (scheme.format or self._config.format) == "pack-quantized"
+        form = scheme.format or self._config.format
+        self._require_type(scheme, form, place)
+        packed = form == "pack-quantized"
         if weights.strategy == "tensor" and packed and not weights.symmetric:
             raise RequestError(f"{place}.weights: packed weights with one zero point per tensor are not supported")
-        if inputs is None:
-            return
-        plain = (inputs.num_bits, inputs.symmetric, inputs.dynamic, inputs.strategy) == (8, True, True, "token")
-        if not plain or weights.num_bits != 8 or weights.strategy == "group" or not weights.symmetric:
+        if inputs is not None and not _computable(weights, inputs):
             raise RequestError(
-                f"{place}.input_activations is supported only for symmetric 8-bit weights per tensor or channel, and "
-                "only symmetric, dynamic, with 8 bits per token"
+                f"{place}.input_activations is supported only symmetric and dynamic with 8 bits: per token for "
+                "symmetric 8-bit weights per tensor or channel; of integers also in groups, which for 4-bit weights "
+                "are those of the weights"
+            )
+
+    def _require_type(self, scheme: _Scheme, form: str, place: str) -> None:
+        weights, inputs = scheme.weights, scheme.input_activations
+        if (weights.type == "float") != (form == "float-quantized") and form != "naive-quantized":
+            raise RequestError(f"{place}: weights of type {weights.type} do not have the format {form}")
+        if weights.type == "float" and (weights.num_bits, weights.symmetric) != (8, True):
+            raise RequestError(
+                f"{place}.weights: num_bits={weights.num_bits}, symmetric={weights.symmetric} is not supported; "
+                "supported floats are symmetric with 8 bits (E4M3)"
+            )
+        if weights.type == "float" and weights.strategy not in ("tensor", "channel"):
+            raise RequestError(
+                f"{place}.weights.strategy={weights.strategy} is not supported for floats; supported are tensor and "
+                "channel"
+            )
+        if inputs is not None and inputs.type != weights.type:
+            raise RequestError(
+                f"{place}: weights of type {weights.type} with inputs of type {inputs.type} are not supported; both "
+                "must be int or float"
             )
 
 
@@ -451,6 +493,16 @@ def order_of(group_of_input: Tensor, size: int, name: str) -> Tensor | None:
     if not in_range or not (torch.bincount(found, minlength=groups) == size).all():
         raise RequestError(f"{name} does not assign {size} inputs to each of {groups} groups; it is damaged")
     return torch.argsort(found, stable=True)
+
+
+def _computable(weights: _Quantized, inputs: _Quantized) -> bool:
+    """Return whether there is an op for weights with inputs that are quantized in this way."""
+    if (inputs.num_bits, inputs.symmetric, inputs.dynamic) != (8, True, True):
+        return False
+    if weights.num_bits == 4:
+        return weights.strategy == inputs.strategy == "group" and weights.group_size == inputs.group_size
+    in_groups = inputs.strategy == "group" and inputs.type == "int"
+    return weights.strategy != "group" and weights.symmetric and (inputs.strategy == "token" or in_groups)
 
 
 def _group_size(configured: int | None, columns: int, place: str) -> int:

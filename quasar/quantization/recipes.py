@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from quasar_kernels import Int4Weight, Int8Weight
+from quasar_kernels import Fp8Weight, Int4Weight, Int8Weight
 from quasar_kernels.reference import pack_int4
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from quasar.errors import QuasarError, RequestError
 from quasar.model.transformer import Block, ResidualStream, Transformer
 from quasar.quantization.awq import awq_scales, clipped_grid
 from quasar.quantization.gptq import gptq_int4, gptq_int8
-from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
+from quasar.quantization.layers import Fp8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.quantization.rotation import Rotation
 from quasar.quantization.rounding import Grid4, grid_int4, int8_scales, quantize_int8, round_int4
 from quasar.quantization.smoothing import LAYERS, best_smoothing, fold, foldable, smoothquant_scales
@@ -169,6 +169,14 @@ def gptq_w4(
             continue
         grid = grid_int4(weight, form.group_size, form.symmetric, importance=hessian.diagonal(), clip=clip)
         _to_int4(block, layer, gptq_int4(weight, hessian, grid), grid, form)
+
+
+def rtn_fp8(model: Transformer, progress: Progress) -> None:
+    """Quantize all linear layers of the decoder blocks to FP8 weights and activations in place, rounding to nearest."""
+    for _, block in _blocks(model, progress):
+        for layer in LAYERS:
+            linear = _linear(block, layer)
+            block.set_submodule(layer, Fp8Linear(Fp8Weight.rounded(linear.weight), linear.bias))
 
 
 def quantize_head(model: Transformer) -> None:

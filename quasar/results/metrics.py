@@ -57,6 +57,7 @@ class RunFacts:
     rows_are_independent: see `quasar.verifiers.base.Verifier`
     other_cpu_share: the share that other processes took of the cores that the run uses, see `quasar.results.load`; None
         if it was not measured
+    emulated: whether the device emulates the verifier's number format, so that its times say nothing about it
     """
 
     model: str
@@ -79,6 +80,7 @@ class RunFacts:
     dtype: str = "float32"
     rows_are_independent: bool = True
     other_cpu_share: float | None = None
+    emulated: bool = False
 
 
 class Measured:
@@ -124,6 +126,11 @@ class Measured:
         if self._facts is None:
             raise ValueError("this metric needs facts about the whole run; records alone are not enough")
         return self._facts
+
+    @property
+    def emulated(self) -> bool:
+        """Whether times say nothing about the verifier; no speedup is computed from them."""
+        return self._facts is not None and self._facts.emulated
 
     @property
     def turns(self) -> list[Turn]:
@@ -361,7 +368,7 @@ def bytes_per_step(run: Measured) -> float:
 
 def achieved_bandwidth_fraction(run: Measured) -> float | None:
     """Bytes per step divided by the time of the verification pass, as a share of the measured copy bandwidth."""
-    milliseconds = verify_ms(run)
+    milliseconds = None if run.emulated else verify_ms(run)
     return bytes_per_step(run) / (milliseconds / 1e3) / run.facts.copy_bandwidth if milliseconds else None
 
 
@@ -492,6 +499,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("model_origin", lambda run: run.facts.model_origin),
     Metric("weights_on_grid", lambda run: run.facts.weights_on_grid, "share", "weights on a grid", _percent),
     Metric("simulated", lambda run: run.facts.simulated),
+    Metric("emulated", lambda run: run.facts.emulated),
     Metric("lossy", lambda run: run.facts.lossy),
     Metric("disturbed", disturbed),
     Metric("mean_context", mean_context, "tokens", "context", _0, in_summary=False),
@@ -558,8 +566,10 @@ class _Crossed:
 def _crossed(run: Measured, values: Callable[[PromptRecord], dict[str, float] | None]) -> _Crossed | None:
     """Collect ``values`` of every record. A prompt that lacks them in any repetition is left out.
 
-    Returns None if no prompt is left.
+    Returns None if no prompt is left, or if the verifier's arithmetic is emulated: its times are then no speedup.
     """
+    if run.emulated:
+        return None
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for record in run.records:
         if (entry := values(record)) is not None:
@@ -624,9 +634,9 @@ def _interval(found: _Crossed | None, statistic: Statistic) -> list[float] | Non
 def _pass_ms(run: Measured, column: str | None) -> float | None:
     """Return the mean over the steps of t(count + 1), with the counts of a column of `Steps`; 0 without a column.
 
-    None if there is no step, if no pass was timed, or if a count is beyond the timed passes.
+    None if there is no step, if no pass was timed, if a count is beyond the timed passes, or if they were emulated.
     """
-    curve = pass_curve(run.passes, mean_context(run) or 1.0)
+    curve = None if run.emulated else pass_curve(run.passes, mean_context(run) or 1.0)
     if curve is None or not run.steps:
         return None
     times = curve.at(1 + (np.zeros(1) if column is None else _column(run, column)))

@@ -149,7 +149,12 @@ def _disturbance(run: Measured) -> list[str]:
 
 
 def _validity(run: Measured) -> list[str]:
-    """Return notes on limits of the output: simulated acceptance, a lossy rule, or a verifier that is approximate."""
+    """Return notes on limits: emulated arithmetic, simulated acceptance, a lossy rule, an approximate verifier."""
+    emulated = "EMULATED: this device has no instructions for the verifier's number format. Its times are no speedup."
+    return [*([emulated] if run.facts.emulated else []), *_limits(run)]
+
+
+def _limits(run: Measured) -> list[str]:
     if run.facts.simulated:
         return [
             "SIMULATED: step times are measured, but acceptance is replayed or drawn, not decided by the verifier; the "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quasar_kernels import Int4Weight, Int8Weight
+from quasar_kernels import Fp8Weight, Int4Weight, Int8Weight
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quasar.cache import Store
 from quasar.model.config import LayerShape
 from quasar.model.transformer import Transformer
-from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
+from quasar.quantization.layers import Fp8Linear, W4Linear, W8A8Linear, W8A16Linear
 from quasar.verifiers.base import Setup
 
 Found = dict[str, Any]
@@ -87,6 +87,9 @@ class _Weights:
             if isinstance(module, W8A8Linear | W8A16Linear):
                 layers[name] = {"kind": type(module).__name__, "group_size": module.weight.group_size}
                 parts = {"values": module.weight.values, "scales": module.weight.scales, "bias": module.bias}
+            elif isinstance(module, Fp8Linear):
+                layers[name] = {"kind": "Fp8Linear"}
+                parts = {"values": module.weight.values, "scales": module.weight.scales, "bias": module.bias}
             elif isinstance(module, W4Linear):
                 layers[name] = {"kind": "W4Linear", "int8_activations": module.int8_activations}
                 layers[name]["symmetric"] = module.weight.symmetric
@@ -129,6 +132,8 @@ def _layer(options: Found, parts: dict[str, Tensor], dtype: torch.dtype) -> nn.M
     if options["kind"] == "W4Linear":
         weight = Int4Weight(parts["packed"], parts["scales"], parts["zeros"], options["symmetric"], dtype)
         return W4Linear(weight, bias, 8 if options["int8_activations"] else 16)
+    if options["kind"] == "Fp8Linear":
+        return Fp8Linear(Fp8Weight(parts["values"], parts["scales"]), bias)
     kind = {"W8A8Linear": W8A8Linear, "W8A16Linear": W8A16Linear}[options["kind"]]
     return kind(Int8Weight(parts["values"], parts["scales"], options["group_size"]), bias)
 

@@ -38,6 +38,7 @@ class Verifier(ABC):
                     other rows of the pass. Only then does speculative output equal autoregressive output
     details:        sentences on what was decided beyond the configuration while it was built
     cost:           bytes that one pass reads
+    emulated:       whether this device lacks the instructions of the weights' format: its times then say nothing
     device, dtype:  device and dtype of the activations
     context_length: maximum number of tokens that the model can read
     devices:        types of devices that it can be built on
@@ -49,6 +50,7 @@ class Verifier(ABC):
     rows_are_independent: bool = True
     details: tuple[str, ...] = ()
     cost: VerifierCost
+    emulated: bool = False
     device: torch.device
     dtype: torch.dtype
     context_length: int

@@ -13,12 +13,18 @@ from quasar.decoding.scores import Scores
 from quasar.errors import QuasarError, RequestError
 from quasar.model.execution.choose import executor_for
 from quasar.model.kv_cache import KVCache
+from quasar.model.linear import QuantizedLinear
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
 from quasar.verifiers.base import LayeredVerifier, Setup, VerifierCost
 
 # Long prompts are read in chunks, which bounds the memory of the attention mask and the activations.
 PREFILL_CHUNK = 512
+
+EMULATED = (
+    "FP8 is emulated on this device, which has no instructions for it: fidelity is that of FP8, but times are those of "
+    "the emulation. weight_bytes counts 1 byte per weight and 4 per scale, as a device with FP8 reads them"
+)
 
 
 class TransformerVerifier(LayeredVerifier):
@@ -34,6 +40,9 @@ class TransformerVerifier(LayeredVerifier):
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
         self.device, self.dtype, self.context_length = model.device, model.dtype, model.config.context_length
         self.executor = executor_for(model, self.cache)
+        self.emulated = any(isinstance(module, QuantizedLinear) and module.emulated for module in model.modules())
+        if self.emulated:
+            self.details = (*self.details, EMULATED)
 
     @property
     def capacity(self) -> int:

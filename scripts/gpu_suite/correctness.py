@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quasar_kernels import DenseWeight, Int4Weight, Int8Weight, reference
+from quasar_kernels import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, reference
 from quasar_kernels.cases import LAYERS, Layer, Setting
 from quasar_kernels.dispatch import LayerOp
 from quasar_kernels.matmul import Matmul, Weight
@@ -147,6 +147,8 @@ def _weights(plan: Plan, op: Matmul, shape: Weights, dtype: torch.dtype) -> Iter
     size = shape.outputs, shape.inputs
     if op.weight_bits == 16:
         yield DenseWeight(_normal(plan, *size, dtype=dtype))
+    elif op.activations == "fp8":
+        yield Fp8Weight.rounded(_normal(plan, *size, dtype=dtype))
     elif op.weight_bits == 8:
         values = torch.randint(-127, 128, size, dtype=torch.int8, device=plan.device)
         yield Int8Weight(values, torch.rand(shape.outputs, device=plan.device) + 0.1)

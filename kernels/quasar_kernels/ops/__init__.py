@@ -8,6 +8,7 @@ from quasar_kernels.ops import (
     block_attention,
     first_maxima,
     linear_bf16,
+    linear_fp8,
     linear_w4a8,
     linear_w4a16,
     linear_w8a8,
@@ -17,7 +18,7 @@ from quasar_kernels.ops import (
     silu_mul,
 )
 
-MATMULS = (linear_w8a8.OP, linear_w4a16.OP, linear_bf16.OP, linear_w4a8.OP, linear_w8a16.OP)
+MATMULS = (linear_w8a8.OP, linear_w4a16.OP, linear_bf16.OP, linear_w4a8.OP, linear_w8a16.OP, linear_fp8.OP)
 """The matmuls, the most important first, because the GPU suite may run out of time."""
 LAYER_OPS = (
     add_rms_norm.OP,

@@ -30,6 +30,19 @@ def quantize_tokens(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
     return out, scales
 
 
+def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `reference.quantize_tokens_fp8`: float8_e4m3fn [M, K] and float32 scales [M, 1].
+
+    x: float [M, K] with contiguous rows
+    """
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=torch.uint8, device=x.device).view(torch.float8_e4m3fn)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    quantize_tokens_fp8_kernel[(rows,)](x, out, scales, width, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    return out, scales
+
+
 def quantized(x: Tensor | Quantized, group_size: int | None = None) -> Quantized:
     """Quantize activations per token or per group, unless they are quantized already."""
     return x if isinstance(x, Quantized) else Quantized(*quantize_tokens(x.contiguous(), group_size), x.dtype)
@@ -48,6 +61,19 @@ def quantize_tokens_kernel(x, out, scales, width, BLOCK: tl.constexpr, GROUP: tl
     column = tl.arange(0, BLOCK)
     value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
     store_quantized(value, out, scales, row, width, BLOCK, GROUP)
+
+
+@triton.jit
+def quantize_tokens_fp8_kernel(x, out, scales, width, BLOCK: tl.constexpr):
+    """Grid: (rows,). A NaN stays a NaN."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(value), axis=0)
+    scale = tl.where(largest > 0, tl.div_rn(largest, 448.0), 1.0)
+    saturated = tl.clamp(tl.div_rn(value, scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(scales + row, scale)
+    tl.store(out + row * width + column, saturated.to(tl.float8e4nv), mask=column < width)
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def default_tiling(shape: Shape, processors: int) -> Tiling:
         block_k = _groups_per_iteration(shape) * shape.group_size
     else:
         programs, block_n = 3 * processors // 4, 64 if shape.outputs >= 64 * processors else 32
-        longest = 256 if shape.op == "linear_w8a8" else 128
+        longest = 256 if shape.op in ("linear_w8a8", "linear_fp8") else 128
         block_k = next((size for size in (256, 128, 64) if size <= longest and shape.inputs % size == 0), 128)
     tiles = _blocks(shape.outputs, block_n) * _blocks(shape.rows, shape.block_m)
     iterations = _blocks(shape.inputs, block_k)
