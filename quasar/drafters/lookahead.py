@@ -53,12 +53,12 @@ class LookaheadDrafter(Drafter):
         self.seed = seed
         self._pool: dict[int, OrderedDict[tuple[int, ...], None]] = {}
         self._levels: list[list[int]] = []
-        self._indexed = 0
+        self._indexed: list[tuple[int, ...]] = []
         self._last = 0
 
     def begin(self, prompt: Tensor) -> None:
         self._pool.clear()
-        self._indexed = 0
+        self._indexed = []
         # Tokens of the prompt are more likely to fit than arbitrary tokens. The first iterate is longer than the
         # window, because each warm-up step removes one column.
         choose = random.Random(self.seed)
@@ -90,6 +90,13 @@ class LookaheadDrafter(Drafter):
             self._remember((first[column], *(level[column] for level in levels[1:]), predicted))
         self._levels = [levels[1][1:], *levels[2:], iterate]
 
+    def rewind(self, length: int) -> None:
+        """Remove the n-grams that end behind the first ``length`` tokens, even if the pool had them before."""
+        kept = max(0, length - self.ngram + 1)
+        for first, *tail in self._indexed[kept:]:
+            self._pool[first].pop(tuple(tail), None)
+        del self._indexed[kept:]
+
     def _scratch(self) -> Scratch:
         tokens = [token for level in self._levels for token in level]
         offsets, mask, outputs = window_layout(tuple(map(len, self._levels)))
@@ -104,9 +111,9 @@ class LookaheadDrafter(Drafter):
             tails.popitem(last=False)
 
     def _index(self, tokens: list[int]) -> None:
-        for end in range(max(self._indexed + 1, self.ngram), len(tokens) + 1):
-            self._remember(tuple(tokens[end - self.ngram : end]))
-        self._indexed = len(tokens)
+        for end in range(len(self._indexed) + self.ngram, len(tokens) + 1):
+            self._indexed.append(tuple(tokens[end - self.ngram : end]))
+            self._remember(self._indexed[-1])
 
 
 @functools.lru_cache(maxsize=64)
