@@ -1,0 +1,208 @@
+"""Drafts with speculative decoding: a cheap copy of the model decodes blocks that the run's verifier checks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, PositiveInt, validate_call
+from torch import Tensor
+
+from quasar.config.build import build, chosen_node
+from quasar.decoding.draft import Context, Draft, StepResult
+from quasar.drafters._adaptive_length import PassCost, measure_pass_cost
+from quasar.drafters._block_choice import FIRST_EVIDENCE, BlockChoice, RecentMean, Start, Times, unknown_agreement
+from quasar.drafters._inner_level import LONGEST_PASS, InnerLevel, is_hit
+from quasar.drafters.base import Drafter, FinishedSequence, Resources
+from quasar.errors import RequestError
+from quasar.verifiers.base import LayeredVerifier
+
+LONGEST_BLOCK = 32
+"""Longest block that ``block=auto`` chooses."""
+TIMED_TEXT = "Say hello, hello, hello. Then say it once more, and then say nothing at all."
+"""The text behind which passes are timed for ``block=auto``."""
+DIRECT, BLOCK = "direct", "block"
+"""Values of the note ``level``: whether the inner verifier took part in a step."""
+
+Choice = str | dict[str, Any]
+
+
+def _known(group: str, key: str, choice: Choice) -> Choice:
+    chosen_node(group, choice, f"drafter.{key}")
+    return choice
+
+
+class CascadeDrafter(Drafter):
+    """Speculative decoding in several levels (hierarchical speculative decoding, arXiv 2510.19705).
+
+    The inner level consists of a cheap copy of the run's model, such as its INT8 version, and of a drafter. It decodes
+    a block of tokens by speculative decoding, and the block is the draft for the run's verifier. With the unquantized
+    model as the verifier, the output is the reference's own, and its pass is paid once per block:
+
+        inner drafter  --drafts-->  inner verifier  --blocks-->  the run's verifier
+
+    Every level is exact with respect to its own verifier (see `InnerLevel.block`), so the run's acceptance rule decides
+    on a block as on any draft. With ``decode.acceptance=typical`` the run's verifier is lossy and the inner level is
+    still exact. After a step the inner level forgets the tokens that the run's verifier rejected: the inner verifier's
+    cache and the inner drafter contain what stands.
+
+    Example: the block a b c d was decoded in two passes of the INT8 model, of which the first accepted a draft of two
+    tokens, a b, and added c. The reference accepts a b c and emits x instead of d. The INT8 model's cache is rolled
+    back to c, and its next pass reads x.
+
+    The copy uses the tensors of the run's verifier for the layers that both have in common, such as embedding and head,
+    and has its own KV cache.
+
+    inner: name of the inner verifier in conf/verifier, or a node such as ``{name: int8, lm_head_bits: 8}`` that
+        replaces values of this file; it is always made from the run's model
+    inner_drafter: name of the inner drafter in conf/drafter, or such a node. It may be a cascade as well
+    block: number of tokens after which a block ends. The inner pass that reaches it is not cut, so a block may have a
+        few more tokens, but never more than the draft budget (``decode.draft_tokens``). auto chooses this number for
+        every step, or lets the run's verifier check the inner drafter's drafts directly, whichever is expected to be
+        faster (see `BlockChoice`). Because the choice depends on measured times, two runs that sample may then draw
+        different texts; greedy output does not depend on it
+    """
+
+    @validate_call
+    def __init__(
+        self,
+        inner: Annotated[Choice, AfterValidator(partial(_known, "verifier", "inner"))] = "int8",
+        inner_drafter: Annotated[Choice, AfterValidator(partial(_known, "drafter", "inner_drafter"))] = "ngram",
+        block: PositiveInt | Literal["auto"] = "auto",
+    ) -> None:
+        self.node = chosen_node("verifier", inner, "drafter.inner")
+        self.drafter: Drafter = build("drafter", chosen_node("drafter", inner_drafter, "drafter.inner_drafter"))
+        if self.drafter.rule is not None:
+            raise RequestError(
+                f"drafter.inner_drafter={inner_drafter}: it decides itself what is accepted, which is a simulation; "
+                "choose another drafter"
+            )
+        self.block = block
+        self._level: InnerLevel | None = None
+        self._choice: BlockChoice | None = None
+        self._clock: Callable[[], float] = time.perf_counter
+        self._agreement, self._inner_tau = unknown_agreement(), RecentMean(1.0, 1.0)
+        self._length = 0
+        self._start, self._began, self._drafted = Start(0, 1, False), 0.0, 0.0
+        self._notes: dict[str, list[int | float | str]] = {}
+
+    def prepare(self, resources: Resources) -> None:
+        """Build the inner verifier, prepare the inner drafter for it, and time the passes of both verifiers."""
+        outer = resources.verifier
+        inner = resources.build_verifier(self.node)
+        saved = inner.share_weights(outer)
+        identity = {**resources.identity, "verifier": json.dumps(self.node, sort_keys=True), "dtype": str(inner.dtype)}
+        self.drafter.prepare(replace(resources, verifier=inner, identity=identity))
+        costs = None
+        if self.block == "auto":
+            tokens = resources.encode(TIMED_TEXT)
+            measured = [measure_pass_cost(verifier, tokens, verifier.capacity) for verifier in (outer, inner)]
+            costs = measured[0], measured[1]
+        self.use(inner, costs)
+        weights, cache = inner.cost.weight_bytes, inner.capacity * inner.cost.kv_bytes_per_token
+        self.details = (
+            f"inner verifier of {weights / 1e6:.0f} MB per pass, which shares {saved / 1e6:.0f} MB of its weights with "
+            f"the run's verifier and has a KV cache of {cache / 1e6:.0f} MB",
+            *(f"inner verifier: {detail}" for detail in inner.details),
+            *(f"inner drafter: {detail}" for detail in self.drafter.details),
+        )
+
+    def use(
+        self,
+        verifier: LayeredVerifier,
+        costs: tuple[PassCost, PassCost] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Decode blocks with this verifier from now on, and with the inner drafter, which is ready for it.
+
+        costs: those of the passes of the run's verifier and of this one; needed for ``block=auto``
+        clock: returns seconds since any fixed time
+        """
+        self._level, self._clock = InnerLevel(verifier, self.drafter), clock
+        self._choice = None if costs is None else BlockChoice(*costs, self._agreement)
+
+    def start(self, finished: Iterable[FinishedSequence]) -> None:
+        self.drafter.start(finished)
+
+    def begin(self, prompt: Tensor) -> None:
+        # A drafter that learns from finished sequences knows them up to its last draft for the run's verifier.
+        self.drafter.rewind(self._length)
+        self._notes = {"level": [], "block": [], "inner_passes": [], "inner_acceptance_length": [], "agreement": []}
+        self._inner_level.begin(prompt)
+
+    def propose(self, context: Context, budget: int) -> Draft:
+        level = self._inner_level
+        self._length = len(context.tokens)
+        self._start = Start(self._length - 1, level.unread(context), level.hit)
+        self._began = self._clock()
+        longest = min(budget, LONGEST_PASS - 1)
+        size = self._size(longest)
+        draft = level.block(context, size, longest) if size else level.draft(context, budget)
+        self._drafted = self._clock()
+        self._note(draft, level.passes if size else 0)
+        return draft
+
+    def observe(self, step: StepResult) -> None:
+        level, choice = self._inner_level, self._choice
+        now = self._clock()
+        times = Times(step.draft.rows, (self._drafted - self._began) * 1e3, (now - self._drafted) * 1e3)
+        accepted = len(step.path)
+        if self._notes["level"][-1] == BLOCK:
+            rejected = accepted < len(step.draft) and not step.cut
+            self._agreement.add(accepted, accepted + rejected)
+            level.hit = level.hit and not rejected
+            level.rewind(self._length + accepted)
+            if choice is not None:
+                choice.add_block(self._start, times)
+            return
+        self._agreement.forget(FIRST_EVIDENCE)
+        level.hit = is_hit(step.draft, step.path)
+        self.drafter.observe(step)
+        if choice is not None:
+            choice.add_direct(self._start, times, len(step.emitted))
+
+    def rewind(self, length: int) -> None:
+        self._length = min(self._length, length)
+        self._inner_level.rewind(length)
+
+    def notes(self) -> dict[str, list[int | float | str]]:
+        """Return for every step: ``level``, ``block`` and ``inner_passes``, and two means over recent steps.
+
+        level: "block" if the inner level decoded the draft, or "direct" if the inner drafter made it
+        block: tokens that the inner level decoded
+        inner_passes: passes of the inner verifier in which it did so
+        inner_acceptance_length: tokens per inner pass, the τ of the inner level
+        agreement: share of the tokens of blocks that the run's verifier accepted, of those that it decided on
+        """
+        return self._notes
+
+    @property
+    def _inner_level(self) -> InnerLevel:
+        if self._level is None:
+            raise RuntimeError("CascadeDrafter: there is no inner verifier yet; call prepare or use first")
+        return self._level
+
+    def _size(self, longest: int) -> int:
+        """Return after how many tokens the next block ends; 0 for a direct step."""
+        if isinstance(self.block, int):
+            return min(self.block, longest)
+        if self._choice is None:
+            raise RuntimeError("CascadeDrafter: block=auto needs the costs of passes")
+        return self._choice.choose(min(longest, LONGEST_BLOCK), self._start)
+
+    def _note(self, draft: Draft, passes: int) -> None:
+        if passes:
+            self._inner_tau.add(len(draft), passes)
+        values: dict[str, int | float | str] = {
+            "level": BLOCK if passes else DIRECT,
+            "block": len(draft) if passes else 0,
+            "inner_passes": passes,
+            "inner_acceptance_length": round(self._inner_tau.value, 4),
+            "agreement": round(self._agreement.value, 4),
+        }
+        for name, value in values.items():
+            self._notes[name].append(value)
