@@ -13,13 +13,19 @@ from quasar.drafters._adaptive_length import PassCost
 FIRST_BLOCK = 8
 """Tokens of a block before any was measured."""
 FIRST_AGREEMENT = 0.95
-"""Agreement per token before any was measured; it counts as little as `FIRST_EVIDENCE` tokens."""
+"""Agreement per token before any was measured, which counts like `FIRST_EVIDENCE` tokens."""
 FIRST_EVIDENCE = 4.0
-DECAY = 0.98
-"""Factor on the weight of older steps for every new one of the same kind. About the last fifty steps count."""
+LEAST_EVIDENCE = 16.0
+"""What was measured before long counts at least like this many tokens."""
+FIRST_DIRECT = 2.0
+"""Tokens of a direct step before any was measured, which count like `FIRST_STEPS` steps. The guess is optimistic, because
+direct steps soon correct an estimate that is too high, while one that is too low would lead to no direct steps."""
+FIRST_STEPS = 20.0
+DECAY = 0.99
+"""Factor on the weight of older steps for every new one of the same kind. About the last hundred steps count."""
 MEASURED_TIMES = 9
 """The time of inner tokens and of drafts is the median of this many steps, because a disturbance is no trend."""
-PROBE_SHARE = 0.01
+PROBE_SHARE = 0.005
 """Share of the time that may be spent on steps of the kind that is believed to be slower.
 
 Without them, an estimate that is too low would never be corrected. A step of the slower kind takes a few milliseconds
@@ -171,7 +177,9 @@ class BlockChoice:
     def add_block(self, start: Start, times: Times) -> None:
         """Count a step with a block, of all rows of the pass but one."""
         inner_ms = max(0.0, times.draft_ms - self._ahead_ms(start)) / (times.rows - 1)
-        self._kinds[start.hit].inner_ms.append(inner_ms)
+        kind = self._kinds[start.hit]
+        kind.inner_ms.append(inner_ms)
+        kind.emitted.forget(FIRST_STEPS)
         self._add(start, times)
 
     def _add(self, start: Start, times: Times) -> None:
@@ -194,5 +202,5 @@ class _Kind:
     def __init__(self) -> None:
         self.inner_ms: deque[float] = deque(maxlen=MEASURED_TIMES)
         self.draft_ms: deque[float] = deque(maxlen=MEASURED_TIMES)
-        self.emitted, self.rows = RecentMean(), RecentMean()
+        self.emitted, self.rows = RecentMean(FIRST_DIRECT, FIRST_STEPS), RecentMean()
         self.credit_ms = 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from quasar.config.build import build, chosen_node
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.drafters._adaptive_length import PassCost, measure_pass_cost
-from quasar.drafters._block_choice import FIRST_EVIDENCE, BlockChoice, RecentMean, Start, Times, unknown_agreement
+from quasar.drafters._block_choice import LEAST_EVIDENCE, BlockChoice, RecentMean, Start, Times, unknown_agreement
 from quasar.drafters._inner_level import LONGEST_PASS, InnerLevel, is_hit
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
@@ -159,7 +159,7 @@ class CascadeDrafter(Drafter):
             if choice is not None:
                 choice.add_block(self._start, times)
             return
-        self._agreement.forget(FIRST_EVIDENCE)
+        self._agreement.forget(LEAST_EVIDENCE)
         level.hit = is_hit(step.draft, step.path)
         self.drafter.observe(step)
         if choice is not None:
