@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from quasar.config.build import build
@@ -26,13 +24,12 @@ from quasar.decoding.scores import Scores
 from quasar.decoding.stopping import Limits
 from quasar.drafters._adaptive_length import AdaptiveLength, PassCost
 from quasar.drafters._inner_level import LONGEST_PASS, InnerLevel
-from quasar.drafters._suffix_automaton import REMOVABLE, AutomatonIndex, SuffixAutomaton
 from quasar.drafters.base import Drafter
 from quasar.drafters.cascade import CascadeDrafter
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter
 from quasar.drafters.model import ModelDrafter
-from quasar.drafters.ngram import LookupIndex, NgramDrafter
+from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
 from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
@@ -42,12 +39,12 @@ from quasar.verifiers.fp16 import FP16Verifier
 from quasar.verifiers.int4 import Int4Verifier
 from quasar.verifiers.int8 import Int8Verifier
 from quasar.verifiers.pruned import PrunedVerifier
-from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed_run, resources_for
 
 GREEDY = Sampling()
 COSTS = (PassCost([1, 32], [100], [[8.0, 12.0]]), PassCost([1, 32], [100], [[3.0, 9.0]]))
 ALPHA = 1e-4
+DRAWS = 1200
 VOCABULARY = 3
 
 
@@ -274,14 +271,15 @@ def joint(tables: Table, sampling: Sampling, prompt: list[int], length: int) -> 
 
 
 def assert_follows(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> None:
-    total = sum(counts.values())
+    # Probabilities in float32 do not add up to 1 exactly.
+    total = sum(counts.values()) / sum(expected.values())
     assert all(expected[output] > 0 for output in counts)
     cells = sorted((probability * total, counts[output]) for output, probability in expected.items() if probability)
     rare = [cell for cell in cells if cell[0] < 5.0]
     cells = [cell for cell in cells if cell[0] >= 5.0]
     if rare:
         cells.append((sum(cell[0] for cell in rare), sum(cell[1] for cell in rare)))
-    assert len(cells) > 5
+    assert len(cells) >= 5
     assert stats.chisquare([cell[1] for cell in cells], [cell[0] for cell in cells]).pvalue > ALPHA
 
 
@@ -294,7 +292,7 @@ def test_sampled_output_follows_the_outer_verifier(level: str, sampling: Samplin
     drafter = cascade(Table(2), LEVELS[level](), block=2)
     generator = torch.Generator().manual_seed(7)
     rule, limits = rule_for(sampling), Limits(4, 100, frozenset())
-    for _ in range(2500):
+    for _ in range(DRAWS):
         counts[tuple(decode([0, 1], drafter, outer, rule, sampling, limits, generator).tokens)] += 1
     assert_follows(counts, joint(outer, sampling, [0, 1], 4))
 
@@ -306,7 +304,7 @@ def test_a_sampled_block_names_the_distributions_that_it_follows(level: str, sam
     drafter = cascade(inner, LEVELS[level](), block=3)
     generator = torch.Generator().manual_seed(8)
     counts: Counter[tuple[int, ...]] = Counter()
-    for _ in range(2500):
+    for _ in range(DRAWS):
         drafter.begin(torch.tensor([0, 1]))
         context = Context([0, 1, 2], 2, sampling, generator)
         draft = drafter.propose(context, 5)
@@ -340,8 +338,10 @@ def test_typical_acceptance_below_an_exact_inner_level() -> None:
     drafter = cascade(inner, NgramDrafter(), block=2)
     rule, generator = Typical(sampling, threshold=1e-6, alpha=1e-6), torch.Generator().manual_seed(0)
     counts: Counter[tuple[int, ...]] = Counter()
-    for _ in range(2500):
-        first, *others = decode([0, 1], drafter, Table(1), rule, sampling, Limits(4, 100, frozenset()), generator).tokens
+    for _ in range(DRAWS):
+        first, *others = decode(
+            [0, 1], drafter, Table(1), rule, sampling, Limits(4, 100, frozenset()), generator
+        ).tokens
         if first == 2:
             counts[tuple(others[:2])] += 1
     assert_follows(counts, joint(inner, sampling, [1, 2], 2))

@@ -12,7 +12,6 @@ from quasar.drafters._adaptive_length import PassCost
 from quasar.drafters._block_choice import (
     LEAST_EVIDENCE,
     BlockChoice,
-    RecentMean,
     Start,
     Times,
     block_rates,

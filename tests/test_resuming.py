@@ -242,14 +242,17 @@ SESSION = ["drafter=ngram", "drafter.method=suffix_automaton", "drafter.scope=se
 
 
 @pytest.mark.parametrize("fidelity", ["false", "true"])
-@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("around", [None, "chain", "cascade"])
 def test_a_continued_session_drafts_like_an_undisturbed_one(
-    run: Run, tmp_path: Path, fidelity: str, chained: bool
+    run: Run, tmp_path: Path, fidelity: str, around: str | None
 ) -> None:
     chosen = SESSION
-    if chained:
-        member = "{name: ngram, method: suffix_automaton, scope: session}"
+    member = "{name: ngram, method: suffix_automaton, scope: session}"
+    if around == "chain":
         chosen = ["drafter=chain", f"drafter.members=[{member}]", "verifier.dtype=float32"]
+    if around == "cascade":
+        inner = "drafter.inner={name: int8, method: rtn}"
+        chosen = ["drafter=cascade", inner, f"drafter.inner_drafter={member}", "drafter.block=4", SESSION[-1]]
     chosen = [*chosen, f"evaluate.fidelity={fidelity}"]
     assert run(*chosen)[0] == 0
     shutil.copytree(tmp_path / "out", tmp_path / "whole")
@@ -286,6 +289,15 @@ def test_auto_draft_lengths_of_several_attempts_are_named(run: Run, tmp_path: Pa
     code, out, _ = run(*chosen)
     assert code == 0
     assert "the estimates of decode.draft_tokens=auto started again in each" in out
+
+
+def test_blocks_of_several_attempts_are_named(run: Run, tmp_path: Path) -> None:
+    chosen = ["drafter=cascade", "drafter.inner={name: int8, method: rtn}"]
+    assert run(*chosen)[0] == 0
+    interrupt(tmp_path / "out", 2)
+    code, out, _ = run(*chosen)
+    assert code == 0
+    assert "the estimates of drafter.block=auto started again in each" in out
 
 
 def test_a_line_break_in_the_command_leaves_a_readable_config(run: Run, tmp_path: Path) -> None:

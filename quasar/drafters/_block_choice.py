@@ -18,8 +18,11 @@ FIRST_EVIDENCE = 4.0
 LEAST_EVIDENCE = 16.0
 """What was measured before long counts at least like this many tokens."""
 FIRST_DIRECT = 2.0
-"""Tokens of a direct step before any was measured, which count like `FIRST_STEPS` steps. The guess is optimistic, because
-direct steps soon correct an estimate that is too high, while one that is too low would lead to no direct steps."""
+"""Tokens of a direct step before any was measured, which count like `FIRST_STEPS` steps.
+
+The guess is optimistic, because direct steps soon correct an estimate that is too high. One that is too low would lead
+to no direct steps.
+"""
 FIRST_STEPS = 20.0
 DECAY = 0.99
 """Factor on the weight of older steps for every new one of the same kind. About the last hundred steps count."""

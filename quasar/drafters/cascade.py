@@ -86,7 +86,7 @@ class CascadeDrafter(Drafter):
         self._choice: BlockChoice | None = None
         self._clock: Callable[[], float] = time.perf_counter
         self._agreement, self._inner_tau = unknown_agreement(), RecentMean(1.0, 1.0)
-        self._length = 0
+        self._length, self._size = 0, 0
         self._start, self._began, self._drafted = Start(0, 1, False), 0.0, 0.0
         self._notes: dict[str, list[int | float | str]] = {}
 
@@ -131,7 +131,7 @@ class CascadeDrafter(Drafter):
     def begin(self, prompt: Tensor) -> None:
         # A drafter that learns from finished sequences knows them up to its last draft for the run's verifier.
         self.drafter.rewind(self._length)
-        self._notes = {"level": [], "block": [], "inner_passes": [], "inner_acceptance_length": [], "agreement": []}
+        self._notes = {}
         self._inner_level.begin(prompt)
 
     def propose(self, context: Context, budget: int) -> Draft:
@@ -140,7 +140,7 @@ class CascadeDrafter(Drafter):
         self._start = Start(self._length - 1, level.unread(context), level.hit)
         self._began = self._clock()
         longest = min(budget, LONGEST_PASS - 1)
-        size = self._size(longest)
+        size = self._size = self._chosen_size(longest)
         draft = level.block(context, size, longest) if size else level.draft(context, budget)
         self._drafted = self._clock()
         self._note(draft, level.passes if size else 0)
@@ -151,7 +151,7 @@ class CascadeDrafter(Drafter):
         now = self._clock()
         times = Times(step.draft.rows, (self._drafted - self._began) * 1e3, (now - self._drafted) * 1e3)
         accepted = len(step.path)
-        if self._notes["level"][-1] == BLOCK:
+        if self._size:
             rejected = accepted < len(step.draft) and not step.cut
             self._agreement.add(accepted, accepted + rejected)
             level.hit = level.hit and not rejected
@@ -170,13 +170,14 @@ class CascadeDrafter(Drafter):
         self._inner_level.rewind(length)
 
     def notes(self) -> dict[str, list[int | float | str]]:
-        """Return for every step: ``level``, ``block`` and ``inner_passes``, and two means over recent steps.
+        """Return for every step:
 
         level: "block" if the inner level decoded the draft, or "direct" if the inner drafter made it
+        chosen_block: with ``block=auto``, the number of tokens that the block was to have, 0 for a direct step
         block: tokens that the inner level decoded
         inner_passes: passes of the inner verifier in which it did so
-        inner_acceptance_length: tokens per inner pass, the τ of the inner level
-        agreement: share of the tokens of blocks that the run's verifier accepted, of those that it decided on
+        inner_acceptance_length: tokens per inner pass over recent blocks, the τ of the inner level
+        agreement: share of the tokens of recent blocks that the run's verifier accepted, of those that it decided on
         """
         return self._notes
 
@@ -186,7 +187,7 @@ class CascadeDrafter(Drafter):
             raise RuntimeError("CascadeDrafter: there is no inner verifier yet; call prepare or use first")
         return self._level
 
-    def _size(self, longest: int) -> int:
+    def _chosen_size(self, longest: int) -> int:
         """Return after how many tokens the next block ends; 0 for a direct step."""
         if isinstance(self.block, int):
             return min(self.block, longest)
@@ -199,10 +200,11 @@ class CascadeDrafter(Drafter):
             self._inner_tau.add(len(draft), passes)
         values: dict[str, int | float | str] = {
             "level": BLOCK if passes else DIRECT,
+            **({} if self._choice is None else {"chosen_block": self._size}),
             "block": len(draft) if passes else 0,
             "inner_passes": passes,
             "inner_acceptance_length": round(self._inner_tau.value, 4),
             "agreement": round(self._agreement.value, 4),
         }
         for name, value in values.items():
-            self._notes[name].append(value)
+            self._notes.setdefault(name, []).append(value)

@@ -111,11 +111,12 @@ def _attempts(run: Measured) -> list[str]:
     attempts = {record.attempt for record in run.records}
     if len(attempts) < 2:
         return []
-    adaptive = any("chosen_length" in turn.steps.notes for turn in run.turns)
+    lengths = any("chosen_length" in turn.steps.notes for turn in run.turns)
+    blocks = any("chosen_block" in turn.steps.notes for turn in run.turns)
     effect = (
-        "the estimates of decode.draft_tokens=auto started again in each, so that draft lengths and times differ from "
-        "those of a run that was never interrupted"
-        if adaptive
+        f"the estimates of {'decode.draft_tokens' if lengths else 'drafter.block'}=auto started again in each, so that "
+        "draft lengths and times differ from those of a run that was never interrupted"
+        if lengths or blocks
         else "their times were measured at different moments"
     )
     return [f"The prompts were decoded in {len(attempts)} attempts (attempt in generations.jsonl): {effect}."]
