@@ -15,7 +15,7 @@ from torch import Tensor
 from quasar.config.build import build, chosen_node
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.drafters._adaptive_length import PassCost, measure_pass_cost
-from quasar.drafters._block_choice import LEAST_EVIDENCE, BlockChoice, RecentMean, Start, Times, unknown_agreement
+from quasar.drafters._block_choice import LEAST_EVIDENCE, BlockChoice, Start, Times, unknown_agreement
 from quasar.drafters._inner_level import LONGEST_PASS, InnerLevel, is_hit
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
 from quasar.errors import RequestError
@@ -85,10 +85,11 @@ class CascadeDrafter(Drafter):
         self._level: InnerLevel | None = None
         self._choice: BlockChoice | None = None
         self._clock: Callable[[], float] = time.perf_counter
-        self._agreement, self._inner_tau = unknown_agreement(), RecentMean(1.0, 1.0)
+        self._agreement = unknown_agreement()
         self._length, self._size = 0, 0
         self._start, self._began, self._drafted = Start(0, 1, False), 0.0, 0.0
         self._notes: dict[str, list[int | float | str]] = {}
+        self._totals = _Totals()
 
     def prepare(self, resources: Resources) -> None:
         """Build the inner verifier, prepare the inner drafter for it, and time the passes of both verifiers."""
@@ -131,7 +132,7 @@ class CascadeDrafter(Drafter):
     def begin(self, prompt: Tensor) -> None:
         # A drafter that learns from finished sequences knows them up to its last draft for the run's verifier.
         self.drafter.rewind(self._length)
-        self._notes = {}
+        self._notes, self._totals = {}, _Totals()
         self._inner_level.begin(prompt)
 
     def propose(self, context: Context, budget: int) -> Draft:
@@ -143,7 +144,6 @@ class CascadeDrafter(Drafter):
         size = self._size = self._chosen_size(longest)
         draft = level.block(context, size, longest) if size else level.draft(context, budget)
         self._drafted = self._clock()
-        self._note(draft, level.passes if size else 0)
         return draft
 
     def observe(self, step: StepResult) -> None:
@@ -154,16 +154,18 @@ class CascadeDrafter(Drafter):
         if self._size:
             rejected = accepted < len(step.draft) and not step.cut
             self._agreement.add(accepted, accepted + rejected)
+            self._totals.add(len(step.draft), level.passes, accepted, accepted + rejected)
             level.hit = level.hit and not rejected
             level.rewind(self._length + accepted)
             if choice is not None:
                 choice.add_block(self._start, times)
-            return
-        self._agreement.forget(LEAST_EVIDENCE)
-        level.hit = is_hit(step.draft, step.path)
-        self.drafter.observe(step)
-        if choice is not None:
-            choice.add_direct(self._start, times, len(step.emitted))
+        else:
+            self._agreement.forget(LEAST_EVIDENCE)
+            level.hit = is_hit(step.draft, step.path)
+            self.drafter.observe(step)
+            if choice is not None:
+                choice.add_direct(self._start, times, len(step.emitted))
+        self._note(len(step.draft) if self._size else 0, level.passes if self._size else 0)
 
     def rewind(self, length: int) -> None:
         self._length = min(self._length, length)
@@ -176,8 +178,9 @@ class CascadeDrafter(Drafter):
         chosen_block: with ``block=auto``, the number of tokens that the block was to have, 0 for a direct step
         block: tokens that the inner level decoded
         inner_passes: passes of the inner verifier in which it did so
-        inner_acceptance_length: tokens per inner pass over recent blocks, the τ of the inner level
-        agreement: share of the tokens of recent blocks that the run's verifier accepted, of those that it decided on
+        inner_acceptance_length: tokens per inner pass in this sequence so far, the τ of the inner level
+        agreement: of the blocks' tokens in this sequence that the run's verifier has decided on, the share that it
+            accepted. Both are 1 before the first block
         """
         return self._notes
 
@@ -195,16 +198,36 @@ class CascadeDrafter(Drafter):
             raise RuntimeError("CascadeDrafter: block=auto needs the costs of passes")
         return self._choice.choose(min(longest, LONGEST_BLOCK), self._start)
 
-    def _note(self, draft: Draft, passes: int) -> None:
-        if passes:
-            self._inner_tau.add(len(draft), passes)
+    def _note(self, block: int, passes: int) -> None:
         values: dict[str, int | float | str] = {
-            "level": BLOCK if passes else DIRECT,
+            "level": BLOCK if block else DIRECT,
             **({} if self._choice is None else {"chosen_block": self._size}),
-            "block": len(draft) if passes else 0,
+            "block": block,
             "inner_passes": passes,
-            "inner_acceptance_length": round(self._inner_tau.value, 4),
-            "agreement": round(self._agreement.value, 4),
+            "inner_acceptance_length": round(self._totals.acceptance_length, 4),
+            "agreement": round(self._totals.agreement, 4),
         }
         for name, value in values.items():
             self._notes.setdefault(name, []).append(value)
+
+
+class _Totals:
+    """Counts of the blocks of a sequence."""
+
+    def __init__(self) -> None:
+        self._tokens = self._passes = self._accepted = self._decided = 0
+
+    def add(self, tokens: int, passes: int, accepted: int, decided: int) -> None:
+        """Add a block. decided: tokens that the outer verifier accepted or rejected."""
+        self._tokens += tokens
+        self._passes += passes
+        self._accepted += accepted
+        self._decided += decided
+
+    @property
+    def acceptance_length(self) -> float:
+        return self._tokens / self._passes if self._passes else 1.0
+
+    @property
+    def agreement(self) -> float:
+        return self._accepted / self._decided if self._decided else 1.0

@@ -52,7 +52,7 @@ def _probe(layer: nn.Module) -> Hashable:
     # An embedding is packed if it is tied to the head, but its rows are the same.
     kind = nn.Embedding if isinstance(layer, PackedEmbedding) else type(layer)
     if isinstance(layer, PackedEmbedding):
-        shape = (layer.table.outputs, layer.table.inputs)
+        shape: tuple[int, ...] = (layer.table.outputs, layer.table.inputs)
         first = layer.table.rows(torch.zeros(1, dtype=torch.int64, device=_stored(layer)[0].device))[0, :PROBE]
     else:
         shape = tuple(_stored(layer)[0].shape)
