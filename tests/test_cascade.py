@@ -192,6 +192,20 @@ def test_unread_tokens_longer_than_a_pass_are_read_in_several() -> None:
     assert level.unread(Context(context.tokens + draft.tokens, 1, GREEDY, torch.Generator())) == 1
 
 
+def test_scratch_rows_are_scored_behind_unread_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They attend to the first row of a pass, so an unread token before the last one is read by itself."""
+    drafter = LookaheadDrafter(window=3, ngram=3)
+    level, scored = InnerLevel(int8(), drafter), []
+    monkeypatch.setattr(drafter, "observe", lambda step: scored.append(step.scratch_logits is not None))
+    level.begin(torch.tensor([1, 2]))
+    context = Context([1, 2, 3], 2, GREEDY, torch.Generator())
+    for _ in range(3):
+        context.tokens += [*level.block(context, 2, 9).tokens, 7]
+        assert level.unread(context) == 2
+    assert len(scored) >= 3
+    assert all(scored)
+
+
 class Table(LayeredVerifier):
     """A model whose logits after a token depend on the last two tokens. It checks that its cache is used correctly."""
 
