@@ -339,11 +339,23 @@ def test_the_rule_hands_out_the_distributions_that_it_drew_from() -> None:
     likely = expected.argmax(-1).tolist()
     for seed in range(20):
         for accept in (rule.accept, rule.accept_chain):
-            found = accept(Draft.chain(likely[:3]), Scores(logits), torch.Generator().manual_seed(seed))
+            context = Context([0], 1, sampling, torch.Generator().manual_seed(seed))
+            found = accept(Draft.chain(likely[:3]), Scores(logits), context)
             assert len(found.targets) == len(found.path) + 1
             assert torch.equal(torch.stack(list(found.targets)), expected[: len(found.targets)])
     # They are not part of the decision.
     assert Accepted([0], 1, [logits[0]]) == Accepted([0], 1)
+
+
+def test_coupled_output_is_that_of_autoregressive_sampling() -> None:
+    sampling, outer = Sampling(0.9, coupled=True), Table(1)
+    drafter, accepted = cascade(Table(2), NgramDrafter(), 4), 0
+    for seed in range(30):
+        expected = generate(NoneDrafter(), outer, [0, 1], 30, sampling, seed)
+        found = generate(drafter, outer, [0, 1], 30, sampling, seed)
+        assert found.tokens == expected.tokens
+        accepted += sum(found.accepted)
+    assert accepted > 200
 
 
 def test_typical_acceptance_below_an_exact_inner_level() -> None:

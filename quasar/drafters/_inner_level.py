@@ -57,7 +57,8 @@ class InnerLevel:
         that token is drawn. A block ends with the first pass after which it has ``size`` tokens. This depends on which
         draft tokens were accepted before position i, but not on the token at position i, which the rest of the inner
         level's random numbers decide. So this token follows q, whatever is known about the block so far. The drafts of
-        the last passes are shortened, so that a block never exceeds the budget and is never cut.
+        the last passes are shortened, so that a block never exceeds the budget and is never cut. With coupled sampling
+        both levels use the same random numbers at a position, and no distributions are needed.
         """
         tokens = list(context.tokens)
         inner = Context(tokens, context.prompt_length, context.sampling, context.generator)
@@ -67,7 +68,7 @@ class InnerLevel:
         while (done := len(tokens) - start) < size:
             draft = self.draft(inner, min(budget - done, LONGEST_PASS) - 1)
             scores = self._verify(inner, draft)
-            accepted = rule.accept(draft, scores, context.generator)
+            accepted = rule.accept(draft, scores, inner)
             scores.require_finite()
             self._keep(inner, accepted.path)
             emitted = [*(draft.tokens[node] for node in accepted.path), accepted.bonus]
