@@ -113,6 +113,11 @@ def check_verifier(verifier: Verifier, tolerance: float = 1e-4) -> None:
     kept = [*after, 21, 10, 12]
     same(verifier.verify(22, Draft()).logits[0], _last(verifier, [*kept, 22]), "verify after a path of a tree")
     verifier.keep([])
+    if isinstance(verifier, LayeredVerifier):
+        verifier.rewind(len(prompt) + 1)
+        kept = [*prompt, 9]
+        same(verifier.verify(22, Draft()).logits[0], _last(verifier, [*kept, 22]), "verify after rewind")
+        verifier.keep([])
     _check_scratch(verifier, [*kept, 22], same)
     same(verifier.prefill(torch.tensor(prompt)).logits[0], alone[4], "prefill after another sequence")
     assert verifier.label, "label must not be empty: messages say that the output is lossless with respect to it"

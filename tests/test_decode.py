@@ -19,6 +19,7 @@ from quasar.decoding.stopping import Limits
 from quasar.drafters._adaptive_length import AdaptiveLength
 from quasar.drafters._pass_cost import PassCost
 from quasar.drafters.base import Drafter
+from quasar.drafters.cascade import CascadeDrafter
 from quasar.drafters.chain import ChainDrafter
 from quasar.drafters.layerskip import LayerSkipDrafter
 from quasar.drafters.lookahead import LookaheadDrafter
@@ -63,12 +64,14 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "layerskip-sure": lambda: LayerSkipDrafter(num_tokens=6, confidence=0.05),
     "model": lambda: draft_model("int4"),
     "model-pruned": lambda: draft_model("pruned-depth"),
+    "cascade": lambda: cascade(5),
+    "cascade-auto": lambda: cascade("auto"),
     "chain": lambda: ChainDrafter([{"name": "ngram", "n_min": 2}, {"name": "lookahead", "window": 5}, "layerskip"]),
     "auto-ngram": lambda: timeless(NgramDrafter(num_tokens=9)),
     "auto-layerskip": lambda: timeless(LayerSkipDrafter(num_tokens=9)),
 }
 # These are tested with every verifier, and the variants of the others only with the reference.
-EVERYWHERE = ("ngram", "lookahead", "layerskip", "layerskip-exit", "model", "chain")
+EVERYWHERE = ("ngram", "lookahead", "layerskip", "layerskip-exit", "model", "chain", "cascade")
 
 
 def timeless(drafter: Drafter) -> AdaptiveLength:
@@ -83,6 +86,13 @@ def build(verifier: str, seed: int = 0) -> TransformerVerifier:
 def draft_model(verifier: str) -> ModelDrafter:
     drafter = ModelDrafter({}, num_tokens=5)
     drafter.use(build(verifier))
+    return drafter
+
+
+def cascade(block: int | str) -> CascadeDrafter:
+    drafter = CascadeDrafter("int8", "ngram", block)  # type: ignore[arg-type]
+    costs = PassCost([1, 9], [100], [[10.0, 12.0]]), PassCost([1, 9], [100], [[2.0, 3.0]])
+    drafter.use(build("int8"), costs if block == "auto" else None, clock=lambda: 0.0)
     return drafter
 
 

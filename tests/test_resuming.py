@@ -242,14 +242,18 @@ SESSION = ["drafter=suffix_automaton", "drafter.scope=session", "verifier.dtype=
 
 
 @pytest.mark.parametrize("fidelity", ["false", "true"])
-@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("around", [None, "chain", "cascade"])
 def test_a_continued_session_drafts_like_an_undisturbed_one(
-    run: Run, tmp_path: Path, fidelity: str, chained: bool
+    run: Run, tmp_path: Path, fidelity: str, around: str | None
 ) -> None:
     chosen = SESSION
-    if chained:
-        member = "{name: suffix_automaton, scope: session}"
+    member = "{name: suffix_automaton, scope: session}"
+    if around == "chain":
         chosen = ["drafter=chain", f"drafter.members=[{member}]", *SESSION[2:]]
+    if around == "cascade":
+        inner = "drafter.inner={name: int8, method: rtn}"
+        fixed = ["drafter.block=4", *SESSION[2:]]
+        chosen = ["drafter=cascade", inner, f"drafter.inner_drafter={member}", *fixed]
     chosen = [*chosen, f"evaluate.fidelity={fidelity}"]
     assert run(*chosen)[0] == 0
     shutil.copytree(tmp_path / "out", tmp_path / "whole")
@@ -285,7 +289,16 @@ def test_auto_draft_lengths_of_several_attempts_are_named(run: Run, tmp_path: Pa
     interrupt(tmp_path / "out", 2)
     code, out, _ = run(*chosen)
     assert code == 0
-    assert "the estimates of decode.draft_tokens=auto started again in each" in out
+    assert "the estimates behind automatic lengths" in out
+
+
+def test_blocks_of_several_attempts_are_named(run: Run, tmp_path: Path) -> None:
+    chosen = ["drafter=cascade", "drafter.inner={name: int8, method: rtn}"]
+    assert run(*chosen)[0] == 0
+    interrupt(tmp_path / "out", 2)
+    code, out, _ = run(*chosen)
+    assert code == 0
+    assert "the estimates behind automatic lengths" in out
 
 
 def test_a_line_break_in_the_command_leaves_a_readable_config(run: Run, tmp_path: Path) -> None:

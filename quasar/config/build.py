@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from quasar.config.checks import shown
 from quasar.config.component import FRAMEWORK_KEYS, checked_component, class_named, problem
 from quasar.config.schema import CONF
 from quasar.errors import RequestError
@@ -43,3 +44,19 @@ def node_named(group: str, name: str) -> dict[str, Any]:
         node = OmegaConf.to_container(compose(overrides=[f"+{group}={name}"])[group], resolve=True)
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items()}
+
+
+def chosen_node(group: str, choice: str | dict[str, Any], place: str) -> dict[str, Any]:
+    """Return the node that another node chooses: a file of conf/``group``, with the values that the choice replaces.
+
+    choice: the file's name, or a mapping with this ``name`` and values, such as ``{name: ngram, num_tokens: 8}``
+    place: the configuration key of the choice
+
+    Raises RequestError if there is no such file, or if a key or a value does not fit its class.
+    """
+    given = {"name": choice} if isinstance(choice, str) else choice
+    if not isinstance(given.get("name"), str):
+        raise RequestError(f"{place} has {shown(choice)}, which lacks a name of conf/{group}")
+    node = {**node_named(group, given["name"]), **given}
+    checked_component(group, node, place)
+    return node

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,10 +16,17 @@ from quasar.decoding.scores import Scores
 
 @dataclass(frozen=True)
 class Accepted:
-    """The decision on a draft. path: indices of the accepted draft tokens, root first; bonus: the token after them."""
+    """The decision on a draft.
+
+    path: indices of the accepted draft tokens, root first
+    bonus: the token after them
+    targets: from a rule that preserves a distribution, the distribution [V] that every emitted token follows, those of
+        the path and the bonus token; empty from other rules
+    """
 
     path: list[int]
     bonus: int
+    targets: Sequence[Tensor] = field(default=(), compare=False)
 
 
 class AcceptanceRule(ABC):
@@ -100,9 +107,11 @@ class RejectionSampling(AcceptanceRule):
         # Drawing from a distribution with NaN would raise an obscure error.
         scores.require_finite()
         path: list[int] = []
+        targets: list[Tensor] = []
         node = ROOT
         while True:
             target = self.sampling.probabilities(logits[node + 1])
+            targets.append(target)
             following: int | None = None
             for child in draft.children(node):
                 token = draft.tokens[child]
@@ -113,7 +122,7 @@ class RejectionSampling(AcceptanceRule):
                     break
                 target = _residual(target, proposal, token)
             if following is None:
-                return Accepted(path, draw(target, generator))
+                return Accepted(path, draw(target, generator), targets)
             path.append(following)
             node = following
 
@@ -137,7 +146,7 @@ class RejectionSampling(AcceptanceRule):
         residual = (final - rejected.index_select(0, kept)).clamp_(min=0.0)
         bonus = draw_on_device(residual.where(residual.sum() > 0, final)[0], generator)
         count, token = torch.cat([kept, bonus]).tolist()
-        return Accepted(list(range(count)), token)
+        return Accepted(list(range(count)), token, target[: count + 1].unbind())
 
 
 class Typical(AcceptanceRule):

@@ -215,6 +215,9 @@ class AdaptiveLength(Drafter):
             self._acceptance = self._after_hit if len(step.path) == depth else self._after_miss
         self.drafter.observe(step)
 
+    def rewind(self, length: int) -> None:
+        self.drafter.rewind(length)
+
     def notes(self) -> dict[str, list[int | float | str]]:
         """Return the chosen length and its expected gain, in addition to the wrapped drafter's notes."""
         return {"chosen_length": self._chosen, "expected_gain": self._gains, **self.drafter.notes()}

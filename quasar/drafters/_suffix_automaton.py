@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 from quasar.drafters._continuations import SEPARATOR, Match
@@ -16,6 +18,9 @@ Only repetitions of a single token need more, and there an older place is as goo
 
 MATCH_LENGTHS = 4
 """Number of different matches in one text that `AutomatonIndex.matches` returns."""
+
+REMOVABLE = 64
+"""Number of last tokens that can be removed again without building the automaton anew."""
 
 
 class AutomatonIndex:
@@ -33,7 +38,7 @@ class AutomatonIndex:
         self._remember_outputs = remember_outputs
         self._memory = SuffixAutomaton()
         self._own = SuffixAutomaton()
-        self._cursor = (0, 0)
+        self._cursors = [(0, 0)]
         self._prompt: tuple[int, ...] = ()
         self._waiting: dict[tuple[int, ...], list[int]] = {}
 
@@ -58,23 +63,28 @@ class AutomatonIndex:
         if self._remember_outputs:
             self._finish_sequence(tuple(prompt))
         self._own = SuffixAutomaton()
-        self._cursor = (0, 0)
+        self._cursors = [(0, 0)]
         self.extend(prompt)
 
     def extend(self, tokens: list[int]) -> None:
         """Add the new tokens of the sequence, which are those after the known ones."""
         for token in tokens[len(self._own.tokens) :]:
             self._own.append(token)
-            if self._memory.tokens:
-                self._cursor = self._memory.step(*self._cursor, token)
+            known = self._memory.tokens
+            self._cursors.append(self._memory.step(*self._cursors[-1], token) if known else (0, 0))
+
+    def rewind(self, length: int) -> None:
+        """Remove all tokens of the sequence behind the first ``length``."""
+        self._own = self._own.first(length)
+        del self._cursors[length + 1 :]
 
     def match(self) -> Match:
-        own, remembered = self._own.own_match(), self._memory.match(*self._cursor)
+        own, remembered = self._own.own_match(), self._memory.match(*self._cursors[-1])
         return remembered if remembered.length > own.length else own
 
     def matches(self) -> list[Match]:
         """Return the longest match and shorter ones that occur at more places, in both texts, the longest first."""
-        found = [*self._own.own_matches(), *self._memory.matches(*self._cursor)]
+        found = [*self._own.own_matches(), *self._memory.matches(*self._cursors[-1])]
         # Sorting is stable: the match in the current sequence stays first among equally long ones.
         return sorted(found, key=lambda match: -match.length)
 
@@ -108,21 +118,39 @@ class SuffixAutomaton:
         self._ends: list[list[int]] = [[]]
         self._last = 0
         self._seen: list[int] = []
+        self._changes: deque[_Change] = deque(maxlen=REMOVABLE)
 
     def append(self, token: int) -> None:
+        change = _Change(token, self._last, self._seen, len(self._next))
+        self._changes.append(change)
         self.tokens.append(token)
         end = len(self.tokens)
         current = self._state(self._length[self._last] + 1, {}, 0, [end])
         state = self._last
         while state != -1 and token not in self._next[state]:
             self._next[state][token] = current
+            change.entered.append(state)
             state = self._link[state]
         if state != -1:
-            self._link[current] = self._longest_within(state, token)
+            self._link[current] = self._longest_within(state, token, change)
         self._last = current
         # The places are copied before this occurrence is added, because a match must be an earlier occurrence.
         self._seen = list(self._ends[self._link[current]])
-        self._refresh(self._link[current], end)
+        self._refresh(self._link[current], end, change)
+
+    def first(self, length: int) -> SuffixAutomaton:
+        """Return the automaton of the first ``length`` tokens: this one, without the tokens behind them.
+
+        If more than `REMOVABLE` tokens must be removed, it is a new one.
+        """
+        surplus = len(self.tokens) - length
+        if surplus > len(self._changes):
+            other = SuffixAutomaton()
+            other.extend(self.tokens[:length])
+            return other
+        for _ in range(surplus):
+            self._undo(self._changes.pop())
+        return self
 
     def extend(self, tokens: Iterable[int]) -> None:
         for token in tokens:
@@ -176,7 +204,26 @@ class SuffixAutomaton:
         self._ends.append(ends)
         return len(self._length) - 1
 
-    def _longest_within(self, state: int, token: int) -> int:
+    def _undo(self, change: _Change) -> None:
+        """Undo the last `append`, in the opposite order."""
+        for state, forgotten in reversed(change.refreshed):
+            self._ends[state].pop()
+            if forgotten is not None:
+                self._ends[state].insert(0, forgotten)
+        if change.redirected:
+            clone = change.states + 1
+            target = change.split
+            self._link[target] = self._link[clone]
+            for state in change.redirected:
+                self._next[state][change.token] = target
+        for state in change.entered:
+            del self._next[state][change.token]
+        for states in (self._length, self._next, self._link, self._ends):
+            del states[change.states :]
+        self._last, self._seen = change.last, change.seen
+        self.tokens.pop()
+
+    def _longest_within(self, state: int, token: int, change: _Change) -> int:
         """Return the state of ``state``'s longest substring followed by ``token``.
 
         If longer substrings share that state, it is split.
@@ -188,20 +235,42 @@ class SuffixAutomaton:
             self._length[state] + 1, self._next[target].copy(), self._link[target], self._ends[target].copy()
         )
         self._link[target] = clone
+        change.split = target
         while state != -1 and self._next[state].get(token) == target:
             self._next[state][token] = clone
+            change.redirected.append(state)
             state = self._link[state]
         return clone
 
-    def _refresh(self, state: int, end: int) -> None:
+    def _refresh(self, state: int, end: int, change: _Change) -> None:
         for _ in range(REFRESHED_LINKS):
             if state <= 0:
                 return
             ends = self._ends[state]
             ends.append(end)
-            if len(ends) > PLACES:
-                del ends[0]
+            change.refreshed.append((state, ends.pop(0) if len(ends) > PLACES else None))
             state = self._link[state]
+
+
+@dataclass
+class _Change:
+    """What `SuffixAutomaton.append` changed.
+
+    last, seen: the values before
+    states:     number of states before; the new token's state comes first, then the clone if a state was split
+    entered:    the states that got a transition with the token
+    split, redirected: the state that was split, and the states whose transition with the token led to it
+    refreshed:  the states that got a place, each with the place that it lost
+    """
+
+    token: int
+    last: int
+    seen: list[int]
+    states: int
+    entered: list[int] = field(default_factory=list)
+    split: int = 0
+    redirected: list[int] = field(default_factory=list)
+    refreshed: list[tuple[int, int | None]] = field(default_factory=list)
 
 
 def _continues(prompt: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -86,6 +86,14 @@ class Drafter:
         return False
 
     @property
+    def reads_verifier_cache(self) -> bool:
+        """Whether `propose` reads the verifier's KV cache, which must then contain the context but for its last token.
+
+        In the decode loop it always does. A drafter that drafts for another verifier inside of a step asks this.
+        """
+        return False
+
+    @property
     def rule(self) -> AcceptanceRule | None:
         return None
 
@@ -114,6 +122,14 @@ class Drafter:
 
     def observe(self, step: StepResult) -> None:
         """Learn from the result of the last draft. ``step.emitted`` is already part of the context."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens of the context behind the first ``length``, because they turned out not to stand.
+
+        Called only if the context of a draft was itself a draft (see `quasar.drafters.cascade`): after `observe`, and
+        before the next `propose`, whose context has these tokens and others behind them. A drafter that keeps nothing
+        of the text need not implement it.
+        """
 
     def notes(self) -> dict[str, list[int | float | str]]:
         """Return columns by name for the run's records, with one value per step since `begin`.

@@ -9,31 +9,23 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, validate_call
 from torch import Tensor
 
-from quasar.config.build import build, node_named
-from quasar.config.checks import shown
-from quasar.config.component import checked_component
+from quasar.config.build import build, chosen_node
 from quasar.decoding.acceptance import AcceptanceRule, Accepted, rule_for
 from quasar.decoding.draft import Context, Draft, StepResult
 from quasar.decoding.scores import Scores
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
-from quasar.errors import RequestError
 
 NOBODY = "none"
 """The value in the notes for a step without a draft."""
 
 
-def _member_node(member: str | dict[str, Any]) -> dict[str, Any]:
-    """Return the node of a member: the file that it names, with the values that it replaces."""
-    given = {"name": member} if isinstance(member, str) else member
-    if not isinstance(given.get("name"), str):
-        raise RequestError(f"drafter.members has {shown(member)}, which lacks a name of conf/drafter")
-    return {**node_named("drafter", given["name"]), **given}
-
-
 def _known_members(members: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
-    for index, member in enumerate(members):
-        checked_component("drafter", _member_node(member), f"drafter.members.{index}")
+    _nodes(members)
     return members
+
+
+def _nodes(members: list[str | dict[str, Any]]) -> list[dict[str, Any]]:
+    return [chosen_node("drafter", member, f"drafter.members.{index}") for index, member in enumerate(members)]
 
 
 class ChainDrafter(Drafter):
@@ -51,7 +43,7 @@ class ChainDrafter(Drafter):
     def __init__(
         self, members: Annotated[list[str | dict[str, Any]], Field(min_length=1), AfterValidator(_known_members)]
     ) -> None:
-        nodes = [_member_node(member) for member in members]
+        nodes = _nodes(members)
         self.names = [str(node["name"]) for node in nodes]
         self.members: list[Drafter] = [build("drafter", node) for node in nodes]
         self._drafts: list[Draft] = []
@@ -84,6 +76,14 @@ class ChainDrafter(Drafter):
         self._winners = []
         for member in self.members:
             member.begin(prompt)
+
+    @property
+    def reads_verifier_cache(self) -> bool:
+        return any(member.reads_verifier_cache for member in self.members)
+
+    def rewind(self, length: int) -> None:
+        for member in self.members:
+            member.rewind(length)
 
     def propose(self, context: Context, budget: int) -> Draft:
         self._drafts = []

@@ -78,6 +78,10 @@ class LayerSkipDrafter(Drafter):
         self._verifier: LayeredVerifier | None = None
         self._layers: list[int] = []
 
+    @property
+    def reads_verifier_cache(self) -> bool:
+        return True
+
     def prepare(self, resources: Resources) -> None:
         """Build ``draft_verifier`` and search for the layers, if the settings request it."""
         verifier = resources.verifier

@@ -74,7 +74,8 @@ class LookaheadDrafter(Drafter):
         self._jacobi = JacobiWindow(ngram, [0], seed)
         self._fixed_width = 0 if window == "auto" else window
         self._sizes = Sizes(FREE_ROWS, ngram, guesses) if window == "auto" else None
-        self._indexed, self._last = 0, 0
+        self._indexed: list[tuple[int, ...]] = []
+        self._last = 0
         self._widths: list[int | float | str] = []
 
     @property
@@ -92,7 +93,7 @@ class LookaheadDrafter(Drafter):
 
     def begin(self, prompt: Tensor) -> None:
         self._pool.clear()
-        self._indexed = 0
+        self._indexed = []
         # Tokens of the prompt are more likely to fit than arbitrary tokens.
         tokens = prompt if self.window_from_prompt else prompt[-1:]
         self._jacobi = JacobiWindow(self.ngram, tokens.tolist(), self.seed)
@@ -125,6 +126,13 @@ class LookaheadDrafter(Drafter):
         for ngram in self._jacobi.advance(self._last, most_likely(step.scratch_logits)):
             self._remember(ngram, from_window=True)
 
+    def rewind(self, length: int) -> None:
+        """Remove the n-grams that end behind the first ``length`` tokens, even if the pool had them before."""
+        kept = max(0, length - self.ngram + 1)
+        for first, *tail in self._indexed[kept:]:
+            self._pool[first].pop(tuple(tail), None)
+        del self._indexed[kept:]
+
     def notes(self) -> dict[str, list[int | float | str]]:
         """Return the window's width in every step if it is chosen automatically."""
         return {} if self._sizes is None else {"window": self._widths}
@@ -141,9 +149,9 @@ class LookaheadDrafter(Drafter):
             tails.popitem(last=False)
 
     def _index(self, tokens: list[int]) -> None:
-        for end in range(max(self._indexed + 1, self.ngram), len(tokens) + 1):
-            self._remember(tuple(tokens[end - self.ngram : end]), from_window=False)
-        self._indexed = len(tokens)
+        for end in range(len(self._indexed) + self.ngram, len(tokens) + 1):
+            self._indexed.append(tuple(tokens[end - self.ngram : end]))
+            self._remember(self._indexed[-1], from_window=False)
 
 
 class JacobiWindow:

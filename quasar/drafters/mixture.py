@@ -102,6 +102,10 @@ class MixtureDrafter(Drafter):
                 source.score(contexts[node], likely[node + 1])
         self._pruning.add(step)
 
+    def rewind(self, length: int) -> None:
+        """Read the tokens behind the first ``length`` anew. What came next before stays known, as one more guess."""
+        self._read = min(self._read, length)
+
     def _tree(self, deepest: int) -> Candidates:
         """Return the most probable tokens, best first, with at most ``deepest`` tokens per path."""
         tokens: list[int] = []

@@ -79,6 +79,11 @@ class ModelDrafter(Drafter):
         self._read += self._unread + accepted
         self._proposed = 0
 
+    def rewind(self, length: int) -> None:
+        if self._model is not None and length < self._read:
+            self._model.rewind(length)
+            self._read = length
+
     def _logits(self, unread: list[int], token: int, offset: int) -> Tensor:
         """Return the logits [V] after the draft token at ``offset``; offset 0 is the last of the unread tokens."""
         assert self._model is not None

@@ -13,7 +13,7 @@ from quasar.drafters.base import Drafter
 from quasar.errors import RequestError
 
 LOOKUP_PLACES = 64
-"""Number of latest places that are kept per n-gram. This bounds the cost of a step."""
+"""Number of latest places that lookup considers per n-gram. This bounds the cost of a step."""
 
 
 class NgramDrafter(Drafter):
@@ -57,6 +57,9 @@ class NgramDrafter(Drafter):
     def begin(self, prompt: Tensor) -> None:
         self._index.begin(prompt.tolist())
 
+    def rewind(self, length: int) -> None:
+        self._index.rewind(length)
+
     def propose(self, context: Context, budget: int) -> Draft:
         self._index.extend(context.tokens)
         length = min(self.num_tokens, budget)
@@ -86,16 +89,25 @@ class LookupIndex:
             for size in self._sizes:
                 if size <= position:
                     places = self._followers.setdefault(tuple(tokens[position - size : position]), [])
-                    if self._keep_first and places:
-                        continue
-                    places.append(position)
-                    if len(places) > LOOKUP_PLACES:
-                        del places[0]
+                    if not (self._keep_first and places):
+                        places.append(position)
         self._tokens += tokens[len(self._tokens) :]
+
+    def rewind(self, length: int) -> None:
+        """Remove all tokens behind the first ``length``."""
+        for position in range(len(self._tokens) - 1, length - 1, -1):
+            for size in self._sizes:
+                if size <= position:
+                    key = tuple(self._tokens[position - size : position])
+                    if self._followers[key][-1] == position:
+                        self._followers[key].pop()
+                    if not self._followers[key]:
+                        del self._followers[key]
+        del self._tokens[length:]
 
     def match(self) -> Match:
         for size in self._sizes:
             places = self._followers.get(tuple(self._tokens[-size:]))
             if places is not None and size < len(self._tokens):
-                return Match(size, self._tokens, places[::-1])
+                return Match(size, self._tokens, places[: -LOOKUP_PLACES - 1 : -1])
         return Match(0, self._tokens, [])

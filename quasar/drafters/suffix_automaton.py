@@ -83,6 +83,9 @@ class SuffixAutomatonDrafter(Drafter):
     def begin(self, prompt: Tensor) -> None:
         self._index.begin(prompt.tolist())
 
+    def rewind(self, length: int) -> None:
+        self._index.rewind(length)
+
     def propose(self, context: Context, budget: int) -> Draft:
         self._index.extend(context.tokens)
         if self.match == "scored":

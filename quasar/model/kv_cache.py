@@ -41,6 +41,12 @@ class KVCache:
                 store[..., start : start + count, :] = store[..., source, :]
         self.length = start + count
 
+    def rewind(self, length: int) -> None:
+        """Drop all committed slots behind the first ``length``. Raises ValueError if there are fewer."""
+        if length > self.length:
+            raise ValueError(f"the cache has {self.length} committed slots, so it cannot keep the first {length}")
+        self.length = length
+
     def reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows after ``length``. The capacity at least doubles, so that growing is rare."""
         if self.length + rows <= self.capacity:

@@ -48,7 +48,7 @@ class PackedCheckpoint(Protocol):
         ...
 
 
-QuantizedLayer = W4Linear | W8A8Linear | W8A16Linear | GroupInt8Linear
+QuantizedLayer = W4Linear | W8A8Linear | W8A16Linear | Fp8Linear | GroupInt8Linear
 
 
 def open_packed(path: Path) -> PackedCheckpoint:
@@ -85,9 +85,10 @@ def storage(model: Transformer) -> tuple[str, ...]:
     )
 
 
-def _form(weight: Int4Weight | Int8Weight | GroupInt8Weight) -> str:
-    values = "4-bit integers" if isinstance(weight, Int4Weight) else "int8"
-    scales = "with a scale per output" if isinstance(weight, Int8Weight) else f"in groups of {weight.group_size}"
+def _form(weight: Int4Weight | Int8Weight | Fp8Weight | GroupInt8Weight) -> str:
+    values = {Int4Weight: "4-bit integers", Fp8Weight: "FP8 (E4M3)"}.get(type(weight), "int8")
+    per_output = isinstance(weight, Int8Weight | Fp8Weight)
+    scales = "with a scale per output" if per_output else f"in groups of {weight.group_size}"
     return f"{values} {scales}, {weight.nbytes * 8 / (weight.outputs * weight.inputs):.3g} bits per weight"
 
 
@@ -136,6 +137,7 @@ def load_packed(
         else:
             layer = _layer(checkpoint, sources, rows, dtype, device, bits)
         if sources == [EMBEDDING]:
+            assert not isinstance(layer.weight, Fp8Weight)  # only GGUF stores embeddings so, and it has no FP8
             model.set_submodule(owner, QuantizedEmbedding(layer.weight, dtype))
             owner = "lm_head"
         model.set_submodule(owner, layer)

@@ -127,10 +127,10 @@ def _attempts(run: Measured) -> list[str]:
     attempts = {record.attempt for record in run.records}
     if len(attempts) < 2:
         return []
-    adaptive = any({"chosen_length", "window"} & turn.steps.notes.keys() for turn in run.turns)
+    adaptive = any({"chosen_length", "window", "chosen_block"} & turn.steps.notes.keys() for turn in run.turns)
     effect = (
-        "the estimates of decode.draft_tokens=auto started again in each, so that draft lengths and times differ from "
-        "those of a run that was never interrupted"
+        "the estimates behind automatic lengths (decode.draft_tokens, drafter.window, drafter.block) started again in "
+        "each, so that draft lengths and times differ from those of a run that was never interrupted"
         if adaptive
         else "their times were measured at different moments"
     )

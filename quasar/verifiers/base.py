@@ -95,6 +95,14 @@ class LayeredVerifier(Verifier):
         """
 
     @abstractmethod
+    def rewind(self, length: int) -> None:
+        """Keep only the first ``length`` tokens in the cache. Raises ValueError if it has fewer."""
+
+    def share_weights(self, owner: Verifier) -> int:
+        """Use the owner's tensors for the weights that both have in common; return how many bytes this saves."""
+        return 0
+
+    @abstractmethod
     def share_cache(self, owner: LayeredVerifier) -> None:
         """Use the owner's KV cache from now on, to draft for it with the same layers in another precision.
 

@@ -16,7 +16,8 @@ from quasar.model.kv_cache import KVCache
 from quasar.model.linear import QuantizedLinear
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
-from quasar.verifiers.base import LayeredVerifier, Setup, VerifierCost
+from quasar.verifiers._shared_layers import share_equal_layers
+from quasar.verifiers.base import LayeredVerifier, Setup, Verifier, VerifierCost
 
 # Long prompts are read in chunks, which bounds the memory of the attention mask and the activations.
 PREFILL_CHUNK = 512
@@ -67,6 +68,17 @@ class TransformerVerifier(LayeredVerifier):
             )
         self.cache = owner.cache
         self.executor = executor_for(self.model, self.cache)
+
+    def share_weights(self, owner: Verifier) -> int:
+        if not isinstance(owner, TransformerVerifier) or owner is self:
+            return 0
+        saved = share_equal_layers(self.model, owner.model)
+        # Recorded and captured passes read the weights at their old addresses.
+        self.executor = executor_for(self.model, self.cache)
+        return saved
+
+    def rewind(self, length: int) -> None:
+        self.cache.rewind(length)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> Scores:
