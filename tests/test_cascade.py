@@ -32,6 +32,7 @@ from quasar.drafters.lookahead import LookaheadDrafter
 from quasar.drafters.model import ModelDrafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.drafters.none import NoneDrafter
+from quasar.drafters.suffix_automaton import SuffixAutomatonDrafter
 from quasar.errors import RequestError
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.testing import check_drafter
@@ -88,7 +89,7 @@ def inner_drafters(dtype: torch.dtype = torch.float32) -> dict[str, Drafter]:
         "none": NoneDrafter(),
         "ngram": NgramDrafter(),
         "tree": NgramDrafter(match="frequent", branches=3),
-        "automaton": NgramDrafter(num_tokens=8, method="suffix_automaton", scope="session"),
+        "automaton": SuffixAutomatonDrafter(num_tokens=8, match="recent", scope="session"),
         "lookahead": LookaheadDrafter(window=3, ngram=3),
         "layerskip": LayerSkipDrafter(num_tokens=3),
         "model": draft_model(shallow(dtype)),

@@ -169,9 +169,12 @@ def require_job(overrides: list[str], folder: Path = EXAMPLES / "conf") -> None:
 def require_quasar(arguments: list[str]) -> None:
     """Parse the arguments with the command that they name. Its name alone stands for the command as such."""
     command = typer.main.get_command(app)
-    while isinstance(command, TyperGroup) and arguments:
+    while isinstance(command, TyperGroup) and arguments and not arguments[0].startswith("-"):
         command, arguments = command.commands[arguments[0]], arguments[1:]
     if not arguments:
+        return
+    if isinstance(command, TyperGroup):
+        assert arguments[0] in {option for parameter in command.params for option in parameter.opts}
         return
     if command.name == "run":
         require_run(arguments)

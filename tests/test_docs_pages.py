@@ -80,11 +80,7 @@ def test_annotations_in_words(hint: object, text: str) -> None:
 
 def test_the_configuration_page_has_defaults_from_conf_and_ranges_from_the_checks() -> None:
     found = rows(config_keys.page())
-    assert found["drafter.n_max"] == [
-        "`3`",
-        "integer > 0",
-        "lookup: tokens of the longest suffix, which is tried first",
-    ]
+    assert found["drafter.n_max"] == ["`3`", "integer > 0", "tokens of the longest suffix, which is tried first"]
     assert found["verifier.ratio"][:2] == ["`0.1`", "number ≥ 0, < 1"]
     assert found["decode.temperature"][1] == "0 (greedy) or more: from 1e-06 to 1e+06"
     assert found["evaluate.passes.repetitions"][:2] == ["`0`", "at least 0 (none)"]

@@ -50,7 +50,8 @@ def attempt(prompts: Path, folder: Path) -> int:
     torch.set_num_threads(1)
     environment.copy_bandwidth = lambda _: 1e10  # type: ignore[assignment]
     grid = ["drafter=ngram,none", "verifier=fp16", "verifier.dtype=float32"]
-    fixed = ["model=tiny", "threads=1", "data=specbench", f"data.path={prompts}", "decode.max_new_tokens=12"]
+    fixed = ["model=tiny", "threads=1", "data=specbench", f"data.path={prompts}"]
+    fixed += ["decode.max_new_tokens=12", "decode.draft_tokens=5"]
     sys.argv = ["run.py", "-m", *grid, *fixed, f"hydra.sweep.dir={folder}"]
     return main()
 

@@ -133,8 +133,8 @@ def test_a_run_with_a_line_break_in_a_stop_text_is_done_once(start: Start, tmp_p
 def test_equal_settings_are_one_configuration_however_they_are_written() -> None:
     assert config_hash(composed("decode.temperature=1")) == config_hash(composed("decode.temperature=1.0"))
     assert config_hash(composed("seed='5'")) == config_hash(composed("seed=5"))
-    assert config_hash(composed("drafter=ngram", "drafter.length_factor=3")) == config_hash(
-        composed("drafter=ngram", "drafter.length_factor=3.0")
+    assert config_hash(composed("drafter=suffix_automaton", "drafter.length_factor=3")) == config_hash(
+        composed("drafter=suffix_automaton", "drafter.length_factor=3.0")
     )
 
 

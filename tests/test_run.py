@@ -37,7 +37,7 @@ SUMMARY_KEYS = {
     ),
     *("distinct_4gram_ratio", "distinct_4gram_ratio_reference", "task_accuracy", "drafter_notes"),
     *("simulated", "lossy", "emulated", "disturbed", "model_origin", "weights_on_grid", "reference_text_speedup"),
-    "reference_text_speedup_ci95",
+    *("reference_text_speedup_ci95", "pass_cost", "predicted_speedup", "prediction_residual", "share_of_oracle"),
 }
 
 
@@ -123,7 +123,14 @@ def test_drafters_that_ask_for_resources(run: Run, prompt_file: Path, tmp_path: 
         "{name: layerskip, method: search, draft_verifier: int8, num_tokens: 2, confidence: 0.9, search_sets: 2, "
         "search_prompts: 1, search_tokens: 4}, model]"
     )
-    done = run(*small(prompt_file), "verifier=fp16", "drafter=chain", members, "evaluate.fidelity=false")
+    done = run(
+        *small(prompt_file),
+        "verifier=fp16",
+        "drafter=chain",
+        members,
+        "evaluate.fidelity=false",
+        "decode.draft_tokens=null",
+    )
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "out" / "environment.json").read_text())["drafter"]
     assert facts[0].startswith("layerskip: skips layers [")
@@ -137,7 +144,7 @@ def test_drafters_that_ask_for_resources(run: Run, prompt_file: Path, tmp_path: 
     assert pruned.returncode == 0, pruned.stderr
     wrong = run(*small(prompt_file, "wrong"), "drafter=chain", "drafter.members=[ngrams]")
     assert wrong.returncode == 2
-    assert "drafter 'ngrams' is not in conf/drafter; choose one of chain, " in wrong.stderr
+    assert "drafter 'ngrams' is not in conf/drafter; choose one of cascade, chain, " in wrong.stderr
 
 
 def test_auto_draft_length_and_its_gain_are_recorded(run: Run, prompt_file: Path, tmp_path: Path) -> None:
@@ -384,5 +391,5 @@ def test_help_answers_without_loading_torch(run: Run, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0
-    assert "drafter: chain, layerskip, lookahead, lookahead_paper, " in done.stdout
+    assert "drafter: cascade, chain, layerskip, lookahead, lookahead_paper, " in done.stdout
     assert " torch\n" not in done.stderr

@@ -36,8 +36,10 @@ def tokenizer(smollm2: Checkpoint) -> Tokenizer:
     return load_tokenizer(smollm2)
 
 
-def one_prompt_per_family() -> list[Prompt]:
-    return load_prompts(composed_run("data.limit=1").data)
+def short_prompts() -> list[Prompt]:
+    """The shortest prompts of three task families; reading a long one takes more time than the test is about."""
+    prompts = load_prompts(composed_run("data.limit=1").data)
+    return sorted(prompts, key=lambda prompt: len(prompt.turns[0]))[:3]
 
 
 def greedy(drafter: Drafter, verifier: TransformerVerifier, tokens: list[int], stop: frozenset[int]) -> Generation:
@@ -57,7 +59,7 @@ def test_every_pair_reproduces_autoregressive_decoding(
     drafters = [
         build("drafter", composed_run(f"drafter={name}").drafter) for name in ("ngram", "lookahead", "layerskip")
     ]
-    for prompt in one_prompt_per_family():
+    for prompt in short_prompts():
         tokens = tokenizer.encode_chat([{"role": "user", "content": prompt.turns[0]}])
         expected = greedy(NoneDrafter(), verifier, tokens, tokenizer.stop_tokens)
         drafters[-1].use(verifier)

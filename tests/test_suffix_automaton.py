@@ -174,15 +174,16 @@ def test_matches_are_the_longest_suffixes_with_different_places(tokens: list[int
     expected = []
     for text in (tokens, remembered):
         last = len(text) - (text is tokens)
+        own: list[tuple[int, bool, list[int]]] = []
         kept: list[int] = []
         for size in range(len(tokens), 0, -1):
             ends = [end for end in range(size, last + 1) if text[end - size : end] == tokens[len(tokens) - size :]]
             if len(ends) > len(kept):
                 # Where the match is not the longest, one of the places that are kept is the present one.
                 places = PLACES - (text is tokens and bool(kept))
-                expected.append((size, text is tokens, ends[::-1][:places]))
+                own.append((size, text is tokens, ends[::-1][:places]))
                 kept = ends
-        expected = [*expected[: MATCH_LENGTHS * (1 + (text is remembered))]]
+        expected += own[:MATCH_LENGTHS]
     found = [(match.length, match.text is index._own.tokens, match.places) for match in index.matches()]
     assert sorted(found) == sorted(expected)
     assert [length for length, *_ in found] == sorted((length for length, *_ in found), reverse=True)

@@ -74,6 +74,7 @@ def test_a_run_is_a_simulation_with_the_length_that_was_asked_for(start: Start) 
         "drafter=layerskip",
         "decode.acceptance=synthetic",
         "decode.synthetic_length=3",
+        "decode.draft_tokens=2",
         "evaluate.baselines=true",
         "evaluate.fidelity=true",
         "hydra.run.dir=out",

@@ -388,7 +388,7 @@ REFUSED = {
     "verifier=fp16 verifier._target_=math.pi": r"is not a class",
     "verifier=fp16 verifier.dtype=int3": r"^verifier\.dtype=int3: must be one of auto, bfloat16",
     "drafter=model +drafter.draft.foo=2": r"^drafter\.draft\.foo=2: drafter\.draft has no key",
-    "drafter=chain drafter.members=[ngram,nosuch]": r"drafter 'nosuch' is not in conf/drafter; choose one of chain",
+    "drafter=chain drafter.members=[ngram,nosuch]": r"drafter 'nosuch' is not in conf/drafter; choose one of cascade",
     "drafter=chain drafter.members=[{name:ngram,num_tokens:true}]": r"num_tokens=true",
     "drafter=chain drafter.members=[{num_tokens:3}]": r"lacks a name",
     "model=smollm2_135m model.source=random": r"^model\.source=random: must be auto or hub or package",
