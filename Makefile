@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-slurm bench reproduce figures notebooks docs lint clean
+.PHONY: setup run test test-slurm test-exhaustive bench reproduce figures notebooks docs lint clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ test: $(STAMP)
 test-slurm: $(STAMP)
 	settings="$$(scripts/slurm_local.sh start)" && trap "scripts/slurm_local.sh stop" EXIT && eval "$$settings" && \
 	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS) && $(BIN)/python -m pytest -n 0 -m slurm $(ARGS)
+
+# Further values of tests that always run with some of them; half an hour.
+test-exhaustive: $(STAMP)
+	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 # Products and fused ops on this machine's CPU; writes experiments/kernels/. EXPERIMENT=memory_wall times whole passes.
 bench: $(STAMP)

@@ -19,6 +19,7 @@ from quasar.decoding.acceptance import Accepted, Greedy, RejectionSampling, Typi
 from quasar.decoding.draft import ROOT, Context, Draft
 from quasar.decoding.sampling import Sampling, draw, draw_on_device, most_likely
 from quasar.decoding.scores import Scores
+from tests.exhaustive import always
 
 SAMPLINGS = [
     Sampling(temperature, top_k, top_p)
@@ -81,7 +82,7 @@ def first_token(draft: Draft, path: list[int], bonus: int) -> int:
     return draft.tokens[path[0]] if path else bonus
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", always(SAMPLINGS, Sampling(0.7), Sampling(1.0, 5, 0.9)), ids=str)
 @pytest.mark.parametrize("token", [0, 3])
 @pytest.mark.parametrize("accept", [RejectionSampling.accept, RejectionSampling.accept_chain])
 def test_one_hot_draft_keeps_the_distribution(accept: Accept, sampling: Sampling, token: int) -> None:
@@ -99,7 +100,7 @@ def test_one_hot_draft_keeps_the_distribution(accept: Accept, sampling: Sampling
         assert_follows(second, sampling.probabilities(logits[1]))
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", always(SAMPLINGS, Sampling(0.7), Sampling(1.0, 5, 0.9)), ids=str)
 @pytest.mark.parametrize("accept", [RejectionSampling.accept, RejectionSampling.accept_chain])
 def test_drawn_draft_keeps_the_distribution(accept: Accept, sampling: Sampling) -> None:
     """The draft tokens have their own distribution, but the joint distribution of two tokens is the verifier's."""
@@ -123,7 +124,7 @@ def test_drawn_draft_keeps_the_distribution(accept: Accept, sampling: Sampling) 
     assert_follows(joint.flatten(), expected.flatten())
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", always(SAMPLINGS, Sampling(0.7), Sampling(1.0, 5, 0.9)), ids=str)
 def test_tree_of_siblings_keeps_the_distribution(sampling: Sampling) -> None:
     """There are two deterministic siblings. The likelier one is tried second and has a child."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(5)
@@ -141,7 +142,7 @@ def test_tree_of_siblings_keeps_the_distribution(sampling: Sampling) -> None:
     assert_follows(below, sampling.probabilities(logits[2]))
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", always(SAMPLINGS, Sampling(0.7), Sampling(1.0, 5, 0.9)), ids=str)
 def test_siblings_drawn_without_replacement_keep_the_distribution(sampling: Sampling) -> None:
     """In recursive rejection, the second sibling's distribution is the first one's without the first token."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(8)
@@ -164,7 +165,7 @@ def drawn_without_replacement(proposal: torch.Tensor, generator: torch.Generator
     return [(first, proposal), (draw(rest, generator), rest)]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", always(SAMPLINGS, Sampling(0.7), Sampling(1.0, 5, 0.9)), ids=str)
 def test_tree_drawn_without_replacement_keeps_the_distribution(sampling: Sampling) -> None:
     """With two levels of two siblings each, the joint distribution of two tokens is the verifier's."""
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(15)

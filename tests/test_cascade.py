@@ -42,6 +42,7 @@ from quasar.verifiers.int4 import Int4Verifier
 from quasar.verifiers.int8 import Int8Verifier
 from quasar.verifiers.pruned import PrunedVerifier
 from tests.compose import composed_run, resources_for
+from tests.exhaustive import always
 
 GREEDY = Sampling()
 COSTS = (PassCost([1, 32], [100], [[8.0, 12.0]]), PassCost([1, 32], [100], [[3.0, 9.0]]))
@@ -110,7 +111,7 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(0, 64, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", always([torch.float32, torch.bfloat16], torch.bfloat16))
 @pytest.mark.parametrize("name", list(inner_drafters()))
 def test_greedy_output_is_the_outer_verifiers_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     outer = fp16(dtype)
@@ -127,7 +128,7 @@ def test_greedy_output_is_the_outer_verifiers_bit_for_bit(name: str, dtype: torc
 
 
 @pytest.mark.parametrize("name", list(inner_drafters()))
-@pytest.mark.parametrize("block", [1, 5])
+@pytest.mark.parametrize("block", always([1, 5], 5))
 def test_a_block_is_what_the_inner_verifier_decodes_alone(name: str, block: int) -> None:
     """After any acceptance, and between steps in which it took no part: its cache contains what stands."""
     fresh, drafter = int8(), cascade(int8(), inner_drafters()[name], block)
@@ -299,7 +300,7 @@ def assert_follows(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, .
     assert stats.chisquare([cell[1] for cell in cells], [cell[0] for cell in cells]).pvalue > ALPHA
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", always(SAMPLINGS, Sampling(1.3, top_p=0.8)), ids=str)
 @pytest.mark.parametrize("level", list(LEVELS))
 def test_sampled_output_follows_the_outer_verifier(level: str, sampling: Sampling) -> None:
     """The joint distribution of four tokens behind the first, with blocks of two and three tokens."""
@@ -313,7 +314,7 @@ def test_sampled_output_follows_the_outer_verifier(level: str, sampling: Samplin
     assert_follows(counts, joint(outer, sampling, [0, 1], 4))
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", always(SAMPLINGS, Sampling(1.3, top_p=0.8)), ids=str)
 @pytest.mark.parametrize("level", list(LEVELS))
 def test_a_sampled_block_names_the_distributions_that_it_follows(level: str, sampling: Sampling) -> None:
     inner = Table(2)

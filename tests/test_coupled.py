@@ -26,6 +26,7 @@ from quasar.evaluation.exactness import compare
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
+from tests.exhaustive import always
 from tests.in_process import Start, starter
 from tests.test_acceptance import ALPHA, assert_follows, random_logits
 from tests.test_decode import DRAFTERS, EVERYWHERE, ScriptedDrafter, build, draft_model, generate, prompts, trees
@@ -37,7 +38,7 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("verifier_name", ["fp16", "int8"])
+@pytest.mark.parametrize("verifier_name", always(["fp16", "int8"], "fp16"))
 def test_every_drafter_leads_to_the_text_of_autoregressive_sampling(verifier_name: str) -> None:
     """In float32, over chains and trees, every sampling setting, and every length modulo the blocks."""
     verifier = build(verifier_name)

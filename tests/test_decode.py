@@ -37,6 +37,7 @@ from quasar.verifiers.int4 import Int4Verifier
 from quasar.verifiers.int8 import Int8Verifier
 from quasar.verifiers.pruned import PrunedVerifier
 from quasar.verifiers.transformer import TransformerVerifier
+from tests.exhaustive import always
 
 GREEDY = Sampling()
 VERIFIERS: dict[str, Callable[..., TransformerVerifier]] = {
@@ -125,7 +126,7 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(0, 64, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("verifier_name", VERIFIERS)
+@pytest.mark.parametrize("verifier_name", always(VERIFIERS, "fp16", "int8", "int4", "pruned-depth"))
 def test_every_pair_reproduces_autoregressive_decoding(verifier_name: str) -> None:
     verifier = build(verifier_name)
     chosen = DRAFTERS if verifier_name == "fp16" else EVERYWHERE
@@ -154,7 +155,13 @@ def test_stop_token_inside_a_copied_block_ends_the_output_there() -> None:
 
 
 # Prompt lookup finds little in random text; the test above covers it.
-@pytest.mark.parametrize("drafter_name", [name for name in DRAFTERS if "ngram" not in name and "automaton" not in name])
+@pytest.mark.parametrize(
+    "drafter_name",
+    always(
+        (name for name in DRAFTERS if "ngram" not in name and "automaton" not in name),
+        *("lookahead", "layerskip", "model", "chain", "auto-layerskip", "cascade-auto"),
+    ),
+)
 def test_stop_token_inside_a_block_ends_the_output_there(drafter_name: str) -> None:
     verifier = build("fp16")
     inside = 0
@@ -298,7 +305,7 @@ def test_layerskip_drafts_carry_the_distribution_they_were_drawn_from() -> None:
     assert torch.allclose(draft.probabilities[1], second, atol=1e-6)
 
 
-@pytest.mark.parametrize("verifier_name", ["fp16", "int8", "pruned-width"])
+@pytest.mark.parametrize("verifier_name", always(["fp16", "int8", "pruned-width"], "int8"))
 def test_layerskip_in_another_precision_reproduces_autoregressive_decoding(verifier_name: str) -> None:
     verifier = build(verifier_name)
     drafter = LayerSkipDrafter(num_tokens=5, skip_layers=[1])

@@ -23,7 +23,7 @@ from quasar.results.runs import read_run
 from tests.in_process import disk_full_after
 
 PROMPTS = 10
-TIMINGS = ("_ms", "per_second", "speedup", "bandwidth", "peak_memory")
+TIMINGS = ("_ms", "per_second", "speedup", "bandwidth", "peak_memory", "disturbed")
 fresh = multiprocessing.get_context("forkserver")
 
 

@@ -39,6 +39,7 @@ from quasar_kernels.triton.rotary import rotary_write
 from quasar_kernels.triton.tuning import Shape, Tiling
 
 from tests import definitions
+from tests.exhaustive import always
 
 # The interpreter truncates where the GPU rounds to the nearest bfloat16, once or twice in an op.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2**-6}
@@ -506,11 +507,11 @@ def test_tuning_remembers_the_fastest(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @functools.cache
-def compiled(architecture: int) -> dict[str, Any]:
+def compiled(architecture: int, *options: str) -> dict[str, Any]:
     """What the compiler made of every kernel, by name; compiled in a separate process, because this one's kernels
-    may belong to the interpreter."""
+    may belong to the interpreter. Option ``candidates``: also what tuning may choose."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.triton_compile", str(architecture)]
+    command = [sys.executable, "-m", "tests.triton_compile", str(architecture), *options]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
     )
@@ -539,9 +540,10 @@ TENSOR_CORES = {
 OTHER_KINDS = {"merge", "rotary", "norm", "silu", "quantize"}
 
 
-@pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_every_kernel_compiles_within_registers_and_shared_memory(architecture: int) -> None:
-    found = compiled(architecture)
+@pytest.mark.parametrize("options", always([(), ("candidates",)], ()), ids=str)
+@pytest.mark.parametrize("architecture", always(SHARED_MEMORY, 90))
+def test_every_kernel_compiles_within_registers_and_shared_memory(architecture: int, options: tuple[str, ...]) -> None:
+    found = compiled(architecture, *options)
     kinds = (TENSOR_CORES.keys() | OTHER_KINDS) - ({"fp8"} if architecture < 89 else set())
     assert {facts["kind"] for facts in found.values()} == kinds
     spilled = {name: facts["stack_bytes"] for name, facts in found.items() if facts["stack_bytes"]}
@@ -550,9 +552,10 @@ def test_every_kernel_compiles_within_registers_and_shared_memory(architecture: 
     assert not {name: size for name, size in large.items() if size > SHARED_MEMORY[architecture]}
 
 
-@pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_products_use_tensor_cores_and_wide_loads(architecture: int) -> None:
-    for name, facts in compiled(architecture).items():
+@pytest.mark.parametrize("options", always([(), ("candidates",)], ()), ids=str)
+@pytest.mark.parametrize("architecture", always(SHARED_MEMORY, 90))
+def test_products_use_tensor_cores_and_wide_loads(architecture: int, options: tuple[str, ...]) -> None:
+    for name, facts in compiled(architecture, *options).items():
         if facts["kind"] in OTHER_KINDS:
             assert not facts["tensor_core_instructions"], name
             continue
@@ -568,9 +571,11 @@ def test_products_use_tensor_cores_and_wide_loads(architecture: int) -> None:
             assert facts["narrow_asynchronous_copies"] == 0, name
 
 
+@pytest.mark.exhaustive
 def test_candidates_of_tuning_are_compiled() -> None:
+    found = compiled(90, "candidates")
     for kind in ("w8a8", "w8a16", "w4a16 bf16", "w4a8", "bf16", "fp8"):
-        assert sum(name.startswith(kind) and "candidate" in name for name in compiled(90)) >= 8, kind
+        assert sum(name.startswith(kind) and "candidate" in name for name in found) >= 8, kind
 
 
 def test_weights_are_unpacked_in_tensor_core_registers() -> None:

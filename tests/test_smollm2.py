@@ -19,6 +19,7 @@ from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed_run
+from tests.exhaustive import always
 
 pytestmark = pytest.mark.smollm2
 TOKENS = 8
@@ -48,7 +49,7 @@ def greedy(drafter: Drafter, verifier: TransformerVerifier, tokens: list[int], s
     return decode(tokens, drafter, verifier, rule_for(sampling), sampling, limits, torch.Generator())
 
 
-@pytest.mark.parametrize("verifier_name", UNCALIBRATED)
+@pytest.mark.parametrize("verifier_name", always(UNCALIBRATED, "fp16", "int8"))
 def test_every_pair_reproduces_autoregressive_decoding(
     verifier_name: str, smollm2: Checkpoint, tokenizer: Tokenizer
 ) -> None:

@@ -1,5 +1,5 @@
 """Compile every Triton kernel ahead of time for one compute capability and print what became of it as JSON; exit
-code 77 where that is impossible. Run as ``python -m tests.triton_compile 90``."""
+code 77 where that is impossible. Run as ``python -m tests.triton_compile 90 [candidates]``."""
 
 from __future__ import annotations
 
@@ -56,15 +56,16 @@ def main() -> None:
         sys.exit(77)
     architecture = int(sys.argv[1])
     facts: dict[str, Any] = {}
-    for case in [*products(architecture), *group_products(), *attentions(), *elementwise(architecture)]:
+    tuned = architecture == 90 and "candidates" in sys.argv[2:]
+    for case in [*products(architecture, tuned), *group_products(), *attentions(), *elementwise(architecture)]:
         assert case.name not in facts, case.name
         facts[case.name] = {"kind": case.kind, **examine(compile_kernel(case, architecture))}
     print(json.dumps(facts))
 
 
-def products(architecture: int) -> Iterator[Case]:
-    """The default tilings of large and small shapes at every size of tile; where it is meant to tune, what it may
-    choose too."""
+def products(architecture: int, tuned: bool) -> Iterator[Case]:
+    """The default tilings of large and small shapes at every size of tile, and with ``tuned`` what tuning for 9.0 may
+    choose."""
     kinds = ("w8a8", "w8a16", "w4a16 bf16", "w4a16 fp16", "w4a8", "bf16", *(("fp8",) if architecture >= FP8 else ()))
     for kind in kinds:
         op = f"linear_{kind.split()[0]}"
@@ -76,7 +77,9 @@ def products(architecture: int) -> Iterator[Case]:
             name = f"{kind} {rows} x {outputs} x {inputs}"
             yield product(name, kind, shape, default_tiling(shape, PROCESSORS))
         # Float16 has the same tilings as bfloat16.
-        for rows, (outputs, inputs) in ((6, DOWN), (32, GATE_UP)) if architecture == 90 and "fp16" not in kind else ():
+        for rows, (outputs, inputs) in (
+            ((6, DOWN), (32, GATE_UP)) if tuned and architecture == 90 and "fp16" not in kind else ()
+        ):
             shape = _shape(op, rows, outputs, inputs)
             for tiling in candidates(shape, PROCESSORS)[1:]:
                 name = f"{kind} {rows} x {outputs} x {inputs}, candidate {tiling}"
