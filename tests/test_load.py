@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from quasar import SPINS
 from quasar.results import load
 from quasar.results.console import Reporter
 from quasar.results.load import DISTURBED, between, parsed, sample, worst_of
@@ -130,3 +132,11 @@ def test_a_disturbed_run_says_so(
     assert ("disturbed: other processes took 37% of the cores" in capsys.readouterr().out) is bool(disturbed)
     collected = StoredRun(tmp_path, "done", summary={"disturbed": disturbed})
     assert len(remarks([collected])) == int(bool(disturbed))
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_sleep_soon_unless_the_user_chooses(chosen: dict[str, str], expected: str | None) -> None:
+    free = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import quasar, os, sys; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", program], env=free | chosen, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", str(expected)]
