@@ -8,8 +8,8 @@ SPINS = "400"
 """How often a thread of OpenMP looks for work before it sleeps, about 10 µs.
 
 By default it looks for milliseconds. If another process is busy, the threads then spin for each other instead of giving
-the core to the one that has work: int8 with n-gram drafts falls to a third of its speed on two cores, and with this number
-to 0.46. Between the ops of a pass threads still do not sleep. OpenMP reads it when PyTorch is loaded, so it is set here.
+the core to the one that has work, and a run loses far more than its share of the cores. Between the ops of a pass
+threads still do not sleep. OpenMP reads the number when PyTorch is loaded, so it is set here.
 """
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPINS

@@ -134,9 +134,13 @@ def test_a_disturbed_run_says_so(
     assert len(remarks([collected])) == int(bool(disturbed))
 
 
-@pytest.mark.parametrize(("chosen", "expected"), [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
 def test_threads_sleep_soon_unless_the_user_chooses(chosen: dict[str, str], expected: str | None) -> None:
     free = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     program = "import quasar, os, sys; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
-    done = subprocess.run([sys.executable, "-c", program], env=free | chosen, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=free | chosen, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False", str(expected)]

@@ -29,8 +29,10 @@ DECAY = 0.99
 MEASURED_TIMES = 9
 """The time of inner tokens and of drafts is the median of this many steps, because a disturbance is no trend."""
 LEAST_TIMES = 3
-"""Steps of each kind before kinds are compared. The first pass with a number of rows is slow, because it is recorded; the
-median of three is not."""
+"""Steps of each kind before kinds are compared.
+
+The first pass with a number of rows is slow, because it is recorded; the median of three steps is not.
+"""
 PROBE_SHARE = 0.005
 """Share of the time that may be spent on steps of the kind that is believed to be slower.
 
