@@ -28,11 +28,6 @@ DECAY = 0.99
 """Factor on the weight of older steps for every new one of the same kind. About the last hundred steps count."""
 MEASURED_TIMES = 9
 """The time of inner tokens and of drafts is the median of this many steps, because a disturbance is no trend."""
-LEAST_TIMES = 3
-"""Steps of each kind before kinds are compared.
-
-The first pass with a number of rows is slow, because it is recorded; the median of three steps is not.
-"""
 PROBE_SHARE = 0.005
 """Share of the time that may be spent on steps of the kind that is believed to be slower.
 
@@ -147,10 +142,9 @@ class BlockChoice:
     def choose(self, longest: int, start: Start) -> int:
         """Return the number of tokens of the next block, from 0 to ``longest``."""
         kind = self._kinds[start.hit]
-        blocks_timed, direct_timed = len(kind.inner_ms), len(kind.draft_ms)
-        if longest == 0 or direct_timed < min(blocks_timed, LEAST_TIMES):
+        if longest == 0 or (kind.inner_ms and not kind.draft_ms):
             return 0
-        if blocks_timed < LEAST_TIMES:
+        if not kind.inner_ms:
             return min(FIRST_BLOCK, longest)
         direct, blocks = self.rates(longest, start)
         size = int(blocks.argmax()) + 1

@@ -82,7 +82,6 @@ class CascadeDrafter(Drafter):
         self.block = block
         self._level: InnerLevel | None = None
         self._choice: BlockChoice | None = None
-        self._costs: tuple[PassCost, PassCost] | None = None
         self._clock: Callable[[], float] = time.perf_counter
         self._agreement = unknown_agreement()
         self._length, self._size = 0, 0
@@ -123,17 +122,11 @@ class CascadeDrafter(Drafter):
         costs: those of the passes of the run's verifier and of this one; needed for ``block=auto``
         clock: returns seconds since any fixed time
         """
-        self._level, self._clock, self._costs = InnerLevel(verifier, self.drafter), clock, costs
-        self._forget_steps()
+        self._level, self._clock = InnerLevel(verifier, self.drafter), clock
+        self._choice = None if costs is None else BlockChoice(*costs, self._agreement)
 
     def start(self, finished: Iterable[FinishedSequence]) -> None:
         self.drafter.start(finished)
-        self._forget_steps()
-
-    def _forget_steps(self) -> None:
-        """Start the estimates behind ``block=auto`` anew. The steps of the warm-up are slower than those of the run."""
-        self._agreement = unknown_agreement()
-        self._choice = None if self._costs is None else BlockChoice(*self._costs, self._agreement)
 
     def begin(self, prompt: Tensor) -> None:
         # A drafter that learns from finished sequences knows them up to its last draft for the run's verifier.
