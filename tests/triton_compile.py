@@ -102,13 +102,17 @@ def group_products() -> Iterator[Case]:
     for rows in (6, 32):
         for group_size, shared, minimums in ((32, 0, False), (16, 16, False), (32, 8, True)):
             tiling = default_tiling(Shape("linear_w8a16", rows, *DOWN, group_size), PROCESSORS)
-            constants = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k}
-            constants |= {"GROUP": group_size, "GROUPS": tiling.block_k // group_size, "WIDE": False, "HAS_BIAS": True}
+            constants = {
+                **tiling.sizes,
+                "GROUP": group_size,
+                "GROUPS": tiling.block_k // group_size,
+                "WIDE": False,
+                "HAS_BIAS": True,
+            }
             constants |= {"SCALE_SHARED": shared, "MINIMUM_SHARED": shared, "HAS_MINIMUMS": minimums}
-            options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
             name = f"w8a16 in groups of {group_size}, {rows} rows"
             name += ", minimums" if minimums else ""
-            yield Case(name, "w8a16 in groups", linear_w8_groups_kernel, types, constants, options)
+            yield Case(name, "w8a16 in groups", linear_w8_groups_kernel, types, constants, tiling.options)
 
 
 def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[str, Any] | None = None) -> Case:
@@ -116,8 +120,7 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
     common |= {"rows": "i32", "outputs": "i32", "inputs": "i32"}
     w4 = {"values": "*u8", "scales": "*fp16", "zeros": "*i8", "x_scales": "*fp32", "unit": "fp32"}
     w8 = {"tokens": "*i8", "token_scales": "*fp32", "values": "*i8", "scales": "*fp32"}
-    sizes = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "SPLIT_K": tiling.split_k}
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    sizes, options = tiling.sizes, tiling.options
     even = {"BLOCK_K": tiling.block_k, "EVEN_K": shape.inputs % tiling.block_k == 0}
     if kind == "w8a8":
         constants = {**sizes, **even, "HAS_BIAS": True, "GROUP": shape.group_size}

@@ -45,12 +45,9 @@ def linear_fp8(
         HAS_BIAS=bias is not None,
         EVEN_K=inputs % tiling.block_k == 0,
         WIDE=interpreted(),
-        BLOCK_M=tiling.block_m,
-        BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
-        SPLIT_K=tiling.split_k,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        **tiling.sizes,
+        **tiling.options,
     )
     return out
 

@@ -64,12 +64,9 @@ def _launch(
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=bias is not None,
         ASSEMBLY=not interpreted() and x.dtype != torch.float32,
-        BLOCK_M=tiling.block_m,
-        BLOCK_N=tiling.block_n,
         GROUPS=tiling.block_k // weight.group_size,
-        SPLIT_K=tiling.split_k,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        **tiling.sizes,
+        **tiling.options,
     )
     return out
 

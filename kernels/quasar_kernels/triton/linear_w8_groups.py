@@ -73,12 +73,9 @@ def linear_w8_groups(x: Tensor, weight: PackedGroupInt8, bias: Tensor | None, ti
         HAS_MINIMUMS=weight.minimums is not None,
         HAS_BIAS=bias is not None,
         WIDE=interpreted(),
-        BLOCK_M=tiling.block_m,
-        BLOCK_N=tiling.block_n,
         GROUPS=tiling.block_k // weight.group_size,
-        SPLIT_K=tiling.split_k,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        **tiling.sizes,
+        **tiling.options,
     )
     return out
 

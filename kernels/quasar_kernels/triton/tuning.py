@@ -47,6 +47,16 @@ class Tiling:
         """Return the numbers of blocks of N, splits of K, and blocks of M."""
         return _blocks(outputs, self.block_n), self.split_k, _blocks(rows, self.block_m)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The compile-time sizes by their names in the kernels. Along K, kernels count elements or groups."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "SPLIT_K": self.split_k}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch options by their names in Triton."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
     def workspace(self, rows: int, outputs: int) -> tuple[int, int]:
         """Return the numbers of tiles and of partial sums that split-K needs memory for; 0 without split-K."""
         if self.split_k == 1:
