@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt
 
 from quasar.config.schema import CONF
 from quasar.errors import RequestError
+from quasar.experiment.catalogue import description
 from quasar.results.metrics import METRICS
 
 pytest.importorskip("griffe", reason="pip install -e .[docs]")
@@ -24,7 +25,7 @@ from scripts.docs.docstrings import listed
 from scripts.docs.formulas import with_mathml
 from scripts.docs.hints import allowed
 from scripts.docs.numbers import with_numbers
-from scripts.docs.yaml_keys import Key, description, keys
+from scripts.docs.yaml_keys import Key, keys
 
 ROOT = Path(__file__).parents[1]
 ALL_FILES = [file for file in sorted(CONF.rglob("*.yaml")) if file.parent.name != "experiment"]

@@ -61,17 +61,22 @@ def entries(group: str) -> list[Entry]:
 
 
 def first_sentence(file: Path) -> str:
-    """Return the first sentence of the comment that a YAML file begins with; its directives are left out.
+    """Return the first sentence of a YAML file's `description`.
 
     A sentence ends before a capital letter, so that "et al. 2024" does not end it.
     """
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z`\"'(])", description(file), maxsplit=1)[0]
+
+
+def description(file: Path) -> str:
+    """Return the comment that a YAML file begins with; its directives are left out."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if not line.startswith("# @"):
             lines.append(line.removeprefix("#").strip())
-    return re.split(r"(?<=[.?!])\s+(?=[A-Z`\"'(])", " ".join(lines), maxsplit=1)[0]
+    return " ".join(lines)
 
 
 def _entry(group: str, file: Path) -> Entry:

@@ -10,9 +10,10 @@ from typing import Any, get_args, get_type_hints
 
 from quasar.config.component import FRAMEWORK_KEYS, class_named
 from quasar.config.schema import CONF, RunConfig
+from quasar.experiment.catalogue import description
 from scripts.docs.hints import allowed
 from scripts.docs.markdown import escaped, row, table_head
-from scripts.docs.yaml_keys import Key, description, keys
+from scripts.docs.yaml_keys import Key, keys
 
 GROUPS = ("model", "drafter", "verifier", "decode", "data", "logger")
 _INTRODUCTION = """# Configuration

@@ -23,18 +23,6 @@ class Key:
     meaning: str
 
 
-def description(file: Path) -> str:
-    """Return the comment at the beginning of a file."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    found = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            found.append(line.removeprefix("#").strip())
-    return " ".join(found)
-
-
 def keys(file: Path) -> Iterator[Key]:
     """Yield every key of a file, mappings before the keys inside them. The defaults list is left out."""
     text = file.read_text(encoding="utf-8")
