@@ -283,17 +283,15 @@ def test_the_warm_up_does_not_enter_the_session(run: Run, monkeypatch: pytest.Mo
     assert memories[2] > 0
 
 
-def test_auto_draft_lengths_of_several_attempts_are_named(run: Run, tmp_path: Path) -> None:
-    chosen = ["drafter=ngram", "decode.draft_tokens=auto"]
-    assert run(*chosen)[0] == 0
-    interrupt(tmp_path / "out", 2)
-    code, out, _ = run(*chosen)
-    assert code == 0
-    assert "the estimates behind automatic lengths" in out
-
-
-def test_blocks_of_several_attempts_are_named(run: Run, tmp_path: Path) -> None:
-    chosen = ["drafter=cascade", "drafter.inner={name: int8, method: rtn}"]
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["drafter=ngram", "decode.draft_tokens=auto"],
+        ["drafter=cascade", "drafter.inner={name: int8, method: rtn}"],
+    ],
+    ids=["lengths", "blocks"],
+)
+def test_automatic_lengths_of_several_attempts_are_named(run: Run, tmp_path: Path, chosen: list[str]) -> None:
     assert run(*chosen)[0] == 0
     interrupt(tmp_path / "out", 2)
     code, out, _ = run(*chosen)
