@@ -37,6 +37,11 @@ class Trajectory:
     noise_kl: list[float]
     noise_top1: list[bool]
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer, by the name that it has in the records of a run."""
+        return self.answer
+
 
 @dataclass(frozen=True)
 class Fidelity:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import zip_longest
-from typing import TypeVar
 
 import torch
 
@@ -22,6 +21,7 @@ from quasar.decoding.stopping import Limits, StopStrings
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
 from quasar.evaluation.accuracy import graded
+from quasar.evaluation.conversation import conversation
 from quasar.evaluation.exactness import compare
 from quasar.evaluation.fidelity import Fidelity, ReferencePath, Trajectories, measure
 from quasar.evaluation.prompts import Prompt
@@ -44,7 +44,6 @@ from quasar.results.schema import (
 from quasar.verifiers.base import Verifier
 
 OnStep = Callable[[StepResult], None]
-Answer = TypeVar("Answer", Turn, ForcedAnswer)
 
 WARM_UP: list[Message] = [{"role": "user", "content": "Say hello, hello, hello."}]
 """The conversation that is decoded for warm-up."""
@@ -108,8 +107,9 @@ class PromptDecoder:
         def follow(tokens: list[int], key: str) -> ForcedAnswer:
             return self._follow_reference(tokens, key + repeated, compares=repetition == 0)
 
-        turns = self._converse(prompt, decode_turn)
-        fidelity = self._converse(prompt, follow) if self.follows_reference else []
+        converse = partial(conversation, prompt, self.tokenizer, self.limits.context_length)
+        turns = converse(decode_turn)
+        fidelity = converse(follow) if self.follows_reference else []
         if self.sampling.greedy:
             turns = [_with_reference(turn, answer) for turn, answer in zip_longest(turns, fidelity[: len(turns)])]
         grades = self.settings.evaluate.accuracy and not self.simulated
@@ -122,23 +122,6 @@ class PromptDecoder:
         self._generate(tokens, self.drafter, self.verifier, "warm-up", max_new_tokens=8)
         if self.reference is not None:
             self._generate(tokens, NoneDrafter(), self.reference, "warm-up", max_new_tokens=8)
-
-    def _converse(self, prompt: Prompt, answer: Callable[[list[int], str], Answer]) -> list[Answer]:
-        """Call ``answer`` with each turn's (token ids, key) and return the results.
-
-        The ``token_ids`` of a result are the reply in the context of the next turn. The conversation ends before the
-        first turn that does not fit the context window.
-        """
-        messages: list[Message] = []
-        turns: list[Answer] = []
-        for number, text in enumerate(prompt.turns):
-            messages.append({"role": "user", "content": text})
-            tokens = self.tokenizer.encode_chat(messages)
-            if len(tokens) >= self.limits.context_length:
-                break
-            turns.append(answer(tokens, f"{prompt.key}/{number}"))
-            messages.append({"role": "assistant", "content": self.tokenizer.decode(turns[-1].token_ids)})
-        return turns
 
     def _decode_turn(self, tokens: list[int], key: str, on_step: OnStep | None) -> Turn:
         """Decode freely with the pair and with each autoregressive baseline, one after the other in a drawn order."""

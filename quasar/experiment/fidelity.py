@@ -14,10 +14,10 @@ from quasar.config.inputs import expanded, kind_of, read_text
 from quasar.config.schema import DataConfig, RunConfig
 from quasar.errors import RequestError
 from quasar.evaluation.comparison import WINDOW, Comparison, compare, windows
+from quasar.evaluation.conversation import conversation
 from quasar.evaluation.fidelity import Trajectories, Trajectory, trajectory_of
 from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
 from quasar.experiment.standalone import Standalone, build_alone
-from quasar.model.tokenizer import Message
 from quasar.results.comparison import Compared, Table
 from quasar.results.console import Reporter
 from quasar.results.store import write_atomically
@@ -127,20 +127,14 @@ def _source(path: Path) -> _Prompts | _PlainText:
 def _answered(a: Standalone, prompt: Prompt) -> list[Trajectory]:
     """Return A's greedy answer to every turn. The ones of the reference are cached for all runs."""
     verifier, length, stop = a.verifier, a.settings.decode.max_new_tokens, a.tokenizer.stop_tokens
-    messages: list[Message] = []
-    found: list[Trajectory] = []
-    for turn in prompt.turns:
-        messages.append({"role": "user", "content": turn})
-        tokens = a.tokenizer.encode_chat(messages)
-        if len(tokens) >= verifier.context_length:
-            break
+    cached = Trajectories(a.checkpoint.identity, verifier.device, verifier.dtype)
+
+    def answered(tokens: list[int], key: str) -> Trajectory:
         if verifier.is_reference:
-            cached = Trajectories(a.checkpoint.identity, verifier.device, verifier.dtype)
-            found.append(cached.get(verifier, tokens, length, stop))
-        else:
-            found.append(trajectory_of(verifier, tokens, length, stop))
-        messages.append({"role": "assistant", "content": a.tokenizer.decode(found[-1].answer)})
-    return found
+            return cached.get(verifier, tokens, length, stop)
+        return trajectory_of(verifier, tokens, length, stop)
+
+    return conversation(prompt, a.tokenizer, verifier.context_length, answered)
 
 
 def _compared(a: Standalone, b: Standalone, trajectories: Sequence[Trajectory]) -> Comparison:
