@@ -212,21 +212,19 @@ def _serve(task: Task) -> None:
 
 def _own_engine(task: Task) -> Engine:
     import torch
-    from hydra import compose, initialize_config_dir
 
     from quasar.config.build import build
-    from quasar.config.schema import CONF, check, register
     from quasar.decoding.loop import decode
     from quasar.evaluation.prompts import load_prompts
     from quasar.experiment.build import prepare
     from quasar.experiment.decoder import PromptDecoder
+    from quasar.experiment.standalone import settings_of
+    from quasar.model.devices import use_threads
     from quasar.results.console import Reporter
     from quasar.results.schema import DECODE_PHASES
 
-    torch.set_num_threads(task.threads)
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = check(compose("config", overrides=[*OWN[task.engine], f"decode.max_new_tokens={task.tokens}"]))
+    use_threads(task.threads)
+    settings = settings_of([*OWN[task.engine], f"decode.max_new_tokens={task.tokens}"])
     parts = prepare(settings, load_prompts(settings.data), build("drafter", settings.drafter), Reporter())
     chosen = PromptDecoder(parts.settings, parts.drafter, parts.verifier, parts.tokenizer)
 
@@ -290,14 +288,10 @@ def _prompts(arguments: argparse.Namespace) -> list[Question]:
 
 def _checkpoint() -> Any:
     """Return the default model's checkpoint, whose folder transformers can load."""
-    from hydra import compose, initialize_config_dir
-
-    from quasar.config.schema import CONF, check, register
+    from quasar.experiment.standalone import settings_of
     from quasar.model.sources import locate
 
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return locate(check(compose("config")).model, lambda *progress: None)
+    return locate(settings_of([]).model, lambda *progress: None)
 
 
 def _origin(arguments: argparse.Namespace, model: str, prompts: int) -> dict[str, Any]:

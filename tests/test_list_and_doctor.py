@@ -21,8 +21,8 @@ from quasar.config.schema import CONF
 from quasar.doctor import kernels, machine, report, services, storage
 from quasar.doctor.finding import Finding
 from quasar.errors import RequestError
-from quasar.experiment.build import require_device
 from quasar.experiment.catalogue import GROUPS, entries, first_sentence
+from quasar.experiment.reference import require_device
 from quasar.results.load import Sample
 from tests.compose import composed_run
 

@@ -12,23 +12,21 @@ from typing import Any
 import torch
 
 from quasar.config.build import build, node_named
-from quasar.config.component import class_named
 from quasar.config.schema import RunConfig
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.drafters._adaptive_length import AdaptiveLength
 from quasar.drafters.base import Drafter, Resources
-from quasar.errors import RequestError
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
 from quasar.evaluation.sandbox import required_isolation
 from quasar.experiment.capacity import cache_capacity, timed_tokens
+from quasar.experiment.reference import Reference, locate_reference
 from quasar.experiment.rule import rule_of
-from quasar.model.devices import choose_device, choose_dtype
+from quasar.model.devices import choose_dtype
 from quasar.model.grid import weights_on_grid
-from quasar.model.sources import Checkpoint, locate
-from quasar.model.tokenizer import Tokenizer, load_tokenizer
-from quasar.model.transformer import Transformer
-from quasar.quantization.packed import load_reference, quantized_share
+from quasar.model.sources import Checkpoint
+from quasar.model.tokenizer import Tokenizer
+from quasar.quantization.packed import quantized_share
 from quasar.results.console import Reporter
 from quasar.results.environment import describe_machine
 from quasar.results.schema import Machine
@@ -73,18 +71,10 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
 
     Raises RequestError if the configuration does not fit the model or this machine.
     """
-    device = choose_device(settings.device)
-    require_device(settings, device)
-    dtype = choose_dtype(settings.verifier["dtype"], device)
-    with reporter.stages() as stage:
-        checkpoint = locate(settings.model, stage)
-    tokenizer = load_tokenizer(checkpoint)
-
-    def load(dtype: torch.dtype) -> Transformer:
-        with reporter.progress("loading weights") as advance:
-            return load_reference(checkpoint, dtype, device, advance)
-
-    model = load(dtype)
+    located = locate_reference(settings, reporter)
+    device, checkpoint, tokenizer = located.device, located.checkpoint, located.tokenizer
+    load = partial(located.load, reporter=reporter)
+    model = load(located.dtype)
     window = model.config.context_length
     capacity = max(
         cache_capacity(prompts, settings.decode.max_new_tokens, tokenizer, window),
@@ -105,7 +95,7 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
         "torch": torch.__version__,
     }
     with reporter.progress(f"preparing drafter={settings.drafter['name']}") as advance:
-        another = partial(_build_another, load, dtype, device, replace(setup, progress=advance))
+        another = partial(_build_another, located, reporter, replace(setup, progress=advance))
         resources = Resources(verifier, tokenizer.encode, another, calibration, identity, advance)
         drafter.prepare(resources)
     if settings.decode.draft_tokens == "auto" and not drafter.chooses_size:
@@ -138,27 +128,13 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
     )
 
 
-def require_device(settings: RunConfig, device: torch.device) -> None:
-    """Raise RequestError if the drafter or the verifier does not work on this type of device."""
-    for group, node in (("drafter", settings.drafter), ("verifier", settings.verifier)):
-        devices: tuple[str, ...] = getattr(class_named(node["_target_"], f"{group}._target_"), "devices", ())
-        if device.type not in devices:
-            raise RequestError(
-                f"{group}={node['name']}: does not work on device={device.type}, only on {' and '.join(devices)}"
-            )
-
-
 def _build_another(
-    load: Callable[[torch.dtype], Transformer],
-    run_dtype: torch.dtype,
-    device: torch.device,
-    setup: Setup,
-    choice: str | dict[str, Any],
+    located: Reference, reporter: Reporter, setup: Setup, choice: str | dict[str, Any]
 ) -> LayeredVerifier:
-    """Build another verifier of the run's model, given its name or its config node; ``dtype`` auto is ``run_dtype``."""
+    """Build another verifier of the run's model, given its name or its config node; ``dtype`` auto is the run's."""
     node = node_named("verifier", choice) if isinstance(choice, str) else choice
     name = node.get("dtype", "auto")
-    dtype = run_dtype if name == "auto" else choose_dtype(name, device)
-    built = build("verifier", node, load(dtype), setup)
+    dtype = located.dtype if name == "auto" else choose_dtype(name, located.device)
+    built = build("verifier", node, located.load(dtype, reporter), setup)
     assert isinstance(built, LayeredVerifier)
     return built

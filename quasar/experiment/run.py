@@ -18,7 +18,7 @@ from quasar.experiment.environment import environment_of
 from quasar.experiment.facts import facts_of
 from quasar.experiment.header import print_header
 from quasar.experiment.passes import points_of, time_passes
-from quasar.model.devices import check_machine
+from quasar.model.devices import use_threads
 from quasar.results.console import Reporter
 from quasar.results.metrics import Measured, compute, summary_of
 from quasar.results.report import print_report
@@ -38,9 +38,7 @@ def run(
     ``failed`` and keeps the records of all finished prompts.
     """
     settings = check(config)
-    check_machine(settings.threads)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     required_isolation(settings.evaluate)
     prompts = load_prompts(settings.data)
     drafter: Drafter = build("drafter", settings.drafter)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
@@ -18,10 +17,10 @@ from quasar.config.schema import CONF, RunConfig, check, register
 from quasar.errors import RequestError, first_line
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
-from quasar.model.devices import check_machine, choose_device, choose_dtype
-from quasar.model.sources import Checkpoint, locate
-from quasar.model.tokenizer import Tokenizer, load_tokenizer
-from quasar.quantization.packed import load_reference
+from quasar.experiment.reference import locate_reference
+from quasar.model.devices import use_threads
+from quasar.model.sources import Checkpoint
+from quasar.model.tokenizer import Tokenizer
 from quasar.results.console import Reporter
 from quasar.results.schema import Json
 from quasar.verifiers.base import Setup, Verifier
@@ -102,16 +101,10 @@ def build_alone(
     Raises RequestError if the configuration does not fit the model or this machine.
     """
     settings = settings_of([*common, *split(overrides)])
-    check_machine(settings.threads)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.verifier["dtype"], device)
-    with reporter.stages() as stage:
-        checkpoint = locate(settings.model, stage)
-    tokenizer = load_tokenizer(checkpoint)
-    with reporter.progress(f"loading {checkpoint.name}") as advance:
-        model = load_reference(checkpoint, dtype, device, advance)
+    use_threads(settings.threads)
+    located = locate_reference(settings, reporter)
+    checkpoint, tokenizer = located.checkpoint, located.tokenizer
+    model = located.load(located.dtype, reporter)
     calibration = partial(prepare_calibration, settings.calibration, evaluated(settings), tokenizer, checkpoint)
     with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
         setup = Setup(folder=checkpoint.folder, identity=checkpoint.identity, progress=advance, calibration=calibration)

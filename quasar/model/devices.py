@@ -27,6 +27,13 @@ def check_machine(threads: int | None) -> None:
         raise RequestError(str(error)) from None
 
 
+def use_threads(threads: int | None) -> None:
+    """Compute with this number of threads from now on; None for PyTorch's choice. Raises what `check_machine` does."""
+    check_machine(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device; ``auto`` is CUDA if it is available. Raises RequestError if ``cuda`` is not available."""
     if name == "cuda" and not torch.cuda.is_available():
