@@ -16,6 +16,7 @@ from quasar.results.figures.arms import Arms, in_common_setting, largest
 from quasar.results.figures.fidelity import pareto_front
 from quasar.results.figures.interaction import interactions
 from quasar.results.figures.marks import ratio_ticks, spread
+from quasar.results.figures.speed import analytic_optimum
 from quasar.results.intervals import Estimate
 from tests.synthetic import LENGTHS, MAIN, MATRIX, STRENGTHS, SyntheticArm, experiment_rows, synthetic_provenance
 
@@ -129,6 +130,19 @@ def test_draft_lengths_show_every_length_and_auto() -> None:
     assert [x for x, _ in curve] == [1, 2, 3, 5, 8, 12]
     assert curve[2][1] == pytest.approx(of(rows, LENGTHS[2], "reference_text_speedup").value)
     assert "auto" in texts(drawn)
+
+
+def test_the_analytic_optimum_weighs_expected_tokens_against_the_time_of_a_step() -> None:
+    rows = experiment_rows(
+        [replace(arm, acceptance=(0.45,) * len(arm.acceptance)) for arm in LENGTHS[:7]], FAMILIES, prompts=3
+    )
+    arms = Arms(rows)
+    lengths = [arm for arm in arms.all if arm.draft_tokens.isdigit()]
+    # (1 - 0.45^(γ+1)) / 0.55 tokens in 1 + 0.03 γ: 1.41, 1.56, 1.60, 1.57, 1.46, 1.34 for γ = 1, 2, 3, 5, 8, 12.
+    assert analytic_optimum(arms, lengths) == 3
+    assert analytic_optimum(arms, lengths[1:]) is None
+    triangle = [line for line in lines(picture("draft_length", rows, synthetic_provenance())) if line == [(3.0, 0.0)]]
+    assert len(triangle) == 1
 
 
 def test_an_interaction_is_framed_and_none_is_invented() -> None:

@@ -17,6 +17,7 @@ from quasar.decoding.acceptance import AcceptanceRule
 from quasar.decoding.draft import StepResult
 from quasar.decoding.loop import Generation, decode
 from quasar.decoding.sampling import Sampling
+from quasar.decoding.seams import Verifying
 from quasar.decoding.stopping import Limits, StopStrings
 from quasar.drafters.base import Drafter
 from quasar.drafters.none import NoneDrafter
@@ -26,6 +27,7 @@ from quasar.evaluation.exactness import compare
 from quasar.evaluation.fidelity import Fidelity, ReferencePath, Trajectories, measure
 from quasar.evaluation.prompts import Prompt
 from quasar.experiment.rule import rule_of, sampling_of
+from quasar.experiment.shared_prompt import SharedPrompt
 from quasar.model.tokenizer import Message, Tokenizer
 from quasar.results.baselines import Baseline, SharedBaselines, local_baseline
 from quasar.results.schema import (
@@ -217,9 +219,10 @@ class PromptDecoder:
 
         Returns the pair's tokens per step, and the decode time of each in milliseconds.
         """
-        arms: dict[str, tuple[Drafter, Verifier]] = {"pair": (self.drafter, self.verifier)}
+        shared = SharedPrompt(self.verifier)
+        arms: dict[str, tuple[Drafter, Verifying]] = {"pair": (self.drafter, shared)}
         if self.settings.evaluate.baselines:
-            arms["ar_same"] = (NoneDrafter(), self.verifier)
+            arms["ar_same"] = (NoneDrafter(), shared)
             if self.reference is not None:
                 arms["ar_ref"] = (NoneDrafter(), self.reference)
         emitted: list[int] = []
@@ -256,7 +259,7 @@ class PromptDecoder:
         self,
         tokens: list[int],
         drafter: Drafter,
-        verifier: Verifier,
+        verifier: Verifying,
         key: str,
         on_step: OnStep | None = None,
         max_new_tokens: int | None = None,

@@ -208,7 +208,10 @@ def _select_draft_length(arms: Arms) -> Selection:
 
 
 def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) -> None:
-    """A line per verifier and drafter over the fixed draft lengths, its best length ringed, and auto at the right."""
+    """A line per verifier and drafter over the fixed draft lengths, its best length ringed, and auto at the right.
+
+    A triangle at the bottom marks the length that `analytic_optimum` finds.
+    """
     axes = picture.subplots()
     fixed = [arm for arm in selection.arms if arm.draft_tokens.isdigit()]
     right = max(int(arm.draft_tokens) for arm in fixed)
@@ -226,6 +229,9 @@ def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) 
             point(axes, arm, place, found, face=look.colour, size=3)
         best = int(np.argmax([found.value for found in values]))
         axes.plot(places[best], values[best].value, "o", markersize=8, fillstyle="none", color=look.colour)
+        optimum = analytic_optimum(arms, lengths)
+        if optimum is not None:
+            axes.plot(optimum, 0.0, "^", transform=axes.get_xaxis_transform(), clip_on=False, color=look.colour)
         end = (float(places[-1]), values[-1].value)
         for arm in line:
             if arm.draft_tokens == "auto":
@@ -241,8 +247,32 @@ def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) 
     ratio_axis(axes, "y")
     axes.set_xlabel("draft length limit, tokens")
     axes.set_ylabel(SPEEDUP_AXIS)
-    subtitle(axes, "ringed: the best fixed length", selection.note)
+    subtitle(axes, "ringed: the best fixed length; triangle: the best by theory", selection.note)
     name_ends(axes, names)
+
+
+def analytic_optimum(arms: Arms, lengths: list[Arm]) -> int | None:
+    """Return the draft length that is best if every draft token is accepted with the same probability.
+
+    lengths: one verifier and drafter with several fixed draft lengths
+
+    With acceptance α a step of γ draft tokens emits (1 - α^(γ+1)) / (1 - α) tokens on average (Leviathan et al. 2023,
+    equation 1). α is the share of accepted tokens at draft length 1, per step, so that a step without a draft counts as
+    a rejection. The time of a step with γ draft tokens is the measured one, because it does not grow in proportion to
+    γ, and the optimum is searched among the measured lengths. None if length 1 or a step time was not measured.
+    """
+    first = next((arm for arm in lengths if arm.draft_tokens == "1"), None)
+    single = None if first is None else arms.estimate(first, "mean_acceptance_length_ref")
+    times = {int(arm.draft_tokens): arms.estimate(arm, "step_ms") for arm in lengths}
+    if single is None or None in times.values():
+        return None
+    acceptance = single.value - 1
+    speeds = {
+        length: sum(acceptance**accepted for accepted in range(length + 1)) / found.value
+        for length, found in times.items()
+        if found is not None
+    }
+    return max(speeds, key=lambda length: speeds[length])
 
 
 def _select_break_even(arms: Arms) -> Selection:
