@@ -141,8 +141,9 @@ def test_the_analytic_optimum_weighs_expected_tokens_against_the_time_of_a_step(
     # (1 - 0.45^(γ+1)) / 0.55 tokens in 1 + 0.03 γ: 1.41, 1.56, 1.60, 1.57, 1.46, 1.34 for γ = 1, 2, 3, 5, 8, 12.
     assert analytic_optimum(arms, lengths) == 3
     assert analytic_optimum(arms, lengths[1:]) is None
-    triangle = [line for line in lines(picture("draft_length", rows, synthetic_provenance())) if line == [(3.0, 0.0)]]
-    assert len(triangle) == 1
+    drawn = picture("draft_length", rows, synthetic_provenance())
+    triangles = [line.get_xdata() for line in drawn.axes[0].lines if line.get_marker() == "^"]
+    assert triangles == [[3]]
 
 
 def test_an_interaction_is_framed_and_none_is_invented() -> None:
@@ -163,16 +164,22 @@ def test_an_interaction_is_framed_and_none_is_invented() -> None:
     assert len(frames) == sum(cell.significant for cell in cells.values())
 
 
-def test_outputs_that_differ_are_ticks_and_equal_ones_full_bars() -> None:
-    arms = [replace(ARMS[1], divergent=0.5), ARMS[2]]
+def test_cells_of_exactness_say_how_many_outputs_are_equal_and_where_others_part() -> None:
+    arms = [replace(ARMS[1], divergent=0.5), replace(ARMS[1], drafter="lookahead"), ARMS[2]]
     rows = experiment_rows(arms, FAMILIES, prompts=4, repetitions=1)
     drawn = picture("exactness", rows, synthetic_provenance())
-    differing = rows["first_divergence"].dropna().astype(float).tolist()
-    assert differing
-    assert [x for x, _ in lines(drawn)[0]] == differing
-    assert [bar.get_width() for bar in drawn.axes[0].patches] == [min(differing), 128]
-    assert f"{8 - len(differing)} of 8" in texts(drawn)
-    assert "8 of 8" in texts(drawn)
+    differing = rows["first_divergence"].dropna().astype(int)
+    count = 4 * len(FAMILIES)
+    assert len(differing)
+    cells = [text.get_text() for text in drawn.axes[0].texts]
+    assert cells == [
+        f"{count - len(differing)} of {count}\nfrom {differing.min()}",
+        f"{count} of {count}",
+        f"{count} of {count}",
+    ]
+    unequal, equal, other = (patch.get_facecolor() for patch in drawn.axes[0].patches)
+    assert equal == other != unequal
+    assert f"{3 * count - len(differing)} of {3 * count} outputs, {rows['tokens'].sum()} tokens in all" in texts(drawn)
 
 
 def test_parts_of_a_step_add_up(rows: pd.DataFrame) -> None:

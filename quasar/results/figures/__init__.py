@@ -12,13 +12,14 @@ from quasar.errors import RequestError
 from quasar.results.figures import style
 from quasar.results.figures.acceptance import ACCEPTANCE
 from quasar.results.figures.arms import Arms
+from quasar.results.figures.exactness import EXACTNESS
 from quasar.results.figures.fidelity import FIDELITY
 from quasar.results.figures.figure import Figure
 from quasar.results.figures.interaction import MATRICES
 from quasar.results.figures.speed import SPEED
 from quasar.results.provenance import Provenance
 
-FIGURES: tuple[Figure, ...] = (*SPEED, *FIDELITY, *ACCEPTANCE, MATRICES)
+FIGURES: tuple[Figure, ...] = (*SPEED, *FIDELITY, EXACTNESS, *ACCEPTANCE, MATRICES)
 """Every figure, in the order in which they are drawn."""
 
 

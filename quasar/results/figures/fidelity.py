@@ -1,11 +1,10 @@
-"""Figures of fidelity: what damage does to τ, what bytes buy, and whether speculation changes the text."""
+"""Figures of fidelity: what damage does to τ, and what bytes buy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-import pandas as pd
 from matplotlib.axis import Axis
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
@@ -13,7 +12,7 @@ from quasar.errors import RequestError
 from quasar.results.figures import style
 from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting
 from quasar.results.figures.figure import Figure, Selection
-from quasar.results.figures.marks import Name, name_points, named_rows, point, ratio_axis, subtitle
+from quasar.results.figures.marks import Name, name_points, point, ratio_axis, subtitle
 from quasar.results.figures.speed import SPEEDUP, SPEEDUP_AXIS
 from quasar.results.intervals import Estimate
 
@@ -123,43 +122,6 @@ def pareto_front(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
     return front
 
 
-def _select_exactness(arms: Arms) -> Selection:
-    found = arms.measured("exact_match_to_self", of=lambda arm: arm.temperature == 0 and arm.drafter != NO_DRAFTER)
-    return Selection(found)
-
-
-def draw_exactness(picture: style.Picture, arms: Arms, selection: Selection) -> None:
-    """A row per arm: a dot at the first token that differs, per prompt, and a full bar if no output differs."""
-    axes = picture.subplots()
-    end = max(arm.max_new_tokens for arm in selection.arms)
-    for row, arm in enumerate(selection.arms):
-        places = first_differences(arm.rows)
-        reach = float(arm.max_new_tokens if places.empty else places.min())
-        axes.barh(row, reach, height=0.5, color=arm.look.colour, alpha=0.3)
-        axes.plot(places, [row] * len(places), "|", color=arm.look.colour, markersize=6, markeredgewidth=0.8)
-        equal, compared = int(arm.rows["match_self"].sum()), int(arm.rows["compared"].sum())
-        axes.annotate(
-            f"{equal} of {compared}",
-            (1, row),
-            (4, 0),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            va="center",
-            fontsize=style.LABEL_SIZE,
-            annotation_clip=False,
-        )
-    named_rows(axes, [arm.name for arm in selection.arms])
-    axes.set_xlim(0, end)
-    axes.set_xlabel("tokens until the first difference")
-    subtitle(axes, "ticks: outputs that differ", "at the right: equal outputs", width=0.75 * style.ONE_COLUMN)
-
-
-def first_differences(rows: pd.DataFrame) -> pd.Series:
-    """Return the tokens at which outputs first differ from AR-same, one per prompt and repetition that differs."""
-    found: pd.Series = rows["first_divergence"].dropna().astype(float)
-    return found
-
-
 def _damaged(arms: Arms, found: Sequence[Arm]) -> list[Arm]:
     """Return the arms that have a place on a logarithmic axis of KL. Raises RequestError if none has."""
     kept = [arm for arm in found if arms.value(arm, KL).value > 0]
@@ -198,14 +160,5 @@ FIDELITY = (
         draw_pareto,
         lambda selection: 2.9,
         style.TWO_COLUMNS,
-    ),
-    Figure(
-        "exactness",
-        "Does speculation change the text?",
-        "Tokens until an arm's greedy output first differs from autoregressive decoding with the same verifier.",
-        ("compared", "match_self"),
-        _select_exactness,
-        draw_exactness,
-        lambda selection: 0.9 + 0.17 * len(selection.arms),
     ),
 )

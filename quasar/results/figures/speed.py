@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import offset_copy
 
 from quasar.errors import RequestError
 from quasar.results.estimates import QUANTITIES, UNQUANTIZED
@@ -210,7 +211,7 @@ def _select_draft_length(arms: Arms) -> Selection:
 def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) -> None:
     """A line per verifier and drafter over the fixed draft lengths, its best length ringed, and auto at the right.
 
-    A triangle at the bottom marks the length that `analytic_optimum` finds.
+    A triangle below a point marks the length that `analytic_optimum` finds.
     """
     axes = picture.subplots()
     fixed = [arm for arm in selection.arms if arm.draft_tokens.isdigit()]
@@ -231,7 +232,10 @@ def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) 
         axes.plot(places[best], values[best].value, "o", markersize=8, fillstyle="none", color=look.colour)
         optimum = analytic_optimum(arms, lengths)
         if optimum is not None:
-            axes.plot(optimum, 0.0, "^", transform=axes.get_xaxis_transform(), clip_on=False, color=look.colour)
+            below = offset_copy(axes.transData, picture, y=-7, units="points")
+            axes.plot(
+                optimum, values[places.index(optimum)].value, "^", transform=below, markersize=4, color=look.colour
+            )
         end = (float(places[-1]), values[-1].value)
         for arm in line:
             if arm.draft_tokens == "auto":
@@ -247,7 +251,7 @@ def draw_draft_length(picture: style.Picture, arms: Arms, selection: Selection) 
     ratio_axis(axes, "y")
     axes.set_xlabel("draft length limit, tokens")
     axes.set_ylabel(SPEEDUP_AXIS)
-    subtitle(axes, "ringed: the best fixed length; triangle: the best by theory", selection.note)
+    subtitle(axes, "ring: the best fixed length", "triangle: the best by theory", selection.note)
     name_ends(axes, names)
 
 
