@@ -10,7 +10,8 @@ from quasar.errors import RequestError
 from quasar.results.console import Reporter
 from quasar.results.generations import read_passes, read_records
 from quasar.results.load import worst_of
-from quasar.results.metrics import Measured, RunFacts, compute
+from quasar.results.measured import Measured, RunFacts
+from quasar.results.metrics import compute
 from quasar.results.report import acceptance_line, print_results
 from quasar.results.runs import StoredRun, flatten, read_run
 from quasar.results.schema import Json
