@@ -202,7 +202,7 @@ class Kind:
 def kinds() -> list[Kind]:
     """Return the kinds in the cache in alphabetical order."""
     folders = sorted(folder for folder in _children(cache_folder()) if folder.is_dir())
-    return [Kind(folder.name, len(_entries(folder)), _bytes_below(folder)) for folder in folders]
+    return [Kind(folder.name, len(_entries(folder)), bytes_below(folder)) for folder in folders]
 
 
 def clear(kind: str | None = None) -> int:
@@ -220,9 +220,18 @@ def clear(kind: str | None = None) -> int:
         for entry in _children(folder):
             if entry.name.split(".", 1)[0] in busy or entry.stem in busy:
                 continue
-            freed += _bytes_below(entry) if entry.is_dir() else entry.stat().st_size
+            freed += bytes_below(entry) if entry.is_dir() else entry.stat().st_size
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return freed
+
+
+def bytes_below(folder: Path) -> int:
+    """Return the size of all files in a folder and its subfolders. Files that disappear meanwhile do not count."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size
+    return total
 
 
 def device_identity(device: torch.device) -> str:
@@ -306,12 +315,3 @@ def _entries(folder: Path) -> list[Path]:
 
 def _children(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
-        # Other processes may delete files meanwhile.
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size
-    return total

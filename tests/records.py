@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quasar.results.metrics import RunFacts
+from quasar.results.measured import RunFacts
 from quasar.results.schema import Environment, Inputs, Machine, Milliseconds, ModelFiles, Steps, Turn
 
 

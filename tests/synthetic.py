@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from quasar.results.provenance import Provenance
+from quasar.results.rows import table_of
 
 FAMILIES = ("math_reasoning", "mt_bench", "qa", "summarization", "translation")
 AR_MS = 21.0
@@ -138,7 +139,7 @@ def experiment_rows(
                 row |= {"family": family, "question": question, "repetition": repetition}
                 row |= {"compared": 1, "match_self": int(first is None), "first_divergence": first}
                 rows.append(row)
-    return pd.DataFrame(rows).convert_dtypes(convert_floating=False)
+    return table_of(rows)
 
 
 def _row(generator: np.random.Generator, arm: SyntheticArm, effect: float, machine: float) -> dict[str, Any]:

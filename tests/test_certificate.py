@@ -13,7 +13,7 @@ from quasar.decoding.sampling import Sampling
 from quasar.decoding.scores import Scores
 from quasar.evaluation.exactness import Comparison, compare
 from quasar.results.certificate import Certificate, certificate
-from quasar.results.metrics import Measured
+from quasar.results.measured import Measured
 from quasar.results.schema import Exactness, PromptRecord
 from quasar.testing import tiny_model
 from quasar.verifiers.base import Setup

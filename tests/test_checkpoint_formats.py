@@ -23,7 +23,7 @@ from quasar.quantization.layers import Fp8Linear, GroupInt8Linear, W4Linear, W8A
 from quasar.quantization.packed import load_packed, load_reference, open_packed, quantized_share
 from quasar.quantization.packed_safetensors import SafetensorsCheckpoint
 from tests.gguf_files import is_linear, write_gguf
-from tests.test_packed import CONFIG, GROUP, TOKENS, assert_recorded, into_int32, write
+from tests.test_packed import CONFIG, GROUP, TOKENS, assert_recorded, gptq_tensors, write
 
 Change = Callable[[dict], None]
 
@@ -255,10 +255,7 @@ def test_activation_order_of_gptq(activation_bits: int, dense: LlamaForCausalLM,
             continue
         made, layer = Layer(weight, 4, "group", shuffled=True), name.removesuffix(".weight")
         back[name] = made.restored()
-        tensors[f"{layer}.qweight"] = into_int32(made.values.int() + 8).T
-        tensors[f"{layer}.qzeros"] = into_int32(torch.full_like(made.scales.T, 7).int())
-        tensors[f"{layer}.scales"] = made.scales.T
-        tensors[f"{layer}.g_idx"] = made.group_of.int()
+        tensors |= gptq_tensors(layer, made.values.int() + 8, made.scales, made.zeros.int() + 8, made.group_of)
     write(tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True})
     expected = logits_of(dense, back)
     model = load_packed(open_packed(tmp_path), torch.float32, torch.device("cpu"), activation_bits, lambda *_: None)

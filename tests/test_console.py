@@ -12,7 +12,8 @@ from rich.cells import cell_len
 
 from quasar.results.console import PLAIN_WIDTH, Reporter, _Console
 from quasar.results.layout import Column, fit
-from quasar.results.metrics import METRICS, Measured, compute, ranked
+from quasar.results.measured import Measured
+from quasar.results.metrics import METRICS, compute, ranked
 from quasar.results.report import print_report
 from quasar.results.schema import PromptRecord
 from tests.records import facts, turn

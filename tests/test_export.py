@@ -20,7 +20,7 @@ from quasar.experiment.standalone import build_alone
 from quasar.model.tokenizer import _byte_tokenizer
 from quasar.quantization.export import pack
 from quasar.quantization.packed import open_packed
-from quasar.quantization.packed_safetensors import unpack
+from quasar.quantization.packed_source import unpack
 from quasar.results.console import Reporter
 from quasar.verifiers.base import Verifier
 from quasar.verifiers.transformer import TransformerVerifier

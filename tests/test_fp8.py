@@ -104,7 +104,7 @@ def test_a_row_depends_on_no_other_row() -> None:
     x = normal(64, 576, dtype=torch.bfloat16)
     x[3] *= 100
     weight = Fp8Weight.rounded(normal(160, 576, seed=1))
-    if weight.packed_for_kernels() is None:
+    if weight.packed_for_cpu is None:
         pytest.skip("holds for the kernels, and this machine cannot compile them")
     alone = torch.cat([linear_fp8(x[row : row + 1], weight) for row in range(64)])
     for rows in range(1, 65):
@@ -152,7 +152,7 @@ def test_the_verifier_is_fp8_throughout_and_says_that_it_is_emulated() -> None:
 
 def test_the_verifiers_blocks_equal_its_single_steps_bit_for_bit() -> None:
     verifier = Fp8Verifier(tiny(), Setup())
-    if verifier.model.blocks[0].mlp.down.weight.packed_for_kernels() is None:
+    if verifier.model.blocks[0].mlp.down.weight.packed_for_cpu is None:
         pytest.skip("holds for the kernels, and this machine cannot compile them")
     verifier.prefill(torch.tensor([1, 2, 3]))
     block = verifier.verify(4, Draft.chain([5, 6, 7, 8])).logits.clone()

@@ -152,7 +152,7 @@ def stored_parts(layer: torch.nn.Module) -> list[Tensor]:
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor):
         return [weight]
-    packed = None if weight is None else weight.packed_for_kernels()
+    packed = None if weight is None else weight.packed_for_cpu
     if packed is None:
         return []
     numbers = [part for part in (packed.scales, packed.zeros) if part is not None]

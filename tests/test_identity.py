@@ -36,7 +36,8 @@ from quasar.evaluation.fidelity import ReferencePath
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.sources import Checkpoint
 from quasar.model.tokenizer import Tokenizer, load_tokenizer
-from quasar.results.metrics import Measured, acceptance_by_position, acceptance_rate, mean_acceptance_length
+from quasar.results.measured import Measured
+from quasar.results.metrics import acceptance_by_position, acceptance_rate, mean_acceptance_length
 from quasar.results.schema import PromptRecord, Steps
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier

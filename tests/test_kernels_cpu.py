@@ -315,15 +315,17 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 
 def test_packing_keeps_every_value(level: str) -> None:
-    int8 = int8_weight(64, 96)
-    values = int8.values.clone()
-    int8.packed_for_kernels()
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-127, 128, (64, 96), dtype=torch.int8, generator=generator)
+    int8 = Int8Weight(values, torch.ones(64))
+    assert (int8.packed_for_cpu is None) == (level == "torch")
     assert torch.equal(int8.values, values)
-    for zeros in ("symmetric", "integer", "fraction"):
-        int4 = int4_weight(64, 96, 32, zeros)
-        before = [part.clone() for part in int4.canonical()]
-        int4.packed_for_kernels()
-        assert all(torch.equal(*pair) for pair in zip(int4.canonical(), before, strict=True))
+    nibbles, scales = torch.randint(0, 256, (64, 48), dtype=torch.uint8, generator=generator), torch.full((64, 3), 0.5)
+    integers, fractions = (torch.rand(64, 3, generator=generator) * 15 for _ in range(2))
+    for zeros in (torch.full((64, 3), 8.0), integers.round(), fractions):
+        int4 = Int4Weight(nibbles, scales, zeros, symmetric=bool((zeros == 8).all()))
+        assert (int4.packed_for_cpu is None) == (level == "torch")
+        assert all(torch.equal(*pair) for pair in zip(int4.canonical(), (nibbles, scales, zeros), strict=True))
     dense = normal(64, 96, dtype=torch.bfloat16)
     weight = DenseWeight(dense)
     assert torch.equal(weight.values, dense)
@@ -587,7 +589,7 @@ def run_guarded(at_end: bool) -> None:
 
 
 def packed(weight: Int8Weight | GroupInt8Weight | Int4Weight | DenseWeight) -> packing.PackedWeight:
-    found = weight.packed_for_kernels()
+    found = weight.packed_for_cpu
     assert found is not None
     return found
 

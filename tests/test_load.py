@@ -15,7 +15,8 @@ from quasar import SPINS
 from quasar.results import load
 from quasar.results.console import Reporter
 from quasar.results.load import DISTURBED, between, parsed, sample, worst_of
-from quasar.results.metrics import Measured, compute
+from quasar.results.measured import Measured
+from quasar.results.metrics import compute
 from quasar.results.overview import remarks
 from quasar.results.report import print_results
 from quasar.results.runs import StoredRun

@@ -13,7 +13,9 @@ from quasar.decoding import stopwatch
 from quasar.results import metrics, schema
 from quasar.results.collect import Collector, tabulate
 from quasar.results.console import Reporter
-from quasar.results.metrics import METRICS, Measured, Metric, compute, named, summary_of
+from quasar.results.measured import Measured
+from quasar.results.metric import Metric
+from quasar.results.metrics import METRICS, compute, named, summary_of
 from quasar.results.report import print_report
 from quasar.results.schema import Baselines, Exactness, ForcedAnswer, PassRecord, PromptRecord, Timing
 from quasar.results.store import RunFolder

@@ -86,6 +86,18 @@ def into_int32(values: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tens
     return (packed - ((packed >> 31) << 32)).int()
 
 
+def gptq_tensors(
+    layer: str, values: Tensor, scales: Tensor, zeros: Tensor, group_of_input: Tensor
+) -> dict[str, Tensor]:
+    """A layer with values in 0..15 as a GPTQ checkpoint stores it: weights packed along the inputs, zeros less 1."""
+    return {
+        f"{layer}.qweight": into_int32(values).T,
+        f"{layer}.qzeros": into_int32(zeros.T.contiguous() - 1),
+        f"{layer}.scales": scales.T,
+        f"{layer}.g_idx": group_of_input.int(),
+    }
+
+
 def assert_recorded(path: Path) -> None:
     """A checkpoint with 96 tokens runs from a tape, which computes the same as its calls one by one."""
     if cpu.backend() is None:
@@ -119,10 +131,7 @@ def test_four_bit_safetensors(
         back[name] = restored(values, scales, zeros)
         layer = name.removesuffix(".weight")
         if method == "gptq":
-            tensors[f"{layer}.qweight"] = into_int32(values.T.contiguous().T).T  # along the inputs
-            tensors[f"{layer}.qzeros"] = into_int32(zeros.T.contiguous() - 1)
-            tensors[f"{layer}.scales"] = scales.T
-            tensors[f"{layer}.g_idx"] = (torch.arange(weight.shape[1]) // GROUP).int()
+            tensors |= gptq_tensors(layer, values, scales, zeros, torch.arange(weight.shape[1]) // GROUP)
         elif method == "awq":
             tensors[f"{layer}.qweight"] = into_int32(values.T.contiguous(), (0, 2, 4, 6, 1, 3, 5, 7))
             tensors[f"{layer}.qzeros"] = into_int32(zeros.T.contiguous(), (0, 2, 4, 6, 1, 3, 5, 7))

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from quasar.cli import app
-from quasar.results.metrics import Measured, compute, summary_of
+from quasar.results.measured import Measured
+from quasar.results.metrics import compute, summary_of
 from quasar.results.schema import Milliseconds, PromptRecord
 from quasar.results.store import RunFolder
 from tests.compose import composed

@@ -9,7 +9,8 @@ import pytest
 
 from quasar.results import layout, slowness
 from quasar.results.console import Reporter
-from quasar.results.metrics import Measured, compute
+from quasar.results.measured import Measured
+from quasar.results.metrics import compute
 from quasar.results.report import print_results
 from quasar.results.schema import Baselines, Milliseconds, PromptRecord, Timing
 from quasar.results.slowness import Step, cause, explanation, mean_step

@@ -102,13 +102,7 @@ def group_products() -> Iterator[Case]:
     for rows in (6, 32):
         for group_size, shared, minimums in ((32, 0, False), (16, 16, False), (32, 8, True)):
             tiling = default_tiling(Shape("linear_w8a16", rows, *DOWN, group_size), PROCESSORS)
-            constants = {
-                **tiling.sizes,
-                "GROUP": group_size,
-                "GROUPS": tiling.block_k // group_size,
-                "WIDE": False,
-                "HAS_BIAS": True,
-            }
+            constants = {**tiling.sizes, **tiling.by_groups(group_size), "WIDE": False, "HAS_BIAS": True}
             constants |= {"SCALE_SHARED": shared, "MINIMUM_SHARED": shared, "HAS_MINIMUMS": minimums}
             name = f"w8a16 in groups of {group_size}, {rows} rows"
             name += ", minimums" if minimums else ""
@@ -121,7 +115,7 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
     w4 = {"values": "*u8", "scales": "*fp16", "zeros": "*i8", "x_scales": "*fp32", "unit": "fp32"}
     w8 = {"tokens": "*i8", "token_scales": "*fp32", "values": "*i8", "scales": "*fp32"}
     sizes, options = tiling.sizes, tiling.options
-    even = {"BLOCK_K": tiling.block_k, "EVEN_K": shape.inputs % tiling.block_k == 0}
+    even = tiling.by_inputs(shape.inputs)
     if kind == "w8a8":
         constants = {**sizes, **even, "HAS_BIAS": True, "GROUP": shape.group_size}
         types = common | w8 | {"partials": "*fp32" if shape.group_size else "*i32"}
@@ -134,9 +128,8 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
         constants = {**sizes, **even, "SCALED": kind == "w8a16", "HAS_BIAS": True, "WIDE": False}
         return Case(name, kind, linear_bf16_kernel, types, constants, options)
     dtype = {"w4a16 bf16": "*bf16", "w4a16 fp16": "*fp16", "w4a8": "*i8"}[kind]
-    groups = {"GROUP": shape.group_size, "GROUPS": tiling.block_k // shape.group_size}
     flags = {"INT8": kind == "w4a8", "HAS_ZEROS": False, "HAS_BIAS": True, "ASSEMBLY": True}
-    constants = {**sizes, **groups, **flags, **(changes or {})}
+    constants = {**sizes, **tiling.by_groups(shape.group_size), **flags, **(changes or {})}
     types = {**common, **w4, "x": dtype, "out": "*fp16" if kind == "w4a16 fp16" else "*bf16"}
     return Case(name, kind, linear_w4_kernel, types, constants, options)
 

@@ -58,10 +58,10 @@ def cpu_matmul(function: str) -> Kernel:
     """Return the kernel of the compiled library with this name. Float16 activations are widened to float32 for it."""
 
     def supports(x: Tensor | Quantized, weight: Weight, bias: Tensor | None = None) -> bool:
-        return weight.packed_for_kernels() is not None
+        return weight.packed_for_cpu is not None
 
     def run(library: Library, x: Tensor | Quantized, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        packed = weight.packed_for_kernels()
+        packed = weight.packed_for_cpu
         assert packed is not None
         if x.dtype not in ACTIVATION_DTYPES:
             wide = x._replace(dtype=torch.float32) if isinstance(x, Quantized) else x.float()

@@ -1,7 +1,8 @@
 """Weight matrices, the operands of the matmuls.
 
 A weight is given in its canonical form, which `quasar_kernels.reference` takes, and stores one copy of its values. If
-the CPU kernels take it, it is packed at once; its canonical form is then computed from the packed one at every access.
+the CPU kernels take it, it is packed at once as ``packed_for_cpu``, which is None otherwise; its canonical form is then
+computed from the packed one at every access.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class Int8Weight:
         self.outputs, self.inputs = values.shape
         self.scales, self.group_size = scales, 0 if group_size == self.inputs else group_size
         takes = _has_kernels(values.device, self.outputs, self.inputs, self.group_size or GROUP_MULTIPLE)
-        self._packed = cpu.pack_int8(values, scales, self.group_size) if takes else None
-        self._values = values if self._packed is None else None
+        self.packed_for_cpu = cpu.pack_int8(values, scales, self.group_size) if takes else None
+        self._values = values if self.packed_for_cpu is None else None
 
     @staticmethod
     def rounded(values: Tensor) -> Int8Weight:
@@ -90,8 +91,8 @@ class Int8Weight:
         """int8 [N, K]."""
         if self._values is not None:
             return self._values
-        assert self._packed is not None
-        return unpack_int8(self._packed)
+        assert self.packed_for_cpu is not None
+        return unpack_int8(self.packed_for_cpu)
 
     @property
     def nbytes(self) -> int:
@@ -103,13 +104,9 @@ class Int8Weight:
         if self._values is not None:
             values = self._values[indices]
         else:
-            assert self._packed is not None
-            values = unpack_int8(self._packed.of_rows(indices))[: len(indices)]
+            assert self.packed_for_cpu is not None
+            values = unpack_int8(self.packed_for_cpu.of_rows(indices))[: len(indices)]
         return values.float() * self.scales[indices].unsqueeze(1)
-
-    def packed_for_kernels(self) -> PackedWeight | None:
-        """The form for the CPU kernels, or None if they do not apply."""
-        return self._packed
 
 
 class Fp8Weight:
@@ -130,8 +127,8 @@ class Fp8Weight:
         self.outputs, self.inputs = values.shape
         self.scales = scales
         takes = _has_kernels(values.device, self.outputs, self.inputs)
-        self._packed = cpu.pack_dense(values.to(torch.bfloat16)) if takes else None
-        self._values = values if self._packed is None else None
+        self.packed_for_cpu = cpu.pack_dense(values.to(torch.bfloat16)) if takes else None
+        self._values = values if self.packed_for_cpu is None else None
 
     @staticmethod
     def rounded(values: Tensor) -> Fp8Weight:
@@ -144,17 +141,13 @@ class Fp8Weight:
         """float8_e4m3fn [N, K]."""
         if self._values is not None:
             return self._values
-        assert self._packed is not None
-        return unpack_dense(self._packed, torch.bfloat16).to(torch.float8_e4m3fn)
+        assert self.packed_for_cpu is not None
+        return unpack_dense(self.packed_for_cpu, torch.bfloat16).to(torch.float8_e4m3fn)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the format, which a matmul reads where there are instructions for FP8."""
         return self.outputs * self.inputs + self.scales.nbytes
-
-    def packed_for_kernels(self) -> PackedWeight | None:
-        """The form for the CPU kernels, or None if they do not apply."""
-        return self._packed
 
 
 class GroupInt8Weight:
@@ -174,18 +167,18 @@ class GroupInt8Weight:
             )
         self.outputs, self.inputs = values.shape
         self.group_size = self.inputs // groups
-        self._packed: PackedWeight | None = None
+        self.packed_for_cpu: PackedWeight | None = None
         self._canonical: tuple[Tensor, GroupNumbers, GroupNumbers | None] | None = (values, scales, minimums)
         if _has_kernels(values.device, self.outputs, self.inputs, self.group_size):
-            self._packed = cpu.pack_group_int8(values, scales, minimums)
+            self.packed_for_cpu = cpu.pack_group_int8(values, scales, minimums)
             self._canonical = None
         self._triton: PackedGroupInt8 | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a matmul reads."""
-        if self._packed is not None:
-            return self._packed.nbytes
+        if self.packed_for_cpu is not None:
+            return self.packed_for_cpu.nbytes
         assert self._canonical is not None
         return sum(part.nbytes for part in self._canonical if part is not None)
 
@@ -194,8 +187,8 @@ class GroupInt8Weight:
         if self._canonical is not None:
             values, scales, minimums = self._canonical
             return values, scales.expanded(), None if minimums is None else minimums.expanded()
-        assert self._packed is not None
-        return unpack_group_int8(self._packed)
+        assert self.packed_for_cpu is not None
+        return unpack_group_int8(self.packed_for_cpu)
 
     def dequantize(self) -> Tensor:
         """Return the matrix, float32 [N, K]."""
@@ -203,17 +196,13 @@ class GroupInt8Weight:
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return dequantized rows, float32 [R, K]. indices: int64 [R]."""
-        if self._packed is not None:
-            chosen = unpack_group_int8(self._packed.of_rows(indices))
+        if self.packed_for_cpu is not None:
+            chosen = unpack_group_int8(self.packed_for_cpu.of_rows(indices))
             return reference.dequantize_groups(*chosen)[: len(indices)]
         values, scales, minimums = self.canonical()
         return reference.dequantize_groups(
             values[indices], scales[indices], None if minimums is None else minimums[indices]
         )
-
-    def packed_for_kernels(self) -> PackedWeight | None:
-        """The form for the CPU kernels, or None if they do not apply."""
-        return self._packed
 
     def packed_for_triton(self) -> PackedGroupInt8:
         """Return the form for the Triton kernels, which has the same values."""
@@ -260,10 +249,10 @@ class Int4Weight:
         self.symmetric, self.dtype = symmetric, dtype
         self._device = packed.device
         stored, unit = (scales, 1.0) if isinstance(scales, GroupNumbers) else _stored_scales(scales, dtype)
-        self._packed = None
+        self.packed_for_cpu: PackedWeight | None = None
         self._canonical: tuple[Tensor, Tensor, Tensor] | None = None
         if _has_kernels(self._device, self.outputs, self.inputs, self.group_size):
-            self._packed = cpu.pack_int4(
+            self.packed_for_cpu = cpu.pack_int4(
                 packed, stored, zeros if isinstance(zeros, GroupNumbers) else zeros.float(), unit
             )
         else:
@@ -305,7 +294,7 @@ class Int4Weight:
     @property
     def nbytes(self) -> int:
         """Bytes that a matmul reads: 4-bit integers and zero points, scales of 16 bit (32 in float32 mode)."""
-        form = self._packed if self._triton is None else self._triton[0]
+        form = self.packed_for_cpu if self._triton is None else self._triton[0]
         return self._nbytes if form is None else form.nbytes
 
     def canonical(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,21 +304,17 @@ class Int4Weight:
         if self._triton is not None:
             values, scales, zeros = self._triton
             return values.canonical(), scales, zeros
-        assert self._packed is not None
-        return unpack_int4(self._packed)
+        assert self.packed_for_cpu is not None
+        return unpack_int4(self.packed_for_cpu)
 
     def dequantize(self) -> Tensor:
         """Return the matrix, float32 [N, K]."""
         return reference.dequantize_int4(*self.canonical())
 
-    def packed_for_kernels(self) -> PackedWeight | None:
-        """The form for the CPU kernels, or None if they do not apply."""
-        return self._packed
-
     def rows(self, indices: Tensor) -> Tensor:
         """Return dequantized rows, float32 [R, K]. indices: int64 [R]."""
-        if self._packed is not None:
-            return reference.dequantize_int4(*unpack_int4(self._packed.of_rows(indices)))[: len(indices)]
+        if self.packed_for_cpu is not None:
+            return reference.dequantize_int4(*unpack_int4(self.packed_for_cpu.of_rows(indices)))[: len(indices)]
         return reference.dequantize_int4(*(part[indices] for part in self.canonical()))
 
     def packed_for_triton(self) -> PackedInt4:
@@ -385,8 +370,8 @@ class DenseWeight:
         self.outputs, self.inputs = values.shape
         self.dtype = values.dtype
         takes = values.dtype in (torch.bfloat16, torch.float32) and self.has_kernels(values)
-        self._packed = cpu.pack_dense(values.detach()) if takes else None
-        self._values = values if self._packed is None else None
+        self.packed_for_cpu = cpu.pack_dense(values.detach()) if takes else None
+        self._values = values if self.packed_for_cpu is None else None
 
     @staticmethod
     def has_kernels(values: Tensor) -> bool:
@@ -398,8 +383,8 @@ class DenseWeight:
         """[N, K]."""
         if self._values is not None:
             return self._values
-        assert self._packed is not None
-        return unpack_dense(self._packed, self.dtype)
+        assert self.packed_for_cpu is not None
+        return unpack_dense(self.packed_for_cpu, self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -410,12 +395,8 @@ class DenseWeight:
         """Return rows, [len(indices), K], for an embedding that is tied to the output layer. indices: int64 [R]."""
         if self._values is not None:
             return self._values[indices]
-        assert self._packed is not None
-        return unpack_dense_rows(self._packed, indices, self.dtype)
-
-    def packed_for_kernels(self) -> PackedWeight | None:
-        """The form for the CPU kernels, or None if they do not apply."""
-        return self._packed
+        assert self.packed_for_cpu is not None
+        return unpack_dense_rows(self.packed_for_cpu, indices, self.dtype)
 
 
 def _has_kernels(device: torch.device, outputs: int, inputs: int, group_size: int = GROUP_MULTIPLE) -> bool:

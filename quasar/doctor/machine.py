@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quasar.doctor.finding import Finding
-from quasar.results.load import DISTURBED, Sample, sample, usable_cores
+from quasar.results.load import DISTURBED, Sample, load_of, sample, usable_cores
 
 OLDEST, NEWEST = (3, 11), (3, 13)
 LOW_MEMORY, LEAST_MEMORY = 3e9, 1e9
@@ -91,10 +91,10 @@ def load() -> Iterator[Finding]:
 
 def _load(begin: Sample, end: Sample, cores: int) -> Finding:
     """Return what other processes do to the times of a run, given samples while this process waited."""
-    busy = max(0.0, (end.busy - begin.busy) - (end.own - begin.own) + (end.steal - begin.steal)) / (end.at - begin.at)
-    free = max(0.0, cores - busy)
+    load = load_of(begin, end, cores)
+    free = cores * max(0.0, 1 - load.other_cpu_share - load.steal_share)
     found = f"load average {end.load_average:.2f}; {free:.1f} of {cores} cores are free"
-    if busy <= DISTURBED * cores:
+    if max(load.other_cpu_share, load.steal_share) <= DISTURBED:
         return Finding("load", "works", found)
     remedy = "wait or end other programs: times that are measured now are not comparable"
     return Finding("load", "falls back", f"{found}; runs will be marked as disturbed", remedy)

@@ -11,7 +11,8 @@ from quasar.experiment.decoder import PromptDecoder
 from quasar.experiment.resuming import finished_sequences
 from quasar.results.baselines import SharedBaselines, baseline_identity
 from quasar.results.console import Reporter
-from quasar.results.metrics import Measured, named
+from quasar.results.measured import Measured
+from quasar.results.metrics import named
 from quasar.results.schema import PromptRecord
 from quasar.results.store import RunFolder
 

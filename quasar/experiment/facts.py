@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from quasar.experiment.build import Prepared
 from quasar.results.environment import peak_memory_bytes
 from quasar.results.load import worst_of
-from quasar.results.metrics import RunFacts
+from quasar.results.measured import RunFacts
 from quasar.results.schema import Json
 
 

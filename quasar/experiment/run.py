@@ -20,7 +20,8 @@ from quasar.experiment.header import print_header
 from quasar.experiment.passes import points_of, time_passes
 from quasar.model.devices import use_threads
 from quasar.results.console import Reporter
-from quasar.results.metrics import Measured, compute, summary_of
+from quasar.results.measured import Measured
+from quasar.results.metrics import compute, summary_of
 from quasar.results.report import print_report
 from quasar.results.schema import Json
 from quasar.results.store import RunFolder

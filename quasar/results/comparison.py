@@ -1,4 +1,4 @@
-"""The table and the JSON file of `quasar fidelity`: quantities of two verifiers on the same texts, with intervals."""
+"""The table and the JSON file of `quasar fidelity`: how two verifiers differ on the same texts, with intervals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Row:
     """A row of the table. form: the value as a text; statistic: its value from sums of the columns over texts."""
 
     name: str
@@ -34,9 +34,9 @@ class Quantity:
 
 
 class Table:
-    """The quantities of all texts.
+    """The rows of all texts.
 
-    estimates: by the name of the quantity, those of `QUANTITIES`
+    estimates: by the name of the row, those of `ROWS`
     kl_percentile, kl_largest: of KL(A || B) in nats over all tokens; they have no interval
     """
 
@@ -51,12 +51,12 @@ class Table:
         rows = [_sums(text.comparison) for text in self._texts]
         columns = {name: np.array([[row[name]] for row in rows], dtype=np.float64) for name in rows[0]}
         families = [text.family for text in self._texts]
-        return {entry.name: estimate(columns, families, entry.statistic) for entry in QUANTITIES}
+        return {entry.name: estimate(columns, families, entry.statistic) for entry in ROWS}
 
     def rows(self) -> list[list[str]]:
         """Return the rows of the printed table: heading, value and interval."""
         found = []
-        for entry in QUANTITIES:
+        for entry in ROWS:
             value = self.estimates[entry.name]
             bounded = value.low is not None and value.high is not None
             interval = f"{entry.form(value.low)} to {entry.form(value.high)}" if bounded else "none"  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ class Table:
         return found
 
     def to_json(self) -> Json:
-        """Return every quantity with its 95 % interval; the bounds are null if there are fewer than two texts."""
+        """Return every row's value with its 95 % interval; the bounds are null if there are fewer than two texts."""
         found: Json = {
             name: {"value": value.value, "low": value.low, "high": value.high} for name, value in self.estimates.items()
         }
@@ -111,14 +111,14 @@ def _percent(value: float) -> str:
     return f"{value:.2%}"
 
 
-QUANTITIES = (
-    Quantity("kl", "KL(A || B), nats per token", _nats, ratio_of_totals("kl", "tokens")),
-    Quantity("top1_agreement", "top-1 agreement", _percent, ratio_of_totals("agrees", "tokens")),
-    Quantity("flips_to_wrong", "flips: only A predicts the token", _percent, ratio_of_totals("lost", "tokens")),
-    Quantity("flips_to_right", "flips: only B predicts the token", _percent, ratio_of_totals("gained", "tokens")),
-    Quantity("perplexity_a", "perplexity of A", "{:.3f}".format, perplexity("a_loss")),
-    Quantity("perplexity_b", "perplexity of B", "{:.3f}".format, perplexity("b_loss")),
-    Quantity("perplexity_ratio", "perplexity of B / A", "{:.4f}".format, _perplexity_ratio),
+ROWS = (
+    Row("kl", "KL(A || B), nats per token", _nats, ratio_of_totals("kl", "tokens")),
+    Row("top1_agreement", "top-1 agreement", _percent, ratio_of_totals("agrees", "tokens")),
+    Row("flips_to_wrong", "flips: only A predicts the token", _percent, ratio_of_totals("lost", "tokens")),
+    Row("flips_to_right", "flips: only B predicts the token", _percent, ratio_of_totals("gained", "tokens")),
+    Row("perplexity_a", "perplexity of A", "{:.3f}".format, perplexity("a_loss")),
+    Row("perplexity_b", "perplexity of B", "{:.3f}".format, perplexity("b_loss")),
+    Row("perplexity_ratio", "perplexity of B / A", "{:.4f}".format, _perplexity_ratio),
 )
 """Flips are tokens of the text that one of the two predicts and the other one does not (Dutta et al. 2024, Accuracy is
 not all you need): they show changes that cancel each other in the perplexity."""

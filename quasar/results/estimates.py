@@ -22,7 +22,7 @@ from quasar.results.intervals import (
     mean_over_families,
     ratio_of_totals,
 )
-from quasar.results.metrics import MISSING
+from quasar.results.metric import MISSING
 from quasar.results.rows import CONDITIONS
 
 UNQUANTIZED = "fp16"

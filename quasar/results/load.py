@@ -92,6 +92,11 @@ def between(begin: Sample | None, end: Sample | None, cores: int) -> Load | None
     """
     if begin is None or end is None or end.at - begin.at < SHORTEST_SECONDS:
         return None
+    return load_of(begin, end, cores)
+
+
+def load_of(begin: Sample, end: Sample, cores: int) -> Load:
+    """Return the load between two samples on ``cores`` cores, however short the time between them is."""
     seconds = end.at - begin.at
     capacity = seconds * cores
     others = max(0.0, (end.busy - begin.busy) - (end.own - begin.own))

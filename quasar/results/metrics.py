@@ -8,145 +8,24 @@ table, and test the function.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 
 from quasar.evaluation.repetition import distinct_ngram_ratio
-from quasar.results.intervals import Statistic, Sums, estimate, ratio_of_totals, value_of
 from quasar.results.load import DISTURBED
-from quasar.results.pass_curve import pass_curve
-from quasar.results.schema import (
-    DECODE_PHASES,
-    PHASES,
-    Exactness,
-    ForcedAnswer,
-    Json,
-    PassRecord,
-    PromptRecord,
-    Turn,
+from quasar.results.measured import Measured
+from quasar.results.metric import Better, Metric
+from quasar.results.paired_times import (
+    baseline_ms_per_token,
+    free_speedup,
+    free_times,
+    ratio,
+    ratio_interval,
+    reference_text_times,
+    text_speedup,
 )
-
-MISSING = "-"
-"""Tables show this in place of a value that was not measured."""
-
-
-Better = Literal["higher", "lower"]
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """The facts about a run that metrics need in addition to its records.
-
-    model, drafter, verifier, data: its name in the configuration
-    temperature: of sampling; 0 for greedy decoding
-    model_origin: where the reference's weights come from
-    weights_on_grid: share of these weights that are exactly on a 4-bit or 8-bit grid; None for random weights
-    verifier_label: description of the verifier's model
-    is_reference: whether the verifier is the reference
-    weight_bytes: bytes of weights that every verification pass reads
-    kv_bytes_per_token: bytes of keys and values that a pass reads per token of context
-    peak_memory_bytes: most memory that the run has used, of the GPU if it ran on one
-    device: kind and name of the processor or GPU
-    copy_bandwidth: bytes per second, see `quasar_kernels.bandwidth.copy_bandwidth`
-    simulated: whether acceptance was replayed, so that the generated text is meaningless
-    lossy: whether the acceptance rule does not preserve the verifier's distribution
-    sandbox: what isolates the generated code that is graded; None if none is executed
-    dtype: dtype of the verifier's activations and logits, such as bfloat16
-    rows_are_independent: see `quasar.verifiers.base.Verifier`
-    other_cpu_share: the share that other processes took of the cores that the run uses, see `quasar.results.load`; None
-        if it was not measured
-    emulated: whether the device emulates the verifier's number format, so that its times say nothing about it
-    """
-
-    model: str
-    drafter: str
-    verifier: str
-    data: str
-    temperature: float
-    verifier_label: str
-    is_reference: bool
-    weight_bytes: int
-    kv_bytes_per_token: int
-    copy_bandwidth: float
-    peak_memory_bytes: int
-    device: str
-    simulated: bool
-    lossy: bool
-    model_origin: str
-    weights_on_grid: float | None
-    sandbox: str | None = None
-    dtype: str = "float32"
-    rows_are_independent: bool = True
-    other_cpu_share: float | None = None
-    emulated: bool = False
-
-
-class Measured:
-    """The records that metrics are computed from, and sums over them. `add` adds one record.
-
-    records: the records of finished prompts
-    steps: number of steps in all turns
-    drafted: draft tokens in these steps
-    accepted: draft tokens that were accepted
-    emitted: tokens that the steps emitted
-    context: sum over the steps of the cached tokens that the pass read
-    passes: the passes that the run has timed, none if it was not asked to
-    """
-
-    def __init__(
-        self,
-        records: Iterable[PromptRecord] = (),
-        facts: RunFacts | None = None,
-        passes: Sequence[PassRecord] = (),
-    ) -> None:
-        self.records: list[PromptRecord] = []
-        self.steps = self.drafted = self.accepted = self.emitted = self.context = 0
-        self.passes = passes
-        self._facts = facts
-        self._phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
-        for record in records:
-            self.add(record)
-
-    def add(self, record: PromptRecord) -> None:
-        self.records.append(record)
-        for turn in record.turns:
-            self.steps += len(turn.steps.emitted)
-            self.drafted += sum(turn.steps.drafted)
-            self.accepted += sum(turn.steps.accepted)
-            self.emitted += sum(turn.steps.emitted)
-            self.context += sum(turn.steps.context)
-            for phase, sums in self._phases.items():
-                sums.append(_phase_ms(turn, phase))
-
-    @property
-    def facts(self) -> RunFacts:
-        """The facts about the run. Raises ValueError if this object was built from records alone."""
-        if self._facts is None:
-            raise ValueError("this metric needs facts about the whole run; records alone are not enough")
-        return self._facts
-
-    @property
-    def emulated(self) -> bool:
-        """Whether times say nothing about the verifier; no speedup is computed from them."""
-        return self._facts is not None and self._facts.emulated
-
-    @property
-    def turns(self) -> list[Turn]:
-        return [turn for record in self.records for turn in record.turns]
-
-    @property
-    def answers(self) -> list[ForcedAnswer]:
-        """The reference's answers that fidelity was measured on."""
-        return [answer for record in self.records for answer in record.fidelity]
-
-    def milliseconds(self, *phases: str) -> float:
-        return sum(sum(self._phases[phase]) for phase in phases)
-
-    def of_family(self, family: str) -> Measured:
-        """Return the prompts of one task family in the same run."""
-        return Measured([record for record in self.records if record.family == family], self._facts, self.passes)
+from quasar.results.pass_curve import pass_curve
+from quasar.results.schema import DECODE_PHASES, Exactness, Json
 
 
 def prompts(run: Measured) -> int:
@@ -156,7 +35,7 @@ def prompts(run: Measured) -> int:
 
 def repetitions(run: Measured) -> int:
     """Number of times that each prompt was decoded."""
-    return len({record.repetition for record in run.records})
+    return run.repetitions
 
 
 def tokens_generated(run: Measured) -> int:
@@ -283,22 +162,22 @@ def step_ms(run: Measured) -> float | None:
 
 def ar_same_ms_per_token(run: Measured) -> float | None:
     """Milliseconds per token of autoregressive decoding with the same verifier: the time of a pass with one row."""
-    return _value(_free_times(run, "ar_same"), ratio_of_totals("base_ms", "base_tokens"))
+    return ratio(free_times(run, "ar_same"), baseline_ms_per_token)
 
 
 def speedup_vs_ar_same(run: Measured) -> float | None:
     """Throughput divided by the throughput of autoregressive decoding with the same verifier on the same prompts."""
-    return _value(_free_times(run, "ar_same"), _free_speedup)
+    return ratio(free_times(run, "ar_same"), free_speedup)
 
 
 def speedup_vs_ar_ref(run: Measured) -> float | None:
     """Throughput divided by the throughput of autoregressive decoding with the reference on the same prompts."""
-    return _value(_free_times(run, "ar_ref"), _free_speedup)
+    return ratio(free_times(run, "ar_ref"), free_speedup)
 
 
 def speedup_ci95(run: Measured) -> list[float] | None:
     """95 % interval of the speedup over AR-ref (see `quasar.results.intervals`). None for fewer than two prompts."""
-    return _interval(_free_times(run, "ar_ref"), _free_speedup)
+    return ratio_interval(free_times(run, "ar_ref"), free_speedup)
 
 
 def reference_text_speedup(run: Measured) -> float | None:
@@ -306,12 +185,12 @@ def reference_text_speedup(run: Measured) -> float | None:
 
     Both decode the same tokens, so that no difference between the texts of two models enters.
     """
-    return _value(_reference_text_times(run), _TEXT_SPEEDUP)
+    return ratio(reference_text_times(run), text_speedup)
 
 
 def reference_text_speedup_ci95(run: Measured) -> list[float] | None:
     """95 % interval of that speedup (see `quasar.results.intervals`). None for fewer than two prompts."""
-    return _interval(_reference_text_times(run), _TEXT_SPEEDUP)
+    return ratio_interval(reference_text_times(run), text_speedup)
 
 
 def pass_cost(run: Measured) -> float | None:
@@ -376,46 +255,6 @@ def disturbed(run: Measured) -> bool | None:
     """Whether other processes took so much of the run's cores that its times are not comparable."""
     share = run.facts.other_cpu_share
     return None if share is None else share > DISTURBED
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A row of the table.
-
-    name: its key in summary.json and its column in a table of runs
-    compute: computes it from the records; returns None if the run did not measure it
-    heading: heading of its column in printed tables
-    form: formats a value for printed tables
-    better: whether higher or lower values are better; None if neither is
-    rank: its rank among the columns of printed tables, see `ranked`; None if it is not one of them
-    in_summary: whether it is in summary.json; the others appear only in the notes below a run's table
-    curve: name of its live curve in Weights & Biases
-    config_key: configuration key with the same value, for runs that have not ended
-    parts: names of the entries if the value is a list; each entry is a separate column in a table of runs
-    """
-
-    name: str
-    compute: Callable[[Measured], Any]
-    unit: str = ""
-    heading: str = ""
-    form: Callable[[Any], str] = str
-    better: Better | None = None
-    rank: int | None = None
-    in_summary: bool = True
-    curve: str | None = None
-    config_key: str | None = None
-    parts: tuple[str, ...] = ()
-
-    def text(self, value: Any) -> str:
-        """Return a value as printed tables show it."""
-        return MISSING if value is None else self.form(value)
-
-    def columns(self, value: Any) -> Json:
-        """Return the metric's columns in a table of runs, with their values."""
-        if not self.parts:
-            return {self.name: value}
-        values = [None] * len(self.parts) if value is None else value
-        return {f"{self.name}_{part}": entry for part, entry in zip(self.parts, values, strict=True)}
 
 
 def _megabytes(count: float) -> str:
@@ -532,15 +371,6 @@ def ranked() -> list[Metric]:
     return sorted((metric for metric in METRICS if metric.rank is not None), key=lambda metric: metric.rank or 0)
 
 
-def _decode_ms(record: PromptRecord) -> float:
-    """Return the decode time of a prompt in milliseconds, without the prefill."""
-    return sum(_phase_ms(turn, phase) for turn in record.turns for phase in DECODE_PHASES)
-
-
-def _phase_ms(turn: Turn, phase: str) -> float:
-    return float(np.sum(getattr(turn.milliseconds, phase)))
-
-
 def _column(run: Measured, name: str) -> np.ndarray:
     return np.asarray([count for turn in run.turns for count in getattr(turn.steps, name)], dtype=np.int64)
 
@@ -553,82 +383,6 @@ def _noted_steps(steps: Sequence[int], columns: dict[str, list[int]]) -> Json:
         "acceptance_rate": _ratio(sums["accepted"], sums["drafted"]),
         "mean_acceptance_length": _ratio(sums["emitted"], len(steps)),
     }
-
-
-@dataclass(frozen=True)
-class _Crossed:
-    """Columns [Q, R] over prompts and repetitions, and the task family of each prompt."""
-
-    columns: dict[str, np.ndarray]
-    families: list[str]
-
-
-def _crossed(run: Measured, values: Callable[[PromptRecord], dict[str, float] | None]) -> _Crossed | None:
-    """Collect ``values`` of every record. A prompt that lacks them in any repetition is left out.
-
-    Returns None if no prompt is left, or if the verifier's arithmetic is emulated: its times are then no speedup.
-    """
-    if run.emulated:
-        return None
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for record in run.records:
-        if (entry := values(record)) is not None:
-            found.setdefault((record.family, record.question_id), []).append(entry)
-    complete = {key: entries for key, entries in sorted(found.items()) if len(entries) == repetitions(run)}
-    if not complete:
-        return None
-    names = next(iter(complete.values()))[0]
-    columns = {name: np.array([[entry[name] for entry in row] for row in complete.values()]) for name in names}
-    return _Crossed(columns, [family for family, _ in complete])
-
-
-def _free_times(run: Measured, baseline: str) -> _Crossed | None:
-    """Tokens and decode time of the run and of a baseline. Prompts are left out if either decoded no token."""
-
-    def values(record: PromptRecord) -> dict[str, float] | None:
-        baselines = [turn.baselines for turn in record.turns if turn.baselines is not None]
-        timings = [getattr(entry, baseline) for entry in baselines]
-        tokens = sum(sum(turn.steps.emitted) for turn in record.turns)
-        base_tokens = sum(timing.decoded_tokens for timing in timings)
-        if len(baselines) < len(record.turns) or not tokens or not base_tokens:
-            return None
-        base_ms = sum(timing.decode_ms for timing in timings)
-        return {"tokens": tokens, "ms": _decode_ms(record), "base_tokens": base_tokens, "base_ms": base_ms}
-
-    return _crossed(run, values)
-
-
-def _reference_text_times(run: Measured) -> _Crossed | None:
-    """Decode time along the reference's answers, by the pair and by AR-ref."""
-
-    def values(record: PromptRecord) -> dict[str, float] | None:
-        baselines = [answer.ar_ref_ms for answer in record.fidelity if answer.ar_ref_ms is not None]
-        forced = sum(answer.forced_ms for answer in record.fidelity)
-        if not forced or not baselines or len(baselines) < len(record.fidelity):
-            return None
-        return {"ms": forced, "base_ms": sum(baselines)}
-
-    return _crossed(run, values)
-
-
-def _free_speedup(sums: Sums) -> np.ndarray:
-    ours, theirs = (sums[f"{arm}tokens"].sum(-1) / sums[f"{arm}ms"].sum(-1) for arm in ("", "base_"))
-    ratio: np.ndarray = ours / theirs
-    return ratio
-
-
-_TEXT_SPEEDUP = ratio_of_totals("base_ms", "ms")
-
-
-def _value(found: _Crossed | None, statistic: Statistic) -> float | None:
-    return None if found is None else value_of(found.columns, found.families, statistic)
-
-
-def _interval(found: _Crossed | None, statistic: Statistic) -> list[float] | None:
-    if found is None:
-        return None
-    estimated = estimate(found.columns, found.families, statistic)
-    return None if estimated.low is None or estimated.high is None else [estimated.low, estimated.high]
 
 
 def _pass_ms(run: Measured, column: str | None) -> float | None:

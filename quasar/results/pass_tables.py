@@ -10,7 +10,7 @@ import pandas as pd
 
 from quasar.results.intervals import Estimate
 from quasar.results.markdown import markdown_table
-from quasar.results.metrics import MISSING
+from quasar.results.metric import MISSING
 from quasar.results.passes import BEND, PassTimes, pass_times, speculations
 
 Content = Callable[[Sequence[PassTimes], pd.DataFrame], tuple[list[str], list[list[str]]]]

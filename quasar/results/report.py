@@ -9,7 +9,9 @@ from quasar.results.certificate import certificate
 from quasar.results.console import Reporter
 from quasar.results.layout import Column
 from quasar.results.load import DISTURBED
-from quasar.results.metrics import MISSING, Measured, named
+from quasar.results.measured import Measured
+from quasar.results.metric import MISSING
+from quasar.results.metrics import named
 from quasar.results.schema import Json
 from quasar.results.slowness import explanation, mean_step
 

@@ -24,7 +24,7 @@ from the rows alone, see `quasar.results.estimates`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ KEY = ("arm", *CONDITIONS, "family", "question", "repetition")
 def rows_of_runs(runs: Sequence[StoredRun]) -> pd.DataFrame:
     """Return the rows of finished runs. Raises RequestError if two runs have the same arm and a common prompt."""
     rows = [row for run, arm in zip(runs, arm_names(runs), strict=True) for row in _rows_of_run(run, arm)]
-    table = pd.DataFrame(rows).convert_dtypes(convert_floating=False)
+    table = table_of(rows)
     twice = table[table.duplicated(list(KEY))]
     if len(twice):
         first = twice.iloc[0]
@@ -56,6 +56,14 @@ def rows_of_runs(runs: Sequence[StoredRun]) -> pd.DataFrame:
             "experiment its own name in hydra.sweeper.arms"
         )
     return table
+
+
+def table_of(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """Return rows as a table. Columns of integers, booleans and texts may lack values; in a column of float64 the
+    missing ones are NaN.
+    """
+    table = pd.DataFrame(rows).convert_dtypes()
+    return table.astype({name: "float64" for name, dtype in table.dtypes.items() if dtype == "Float64"})
 
 
 def write_rows(table: pd.DataFrame, file: Path) -> None:

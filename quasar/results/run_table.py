@@ -17,7 +17,7 @@ from quasar.results.console import Reporter
 from quasar.results.labels import arm_names
 from quasar.results.layout import Column
 from quasar.results.markdown import markdown_table
-from quasar.results.metrics import MISSING, Metric
+from quasar.results.metric import MISSING, Metric
 from quasar.results.runs import StoredRun
 
 MOST_RUNS = 40

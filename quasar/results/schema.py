@@ -365,7 +365,7 @@ class Environment:
     prompts: number of prompts
     sandbox: what isolates the generated code that is graded; None if none is executed
     header, warnings: what the run printed before its first prompt: lines by their titles, and the warnings below
-    facts: the fields of `quasar.results.metrics.RunFacts`, so that the metrics of an unfinished run can be computed
+    facts: the fields of `quasar.results.measured.RunFacts`, so that the metrics of an unfinished run can be computed
     """
 
     machine: Machine

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
+from quasar.config.checks import shown
 from quasar.errors import RequestError
 from quasar.results.console import Reporter
 from quasar.results.generations import read_passes, read_records
 from quasar.results.load import worst_of
-from quasar.results.metrics import Measured, RunFacts, compute
+from quasar.results.measured import Measured, RunFacts
+from quasar.results.metrics import compute
 from quasar.results.report import acceptance_line, print_results
 from quasar.results.runs import StoredRun, flatten, read_run
 from quasar.results.schema import Json
@@ -34,7 +35,7 @@ def show(folder: Path, reporter: Reporter) -> None:
         print_results(reporter, measured, values)
         reporter.line(acceptance_line(values))
     reporter.line()
-    reporter.header({key: _yaml(value) for key, value in flatten(run.config).items() if not key.endswith("_target_")})
+    reporter.header({key: shown(value) for key, value in flatten(run.config).items() if not key.endswith("_target_")})
 
 
 def stored_run(folder: Path) -> StoredRun:
@@ -81,9 +82,3 @@ def _state(run: StoredRun) -> str:
     total = "?" if run.total is None else run.total
     reason = "" if run.error is None else f": {run.error.strip().splitlines()[-1]}"
     return f"{run.status}, {run.prompts} of {total} prompts{reason}"
-
-
-def _yaml(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quasar.results import metrics
-from quasar.results.metrics import Measured
+from quasar.results.measured import Measured
 
 Cause = Literal["acceptance", "drafting", "rows", "overhead"]
 

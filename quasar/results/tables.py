@@ -9,7 +9,7 @@ import pandas as pd
 from quasar.results.estimates import QUANTITIES, Estimate, Group, Quantity, estimates, groups, varying_conditions
 from quasar.results.intervals import holm
 from quasar.results.markdown import markdown_table
-from quasar.results.metrics import MISSING
+from quasar.results.metric import MISSING
 from quasar.results.pass_tables import pass_sections
 from quasar.results.provenance import Provenance
 

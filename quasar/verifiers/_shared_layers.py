@@ -83,5 +83,5 @@ def _stored(layer: nn.Module) -> list[Tensor]:
 
 
 def _dense(weight: DenseWeight) -> Tensor:
-    packed = weight.packed_for_kernels()
+    packed = weight.packed_for_cpu
     return weight.values if packed is None else packed.values

@@ -6,7 +6,9 @@ import inspect
 import re
 from functools import lru_cache
 
-from quasar.results.metrics import METRICS, Measured, Metric, RunFacts
+from quasar.results.measured import Measured, RunFacts
+from quasar.results.metric import Metric
+from quasar.results.metrics import METRICS
 from scripts.docs.markdown import escaped, row, table_head
 
 _INTRODUCTION = """# Metrics

@@ -21,6 +21,7 @@ from quasar_kernels.cpu.levels import available_levels
 from quasar.cache import Store, json_store
 from quasar.results.baselines import Baseline, SharedBaselines
 from tests.in_process import Start
+from tests.test_cache import Counting
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -70,15 +71,6 @@ def test_a_damaged_entry_is_named_once_and_made_again(start: Start, tmp_path: Pa
     assert "is damaged" in named[0]
     assert tokens(tmp_path / "again") == tokens(tmp_path / "whole")
     assert forced(tmp_path / "again") == forced(tmp_path / "whole")
-
-
-class Counting:
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self) -> list[int]:
-        self.calls += 1
-        return [self.calls]
 
 
 @pytest.mark.parametrize("fault", ["lock", "save"])

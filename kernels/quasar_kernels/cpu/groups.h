@@ -1,4 +1,4 @@
-// The scales, zero points and minimums of groups of weights.
+// The scales, zero points and minimums of groups of weights, and the sums and scales of groups of activations.
 #pragma once
 
 #include "linear.h"
@@ -37,6 +37,20 @@ inline void add_group(const Job& job, int64_t block, int64_t group, Floats (&sum
         FOR_EACH_ROW sums[row] = subtract_product(sums[row], broadcast(x_sums[row * job.groups + group]), zeros);
     }
     FOR_EACH_ROW totals[row] = multiply_add(sums[row], scales, totals[row]);
+}
+
+// Quantizes a row of activations in groups, unless it is quantized already, and sets its scales. Returns the sums of the
+// quantized values of every group, which are in the place of the row's offsets.
+inline int32_t* prepare_quantized_row(const Job& job, int64_t row) {
+    const int64_t inputs = job.weight.inputs, size = inputs / job.groups;
+    int32_t* sums = job.activations.offsets + row * job.groups;
+    float* scales = job.activations.scales + row * job.groups;
+    int8_t* values = reinterpret_cast<int8_t*>(job.activations.scratch + row * job.units);
+    if (job.request.quantized())
+        sum_quantized_row(job.request, row, job.groups, size, sums, scales);
+    else
+        quantize_row(job.request, row * inputs, job.groups, size, values, sums, scales);
+    return sums;
 }
 
 // Sums the activations of every group of a row.

@@ -14,19 +14,11 @@ struct Int4Int8Matmul : VectorsOnly {
     static bool reads_activations(const Request& request) { return request.quantized(); }
 
     static void prepare_row(const Job& job, int64_t row) {
-        const Weight& weight = job.weight;
-        const Activations& prepared = job.activations;
-        int8_t* values = reinterpret_cast<int8_t*>(prepared.scratch + row * job.units);
-        int32_t* offsets = prepared.offsets + row * job.groups;
-        float* sums = prepared.sums + row * job.groups;
-        float* scales = prepared.scales + row * job.groups;
-        if (job.request.quantized())
-            sum_quantized_row(job.request, row, job.groups, weight.group_size, offsets, scales);
-        else
-            quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets, scales);
+        int32_t* offsets = prepare_quantized_row(job, row);
+        float* sums = job.activations.sums + row * job.groups;
         for (int64_t group = 0; group < job.groups; ++group) {
             sums[group] = static_cast<float>(offsets[group]);
-            offsets[group] *= weight.zero_kind == ZERO_MIDDLE ? -8 : 0;
+            offsets[group] *= job.weight.zero_kind == ZERO_MIDDLE ? -8 : 0;
         }
     }
 

@@ -49,15 +49,7 @@ struct Int8Matmul : Int8Registers {
     static bool reads_activations(const Request& request) { return request.quantized(); }
 
     static void prepare_row(const Job& job, int64_t row) {
-        const int64_t inputs = job.weight.inputs;
-        int8_t* values = reinterpret_cast<int8_t*>(job.activations.scratch + row * job.units);
-        int32_t* offset = job.activations.offsets + row;
-        float* scale = job.activations.scales + row;
-        if (job.request.quantized())
-            sum_quantized_row(job.request, row, 1, inputs, offset, scale);
-        else
-            quantize_row(job.request, row * inputs, 1, inputs, values, offset, scale);
-        *offset *= -BYTE_OFFSET;
+        *prepare_quantized_row(job, row) *= -BYTE_OFFSET;
     }
 
     template <int ROWS>
@@ -96,14 +88,7 @@ struct Int8GroupsMatmul : VectorsOnly {
     static bool reads_activations(const Request& request) { return request.quantized(); }
 
     static void prepare_row(const Job& job, int64_t row) {
-        const Weight& weight = job.weight;
-        int8_t* values = reinterpret_cast<int8_t*>(job.activations.scratch + row * job.units);
-        int32_t* offsets = job.activations.offsets + row * job.groups;
-        float* scales = job.activations.scales + row * job.groups;
-        if (job.request.quantized())
-            sum_quantized_row(job.request, row, job.groups, weight.group_size, offsets, scales);
-        else
-            quantize_row(job.request, row * weight.inputs, job.groups, weight.group_size, values, offsets, scales);
+        int32_t* offsets = prepare_quantized_row(job, row);
         for (int64_t group = 0; group < job.groups; ++group) offsets[group] *= -BYTE_OFFSET;
     }
 

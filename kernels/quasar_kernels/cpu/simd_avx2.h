@@ -194,22 +194,25 @@ inline Ints dot_nibbles(Ints sum, Ints weights, int32_t activations) {
             add_pairs(sum.high, _mm256_maddubs_epi16(weights.high, x))};
 }
 
+// Returns the BITS bits of every lane that begin at bit SHIFT, minus the middle of their range.
+template <int SHIFT, int BITS>
+inline Floats centered_bits(Ints packed) {
+    const __m256i mask = _mm256_set1_epi32((1 << BITS) - 1), middle = _mm256_set1_epi32(1 << (BITS - 1));
+    const __m256i low = _mm256_and_si256(_mm256_srli_epi32(packed.low, SHIFT), mask);
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi32(packed.high, SHIFT), mask);
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, middle)), _mm256_cvtepi32_ps(_mm256_sub_epi32(high, middle))};
+}
+
 // Returns nibble SHIFT / 4 of every lane minus 8.
 template <int SHIFT>
 inline Floats centered_nibbles(Ints packed) {
-    const __m256i mask = _mm256_set1_epi32(15), center = _mm256_set1_epi32(8);
-    const __m256i low = _mm256_and_si256(_mm256_srli_epi32(packed.low, SHIFT), mask);
-    const __m256i high = _mm256_and_si256(_mm256_srli_epi32(packed.high, SHIFT), mask);
-    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, center)), _mm256_cvtepi32_ps(_mm256_sub_epi32(high, center))};
+    return centered_bits<SHIFT, 4>(packed);
 }
 
 // Returns byte SHIFT / 8 of every lane minus 128.
 template <int SHIFT>
 inline Floats signed_bytes(Ints packed) {
-    const __m256i mask = _mm256_set1_epi32(255), middle = _mm256_set1_epi32(128);
-    const __m256i low = _mm256_and_si256(_mm256_srli_epi32(packed.low, SHIFT), mask);
-    const __m256i high = _mm256_and_si256(_mm256_srli_epi32(packed.high, SHIFT), mask);
-    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, middle)), _mm256_cvtepi32_ps(_mm256_sub_epi32(high, middle))};
+    return centered_bits<SHIFT, 8>(packed);
 }
 
 inline Floats even_bfloat16(Ints pairs) {

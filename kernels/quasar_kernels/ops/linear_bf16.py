@@ -38,11 +38,11 @@ def _plain(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> Tensor
 
 
 def _library_takes(x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> bool:
-    return x.dtype in ACTIVATION_DTYPES and weight.packed_for_kernels() is not None
+    return x.dtype in ACTIVATION_DTYPES and weight.packed_for_cpu is not None
 
 
 def _library(library: Library, x: Tensor, weight: DenseWeight, bias: Tensor | None = None) -> Tensor:
-    packed = weight.packed_for_kernels()
+    packed = weight.packed_for_cpu
     assert packed is not None
     return multiply(library.linear_f32 if weight.dtype == torch.float32 else library.linear_bf16, packed, x, bias)
 

@@ -42,12 +42,12 @@ def _plain(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def _library_takes(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> bool:
-    return x.dtype != torch.float64 and weight.packed_for_kernels() is not None
+    return x.dtype != torch.float64 and weight.packed_for_cpu is not None
 
 
 def _library(library: Library, x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
     """Multiply with the kernel for bfloat16 weights, which holds every E4M3 number exactly."""
-    packed = weight.packed_for_kernels()
+    packed = weight.packed_for_cpu
     assert packed is not None
     tokens, token_scales = quantize_tokens_fp8(x)
     sums = multiply(library.linear_bf16, packed, tokens.float(), None)

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quasar_kernels.triton.blocks import load_blocks, output_block, store_block
 from quasar_kernels.triton.device import interpreted
-from quasar_kernels.triton.split_k import Workspace, arrive, collect
+from quasar_kernels.triton.launch import launch
+from quasar_kernels.triton.split_k import arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
 
@@ -27,29 +29,10 @@ def linear_fp8(
     float [N]. Returns ``dtype`` [M, N].
     """
     rows, inputs = tokens.shape
-    outputs = len(values)
-    out = torch.empty(rows, outputs, dtype=dtype, device=tokens.device)
-    partials, counters = Workspace.of(tokens.device).reserve(*tiling.workspace(rows, outputs), torch.float32)
-    linear_fp8_kernel[tiling.grid(rows, outputs)](
-        tokens,
-        token_scales,
-        values,
-        scales,
-        scales if bias is None else bias,
-        out,
-        partials,
-        counters,
-        rows,
-        outputs,
-        inputs,
-        HAS_BIAS=bias is not None,
-        EVEN_K=inputs % tiling.block_k == 0,
-        WIDE=interpreted(),
-        BLOCK_K=tiling.block_k,
-        **tiling.sizes,
-        **tiling.options,
-    )
-    return out
+    out = torch.empty(rows, len(values), dtype=dtype, device=tokens.device)
+    operands = (tokens, token_scales, values, scales, bias)
+    constants = {"HAS_BIAS": bias is not None, "WIDE": interpreted()}
+    return launch(linear_fp8_kernel, operands, out, tiling, **constants, **tiling.by_inputs(inputs))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,41 +56,22 @@ def linear_fp8_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """Grid: (blocks of N, SPLIT_K, blocks of M). WIDE: multiply in float32; the interpreter has no FP8."""
-    split = tl.program_id(1)
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Columns beyond N read column 0, which saves the mask on the weights, and are not stored.
-    source = tl.where(column < outputs, column, 0).to(tl.int64)
-    depth = tl.arange(0, BLOCK_K)
-    inside = row[:, None] < rows
-    token_tile = tokens + row[:, None] * inputs + depth[None, :]
-    value_tile = values + source[:, None] * inputs + depth[None, :]
+    """Grid: as in `Tiling.grid`. WIDE: multiply in float32; the interpreter has no FP8."""
+    row, column, source = output_block(outputs, BLOCK_M, BLOCK_N)
+    source = source.to(tl.int64)
+    inside, depth = row[:, None] < rows, tl.arange(0, BLOCK_K)[None, :]
+    token_rows, value_rows = tokens + row[:, None] * inputs, values + source[:, None] * inputs
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(split * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
-        if EVEN_K:
-            x = tl.load(token_tile + start, mask=inside, other=0.0, eviction_policy="evict_last")
-            w = tl.load(value_tile + start, eviction_policy="evict_first")
-        else:
-            within = start + depth[None, :] < inputs
-            x = tl.load(token_tile + start, mask=inside & within, other=0.0, eviction_policy="evict_last")
-            w = tl.load(value_tile + start, mask=within, other=0.0, eviction_policy="evict_first")
+    for start in range(tl.program_id(1) * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
+        x, w = load_blocks(token_rows, value_rows, inside, start + depth, inputs, EVEN_K)
         if WIDE:
             accumulator = tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)), accumulator, input_precision="ieee")
         else:
             # Hopper's tensor cores add FP8 products in fewer bits than float32 unless they are told not to.
             accumulator = tl.dot(x, tl.trans(w), accumulator, max_num_imprecise_acc=0)
 
-    finished = True
-    if SPLIT_K > 1:
-        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        finished = arrive(partials, counters, accumulator, tile, split, BLOCK_M, BLOCK_N, SPLIT_K)
-    if finished:
-        if SPLIT_K > 1:
-            accumulator = collect(partials, counters, tile, BLOCK_M, BLOCK_N, SPLIT_K)
+    if arrive(partials, counters, accumulator, BLOCK_M, BLOCK_N, SPLIT_K):
+        accumulator = collect(partials, counters, accumulator, BLOCK_M, BLOCK_N, SPLIT_K)
         row_scale = tl.load(token_scales + row, mask=row < rows, other=0.0)
         result = accumulator * (row_scale[:, None] * tl.load(scales + source)[None, :])
-        if HAS_BIAS:
-            result += tl.load(bias + source)[None, :].to(tl.float32)
-        place = out + row[:, None].to(tl.int64) * outputs + column[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=inside & (column[None, :] < outputs))
+        store_block(out, result, bias, row, column, source, rows, outputs, HAS_BIAS)

@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quasar_kernels.triton.blocks import output_block, store_block
 from quasar_kernels.triton.device import interpreted
 from quasar_kernels.triton.dot import multiply
 from quasar_kernels.triton.int4_packing import PackedInt4
-from quasar_kernels.triton.split_k import Workspace, arrive, collect
+from quasar_kernels.triton.launch import launch
+from quasar_kernels.triton.split_k import arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
 # The kernels shift a half byte to the top of an int8, which multiplies its value by 16.
@@ -43,32 +45,10 @@ def _launch(
     unit: float,
     tiling: Tiling,
 ) -> Tensor:
-    rows, outputs = out.shape
-    partials, counters = Workspace.of(x.device).reserve(*tiling.workspace(rows, outputs), torch.float32)
-    linear_w4_kernel[tiling.grid(rows, outputs)](
-        x,
-        weight.scales if x_scales is None else x_scales,
-        weight.values,
-        weight.scales,
-        weight.scales if weight.zeros is None else weight.zeros,
-        weight.scales if bias is None else bias,
-        out,
-        partials,
-        counters,
-        unit,
-        rows,
-        outputs,
-        weight.inputs,
-        GROUP=weight.group_size,
-        INT8=x_scales is not None,
-        HAS_ZEROS=weight.zeros is not None,
-        HAS_BIAS=bias is not None,
-        ASSEMBLY=not interpreted() and x.dtype != torch.float32,
-        GROUPS=tiling.block_k // weight.group_size,
-        **tiling.sizes,
-        **tiling.options,
-    )
-    return out
+    constants = {"HAS_ZEROS": weight.zeros is not None, "HAS_BIAS": bias is not None, "INT8": x_scales is not None}
+    constants["ASSEMBLY"] = not interpreted() and x.dtype != torch.float32
+    operands = (x, x_scales, weight.values, weight.scales, weight.zeros, unit, bias)
+    return launch(linear_w4_kernel, operands, out, tiling, **constants, **tiling.by_groups(weight.group_size))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -78,11 +58,11 @@ def linear_w4_kernel(
     values,
     scales,
     zeros,
+    unit,
     bias,
     out,
     partials,
     counters,
-    unit,
     rows,
     outputs,
     inputs,
@@ -96,14 +76,11 @@ def linear_w4_kernel(
     GROUPS: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """Grid: (blocks of N, SPLIT_K, blocks of M). An iteration takes GROUPS groups, which must divide K / GROUP."""
+    """Grid: as in `Tiling.grid`. An iteration takes GROUPS groups, which must divide K / GROUP."""
     HALF: tl.constexpr = GROUP // 2
     groups = inputs // GROUP
     split = tl.program_id(1)
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Columns beyond N read column 0, which saves the mask on the weights, and are not stored.
-    source = tl.where(column < outputs, column, 0)
+    row, column, source = output_block(outputs, BLOCK_M, BLOCK_N)
     depth = tl.arange(0, HALF)
     inside = row[:, None] < rows
     x_tile = x + row[:, None] * inputs + depth[None, :]
@@ -144,18 +121,10 @@ def linear_w4_kernel(
                 accumulator += dot * scale.to(tl.float32)[None, :]
             scale = next_scale
 
-    finished = True
-    if SPLIT_K > 1:
-        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        finished = arrive(partials, counters, accumulator, tile, split, BLOCK_M, BLOCK_N, SPLIT_K)
-    if finished:
-        if SPLIT_K > 1:
-            accumulator = collect(partials, counters, tile, BLOCK_M, BLOCK_N, SPLIT_K)
+    if arrive(partials, counters, accumulator, BLOCK_M, BLOCK_N, SPLIT_K):
+        accumulator = collect(partials, counters, accumulator, BLOCK_M, BLOCK_N, SPLIT_K)
         result = accumulator * unit
-        if HAS_BIAS:
-            result += tl.load(bias + source)[None, :].to(tl.float32)
-        place = out + row[:, None].to(tl.int64) * outputs + column[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=inside & (column[None, :] < outputs))
+        store_block(out, result, bias, row, column, source, rows, outputs, HAS_BIAS)
 
 
 @triton.jit

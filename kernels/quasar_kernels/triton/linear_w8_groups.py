@@ -10,9 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from quasar_kernels.group_numbers import GroupNumbers
+from quasar_kernels.triton.blocks import load_blocks, output_block, store_block
 from quasar_kernels.triton.device import interpreted
 from quasar_kernels.triton.dot import multiply
-from quasar_kernels.triton.split_k import Workspace, arrive, collect
+from quasar_kernels.triton.launch import launch
+from quasar_kernels.triton.split_k import arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
 
@@ -50,34 +52,12 @@ class PackedGroupInt8:
 
 def linear_w8_groups(x: Tensor, weight: PackedGroupInt8, bias: Tensor | None, tiling: Tiling) -> Tensor:
     """``x W^T + bias``, sums in float32, scaled group by group. x: float [M, K]; returns [M, N] in its dtype."""
-    rows, inputs = x.shape
-    outputs = len(weight.values)
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    partials, counters = Workspace.of(x.device).reserve(*tiling.workspace(rows, outputs), torch.float32)
+    out = torch.empty(len(x), len(weight.values), dtype=x.dtype, device=x.device)
     minimums = weight.scales if weight.minimums is None else weight.minimums
-    linear_w8_groups_kernel[tiling.grid(rows, outputs)](
-        x,
-        weight.values,
-        *weight.scales.pointers,
-        *minimums.pointers,
-        x if bias is None else bias,
-        out,
-        partials,
-        counters,
-        rows,
-        outputs,
-        inputs,
-        GROUP=weight.group_size,
-        SCALE_SHARED=weight.scales.shared,
-        MINIMUM_SHARED=minimums.shared,
-        HAS_MINIMUMS=weight.minimums is not None,
-        HAS_BIAS=bias is not None,
-        WIDE=interpreted(),
-        GROUPS=tiling.block_k // weight.group_size,
-        **tiling.sizes,
-        **tiling.options,
-    )
-    return out
+    operands = (x, weight.values, *weight.scales.pointers, *minimums.pointers, bias)
+    constants = {"SCALE_SHARED": weight.scales.shared, "MINIMUM_SHARED": minimums.shared}
+    constants |= {"HAS_MINIMUMS": weight.minimums is not None, "HAS_BIAS": bias is not None, "WIDE": interpreted()}
+    return launch(linear_w8_groups_kernel, operands, out, tiling, **constants, **tiling.by_groups(weight.group_size))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -106,24 +86,18 @@ def linear_w8_groups_kernel(
     GROUPS: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """Grid: (blocks of N, SPLIT_K, blocks of M). An iteration takes GROUPS groups, which must divide K / GROUP."""
+    """Grid: as in `Tiling.grid`. An iteration takes GROUPS groups, which must divide K / GROUP."""
     groups = inputs // GROUP
     split = tl.program_id(1)
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Columns beyond N read column 0, which saves the mask on the weights, and are not stored.
-    source = tl.where(column < outputs, column, 0)
-    depth = tl.arange(0, GROUP)
-    inside = row[:, None] < rows
-    x_tile = x + row[:, None] * inputs + depth[None, :]
-    value_tile = values + source.to(tl.int64)[:, None] * inputs + depth[None, :]
+    row, column, source = output_block(outputs, BLOCK_M, BLOCK_N)
+    inside, depth = row[:, None] < rows, tl.arange(0, GROUP)[None, :]
+    x_rows, value_rows = x + row[:, None] * inputs, values + source.to(tl.int64)[:, None] * inputs
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     share = tl.cdiv(groups, SPLIT_K * GROUPS) * GROUPS
     for first in range(split * share, tl.minimum(split * share + share, groups), GROUPS):
         for step in tl.static_range(GROUPS):
             group = first + step
-            a = tl.load(x_tile + group * GROUP, mask=inside, other=0, eviction_policy="evict_last")
-            w = tl.load(value_tile + group * GROUP, eviction_policy="evict_first")
+            a, w = load_blocks(x_rows, value_rows, inside, group * GROUP + depth, inputs, True)
             if not WIDE:
                 w = w.to(x.dtype.element_ty)
             dot = multiply(a, tl.trans(w), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), WIDE)
@@ -133,17 +107,9 @@ def linear_w8_groups_kernel(
                 minimum = group_numbers(minimums, minimum_factors, group, outputs, source, MINIMUM_SHARED)
                 accumulator -= tl.sum(a.to(tl.float32), axis=1)[:, None] * minimum[None, :]
 
-    finished = True
-    if SPLIT_K > 1:
-        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        finished = arrive(partials, counters, accumulator, tile, split, BLOCK_M, BLOCK_N, SPLIT_K)
-    if finished:
-        if SPLIT_K > 1:
-            accumulator = collect(partials, counters, tile, BLOCK_M, BLOCK_N, SPLIT_K)
-        if HAS_BIAS:
-            accumulator += tl.load(bias + source)[None, :].to(tl.float32)
-        place = out + row[:, None].to(tl.int64) * outputs + column[None, :]
-        tl.store(place, accumulator.to(out.dtype.element_ty), mask=inside & (column[None, :] < outputs))
+    if arrive(partials, counters, accumulator, BLOCK_M, BLOCK_N, SPLIT_K):
+        accumulator = collect(partials, counters, accumulator, BLOCK_M, BLOCK_N, SPLIT_K)
+        store_block(out, accumulator, bias, row, column, source, rows, outputs, HAS_BIAS)
 
 
 @triton.jit

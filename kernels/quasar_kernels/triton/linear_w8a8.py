@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_kernels.triton.split_k import Workspace, arrive, collect
+from quasar_kernels.triton.blocks import load_blocks, output_block, store_block
+from quasar_kernels.triton.launch import launch
+from quasar_kernels.triton.split_k import arrive, collect
 from quasar_kernels.triton.tuning import Tiling
 
 
@@ -26,32 +28,12 @@ def linear_w8a8(
     [N]; bias: float [N]. With several groups, ``block_k`` is a multiple of theirs. Returns ``dtype`` [M, N].
     """
     rows, inputs = tokens.shape
-    outputs, groups = len(values), token_scales.shape[1]
+    groups = token_scales.shape[1]
     group = inputs // groups if groups > 1 else 0
-    out = torch.empty(rows, outputs, dtype=dtype, device=tokens.device)
-    grid = tiling.grid(rows, outputs)
-    sums = torch.float32 if group else torch.int32
-    partials, counters = Workspace.of(tokens.device).reserve(*tiling.workspace(rows, outputs), sums)
-    linear_w8a8_kernel[grid](
-        tokens,
-        token_scales,
-        values,
-        scales,
-        scales if bias is None else bias,
-        out,
-        partials,
-        counters,
-        rows,
-        outputs,
-        inputs,
-        HAS_BIAS=bias is not None,
-        EVEN_K=inputs % tiling.block_k == 0,
-        GROUP=group,
-        BLOCK_K=tiling.block_k,
-        **tiling.sizes,
-        **tiling.options,
-    )
-    return out
+    out = torch.empty(rows, len(values), dtype=dtype, device=tokens.device)
+    operands = (tokens, token_scales, values, scales, bias)
+    constants = {"HAS_BIAS": bias is not None, "GROUP": group, **tiling.by_inputs(inputs)}
+    return launch(linear_w8a8_kernel, operands, out, tiling, torch.float32 if group else torch.int32, **constants)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -75,29 +57,17 @@ def linear_w8a8_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """Grid: (blocks of N, SPLIT_K, blocks of M). Rows beyond M exist in registers only.
-
-    GROUP: inputs that share a scale of the activations, 0 if all inputs of a row do
-    """
+    """Grid: as in `Tiling.grid`. GROUP: inputs that share a scale of the activations, 0 if all inputs of a row do."""
     split = tl.program_id(1)
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Columns beyond N read column 0, which saves the mask on the weights, and are not stored.
-    source = tl.where(column < outputs, column, 0).to(tl.int64)
+    row, column, source = output_block(outputs, BLOCK_M, BLOCK_N)
+    source = source.to(tl.int64)
+    inside = row[:, None] < rows
     token_rows, value_rows = tokens + row[:, None] * inputs, values + source[:, None] * inputs
     if GROUP == 0:
         accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
         depth = tl.arange(0, BLOCK_K)[None, :]
         for start in range(split * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
-            inside = row[:, None] < rows
-            if EVEN_K:
-                w = tl.load(value_rows + start + depth, eviction_policy="evict_first")
-            else:
-                inside = inside & (start + depth < inputs)
-                w = tl.load(
-                    value_rows + start + depth, mask=start + depth < inputs, other=0, eviction_policy="evict_first"
-                )
-            x = tl.load(token_rows + start + depth, mask=inside, other=0, eviction_policy="evict_last")
+            x, w = load_blocks(token_rows, value_rows, inside, start + depth, inputs, EVEN_K)
             accumulator = tl.dot(x, tl.trans(w), accumulator, out_dtype=tl.int32)
     else:
         accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -111,28 +81,19 @@ def linear_w8a8_kernel(
         for first in range(begin, tl.minimum(begin + share, groups), BLOCK_K // GROUP):
             for step in tl.static_range(BLOCK_K // GROUP):
                 start = (first + step) * GROUP
-                x = tl.load(token_rows + start + depth, mask=row[:, None] < rows, other=0, eviction_policy="evict_last")
-                w = tl.load(value_rows + start + depth, eviction_policy="evict_first")
+                x, w = load_blocks(token_rows, value_rows, inside, start + depth, inputs, True)
                 following = tl.minimum(first + step + 1, groups - 1)
                 next_row_scale = tl.load(row_scales + following, mask=row < rows, other=0.0)
                 dot = tl.dot(x, tl.trans(w), out_dtype=tl.int32)
                 accumulator += dot.to(tl.float32) * row_scale[:, None]
                 row_scale = next_row_scale
 
-    finished = True
-    if SPLIT_K > 1:
-        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        finished = arrive(partials, counters, accumulator, tile, split, BLOCK_M, BLOCK_N, SPLIT_K)
-    if finished:
-        if SPLIT_K > 1:
-            accumulator = collect(partials, counters, tile, BLOCK_M, BLOCK_N, SPLIT_K)
+    if arrive(partials, counters, accumulator, BLOCK_M, BLOCK_N, SPLIT_K):
+        accumulator = collect(partials, counters, accumulator, BLOCK_M, BLOCK_N, SPLIT_K)
         column_scale = tl.load(scales + source)
         if GROUP == 0:
             row_scale = tl.load(token_scales + row, mask=row < rows, other=0.0)
             result = accumulator.to(tl.float32) * (row_scale[:, None] * column_scale[None, :])
         else:
             result = accumulator * column_scale[None, :]
-        if HAS_BIAS:
-            result += tl.load(bias + source)[None, :].to(tl.float32)
-        place = out + row[:, None].to(tl.int64) * outputs + column[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < outputs))
+        store_block(out, result, bias, row, column, source, rows, outputs, HAS_BIAS)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 @triton.jit
-def arrive(
-    partials, counters, accumulator, tile, split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr
-):
-    """Store this program's partial sums. Returns True in the last program of the tile."""
-    element = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    base = (tile * SPLIT_K + split) * (BLOCK_M * BLOCK_N)
-    tl.store(partials + base + element, accumulator)
+def arrive(partials, counters, sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Store this program's sums [BLOCK_M, BLOCK_N]. Returns True in the last program of the tile, which finishes it."""
+    if SPLIT_K == 1:
+        return True
+    tile, element = tile_index(), elements_of_tile(BLOCK_M, BLOCK_N)
+    base = (tile * SPLIT_K + tl.program_id(1)) * (BLOCK_M * BLOCK_N)
+    tl.store(partials + base + element, sums)
     # The partial sums of every thread must be visible before one thread announces them.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
@@ -29,9 +29,11 @@ def arrive(
 
 
 @triton.jit
-def collect(partials, counters, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
-    """Return the sum over all splits of a tile, [BLOCK_M, BLOCK_N] in the dtype of the partial sums."""
-    element = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+def collect(partials, counters, sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Return the sum over all splits of the tile, [BLOCK_M, BLOCK_N]. sums: those of this program"""
+    if SPLIT_K == 1:
+        return sums
+    tile, element = tile_index(), elements_of_tile(BLOCK_M, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=partials.dtype.element_ty)
     for split in tl.static_range(SPLIT_K):
         base = (tile * SPLIT_K + split) * (BLOCK_M * BLOCK_N)
@@ -39,6 +41,16 @@ def collect(partials, counters, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
         total += tl.load(partials + base + element, cache_modifier=".cg")
     tl.store(counters + tile, 0)
     return total
+
+
+@triton.jit
+def tile_index():
+    return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def elements_of_tile(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
 
 
 class Workspace:

@@ -49,8 +49,16 @@ class Tiling:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The compile-time sizes by their names in the kernels. Along K, kernels count elements or groups."""
+        """The compile-time sizes by their names in the kernels, without those along K."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "SPLIT_K": self.split_k}
+
+    def by_inputs(self, inputs: int) -> dict[str, int]:
+        """Return the compile-time sizes along K of the kernels that count inputs."""
+        return {"BLOCK_K": self.block_k, "EVEN_K": inputs % self.block_k == 0}
+
+    def by_groups(self, group_size: int) -> dict[str, int]:
+        """Return the compile-time sizes along K of the kernels that count groups of inputs."""
+        return {"GROUP": group_size, "GROUPS": self.block_k // group_size}
 
     @property
     def options(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from quasar.results import metrics
 from quasar.results.generations import GENERATIONS, GenerationsFile
-from quasar.results.metrics import Measured
+from quasar.results.measured import Measured
 from quasar.results.runs import MANIFEST, StoredRun, read_run
 from quasar.results.schema import Json, PromptRecord
 from quasar.results.store import ENVIRONMENT, read_json
