@@ -199,6 +199,7 @@ def _row(generator: np.random.Generator, arm: SyntheticArm, effect: float, machi
         "accepted_by_position": accepted,
         "weight_bytes": int(arm.megabytes * 1e6),
         "kv_bytes_per_token": 23_040,
+        "draft_weight_bytes": int(arm.megabytes * 0.75e6) if arm.drafter == "layerskip" else 0,
         "copy_bandwidth": 1.2e10,
     }
 

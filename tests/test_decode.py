@@ -305,6 +305,14 @@ def test_layerskip_drafts_carry_the_distribution_they_were_drawn_from() -> None:
     assert torch.allclose(draft.probabilities[1], second, atol=1e-6)
 
 
+def test_layerskip_reads_the_weights_of_the_layers_that_it_keeps() -> None:
+    verifier = build("fp16")
+    drafter = LayerSkipDrafter(skip_layers=[1])
+    drafter.use(verifier)
+    block = sum(parameter.nbytes for parameter in verifier.model.blocks[1].parameters())
+    assert drafter.weight_bytes == verifier.cost.weight_bytes - block
+
+
 @pytest.mark.parametrize("verifier_name", always(["fp16", "int8", "pruned-width"], "int8"))
 def test_layerskip_in_another_precision_reproduces_autoregressive_decoding(verifier_name: str) -> None:
     verifier = build(verifier_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,14 @@ def test_the_gains_multiply_to_the_speedup() -> None:
     by_arm = {group.arm: values for group, values in estimates(rows, names)}
     found = [value.value for value in by_arm[INT8.name].values() if value is not None]
     assert found[0] * found[1] * found[2] == pytest.approx(found[3])
+
+
+def test_the_memory_bound_speedup_charges_the_weights_that_drafting_reads() -> None:
+    rows = experiment_rows([replace(MAIN[1], drafter="layerskip")], FAMILIES, prompts=2, repetitions=1)
+    found = QUANTITIES["memory_bound_speedup"].of(rows)
+    assert found is not None
+    emitted, steps, drafted = (float(rows[name].sum()) for name in ("emitted", "steps", "drafted"))
+    assert found.value == pytest.approx(emitted / (steps + 0.75 * drafted), rel=1e-3)
 
 
 def test_a_prompt_without_a_value_is_left_out_and_a_repetition_without_any_does_not_count() -> None:

@@ -88,6 +88,8 @@ EXPECTED = {
     "exact_match_to_reference": 0.0,
     "weight_bytes": 2_000_000,
     "kv_bytes_per_token": 1000,
+    "draft_weight_bytes": 0,
+    "memory_bound_speedup": 6 / 3,  # no draft model: τ
     "mean_context": 50 / 3,
     "bytes_per_step": 2_000_000 + 1000 * 50 / 3,
     "achieved_bandwidth_fraction": (2_000_000 + 1000 * 50 / 3) / 1e-3 / 1e10,
@@ -98,6 +100,13 @@ EXPECTED = {
     "disturbed": None,
     "emulated": False,
 }
+
+
+def test_a_draft_model_lowers_the_memory_bound_speedup() -> None:
+    # 7 draft tokens in 3 steps, each of which reads 1.5 of 2 MB: τ / (1 + 0.75 * 7 / 3).
+    values = compute(Measured(run_of_two(), facts(draft_weight_bytes=1_500_000)))
+    assert values["memory_bound_speedup"] == pytest.approx(2 / 2.75)
+    assert compute(Measured(run_of_two(), facts(draft_weight_bytes=None)))["memory_bound_speedup"] is None
 
 
 def test_every_metric_of_a_hand_made_run() -> None:
@@ -130,8 +139,9 @@ def test_what_was_not_measured_is_null() -> None:
         *("top1_agreement", "kl_noise_floor", "top1_noise_floor", "exact_match_length", "distinct_4gram_ratio"),
         *("distinct_4gram_ratio_reference", "task_accuracy", "acceptance_rate", "drafter_notes", "draft_ms"),
         *("verify_ms", "overhead_ms", "step_ms", "speedup_vs_ar_same", "speedup_vs_ar_ref", "speedup_ci95"),
-        *("reference_text_speedup", "reference_text_speedup_ci95", "pass_cost", "predicted_speedup"),
-        *("prediction_residual", "share_of_oracle", "exact_match_to_self", "exact_match_to_reference"),
+        *("reference_text_speedup", "reference_text_speedup_ci95", "memory_bound_speedup", "pass_cost"),
+        *("predicted_speedup", "prediction_residual", "share_of_oracle", "exact_match_to_self"),
+        *("exact_match_to_reference",),
         *("achieved_bandwidth_fraction", "weights_on_grid", "disturbed", "mean_context"),
     ]
     assert [named(name).text(values[name]) for name in unmeasured] == ["-"] * len(unmeasured)

@@ -37,6 +37,7 @@ SUMMARY_KEYS = {
     ),
     *("distinct_4gram_ratio", "distinct_4gram_ratio_reference", "task_accuracy", "drafter_notes"),
     *("simulated", "lossy", "emulated", "disturbed", "model_origin", "weights_on_grid", "reference_text_speedup"),
+    *("draft_weight_bytes", "memory_bound_speedup"),
     *("reference_text_speedup_ci95", "pass_cost", "predicted_speedup", "prediction_residual", "share_of_oracle"),
 }
 
@@ -352,13 +353,18 @@ def test_interrupt_ends_with_130_and_keeps_the_records(prompt_file: Path, tmp_pa
     )
     generations = tmp_path / "out/generations.jsonl"
     deadline = time.time() + 240
-    while not generations.exists() and process.poll() is None and time.time() < deadline:
+    # The file is made before its first line is written.
+    while not _lines(generations) and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert json.loads((tmp_path / "out/status.json").read_text())["status"] == "failed"
     assert [json.loads(line) for line in generations.read_text().splitlines()]
+
+
+def _lines(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
 
 
 def test_multirun_runs_every_combination(run: Run, prompt_file: Path, tmp_path: Path) -> None:

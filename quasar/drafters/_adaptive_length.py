@@ -157,7 +157,7 @@ class AdaptiveLength(Drafter):
 
     def __init__(self, drafter: Drafter, cost: PassCost, clock: Callable[[], float] = time.perf_counter) -> None:
         self.drafter = drafter
-        self.details = drafter.details
+        self.details, self.weight_bytes = drafter.details, drafter.weight_bytes
         self._cost, self._clock = StepCost(cost), clock
         self._after_hit, self._after_miss = RunningAcceptance(), RunningAcceptance()
         self._acceptance = self._after_miss
@@ -174,6 +174,7 @@ class AdaptiveLength(Drafter):
     def prepare(self, resources: Resources) -> None:
         self.drafter.prepare(resources)
         self.details = self.drafter.details
+        self.weight_bytes = self.drafter.weight_bytes
 
     def start(self, finished: Iterable[FinishedSequence]) -> None:
         """Pass the sequences on. The estimates start again, because they describe the speed of this process."""

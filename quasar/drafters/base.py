@@ -71,11 +71,13 @@ class Drafter:
              measured times are real, but the text is not
     devices: types of devices that it drafts on
     simulates: whether it always has such a rule, so that every run with it is a simulation
+    weight_bytes: bytes of weights that drafting one token reads, 0 without a model; None if that varies
     """
 
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     simulates: ClassVar[bool] = False
     details: tuple[str, ...] = ()
+    weight_bytes: int | None = 0
 
     @property
     def chooses_size(self) -> bool:

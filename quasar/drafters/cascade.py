@@ -88,6 +88,8 @@ class CascadeDrafter(Drafter):
         self._start, self._began, self._drafted = Start(0, 1, False), 0.0, 0.0
         self._notes: dict[str, list[int | float | str]] = {}
         self._totals = _Totals()
+        # The inner verifier reads its weights once per step of its own, not per token.
+        self.weight_bytes = None
 
     @property
     def chooses_size(self) -> bool:

@@ -66,6 +66,8 @@ class ChainDrafter(Drafter):
         for name, member in zip(self.names, self.members, strict=True):
             member.prepare(resources)
             self.details += tuple(f"{name}: {detail}" for detail in member.details)
+        sizes = {member.weight_bytes for member in self.members}
+        self.weight_bytes = sizes.pop() if len(sizes) == 1 else None
 
     def start(self, finished: Iterable[FinishedSequence]) -> None:
         finished = list(finished)

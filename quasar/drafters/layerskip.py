@@ -109,6 +109,7 @@ class LayerSkipDrafter(Drafter):
         if lent is not None:
             lent.share_cache(verifier)
         self._lent, self._verifier = lent, lent or verifier
+        self.weight_bytes = self._verifier.draft_bytes(self._layers)
 
     def kept_layers(self, num_layers: int) -> list[int]:
         """Return the layers that draft, ascending.

@@ -55,6 +55,7 @@ class ModelDrafter(Drafter):
     def use(self, model: LayeredVerifier) -> None:
         """Draft with this model from now on."""
         self._model = model
+        self.weight_bytes = model.cost.weight_bytes
 
     def begin(self, prompt: Tensor) -> None:
         if self._model is None:

@@ -33,6 +33,7 @@ def facts_of(parts: Prepared, attempts: Sequence[Json] = ()) -> RunFacts:
         simulated=parts.rule.simulated,
         lossy=parts.rule.lossy,
         emulated=verifier.emulated,
+        draft_weight_bytes=parts.drafter.weight_bytes,
         model_origin=parts.checkpoint.origin,
         weights_on_grid=parts.weights_on_grid,
         sandbox=parts.isolation,

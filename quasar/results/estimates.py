@@ -202,6 +202,14 @@ _2, _3, _4 = (f"{{:.{digits}f}}".format for digits in (2, 3, 4))
 _percent, _megabytes = "{:.1%}".format, (lambda value: f"{value / 1e6:.0f}")
 _TEXT = ("text_ms", "text_ar_ref_ms")
 
+
+def _memory_bound(sums: Sums) -> np.ndarray:
+    steps = sums["steps"].sum(-1)
+    share = sums["draft_weight_bytes"].sum(-1) / sums["weight_bytes"].sum(-1)
+    result: np.ndarray = sums["emitted"].sum(-1) / (steps + share * sums["drafted"].sum(-1))
+    return result
+
+
 QUANTITIES: dict[str, Quantity] = {
     quantity.name: quantity
     for quantity in (
@@ -301,6 +309,15 @@ QUANTITIES: dict[str, Quantity] = {
             _break_even,
             _2,
             "a step's time over AR-ref's time per token: the τ_ref from which on the pair is faster than AR-ref",
+        ),
+        Quantity(
+            "memory_bound_speedup",
+            "MBSU",
+            ("emitted", "steps", "drafted", "weight_bytes", "draft_weight_bytes"),
+            _memory_bound,
+            _times,
+            "the speedup over AR-same if a pass took the time of reading its weights: τ / (1 + c γ) with γ draft "
+            "tokens per step and c the weights that drafting a token reads over those of a verification pass",
         ),
         Quantity(
             "acceptance_rate",

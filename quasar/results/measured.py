@@ -22,6 +22,7 @@ class RunFacts:
     is_reference: whether the verifier is the reference
     weight_bytes: bytes of weights that every verification pass reads
     kv_bytes_per_token: bytes of keys and values that a pass reads per token of context
+    draft_weight_bytes: bytes of weights that drafting one token reads, see `quasar.drafters.base.Drafter`
     peak_memory_bytes: most memory that the run has used, of the GPU if it ran on one
     device: kind and name of the processor or GPU
     copy_bandwidth: bytes per second, see `quasar_kernels.bandwidth.copy_bandwidth`
@@ -56,6 +57,7 @@ class RunFacts:
     rows_are_independent: bool = True
     other_cpu_share: float | None = None
     emulated: bool = False
+    draft_weight_bytes: int | None = 0
 
 
 class Measured:

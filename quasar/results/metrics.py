@@ -225,6 +225,18 @@ def share_of_oracle(run: Measured) -> float | None:
     return None if passes is None or oracle is None else oracle / passes
 
 
+def memory_bound_speedup(run: Measured) -> float | None:
+    """The speedup over AR-same if a pass took the time of reading its weights (MBSU; Goel et al. 2024).
+
+    It is τ / (1 + c γ) with γ draft tokens per step and c the weights that drafting a token reads over those of a
+    verification pass. Without a draft model it equals τ.
+    """
+    tau, draft_bytes = mean_acceptance_length(run), run.facts.draft_weight_bytes
+    if tau is None or draft_bytes is None:
+        return None
+    return tau / (1 + draft_bytes / run.facts.weight_bytes * run.drafted / run.steps)
+
+
 def exact_match_to_self(run: Measured) -> float | None:
     """Share of the outputs that equal autoregressive decoding with the same verifier; of greedy or coupled decoding."""
     return _share(run, lambda found: found.match_self)
@@ -323,6 +335,7 @@ METRICS: tuple[Metric, ...] = (
         _bounds,
         parts=("low", "high"),
     ),
+    Metric("memory_bound_speedup", memory_bound_speedup, "ratio", "MBSU", _times, UP),
     Metric("pass_cost", pass_cost, "ratio", "pass cost", _2, DOWN),
     Metric("predicted_speedup", predicted_speedup, "ratio", "predicted vs AR-same", _times, UP),
     Metric("prediction_residual", prediction_residual, "ratio", "measured / predicted", _2, UP),
@@ -331,6 +344,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("exact_match_to_reference", exact_match_to_reference, "share", "= AR-ref", _percent, UP),
     Metric("weight_bytes", lambda run: run.facts.weight_bytes, "bytes", "weights MB", _megabytes, DOWN),
     Metric("kv_bytes_per_token", lambda run: run.facts.kv_bytes_per_token, "bytes", "KV bytes per token"),
+    Metric("draft_weight_bytes", lambda run: run.facts.draft_weight_bytes, "bytes", "draft weights MB", _megabytes),
     Metric("bytes_per_step", bytes_per_step, "bytes", "MB per step", _megabytes, DOWN),
     Metric("achieved_bandwidth_fraction", achieved_bandwidth_fraction, "share", "of copy bandwidth", _percent, UP),
     Metric("peak_memory_bytes", lambda run: run.facts.peak_memory_bytes, "bytes", "peak memory MB", _megabytes, DOWN),

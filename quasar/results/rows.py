@@ -19,7 +19,7 @@ from the rows alone, see `quasar.results.estimates`.
 | correct | whether the answer solves the task; null if it was not graded |
 | context | tokens of context that verification passes read, summed over steps |
 | depth_by_position, reached_by_position, accepted_by_position | lists: drafts at least that deep, those of them whose tokens before that depth were accepted, and drafts accepted to that depth |
-| weight_bytes, kv_bytes_per_token, copy_bandwidth | facts of the run |
+| weight_bytes, kv_bytes_per_token, draft_weight_bytes, copy_bandwidth | facts of the run |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def _rows_of_run(run: StoredRun, arm: str) -> list[Json]:
     facts = {
         "weight_bytes": summary["weight_bytes"],
         "kv_bytes_per_token": summary["kv_bytes_per_token"],
+        "draft_weight_bytes": summary.get("draft_weight_bytes"),
         "copy_bandwidth": machine.get("copy_bandwidth_bytes_per_second"),
     }
     return [{**constant, **sums_of(record), **facts} for record in read_records(run.folder)]

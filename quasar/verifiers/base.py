@@ -94,6 +94,10 @@ class LayeredVerifier(Verifier):
         The keys and values of the draft tokens are tentative: `verify` overwrites them.
         """
 
+    def draft_bytes(self, layers: Sequence[int]) -> int | None:
+        """Return the bytes of weights that `draft_logits` reads for a token; None if they are unknown."""
+        return None
+
     @abstractmethod
     def rewind(self, length: int) -> None:
         """Keep only the first ``length`` tokens in the cache. Raises ValueError if it has fewer."""

@@ -104,6 +104,10 @@ class TransformerVerifier(LayeredVerifier):
     def keep(self, path: Sequence[int]) -> None:
         self.cache.commit([0, *(node + 1 for node in path)])
 
+    def draft_bytes(self, layers: Sequence[int]) -> int:
+        skipped = set(range(self.num_layers)) - set(layers)
+        return self.cost.weight_bytes - sum(weight_bytes(self.model.blocks[layer]) for layer in skipped)
+
     @torch.inference_mode()
     def draft_logits(self, token: int, offset: int, layers: Sequence[int]) -> Tensor:
         one = torch.ones(1, 1, dtype=torch.bool)
