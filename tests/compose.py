@@ -6,7 +6,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from quasar.config.build import build, node_named
-from quasar.config.schema import CONF, RunConfig, check, register
+from quasar.config.rules import check
+from quasar.config.schema import CONF, RunConfig, register
 from quasar.drafters.base import Resources
 from quasar.model.loading import random_transformer
 from quasar.verifiers.base import Setup

@@ -22,7 +22,8 @@ from omegaconf import open_dict
 from typer.core import TyperGroup
 
 from quasar.cli import app, model_names
-from quasar.config.schema import CONF, DataConfig, check, register
+from quasar.config.rules import check
+from quasar.config.schema import CONF, DataConfig, register
 from quasar.evaluation.prompts import load_prompts
 from quasar.experiment.reproduce import experiment_names
 

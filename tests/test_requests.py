@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from quasar.config.hash import config_hash
-from quasar.config.schema import settled, warnings_about
+from quasar.config.rules import settled, warnings_about
 from quasar.config.text import command_line, config_yaml
 from quasar.errors import RequestError
 from quasar.experiment.main import main

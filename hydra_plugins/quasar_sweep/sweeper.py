@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from quasar.config.checks import shown
 from quasar.config.hash import config_hash
-from quasar.config.schema import RunConfig, check, require_count, require_path
+from quasar.config.rules import check, require_count, require_path
+from quasar.config.schema import RunConfig
 from quasar.errors import QuasarError, RequestError, actionable, report, storage_error
 from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded

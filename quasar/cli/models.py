@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 
 from quasar.cli.errors import reported_errors
-from quasar.config.schema import CONF, ModelSource, check_model, register
+from quasar.config.rules import check_model
+from quasar.config.schema import CONF, ModelSource, register
 from quasar.errors import RequestError
 from quasar.results.console import Reporter
 

@@ -7,7 +7,7 @@ import json
 
 from omegaconf import DictConfig
 
-from quasar.config.schema import settled
+from quasar.config.rules import settled
 
 NOT_HASHED = ("arm", "output_dir", "resume", "sweep", "logger", "publish")
 """Keys that do not affect the results of a run, only where and how it is executed. They are not part of its hash."""

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig
 
 from quasar.config.hash import config_hash
-from quasar.config.schema import settled
+from quasar.config.rules import settled
 
 
 def config_yaml(config: DictConfig, command: Sequence[str]) -> str:

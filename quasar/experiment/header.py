@@ -7,10 +7,11 @@ from typing import Any
 
 from quasar_kernels.cpu.levels import NO_KERNELS
 
-from quasar.config.schema import Grid, warnings_about
+from quasar.config.rules import warnings_about
+from quasar.config.schema import Grid
 from quasar.experiment.build import Prepared
-from quasar.results.console import Reporter
 from quasar.results.schema import Environment, Machine
+from quasar.results.console import Reporter
 
 MOSTLY_ON_GRID = 0.5
 """Share of weights on a low-bit grid from which on a reference counts as dequantized."""

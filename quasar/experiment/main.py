@@ -19,7 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from quasar.config.schema import CONF, check, register, require_path
+from quasar.config.rules import check, require_path
+from quasar.config.schema import CONF, register
 from quasar.errors import RequestError, report
 from quasar.experiment.entry import INTERRUPTED
 from quasar.experiment.sweep.ending import SweepEnded

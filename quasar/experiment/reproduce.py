@@ -10,7 +10,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from quasar.config.schema import CONF, check, register
+from quasar.config.rules import check
+from quasar.config.schema import CONF, register
 from quasar.errors import QuasarError, RequestError
 from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from quasar.config.build import build
-from quasar.config.schema import check
+from quasar.config.rules import check
 from quasar.drafters.base import Drafter
 from quasar.evaluation.prompts import load_prompts
 from quasar.evaluation.sandbox import required_isolation

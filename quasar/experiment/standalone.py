@@ -13,7 +13,8 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from quasar.config.build import build
-from quasar.config.schema import CONF, RunConfig, check, register
+from quasar.config.rules import check
+from quasar.config.schema import CONF, RunConfig, register
 from quasar.errors import RequestError, first_line
 from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt

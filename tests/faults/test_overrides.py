@@ -21,7 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from quasar.config.schema import CONF, RunConfig, check, register
+from quasar.config.rules import check
+from quasar.config.schema import CONF, RunConfig, register
 from quasar.errors import RequestError
 
 Valid = Callable[[Any], bool]

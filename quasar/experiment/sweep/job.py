@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from quasar.config.hash import config_hash
-from quasar.config.schema import check
+from quasar.config.rules import check
 from quasar.errors import report
 from quasar.results.console import Reporter
 from quasar.results.runs import is_locked, read_run
