@@ -13,9 +13,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from quasar.config.schema import CONF, register
+from quasar.results.attempt import Status
 from quasar.results.generations import GENERATIONS
 from quasar.results.metrics import METRICS
-from quasar.results.schema import PromptRecord, Status
+from quasar.results.schema import PromptRecord
 
 VERIFIERS = ("fp16", "int8", "int4", "pruned")
 DRAFTERS = ("ngram", "lookahead", "layerskip")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from quasar.results.attempt import Environment, Inputs, Machine, ModelFiles
 from quasar.results.measured import RunFacts
-from quasar.results.schema import Environment, Inputs, Machine, Milliseconds, ModelFiles, Steps, Turn
+from quasar.results.schema import Milliseconds, Steps, Turn
 
 
 def turn(drafted: list[int], accepted: list[int], prompt_tokens: int = 4, **others: Any) -> Turn:

@@ -27,9 +27,9 @@ from quasar.model.grid import weights_on_grid
 from quasar.model.sources import Checkpoint
 from quasar.model.tokenizer import Tokenizer
 from quasar.quantization.packed import quantized_share
+from quasar.results.attempt import Machine
 from quasar.results.console import Reporter
 from quasar.results.environment import describe_machine
-from quasar.results.schema import Machine
 from quasar.verifiers.base import LayeredVerifier, Setup, Verifier
 from quasar.verifiers.fp16 import FP16Verifier
 

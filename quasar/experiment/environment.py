@@ -10,7 +10,7 @@ from quasar.experiment.build import Prepared
 from quasar.experiment.facts import facts_of
 from quasar.experiment.header import header_of, warnings_of
 from quasar.experiment.inputs import inputs_of
-from quasar.results.schema import Environment, ModelFiles
+from quasar.results.attempt import Environment, ModelFiles
 
 
 def environment_of(parts: Prepared) -> Environment:

@@ -10,7 +10,7 @@ from quasar_kernels.cpu.levels import NO_KERNELS
 from quasar.config.rules import warnings_about
 from quasar.config.schema import Grid
 from quasar.experiment.build import Prepared
-from quasar.results.schema import Environment, Machine
+from quasar.results.attempt import Environment, Machine
 from quasar.results.console import Reporter
 
 MOSTLY_ON_GRID = 0.5

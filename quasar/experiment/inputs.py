@@ -14,7 +14,7 @@ from quasar.config.schema import RunConfig
 from quasar.evaluation.calibration import calibration_prompts
 from quasar.evaluation.prompts import Prompt, prompt_set_hash
 from quasar.model.sources import MODEL_FILES, Checkpoint, hash_of_parts
-from quasar.results.schema import Inputs
+from quasar.results.attempt import Inputs
 
 PACKAGES = ("torch", "transformers")
 FILE_KEYS = ("path", "corpus", "trace")

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from quasar.errors import RequestError
+from quasar.results.attempt import Inputs
 from quasar.results.console import Reporter
 from quasar.results.estimates import QUANTITIES, Quantity
 from quasar.results.generations import read_records
@@ -23,7 +24,7 @@ from quasar.results.labels import arm_names
 from quasar.results.metric import MISSING
 from quasar.results.rows import sums_of
 from quasar.results.runs import StoredRun, flatten
-from quasar.results.schema import Inputs, Json
+from quasar.results.schema import Json
 from quasar.results.show import environment_of, stored_run
 
 DECISIVE = ("decode.temperature", "decode.top_k", "decode.top_p", "decode.max_new_tokens", "decode.stop")

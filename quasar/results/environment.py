@@ -12,7 +12,7 @@ import torch
 from quasar_kernels.bandwidth import copy_bandwidth
 from quasar_kernels.cpu import kernel_level
 
-from quasar.results.schema import Machine
+from quasar.results.attempt import Machine
 
 PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "triton", "bitsandbytes", "torch-pruning", "numpy")
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from quasar.results.attempt import Status
 from quasar.results.generations import GENERATIONS
-from quasar.results.schema import Json, Status
+from quasar.results.schema import Json
 from quasar.results.store import LOCK, read_json, read_status
 
 STATES = ("done", "running", "partial", "failed", "pending")

@@ -21,9 +21,10 @@ from quasar.cache import code_version
 from quasar.config.hash import config_hash
 from quasar.config.text import config_yaml
 from quasar.errors import RequestError, actionable, storage_error
+from quasar.results.attempt import Environment, Inputs, Status
 from quasar.results.generations import GENERATIONS, PASSES, GenerationsFile, PassesFile, RecordsFile, read_passes
 from quasar.results.load import LOAD, between, sample
-from quasar.results.schema import Environment, Inputs, Json, PassPoint, PassRecord, PromptRecord, Status
+from quasar.results.schema import Json, PassPoint, PassRecord, PromptRecord
 
 Record = TypeVar("Record", PromptRecord, PassRecord)
 

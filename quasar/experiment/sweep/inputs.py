@@ -14,8 +14,8 @@ from quasar.evaluation.prompts import Prompt, load_prompts
 from quasar.experiment.inputs import inputs_of
 from quasar.experiment.sweep.plan import Job
 from quasar.model.sources import Checkpoint, locate
+from quasar.results.attempt import Inputs
 from quasar.results.console import Reporter
-from quasar.results.schema import Inputs
 from quasar.results.store import ENVIRONMENT, read_json, require_same_inputs
 
 Found = TypeVar("Found")
