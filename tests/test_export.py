@@ -1,4 +1,4 @@
-"""`quasar export`: what is written is the verifier bit for bit, and what a config cannot say is refused."""
+"""`quasar export`: what is written is the verifier bit for bit, and what a config cannot express is refused."""
 
 from __future__ import annotations
 

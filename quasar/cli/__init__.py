@@ -93,7 +93,7 @@ def show_run(folder: Annotated[Path, typer.Argument(help="the folder of a run, f
 @app.command("compare")
 def compare_runs(
     folders: Annotated[
-        list[Path], typer.Argument(help="folders of runs on the same prompts; the first is compared to")
+        list[Path], typer.Argument(help="folders of runs on the same prompts; the others are compared with the first")
     ],
 ) -> None:
     """Compare runs with the first one, prompt by prompt, with intervals of the differences."""

@@ -1,4 +1,4 @@
-"""How commands end: errors that the user can act on, and output that nobody reads any more."""
+"""How commands end: errors that the user can act on, and output whose reader has closed the pipe."""
 
 from __future__ import annotations
 

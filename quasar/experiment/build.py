@@ -131,7 +131,7 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
 def _build_another(
     located: Reference, reporter: Reporter, setup: Setup, choice: str | dict[str, Any]
 ) -> LayeredVerifier:
-    """Build another verifier of the run's model, given its name or its config node; ``dtype`` auto is the run's."""
+    """Build another verifier of the run's model from its name or config node. ``dtype`` auto is the run's dtype."""
     node = node_named("verifier", choice) if isinstance(choice, str) else choice
     name = node.get("dtype", "auto")
     dtype = located.dtype if name == "auto" else choose_dtype(name, located.device)

@@ -14,8 +14,8 @@ INTERRUPTED = 130
 def guarded(program: Callable[[], int]) -> int:
     """Call ``program`` and return its exit code, which is 130 after an interrupt (Ctrl-C).
 
-    The program imports what it needs itself, because an interrupt may come during the imports. There it may surface as
-    another error than KeyboardInterrupt, so the signal is noted.
+    The program imports what it needs itself, because an interrupt may come during the imports. An import may turn
+    KeyboardInterrupt into another error, so the signal itself is noted.
     """
     interrupts: list[int] = []
 
@@ -23,7 +23,7 @@ def guarded(program: Callable[[], int]) -> int:
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    # A job in the background of a shell ignores interrupts, and goes on ignoring them.
+    # A shell starts background jobs with interrupts ignored, and they must stay ignored.
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
@@ -43,9 +43,9 @@ def guarded(program: Callable[[], int]) -> int:
 
 
 def _flush() -> None:
-    """Write the rest of standard output, unless it is a pipe that nobody reads any more (``--help | head``)."""
+    """Write the rest of standard output, unless its reader has closed it (``--help | head``)."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more when it ends.
+        # The interpreter flushes once more when it ends, which must not fail then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

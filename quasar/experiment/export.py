@@ -99,7 +99,7 @@ def _require_alike(layers: Sequence[LayerShape]) -> None:
         heads = sorted({layer.num_kv_heads for layer in layers})
         raise RequestError(
             f"the layers differ (MLP widths {widths}, KV heads {heads}), which the config of a Hugging Face model "
-            "cannot say. Export verifier.method=depth, or verifier.uniform=true with a verifier.ratio at which the "
+            "cannot express. Export verifier.method=depth, or verifier.uniform=true with a verifier.ratio at which the "
             "rounding of the widths leaves no difference"
         )
 
@@ -152,7 +152,7 @@ def _warnings(exported: Exported) -> list[str]:
     inputs = [group["input_activations"] for group in groups if group["input_activations"] is not None]
     if any(entry["strategy"] == "group" for entry in inputs):
         return [
-            "the inputs have a scale per token and group, which the format can say but few engines compute; "
-            "verifier.activation_group=null (int8) or verifier.activation_bits=16 (int4) exports what all of them do"
+            "the inputs have a scale per token and group, which the format allows but few engines support; "
+            "verifier.activation_group=null (int8) or verifier.activation_bits=16 (int4) exports what all support"
         ]
     return []

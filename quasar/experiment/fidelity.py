@@ -111,7 +111,7 @@ class _PlainText:
     def texts(self, a: Standalone) -> list[_Text]:
         tokens = a.tokenizer.encode(self._content)
         if len(tokens) < 2:
-            raise RequestError(f"--text={self._path}: has {len(tokens)} tokens, and the first is only context")
+            raise RequestError(f"--text={self._path}: has {len(tokens)} tokens, but needs 2: the first is only context")
         return [_Text("text", lambda window=window: [window]) for window in windows(tokens)]  # type: ignore[misc]
 
     def sentence(self, a: Standalone) -> str:

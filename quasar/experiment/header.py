@@ -14,7 +14,7 @@ from quasar.results.attempt import Environment, Machine
 from quasar.results.console import Reporter
 
 MOSTLY_ON_GRID = 0.5
-"""Share of weights on a low-bit grid from which on a reference counts as dequantized."""
+"""A reference counts as dequantized if more than this share of its weights is on a low-bit grid."""
 
 
 def print_header(reporter: Reporter, environment: Environment, finished: int, folder: Path) -> None:

@@ -49,7 +49,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
-        # Nobody reads the help text any more.
+        # The reader of the help text has closed the pipe.
         return DONE
     except Exception as error:
         return _report(error)

@@ -1,4 +1,4 @@
-"""Times verification passes of every length behind every context, in turns with the reference's pass of one row."""
+"""Times verification passes of every length behind every context, alternating with the reference's pass of one row."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _run_sweep(arguments: list[str]) -> int:
 
 
 def _definition(name: str, overrides: Sequence[str]) -> str:
-    """Return a folder name that stands for the experiment's file and the overrides: another sweep gets another one."""
+    """Return a folder name made from the experiment's file and the overrides; other sweeps have other names."""
     content = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
     return hashlib.sha256(json.dumps([content, *overrides]).encode()).hexdigest()[:8]
 

@@ -30,7 +30,8 @@ def _conversation(
     messages: list[Message] = []
     for text, (tokens, emitted) in zip(texts, answers, strict=False):
         messages.append({"role": "user", "content": text})
-        # The first token comes from the prefill. The drafter does not see what its last draft led to.
+        # The first token comes from the prefill. A drafter sees the tokens of a step at its next draft, so the last
+        # step's are left out.
         seen = 1 + sum(emitted[:-1]) if emitted else 0
         yield FinishedSequence(tokenizer.encode_chat(messages), tokens[:seen])
         messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})

@@ -77,7 +77,7 @@ class Inputs:
             return None
 
     def differences(self, recorded: Inputs) -> list[str]:
-        """Return a sentence part for everything that differs from the recorded inputs."""
+        """Return a phrase for every input that differs from the recorded one."""
         found = []
         for name, words in _INPUT_WORDS.items():
             before, now = getattr(recorded, name), getattr(self, name)

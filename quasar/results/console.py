@@ -140,7 +140,7 @@ class Reporter:
 
 
 class OutputClosedError(QuasarError):
-    """Nobody reads standard output any more, as in ``quasar list | head``."""
+    """The reader of standard output has closed it, as ``head`` does in ``quasar list | head``."""
 
 
 class _Console(Console):

@@ -210,13 +210,13 @@ def predicted_speedup(run: Measured) -> float | None:
 
 
 def prediction_residual(run: Measured) -> float | None:
-    """Measured over predicted speedup; below 1 by drafting and by whatever else a step does beside its pass."""
+    """Measured over predicted speedup; below 1 because a step does more than its pass, such as drafting."""
     measured, predicted = speedup_vs_ar_same(run), predicted_speedup(run)
     return None if measured is None or predicted is None else measured / predicted
 
 
 def share_of_oracle(run: Measured) -> float | None:
-    """Predicted speedup over that of an oracle, which ends every draft behind its last token that will be accepted.
+    """Predicted speedup over that of an oracle, which ends every draft after the last token that will be accepted.
 
     It emits the same tokens in the same steps, so that the share is the time of its passes over that of the run's:
     sum of t(accepted + 1) / sum of t(drafted + 1). 1 means that no pass was longer than it had to be.

@@ -72,13 +72,13 @@ def free_speedup(sums: Sums) -> np.ndarray:
 text_speedup = ratio_of_totals("base_ms", "ms")
 """The statistic of `reference_text_times`."""
 baseline_ms_per_token = ratio_of_totals("base_ms", "base_tokens")
-"""The statistic of `free_times` that tells the baseline's speed alone."""
+"""The statistic of `free_times` for the baseline alone: its milliseconds per token."""
 
 
 def _crossed(run: Measured, values: Callable[[PromptRecord], dict[str, float] | None]) -> PairedTimes | None:
     """Collect ``values`` of every record. A prompt that lacks them in any repetition is left out.
 
-    Returns None if no prompt is left, or if the verifier's arithmetic is emulated: its times are then no speedup.
+    Returns None if no prompt is left, or if the verifier's arithmetic is emulated: its times then say nothing.
     """
     if run.emulated:
         return None

@@ -58,7 +58,7 @@ class PassTimes:
         return self._at(rows, self.pass_ms / self.reference_ms)
 
     def break_even(self, draft_tokens: float) -> Estimate:
-        """Return the τ from which on a step with this draft length is faster than AR-ref, drafting apart.
+        """Return the τ above which a step with this draft length is faster than AR-ref; drafting itself is not counted.
 
         A step emits τ tokens in t(γ + 1), AR-ref one token in t_ref(1), so that τ has to be t(γ + 1) / t_ref(1).
         """
@@ -136,10 +136,10 @@ class Speculation:
     draft_tokens: mean number γ of draft tokens per step
     context: the context of the passes, the measured one that is nearest to the mean context of the steps
     tau_ref: tokens per step
-    needed: τ from which on a step is faster than AR-ref, t(γ + 1) / t_ref(1)
+    needed: the τ above which a step is faster than AR-ref, t(γ + 1) / t_ref(1)
     predicted: speedup over AR-ref if a step were nothing but its pass, τ_ref / needed
     measured: speedup over AR-ref on the same text
-    residual: measured over predicted; below 1 by what a step does beside the pass
+    residual: measured over predicted; below 1 because of what a step does besides its pass
     """
 
     group: Group

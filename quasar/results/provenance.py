@@ -155,7 +155,9 @@ def _environment(run: StoredRun) -> Json:
 def _common(words: str, values: Iterable[Any]) -> Any:
     found = list(dict.fromkeys(values))
     if len(found) != 1:
-        raise RequestError(f"the runs are of several {words}: {'; '.join(map(str, found))}; draw each one's runs apart")
+        raise RequestError(
+            f"the runs are of several {words}: {'; '.join(map(str, found))}; draw the runs of each separately"
+        )
     return found[0]
 
 

@@ -1,7 +1,7 @@
 """Why a run is slower than autoregressive decoding with the same verifier, and which setting to try.
 
 A step takes d for the draft, v for the verification pass and o for the rest, and emits τ tokens. AR-same takes t per
-token, the time of a pass with one row. The run is faster from τ = (d + v + o) / t on, its break-even τ. What a step
+token, the time of a pass with one row. The run is faster above its break-even τ, which is (d + v + o) / t. What a step
 takes beyond t has three parts: drafting, d, the additional rows of the pass, v - t, and the rest, o. Either too few
 draft tokens are accepted to pay for a step that is cheap, or the largest of the three parts is too expensive.
 
@@ -50,7 +50,7 @@ class Step:
 
     @property
     def break_even(self) -> float:
-        """The τ from which on the run is faster than AR-same."""
+        """The τ above which the run is faster than AR-same."""
         return self.milliseconds / self.single_ms
 
     @property

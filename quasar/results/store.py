@@ -125,7 +125,7 @@ class RunFolder:
             yield
         finally:
             load = between(begin, sample(), cores)
-            # The records are worth more than this: if the disk is full, the next write of the run says so.
+            # A full disk must not end a run here: its records matter more, and the next write reports the full disk.
             with suppress(OSError):
                 self._add_to_attempt(LOAD, None if load is None else load.to_json())
 
