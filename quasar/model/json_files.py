@@ -42,6 +42,14 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_checked(kind: type[Model], file: Path) -> Model:
+    """Read a file that contains one JSON object, as an object of a pydantic class.
+
+    Raises RequestError like `read_object` and `checked`.
+    """
+    return checked(kind, read_object(file), str(file))
+
+
 def checked(kind: type[Model], content: object, place: str) -> Model:
     """Return ``content`` as an object of a pydantic class.
 

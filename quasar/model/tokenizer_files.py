@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from quasar.config.inputs import open_regular
 from quasar.errors import RequestError
-from quasar.model.json_files import checked, read_object, warn_once
+from quasar.model.json_files import read_checked, warn_once
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """The files with which transformers can build the tokenizers of the supported models."""
@@ -30,7 +30,7 @@ def check_tokenizer_files(folder: Path) -> None:
         raise RequestError(f"{folder}: contains no tokenizer; it needs one of {', '.join(VOCABULARIES)}")
     for name, kind in _FILES.items():
         if (folder / name).exists():
-            checked(kind, read_object(folder / name), str(folder / name))
+            read_checked(kind, folder / name)
     template = folder / "chat_template.jinja"
     if template.exists():
         if template.stat().st_size > MAX_TEMPLATE_BYTES:
@@ -47,7 +47,7 @@ def check_vocabulary_files(folder: Path) -> None:
     large: dict[str, type[BaseModel]] = {"tokenizer.json": _TokenizerJson, "vocab.json": _Vocabulary}
     for name, kind in large.items():
         if (folder / name).exists():
-            checked(kind, read_object(folder / name), str(folder / name))
+            read_checked(kind, folder / name)
 
 
 def stop_tokens(folder: Path, vocab_size: int, default: int | None) -> frozenset[int]:
@@ -58,13 +58,13 @@ def stop_tokens(folder: Path, vocab_size: int, default: int | None) -> frozenset
     """
     file = folder / "generation_config.json"
     if file.exists():
-        found = checked(_Eos, read_object(file), str(file)).eos_token_id
+        found = read_checked(_Eos, file).eos_token_id
         if found is None:
             warn_once(f"{file}: names no eos_token_id, so that, as in transformers, no token ends an answer")
             return frozenset()
     else:
         file = folder / "config.json"
-        found = checked(_Eos, read_object(file), str(file)).eos_token_id
+        found = read_checked(_Eos, file).eos_token_id
         found = default if found is None else found
     ids = frozenset(found if isinstance(found, list) else () if found is None else (found,))
     for token in sorted(ids):

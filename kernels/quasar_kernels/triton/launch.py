@@ -18,6 +18,7 @@ def launch(
     out: Tensor,
     tiling: Tiling,
     sums: torch.dtype = torch.float32,
+    /,
     **constants: int,
 ) -> Tensor:
     """Run a matmul kernel and return ``out`` [M, N].
