@@ -53,7 +53,7 @@ def linear_bf16_kernel(
     x_rows, value_rows = x + row[:, None] * inputs, values + source[:, None] * inputs
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(tl.program_id(1) * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
-        a, w = load_blocks(x_rows, value_rows, inside, start + depth, inputs, EVEN_K)
+        a, w = load_blocks(x_rows, value_rows, inside, start, depth, inputs, EVEN_K)
         if SCALED and not WIDE:
             w = w.to(x.dtype.element_ty)
         accumulator = multiply(a, tl.trans(w), accumulator, WIDE)

@@ -63,7 +63,7 @@ def linear_fp8_kernel(
     token_rows, value_rows = tokens + row[:, None] * inputs, values + source[:, None] * inputs
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(tl.program_id(1) * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
-        x, w = load_blocks(token_rows, value_rows, inside, start + depth, inputs, EVEN_K)
+        x, w = load_blocks(token_rows, value_rows, inside, start, depth, inputs, EVEN_K)
         if WIDE:
             accumulator = tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)), accumulator, input_precision="ieee")
         else:

@@ -97,7 +97,7 @@ def linear_w8_groups_kernel(
     for first in range(split * share, tl.minimum(split * share + share, groups), GROUPS):
         for step in tl.static_range(GROUPS):
             group = first + step
-            a, w = load_blocks(x_rows, value_rows, inside, group * GROUP + depth, inputs, True)
+            a, w = load_blocks(x_rows, value_rows, inside, group * GROUP, depth, inputs, True)
             if not WIDE:
                 w = w.to(x.dtype.element_ty)
             dot = multiply(a, tl.trans(w), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), WIDE)

@@ -67,7 +67,7 @@ def linear_w8a8_kernel(
         accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
         depth = tl.arange(0, BLOCK_K)[None, :]
         for start in range(split * BLOCK_K, inputs, BLOCK_K * SPLIT_K):
-            x, w = load_blocks(token_rows, value_rows, inside, start + depth, inputs, EVEN_K)
+            x, w = load_blocks(token_rows, value_rows, inside, start, depth, inputs, EVEN_K)
             accumulator = tl.dot(x, tl.trans(w), accumulator, out_dtype=tl.int32)
     else:
         accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -81,7 +81,7 @@ def linear_w8a8_kernel(
         for first in range(begin, tl.minimum(begin + share, groups), BLOCK_K // GROUP):
             for step in tl.static_range(BLOCK_K // GROUP):
                 start = (first + step) * GROUP
-                x, w = load_blocks(token_rows, value_rows, inside, start + depth, inputs, True)
+                x, w = load_blocks(token_rows, value_rows, inside, start, depth, inputs, True)
                 following = tl.minimum(first + step + 1, groups - 1)
                 next_row_scale = tl.load(row_scales + following, mask=row < rows, other=0.0)
                 dot = tl.dot(x, tl.trans(w), out_dtype=tl.int32)
