@@ -135,68 +135,57 @@ def sum_of_group(x_low, x_high, INT8: tl.constexpr):
     return tl.sum(x_low.to(tl.float32), axis=1) + tl.sum(x_high.to(tl.float32), axis=1)
 
 
+def _unpacking(one: int, base: int, instruction: str) -> str:
+    """Return the assembly that unpacks four bytes to eight 16-bit floats ``q - 8``, two to a register.
+
+    A float whose last mantissa bit is worth 1 takes q as its lowest bits: ``base | q`` is 128 + q in bfloat16 and
+    1024 + q in float16. A half is stored as ``q - 8`` in two's complement, which is q with bit 3 inverted, so bit 3 is
+    inverted again where the half is joined with ``base``. Then the value of ``base | 8`` is subtracted.
+
+    one, base: bits of 1 and of 128 or 1024 in the format; instruction: multiplies and adds pairs of the format
+    """
+    pair = 0x00010001
+    negative = 0x8000 | base | 8
+    select = f"0x000F000F, {(base | 8) * pair:#010x}, 0x6A"
+    return f"""
+        {{
+        .reg .b32 a, b, c, d, one, offset;
+        mov.b32 one, {one * pair:#010x};
+        mov.b32 offset, {negative * pair:#010x};
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        shr.u32 c, a, 4;
+        shr.u32 d, b, 4;
+        lop3.b32 a, a, {select};
+        lop3.b32 b, b, {select};
+        lop3.b32 c, c, {select};
+        lop3.b32 d, d, {select};
+        {instruction} $0, a, one, offset;
+        {instruction} $1, b, one, offset;
+        {instruction} $2, c, one, offset;
+        {instruction} $3, d, one, offset;
+        }}
+    """
+
+
+UNPACK_TO_BFLOAT16 = tl.constexpr(_unpacking(0x3F80, 0x4300, "fma.rn.bf16x2"))
+UNPACK_TO_FLOAT16 = tl.constexpr(_unpacking(0x3C00, 0x6400, "fma.rn.f16x2"))
+
+
 @triton.jit
 def unpack_to_float(packed, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Return ``q - 8`` of the low and of the high halves of bytes, in ``dtype``.
 
-    A 16-bit float whose last mantissa bit is worth 1 takes q as its lowest bits: 128 + q in bfloat16, 1024 + q in
-    float16. It is written in assembly because the compiler would convert every byte separately.
+    It is written in assembly because the compiler would convert every byte separately.
     """
-    if ASSEMBLY:
-        if dtype == tl.bfloat16:
-            low, high = tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b32 a, b, c, d, one, offset;
-                mov.b32 one, 0x3F803F80;
-                mov.b32 offset, 0xC308C308;
-                prmt.b32 a, $4, 0, 0x4140;
-                prmt.b32 b, $4, 0, 0x4342;
-                shr.u32 c, a, 4;
-                shr.u32 d, b, 4;
-                lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A;
-                lop3.b32 b, b, 0x000F000F, 0x43084308, 0x6A;
-                lop3.b32 c, c, 0x000F000F, 0x43084308, 0x6A;
-                lop3.b32 d, d, 0x000F000F, 0x43084308, 0x6A;
-                fma.rn.bf16x2 $0, a, one, offset;
-                fma.rn.bf16x2 $1, b, one, offset;
-                fma.rn.bf16x2 $2, c, one, offset;
-                fma.rn.bf16x2 $3, d, one, offset;
-                }
-                """,
-                "=r,=r,=r,=r,r",
-                [packed],
-                dtype=(tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            low, high = tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b32 a, b, c, d, one, offset;
-                mov.b32 one, 0x3C003C00;
-                mov.b32 offset, 0xE408E408;
-                prmt.b32 a, $4, 0, 0x4140;
-                prmt.b32 b, $4, 0, 0x4342;
-                shr.u32 c, a, 4;
-                shr.u32 d, b, 4;
-                lop3.b32 a, a, 0x000F000F, 0x64086408, 0x6A;
-                lop3.b32 b, b, 0x000F000F, 0x64086408, 0x6A;
-                lop3.b32 c, c, 0x000F000F, 0x64086408, 0x6A;
-                lop3.b32 d, d, 0x000F000F, 0x64086408, 0x6A;
-                fma.rn.f16x2 $0, a, one, offset;
-                fma.rn.f16x2 $1, b, one, offset;
-                fma.rn.f16x2 $2, c, one, offset;
-                fma.rn.f16x2 $3, d, one, offset;
-                }
-                """,
-                "=r,=r,=r,=r,r",
-                [packed],
-                dtype=(tl.float16, tl.float16),
-                is_pure=True,
-                pack=4,
-            )
+    if ASSEMBLY and dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            UNPACK_TO_BFLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    elif ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            UNPACK_TO_FLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
     else:
         low = (((packed & 0xF) ^ 8).to(tl.float32) - 8.0).to(dtype)
         high = (((packed >> 4) ^ 8).to(tl.float32) - 8.0).to(dtype)
