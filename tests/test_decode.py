@@ -47,6 +47,9 @@ VERIFIERS: dict[str, Callable[..., TransformerVerifier]] = {
     "int4-asymmetric": lambda model, setup: Int4Verifier(model, setup, method="rtn", symmetric=False, group_size=32),
     "pruned-width": lambda model, setup: PrunedVerifier(model, setup, ratio=0.2, importance="magnitude"),
     "pruned-depth": lambda model, setup: PrunedVerifier(model, setup, method="depth", ratio=0.25, selection="deepest"),
+    "pruned-int4": lambda model, setup: PrunedVerifier(
+        model, setup, ratio=0.2, importance="magnitude", quantize={"name": "int4", "method": "rtn"}
+    ),
 }
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "ngram": NgramDrafter,
@@ -126,7 +129,7 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(0, 64, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("verifier_name", always(VERIFIERS, "fp16", "int8", "int4", "pruned-depth"))
+@pytest.mark.parametrize("verifier_name", always(VERIFIERS, "fp16", "int8", "int4", "pruned-depth", "pruned-int4"))
 def test_every_pair_reproduces_autoregressive_decoding(verifier_name: str) -> None:
     verifier = build(verifier_name)
     chosen = DRAFTERS if verifier_name == "fp16" else EVERYWHERE

@@ -14,7 +14,7 @@ from quasar.errors import RequestError
 from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.model.transformer import Transformer
-from quasar.pruning.allocation import Removal, removals
+from quasar.pruning.allocation import Amount, Removal, removals
 from quasar.pruning.depth import angular_distance, block_influence, residual_stream, select_layers
 from quasar.pruning.importance import BlockScores, Importance, scores
 from quasar.pruning.separate import SeparateTransformer
@@ -111,14 +111,14 @@ def test_weakest_structures_go_first() -> None:
         for rows in (slice(64, 128), slice(160, 192), slice(224, 256)):  # q, k and v of KV group 1
             model.blocks[2].attention.qkv.weight[rows] *= 1e-3
     found = scores(model, "magnitude", no_calibration, lambda done, total: None)
-    chosen = removals(model, found, ratio=0.08, heads=True, uniform=False)
+    chosen = removals(model, found, Amount(0.08, heads=True))
     assert [removal.groups for removal in chosen] == [[], [], [1], []]
     assert [removal.channels for removal in chosen] == [[], list(range(10, 74)), [], []]
 
 
 def test_uniform_allocation_takes_the_same_from_every_layer() -> None:
     found = scores(fresh(), "magnitude", no_calibration, lambda done, total: None)
-    chosen = removals(fresh(), found, ratio=0.35, heads=False, uniform=True)
+    chosen = removals(fresh(), found, Amount(0.35, uniform=True))
     assert [len(removal.channels) for removal in chosen] == [128] * 4
     for removal, score in zip(chosen, found, strict=True):
         assert removal.channels == sorted(score.channels.argsort()[:128].tolist())

@@ -13,8 +13,25 @@ from quasar.model.transformer import Block, Transformer
 from quasar.pruning.importance import BlockScores
 from quasar.pruning.size import block_parameters
 
-# Remaining widths are multiples of this, so that low-bit kernels and 4-bit groups can still be used.
 WIDTH_MULTIPLE = 64
+"""Remaining widths are multiples of this, which suits the tiles of the kernels and the usual groups of weights."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is removed, and of what.
+
+    ratio: share of the decoder blocks' parameters
+    heads: whether the same share of KV groups is removed as of MLP channels; otherwise only channels are removed
+    uniform: whether every block loses the same number of channels. Otherwise channels are ranked over all blocks by
+        scores that are standardized within each block (An et al. 2024, section 3.3)
+    multiple: the remaining channels of a block that loses some are a multiple of this number
+    """
+
+    ratio: float
+    heads: bool = False
+    uniform: bool = False
+    multiple: int = WIDTH_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -25,29 +42,24 @@ class Removal:
     groups: list[int]
 
 
-def removals(
-    model: Transformer, scores: Sequence[BlockScores], ratio: float, heads: bool, uniform: bool
-) -> list[Removal]:
-    """Return the least important structures of every block that together have ``ratio`` of the blocks' parameters.
+def removals(model: Transformer, scores: Sequence[BlockScores], amount: Amount) -> list[Removal]:
+    """Return the least important structures of every block that together have the amount's share of the parameters.
 
-    heads: whether the same share of KV groups is removed as of MLP channels; otherwise only channels are removed
-    uniform: whether every block loses the same number of channels. Otherwise channels are ranked over all blocks by
-        scores that are standardized within each block (An et al. 2024, section 3.3)
-
-    Raises RequestError if a block would be left without a KV group or with fewer than `WIDTH_MULTIPLE` channels; the
+    Raises RequestError if a block would be left without a KV group or with fewer than ``amount.multiple`` channels; the
     message names the largest valid ratio.
     """
+    ratio, heads = amount.ratio, amount.heads
     blocks = [block for block in model.blocks if isinstance(block, Block)]
     total = block_parameters(model)
     per_channel = _parameters(blocks[0].mlp) / blocks[0].mlp.down.in_features
     per_group = _parameters(blocks[0].attention) / blocks[0].attention.num_kv_heads
-    spare_channels = [block.mlp.down.in_features - WIDTH_MULTIPLE for block in blocks]
+    spare_channels = [max(block.mlp.down.in_features - amount.multiple, 0) for block in blocks]
     spare_groups = [block.attention.num_kv_heads - 1 if heads else 0 for block in blocks]
     largest = (sum(spare_channels) * per_channel + sum(spare_groups) * per_group) / total
     if ratio > largest:
         left = "a KV group and " if heads else ""
         raise RequestError(
-            f"verifier.ratio={ratio} would leave a layer without {left}{WIDTH_MULTIPLE} MLP channels; "
+            f"verifier.ratio={ratio} would leave a layer without {left}{amount.multiple} MLP channels; "
             f"use at most {int(largest * 100) / 100}, or verifier.method=depth"
         )
     share = round(ratio * sum(block.attention.num_kv_heads for block in blocks)) if heads else 0
@@ -57,10 +69,12 @@ def removals(
     groups = _weakest([block.groups for block in scores], spare_groups, count)
     target = max(ratio * total - count * per_group, 0) / per_channel
     widths = [block.mlp.down.in_features for block in blocks]
-    gone = _even(target, spare_channels) if uniform else _ranked(target, [block.channels for block in scores])
+    gone = _even(target, spare_channels) if amount.uniform else _ranked(target, [block.channels for block in scores])
+    wanted = [width - of_layer for width, of_layer in zip(widths, gone, strict=True)]
+    kept = _rounded(widths, wanted, sum(widths) - target, amount.multiple)
     channels = [
-        score.channels.argsort()[: width - kept].sort().values.tolist()
-        for score, width, kept in zip(scores, widths, _rounded(widths, gone, target), strict=True)
+        score.channels.argsort()[: width - of_layer].sort().values.tolist()
+        for score, width, of_layer in zip(scores, widths, kept, strict=True)
     ]
     return [Removal(*pair) for pair in zip(channels, groups, strict=True)]
 
@@ -93,7 +107,7 @@ def _weakest(groups: Sequence[Tensor], spare: Sequence[int], count: int) -> list
 
 
 def _even(target: float, spare: Sequence[int]) -> list[float]:
-    return [target * of_layer / sum(spare) for of_layer in spare]
+    return [target * of_layer / max(sum(spare), 1) for of_layer in spare]
 
 
 def _ranked(target: float, channels: Sequence[Tensor]) -> list[float]:
@@ -107,22 +121,34 @@ def _ranked(target: float, channels: Sequence[Tensor]) -> list[float]:
     return [float((of_layer <= threshold).sum()) for of_layer in standardized]
 
 
-def _rounded(widths: Sequence[int], gone: Sequence[float], target: float) -> list[int]:
-    """Return the widths to keep, multiples of `WIDTH_MULTIPLE`, so that about ``target`` channels are removed in total.
+def _rounded(widths: Sequence[int], wanted: Sequence[float], total: float, multiple: int) -> list[int]:
+    """Return the widths to keep, whose sum is about ``total``.
 
-    The width of each block is rounded to the nearest multiple, at least one. Then the widths with the largest rounding
-    errors are changed by one more multiple until the total fits.
+    Each is the nearest multiple to what is wanted, at least one, or the block's whole width, which need not be a
+    multiple. Then the widths with the largest rounding errors are changed to the next possible one until the sum gets
+    no closer.
+
+    Example: of two blocks with 200 channels, 150 and 190 are wanted, in multiples of 64. The nearest possible widths
+    are 128 and 192, whose sum is 20 too small. The next larger ones would add 64 to the first, which is too much, or 8
+    to the second. The result is 128 and 200.
     """
-    wanted = [(width - of_layer) / WIDTH_MULTIPLE for width, of_layer in zip(widths, gone, strict=True)]
-    most = [width // WIDTH_MULTIPLE for width in widths]
-    kept = [min(max(round(value), 1), limit) for value, limit in zip(wanted, most, strict=True)]
-    excess = round((sum(widths) - target) / WIDTH_MULTIPLE) - sum(kept)
-    while excess:
-        step = 1 if excess > 0 else -1
-        movable = [layer for layer in range(len(kept)) if 1 <= kept[layer] + step <= most[layer]]
-        if not movable:
-            break
-        layer = max(movable, key=lambda layer: (wanted[layer] - kept[layer]) * step)
-        kept[layer] += step
-        excess -= step
-    return [count * WIDTH_MULTIPLE for count in kept]
+    possible = [[*range(multiple, width, multiple), width] for width in widths]
+    places = [_nearest(sizes, value) for sizes, value in zip(possible, wanted, strict=True)]
+    while True:
+        kept = [sizes[place] for sizes, place in zip(possible, places, strict=True)]
+        missing = total - sum(kept)
+        step = 1 if missing > 0 else -1
+        changes = {
+            layer: possible[layer][place + step] - kept[layer]
+            for layer, place in enumerate(places)
+            if 0 <= place + step < len(possible[layer])
+        }
+        better = [layer for layer, change in changes.items() if abs(missing - change) < abs(missing)]
+        if not better:
+            return kept
+        places[max(better, key=lambda layer: (wanted[layer] - kept[layer]) * step)] += step
+
+
+def _nearest(sizes: Sequence[int], value: float) -> int:
+    """Return the index of the size that is nearest to a value."""
+    return min(range(len(sizes)), key=lambda place: abs(sizes[place] - value))

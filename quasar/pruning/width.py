@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quasar.model.transformer import Transformer
-from quasar.pruning.allocation import Removal, removals
+from quasar.pruning.allocation import Amount, Removal, removals
 from quasar.pruning.importance import Importance, input_means, scores
 from quasar.pruning.separate import SeparateAttention, SeparateBlock, SeparateTransformer
 from quasar.quantization.statistics import Calibration, Progress
@@ -17,20 +17,20 @@ from quasar.quantization.statistics import Calibration, Progress
 
 def prune_width(
     model: Transformer,
-    ratio: float,
+    amount: Amount,
     importance: Importance,
-    heads: bool,
-    uniform: bool,
     calibration: Callable[[], Calibration],
     progress: Progress,
 ) -> Transformer:
-    """Remove ``ratio`` of the decoder blocks' parameters and return the pruned model.
+    """Remove the least important structures of the decoder blocks and return the pruned model.
 
-    See `scores` for ``importance``, and `removals` for ``heads`` and ``uniform``. With flap, the mean contribution of
-    the removed structures is added as a bias (An et al. 2024, section 3.4).
+    See `scores` for ``importance``. With flap, the mean contribution of the removed structures is added as a bias (An
+    et al. 2024, section 3.4). If the ratio is too small to remove anything, the model is returned as it is.
     """
     found = scores(model, importance, calibration, progress)
-    chosen = removals(model, found, ratio, heads, uniform)
+    chosen = removals(model, found, amount)
+    if not any(removal.channels or removal.groups for removal in chosen):
+        return model
     means: list[tuple[Tensor, Tensor]] | None = None
     if importance == "flap":
         statistics = calibration().statistics(model, progress)
