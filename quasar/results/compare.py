@@ -22,7 +22,7 @@ from quasar.results.generations import read_records
 from quasar.results.intervals import Estimate, Sums, ratio_of_totals
 from quasar.results.labels import arm_names
 from quasar.results.metric import MISSING
-from quasar.results.rows import sums_of
+from quasar.results.rows import sums_of, untimed
 from quasar.results.runs import StoredRun, flatten
 from quasar.results.schema import Json
 from quasar.results.show import environment_of, stored_run
@@ -138,7 +138,8 @@ def _paired(first: StoredRun, second: StoredRun) -> tuple[pd.DataFrame, int, int
     """Return the pairs, and the numbers of prompts and repetitions in them. Raises RequestError if there are none."""
     tables = []
     for run, prefix in ((first, _FIRST), (second, _SECOND)):
-        rows = pd.DataFrame([sums_of(record) for record in read_records(run.folder)])
+        found = [sums_of(record) for record in read_records(run.folder)]
+        rows = pd.DataFrame(map(untimed, found) if _emulated(run) else found)
         if rows.empty:
             raise RequestError(f"{run.folder}: no prompt is finished; wait for the first one, or continue the run")
         tables.append(rows.rename(columns={name: f"{prefix}{name}" for name in rows if name not in KEYS}))
@@ -216,9 +217,15 @@ def _notes(first: StoredRun, its_inputs: Inputs, second: StoredRun, inputs: Inpu
             notes.append(f"{run.folder} is a simulation: its acceptance is replayed from another run")
         if fact["lossy"]:
             notes.append(f"{run.folder} accepts by a lossy rule, so that its text is not the verifier's own")
+        if fact["emulated"]:
+            notes.append(f"{run.folder} emulates its number format: its times are no speedup and are not compared")
         if run.summary.get("disturbed"):
             notes.append(f"{run.folder} was disturbed by other processes: its times are too long")
     return notes
+
+
+def _emulated(run: StoredRun) -> bool:
+    return bool(environment_of(run)["facts"]["emulated"])
 
 
 def _machine(run: StoredRun, environment: Json) -> str:

@@ -1,5 +1,7 @@
 """The timed passes of an experiment as one tidy table: one row per arm, context, number of rows and repetition.
 
+Passes of an emulated number format are left out, because their times say nothing about the format.
+
 | columns | meaning |
 | --- | --- |
 | arm, verifier | the configuration |
@@ -29,7 +31,7 @@ KEY = ("arm", "context", "rows", "repetition")
 
 
 def pass_rows_of_runs(runs: Sequence[StoredRun]) -> pd.DataFrame | None:
-    """Return the timed passes of finished runs; None if no run timed any.
+    """Return the timed passes of finished runs; None if no run timed any that is not emulated.
 
     Raises RequestError if two runs of the same arm timed passes.
     """
@@ -64,6 +66,8 @@ def pass_shortcomings(passes: pd.DataFrame | None, declared: PassesConfig) -> li
 
 
 def _rows_of_run(run: StoredRun, name: str) -> list[Json]:
+    if run.summary.get("emulated"):
+        return []
     facts = {"weight_bytes": run.summary.get("weight_bytes")}
     arm = {"arm": name, "verifier": run.config["verifier"]["name"]}
     per_token = run.summary.get("kv_bytes_per_token", 0)

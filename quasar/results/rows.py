@@ -19,7 +19,7 @@ from the rows alone, see `quasar.results.estimates`.
 | correct | whether the answer solves the task; null if it was not graded |
 | context | tokens of context that verification passes read, summed over steps |
 | depth_by_position, reached_by_position, accepted_by_position | lists: drafts at least that deep, those of them whose tokens before that depth were accepted, and drafts accepted to that depth |
-| weight_bytes, kv_bytes_per_token, draft_weight_bytes, copy_bandwidth | facts of the run |
+| weight_bytes, kv_bytes_per_token, draft_weight_bytes, copy_bandwidth, emulated | facts of the run; where ``emulated`` is true, the times of the verifier are null, because they are those of an emulation of its number format |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ CONDITIONS = ("drafter", "temperature", "max_new_tokens", "draft_tokens")
 """The columns of the configuration in which runs of one arm may differ, if a sweep crosses its arms with a grid."""
 KEY = ("arm", *CONDITIONS, "family", "question", "repetition")
 """The columns that identify a row."""
+TIMES_OF_VERIFIER = (
+    *("draft_ms", "verify_ms", "overhead_ms", "decode_ms", "prefill_ms"),
+    *("ar_same_ms", "text_ms", "text_ar_same_ms"),
+)
+"""The times that depend on how fast the verifier is; the others are those of the reference."""
 
 
 def rows_of_runs(runs: Sequence[StoredRun]) -> pd.DataFrame:
@@ -94,8 +99,15 @@ def _rows_of_run(run: StoredRun, arm: str) -> list[Json]:
         "kv_bytes_per_token": summary["kv_bytes_per_token"],
         "draft_weight_bytes": summary.get("draft_weight_bytes"),
         "copy_bandwidth": machine.get("copy_bandwidth_bytes_per_second"),
+        "emulated": bool(summary.get("emulated")),
     }
-    return [{**constant, **sums_of(record), **facts} for record in read_records(run.folder)]
+    sums = [sums_of(record) for record in read_records(run.folder)]
+    return [{**constant, **(untimed(row) if facts["emulated"] else row), **facts} for row in sums]
+
+
+def untimed(row: Json) -> Json:
+    """Return a row without the times of its verifier, whose arithmetic is emulated. No speedup follows from them."""
+    return {**row, **dict.fromkeys(TIMES_OF_VERIFIER)}
 
 
 def sums_of(record: PromptRecord) -> Json:

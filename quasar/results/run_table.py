@@ -72,6 +72,7 @@ def print_runs(runs: Sequence[StoredRun], root: Path, choice: Choice, reporter: 
     shown = table.head(MOST_RUNS) if choice.is_default else table
     leading = ["run", "arm", *(["status"] if (shown["status"] != "done").any() else [])]
     names = [*leading, *(name for name in names if name not in leading)]
+    emulated = table.reindex(columns=["run", "emulated"]).query("emulated == True")["run"].tolist()
     if choice.format == "csv":
         parts = [column for name in names for column in _parts(name)]
         reporter.line(csv_text(shown.reindex(columns=parts)).rstrip("\n"))
@@ -85,6 +86,8 @@ def print_runs(runs: Sequence[StoredRun], root: Path, choice: Choice, reporter: 
         reporter.fitted_table("runs", columns, "--format csv and the written table have them")
         if len(shown) < len(table):
             reporter.line(f"... {len(table) - len(shown)} more runs in the written table")
+        if emulated:
+            reporter.line(f"no speedups: {', '.join(emulated)} (the machine emulates the verifier's number format)")
 
 
 def _default_order() -> list[str]:

@@ -59,11 +59,11 @@ class Step:
 
 
 def mean_step(run: Measured) -> Step | None:
-    """Return the mean step of a run; None if it drafted nothing or did not measure AR-same."""
+    """Return the mean step of a run; None if it drafted nothing, did not measure AR-same, or was emulated."""
     single = metrics.ar_same_ms_per_token(run)
     tau = metrics.mean_acceptance_length(run)
     times = metrics.draft_ms(run), metrics.verify_ms(run), metrics.overhead_ms(run)
-    if single is None or tau is None or not run.drafted or None in times:
+    if run.emulated or single is None or tau is None or not run.drafted or None in times:
         return None
     draft, verify, overhead = (time or 0.0 for time in times)
     return Step(tau, 1 + run.drafted / run.steps, draft, verify, overhead, single)

@@ -18,6 +18,10 @@ PASS_INTERVALS = (
     "Times of passes are medians over repetitions, their ratios are taken within a repetition, and their brackets are "
     "95 % intervals (percentile bootstrap over repetitions)."
 )
+EMULATED = (
+    "No times and no speedups: {arms}. The machine emulates the number format of these verifiers, so that their times "
+    "say nothing about it."
+)
 _CONDITION_HEADINGS = {
     "drafter": "drafter",
     "temperature": "T",
@@ -56,8 +60,14 @@ def document(
     if used:
         parts.append("Brackets are 95 % intervals (BCa bootstrap over prompts and repetitions).")
         parts.append("\n".join(f"- {QUANTITIES[name].heading}: {QUANTITIES[name].meaning}." for name in used))
+    parts += [EMULATED.format(arms=", ".join(arms))] if (arms := emulated_arms(rows)) else []
     parts.append("\n".join(provenance.footer(FOOTER_CHARACTERS)))
     return "\n\n".join(parts) + "\n"
+
+
+def emulated_arms(rows: pd.DataFrame) -> list[str]:
+    """Return the arms whose verifiers' number format was emulated. Results of earlier versions do not say it."""
+    return list(rows[rows["emulated"]]["arm"].unique()) if "emulated" in rows else []
 
 
 def _table(rows: pd.DataFrame, names: Sequence[str]) -> str:
