@@ -30,6 +30,7 @@ CHOICES = (
     ("int4", "verifier.rotation=hadamard", "verifier.keep_8bit=[down_proj,o_proj]", "verifier.symmetric=false"),
     ("int4", "verifier.rotation=hadamard", "verifier.method=rtn", "verifier.lm_head_bits=8"),
     ("int4", "verifier.keep_8bit=[down_proj]", "verifier.method=awq", "verifier.activation_bits=8"),
+    ("int4", "verifier.bits=5.2", "verifier.symmetric=false"),
     ("pruned", "verifier.ratio=0.3"),
     ("pruned", "verifier.ratio=0.3", "verifier.heads=true"),
     ("pruned", "verifier.method=depth", "verifier.ratio=0.3"),

@@ -29,14 +29,14 @@ class Int4Format:
     symmetric: whether there are no zero points
     activation_bits: 16, or 8 to quantize the inputs too
     dtype: dtype of the activations
-    keep_8bit: the layers of every block, out of `LAYERS`, that have int8 weights instead
+    keep_8bit: the layers that have int8 weights instead, by names such as ``blocks.3.mlp.down``
     """
 
     group_size: int
     symmetric: bool
     activation_bits: int
     dtype: torch.dtype
-    keep_8bit: tuple[str, ...] = ()
+    keep_8bit: frozenset[str] = frozenset()
 
     @property
     def int8(self) -> Int8Format:
@@ -58,7 +58,7 @@ class Int8Format:
 
 def rtn_w8(model: Transformer, form: Int8Format, progress: Progress) -> None:
     """Quantize all linear layers of the decoder blocks to int8 weights in place, rounding to nearest."""
-    _require_groups(model, form.activation_group, "verifier.activation_group")
+    require_groups(model, form.activation_group, "verifier.activation_group")
     for _, block in _blocks(model, progress):
         for layer in LAYERS:
             _round_to_int8(block, layer, form)
@@ -71,7 +71,7 @@ def smoothquant_w8a8(
 
     alpha: smoothing strength, or None to search, for every layer, the one of least output error on calibration data
     """
-    _require_groups(model, form.activation_group, "verifier.activation_group")
+    require_groups(model, form.activation_group, "verifier.activation_group")
     statistics = calibration.statistics(model, progress)
     chosen: dict[str, float] = {}
     for index, block in _blocks(model, progress):
@@ -97,9 +97,9 @@ def gptq_w8(model: Transformer, form: Int8Format, calibration: Calibration, prog
 
     Raises QuasarError, which names the layer, if the inputs of a layer are not finite.
     """
-    _require_groups(model, form.activation_group, "verifier.activation_group")
-    for layer, linear, block, hessian in _with_hessians(model, calibration, progress):
-        _gptq_to_int8(block, layer, linear.weight, hessian, form)
+    require_groups(model, form.activation_group, "verifier.activation_group")
+    for _, block, layer, hessian in _with_hessians(model, calibration, progress):
+        _gptq_to_int8(block, layer, _linear(block, layer).weight, hessian, form)
 
 
 def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Progress, rotated: bool = False) -> None:
@@ -109,10 +109,10 @@ def quantize_w4(model: Transformer, form: Int4Format, clip: bool, progress: Prog
     rotated: whether to rotate the model first, see `quasar.quantization.rotation`
     """
     _require_fit(model, form)
-    for _, block in _blocks(model, progress, Rotation(model) if rotated else None):
+    for index, block in _blocks(model, progress, Rotation(model) if rotated else None):
         for layer in LAYERS:
             weight = _linear(block, layer).weight
-            if layer in form.keep_8bit:
+            if f"blocks.{index}.{layer}" in form.keep_8bit:
                 _round_to_int8(block, layer, form.int8)
                 continue
             grid = grid_int4(weight, form.group_size, form.symmetric, clip=clip)
@@ -135,7 +135,7 @@ def awq_w4(model: Transformer, form: Int4Format, clip: bool, calibration: Calibr
             samples[layer] = of.samples.to(scales.device) / scales
         for layer in LAYERS:
             weight = _linear(block, layer).weight
-            if layer in form.keep_8bit:
+            if f"blocks.{index}.{layer}" in form.keep_8bit:
                 _round_to_int8(block, layer, form.int8)
                 continue
             if clip:
@@ -162,9 +162,9 @@ def gptq_w4(
     """
     _require_fit(model, form)
     rotation = Rotation(model) if rotated else None
-    for layer, linear, block, hessian in _with_hessians(model, calibration, progress, rotation):
-        weight = linear.weight
-        if layer in form.keep_8bit:
+    for index, block, layer, hessian in _with_hessians(model, calibration, progress, rotation):
+        weight = _linear(block, layer).weight
+        if f"blocks.{index}.{layer}" in form.keep_8bit:
             _gptq_to_int8(block, layer, weight, hessian, form.int8)
             continue
         grid = grid_int4(weight, form.group_size, form.symmetric, importance=hessian.diagonal(), clip=clip)
@@ -189,6 +189,20 @@ def quantize_head(model: Transformer) -> None:
         model.set_submodule("lm_head", W8A16Linear(quantize_int8(model.lm_head.weight), None))
 
 
+def require_groups(model: Transformer, group_size: int | None, key: str) -> None:
+    """Raise RequestError if groups of this size do not divide the input width of a layer; key: what chose the size."""
+    if group_size is None:
+        return
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        if isinstance(module, nn.Linear) and module.in_features % group_size:
+            width = module.in_features
+            divisors = [size for size in (16, 32, 64, 96, 128, 192, 256) if width % size == 0]
+            raise RequestError(
+                f"{key}={group_size} does not divide {width}, the input width of {name}; "
+                f"group sizes that do: {', '.join(map(str, divisors)) or 'none of the usual ones'}"
+            )
+
+
 def _blocks(model: Transformer, progress: Progress, rotation: Rotation | None = None) -> Iterator[tuple[int, Block]]:
     """Yield every decoder block with its linear layers in float32, so that their weights are rounded only once."""
     for index, block in enumerate(model.blocks):
@@ -210,20 +224,7 @@ def _linear(block: Block, layer: str) -> nn.Linear:
 
 
 def _require_fit(model: Transformer, form: Int4Format) -> None:
-    _require_groups(model, form.group_size, "verifier.group_size")
-
-
-def _require_groups(model: Transformer, group_size: int | None, key: str) -> None:
-    if group_size is None:
-        return
-    for name, module in model.blocks.named_modules(prefix="blocks"):
-        if isinstance(module, nn.Linear) and module.in_features % group_size:
-            width = module.in_features
-            divisors = [size for size in (16, 32, 64, 96, 128, 192, 256) if width % size == 0]
-            raise RequestError(
-                f"{key}={group_size} does not divide {width}, the input width of {name}; "
-                f"group sizes that do: {', '.join(map(str, divisors)) or 'none of the usual ones'}"
-            )
+    require_groups(model, form.group_size, "verifier.group_size")
 
 
 def _to_int8(block: Block, layer: str, weight: Int8Weight, form: Int8Format) -> None:
@@ -248,8 +249,8 @@ def _to_int4(block: Block, layer: str, values: Tensor, grid: Grid4, form: Int4Fo
 
 def _with_hessians(
     model: Transformer, calibration: Calibration, progress: Progress, rotation: Rotation | None = None
-) -> Iterator[tuple[str, nn.Linear, Block, Tensor]]:
-    """Yield every linear layer, to be replaced: its name in the block, itself, the block and its Hessian.
+) -> Iterator[tuple[int, Block, str, Tensor]]:
+    """Yield every linear layer, to be replaced: the index of its block, the block, its name there and its Hessian.
 
     The Hessian is ``X^T X``, float32 [K, K], of its inputs X, which come from the replaced blocks before.
     """
@@ -257,7 +258,7 @@ def _with_hessians(
     for index, block in _blocks(model, progress, rotation):
         hessians = _hessians(model, index, block, inputs)
         for layer in LAYERS:
-            yield layer, _linear(block, layer), block, hessians[layer]
+            yield index, block, layer, hessians[layer]
         inputs = [_through(model, block, x) for x in inputs]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, PositiveInt, validate_call
+from pydantic import ConfigDict, Field, PositiveInt, validate_call
 
 from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
-from quasar.quantization.recipes import Int4Format, awq_w4, gptq_w4, quantize_head, quantize_w4
+from quasar.quantization.mixed import candidates, choose, mean_bits
+from quasar.quantization.recipes import Int4Format, awq_w4, gptq_w4, quantize_head, quantize_w4, require_groups
 from quasar.verifiers._prepared import Found, prepared
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
@@ -33,6 +35,9 @@ class Int4Verifier(TransformerVerifier):
     activation_bits: 8 also quantizes the inputs of these layers
     rotation: hadamard spreads outliers over all channels first (QuaRot, Ashkboos et al. 2024)
     keep_8bit: the layers of every block that have int8 weights, one scale per output channel, instead
+    bits: most bits per weight in the mean over all linear layers of the decoder blocks, with scales and zero points.
+        The layers that gain most fidelity per byte have int8 weights, beside those of ``keep_8bit``, see
+        `quasar.quantization.mixed`. None: no others
     lm_head_bits: 8 also quantizes the weights of the head, per output channel
     """
 
@@ -51,6 +56,7 @@ class Int4Verifier(TransformerVerifier):
         activation_bits: Literal[16, 8] = 16,
         rotation: Literal["none", "hadamard"] = "none",
         keep_8bit: Sequence[Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]] = (),
+        bits: Annotated[float, Field(gt=4, le=9)] | None = None,
         lm_head_bits: Literal[16, 8] = 16,
     ) -> None:
         if rotation != "none" and method == "awq":
@@ -66,13 +72,22 @@ class Int4Verifier(TransformerVerifier):
             "activation_bits": activation_bits,
             "rotation": rotation,
             "keep_8bit": sorted(keep_8bit),
+            "bits": bits,
             "lm_head_bits": lm_head_bits,
         }
 
         def quantize(model: Transformer) -> tuple[Transformer, Found]:
-            in_8bit = tuple(PROJECTIONS[name] for name in keep_8bit)
-            form = Int4Format(group_size, symmetric, activation_bits, model.dtype, in_8bit)
+            everywhere = {PROJECTIONS[name] for name in keep_8bit}
+            named = frozenset(f"blocks.{index}.{layer}" for index in range(len(model.blocks)) for layer in everywhere)
+            form = Int4Format(group_size, symmetric, activation_bits, model.dtype, named)
             rotated = rotation == "hadamard"
+            found: Found = {"in_8bit": None}
+            if bits is not None:
+                require_groups(model, form.group_size, "verifier.group_size")
+                text = setup.calibration_for(f"verifier.bits={bits:g}")
+                layers = candidates(model, form, rotated, text, setup.progress)
+                form = replace(form, keep_8bit=choose(layers, bits, named))
+                found = {"in_8bit": sorted(form.keep_8bit), "bits": mean_bits(layers, form.keep_8bit)}
             choice = f"verifier.method={method}"
             if method == "rtn":
                 quantize_w4(model, form, clip, setup.progress, rotated)
@@ -82,7 +97,24 @@ class Int4Verifier(TransformerVerifier):
                 gptq_w4(model, form, clip, setup.calibration_for(choice), setup.progress, rotated)
             if lm_head_bits == 8:
                 quantize_head(model)
-            return model, {}
+            return model, found
 
-        model, _ = prepared(model, setup, settings, quantize)
+        model, found = prepared(model, setup, settings, quantize)
+        self.in_8bit: tuple[str, ...] | None = None
+        if found["in_8bit"] is not None:
+            self.in_8bit = tuple(found["in_8bit"])
+            self.details = (
+                f"{found['bits']:.3f} bits per weight of the blocks' layers, scales included; in 8 bit: "
+                f"{_listed(self.in_8bit)}",
+            )
         super().__init__(model, setup)
+
+
+def _listed(layers: Sequence[str]) -> str:
+    """Return the layers by projection, such as "down_proj of blocks 0, 3; o_proj of block 2"."""
+    parts = []
+    for projection, layer in PROJECTIONS.items():
+        blocks = sorted(int(name.split(".")[1]) for name in layers if name.endswith(layer))
+        if blocks:
+            parts.append(f"{projection} of block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}")
+    return "; ".join(parts) or "none"
