@@ -73,8 +73,8 @@ def choose(candidates: Sequence[Candidate], bits: float, in_8bit: frozenset[str]
     least = mean_bits(candidates, in_8bit)
     if bits < least:
         raise RequestError(
-            f"verifier.bits={bits:g}: the layers have {least:.4g} bits per weight before any is chosen, with scales and "
-            "zero points; choose more bits, or larger groups"
+            f"verifier.bits={bits:g}: the layers have {least:.4g} bits per weight before any is chosen, with scales "
+            "and zero points; choose more bits, or larger groups"
         )
     chosen = in_8bit
     for layer in sorted(candidates, key=lambda layer: layer.gain_per_byte, reverse=True):
