@@ -145,6 +145,7 @@ class CalibrationConfig:
     prompts: Annotated[int, Ge(0), Must("at least 0 (none)")] = MISSING
     max_tokens: Count = MISSING
     seed: Seed = MISSING
+    answers: Annotated[int, Ge(0), Must("at least 0 (none)")] = 0
 
 
 @dataclass

@@ -38,9 +38,13 @@ def prepare_calibration(
         for prompt in prompts
         for turn in prompt.turns
     ]
+    return Calibration(sequences, text_key(checkpoint, sequences), chosen.seed)
+
+
+def text_key(checkpoint: Checkpoint, sequences: Sequence[torch.Tensor]) -> dict[str, str | int]:
+    """Return the cache key of a model and a text, see `Calibration`."""
     texts = hashlib.sha256(json.dumps([sequence.tolist() for sequence in sequences]).encode()).hexdigest()
-    key: dict[str, str | int] = {"model": checkpoint.identity, "tokens": texts}
-    return Calibration(sequences, key, chosen.seed)
+    return {"model": checkpoint.identity, "tokens": texts}
 
 
 def calibration_prompts(chosen: CalibrationConfig) -> list[Prompt]:

@@ -16,9 +16,9 @@ from quasar.config.schema import RunConfig
 from quasar.decoding.acceptance import AcceptanceRule
 from quasar.drafters._adaptive_length import AdaptiveLength
 from quasar.drafters.base import Drafter, Resources
-from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
 from quasar.evaluation.sandbox import required_isolation
+from quasar.experiment.calibration_text import calibration_text
 from quasar.experiment.capacity import cache_capacity, timed_tokens
 from quasar.experiment.reference import Reference, locate_reference
 from quasar.experiment.rule import rule_of
@@ -80,7 +80,7 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
         cache_capacity(prompts, settings.decode.max_new_tokens, tokenizer, window),
         timed_tokens(settings.evaluate.passes, window),
     )
-    calibration = partial(prepare_calibration, settings.calibration, prompts, tokenizer, checkpoint)
+    calibration = calibration_text(settings, prompts, located, reporter)
     with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
         setup = Setup(capacity, checkpoint.folder, checkpoint.identity, advance, calibration)
         verifier: Verifier = build("verifier", settings.verifier, model, setup)

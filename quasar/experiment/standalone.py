@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -16,8 +15,8 @@ from quasar.config.build import build
 from quasar.config.rules import check
 from quasar.config.schema import CONF, RunConfig, register
 from quasar.errors import RequestError, first_line
-from quasar.evaluation.calibration import prepare_calibration
 from quasar.evaluation.prompts import Prompt
+from quasar.experiment.calibration_text import calibration_text
 from quasar.experiment.reference import locate_reference
 from quasar.model.devices import use_threads
 from quasar.model.sources import Checkpoint
@@ -106,7 +105,7 @@ def build_alone(
     located = locate_reference(settings, reporter)
     checkpoint, tokenizer = located.checkpoint, located.tokenizer
     model = located.load(located.dtype, reporter)
-    calibration = partial(prepare_calibration, settings.calibration, evaluated(settings), tokenizer, checkpoint)
+    calibration = calibration_text(settings, evaluated(settings), located, reporter)
     with reporter.progress(f"preparing verifier={settings.verifier['name']}") as advance:
         setup = Setup(folder=checkpoint.folder, identity=checkpoint.identity, progress=advance, calibration=calibration)
         verifier: Verifier = build("verifier", settings.verifier, model, setup)

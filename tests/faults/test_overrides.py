@@ -136,6 +136,7 @@ KEYS: dict[tuple[str, ...], dict[str, Valid]] = {
         "calibration.path": or_null(text),
         "calibration.prompts": integer(0),
         "calibration.max_tokens": integer(1),
+        "calibration.answers": integer(0),
         "calibration.seed": seed,
         "evaluate.baselines": flag,
         "evaluate.fidelity": flag,
