@@ -170,7 +170,7 @@ class _Watcher:
             self._in4bit += float((gradient * (x @ self._change.T).float()).sum(-1).square().sum())
             self._in8bit += float(((gradient.square() @ self._variances) * x.float().square().sum(-1)).sum())
 
-        output.register_hook(add)  # type: ignore[no-untyped-call]
+        output.register_hook(add)
 
     def candidate(self, name: str, tokens: int) -> Candidate:
         gain = (self._in4bit - self._in8bit) / 2 / tokens
