@@ -76,6 +76,8 @@ def test_choice_by_hand() -> None:
     # 70 weights: each small layer costs 0.571 bits. b has the most gain per byte (1.8), then a (0.8) and big (0.6).
     assert choose(layers, 4.6, none) == {"b"}
     assert choose(layers, 5.2, none) == {"a", "b"}
+    # big has the largest gain, but b and a have more per byte, and then it does not fit any more.
+    assert choose(layers, 6.3, none) == {"a", "b"}
     assert choose(layers, 9.0, none) == {"a", "b", "big"}
     assert choose(layers, 5.2, frozenset({"worse"})) == {"worse", "b"}
     with pytest.raises(RequestError, match=r"verifier\.bits=4\.5: the layers have 4\.571 bits per weight"):
