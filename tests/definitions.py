@@ -6,8 +6,14 @@ token or group, is part of what is compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from quasar_kernels import AttentionOptions
 
 
 def int4_values(packed: Tensor) -> Tensor:
@@ -137,19 +143,48 @@ def rotary_write(
     return rotated(q, *rotation), keys, values
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, options: AttentionOptions | None = None
+) -> Tensor:
     """q: [R, H, D]; keys, values: [H_kv, capacity, D]; visible: bool [R, S]. Returns float64 [R, H D]."""
+    scale = None if options is None else options.scale
+    softcap = None if options is None else options.softcap
     rows, heads, head_dim = q.shape
     slots, group = visible.shape[1], heads // len(keys)
     out = torch.empty(rows, heads, head_dim, dtype=torch.float64, device=q.device)
     for head in range(heads):
         k, v = (stored[head // group, :slots].double() for stored in (keys, values))
-        logits = (q[:, head].double() @ k.T / head_dim**0.5).masked_fill(~visible, -torch.inf)
-        out[:, head] = torch.softmax(logits, dim=1) @ v
+        logits = q[:, head].double() @ k.T * (scale or 1 / head_dim**0.5)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        out[:, head] = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=1) @ v
     return out.flatten(1)
 
 
-def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, block_mask: Tensor) -> Tensor:
-    """Compute `attention` of a block that attends to all slots below ``start`` and to the rows that the mask allows."""
+def block_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    block_mask: Tensor,
+    options: AttentionOptions | None = None,
+) -> Tensor:
+    """Compute `attention` of a block that attends to all slots below ``start`` and to the rows that the mask allows.
+
+    With a window, every row attends only to the last slots of its branch.
+    """
     everything = torch.ones(len(q), start, dtype=torch.bool, device=q.device)
-    return attention(q, keys, values, torch.cat([everything, block_mask.bool()], dim=1))
+    visible = torch.cat([everything, block_mask.bool()], dim=1)
+    if options is not None and options.window is not None:
+        for row in visible:
+            row[row.nonzero().flatten()[: -options.window]] = False
+    return attention(q, keys, values, visible, options)
+
+
+def ancestors(parents: Sequence[int]) -> Tensor:
+    """Return the mask of a tree, bool [R, R]: every node attends to itself and its ancestors. A root has parent -1."""
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            mask[node] |= mask[parent]
+    return mask

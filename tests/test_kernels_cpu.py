@@ -13,6 +13,7 @@ import pytest
 import quasar_kernels
 import torch
 from quasar_kernels import (
+    AttentionOptions,
     DenseWeight,
     Fp8Weight,
     GroupInt8Weight,
@@ -463,6 +464,51 @@ def test_attention_of_a_row_depends_on_what_it_sees_alone(level: str) -> None:
         assert torch.equal(attend(0, 1), block[:1])
     finally:
         torch.set_num_threads(1)
+
+
+OPTIONS = [
+    AttentionOptions(window=3),
+    AttentionOptions(window=130, scale=0.05),
+    AttentionOptions(softcap=2.0),
+    AttentionOptions(window=128, softcap=30.0, scale=0.3),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_attention_with_window_softcap_and_scale(level: str, options: AttentionOptions) -> None:
+    """Contexts that end before, in and after the window, in chains and trees."""
+    for rows, heads, kv_heads, context in [(1, 3, 1, 0), (8, 9, 3, 292), (5, 4, 4, 124), (40, 8, 2, 107), (1, 2, 1, 600)]:
+        q = normal(rows, heads, 64, dtype=torch.bfloat16)
+        keys, values = (normal(kv_heads, context + rows + 5, 64, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+        chain = torch.ones(rows, rows, dtype=torch.bool).tril()
+        tree = definitions.ancestors([(row - 1) // 2 if row else -1 for row in range(rows)])
+        for mask in (chain, tree):
+            found = quasar_kernels.block_attention(q, keys, values, torch.tensor([context]), mask, options)
+            expected = definitions.block_attention(q, keys, values, context, mask, options)
+            assert relative_error(found, expected) < 1e-2
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_window_keeps_rows_independent(level: str, options: AttentionOptions) -> None:
+    """A row of a chain or tree has the bits that it has alone, and slots before its window have no influence."""
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    context, rows = 250, 40
+    q = normal(rows, 6, 64, dtype=torch.bfloat16)
+    keys, values = (normal(2, context + rows, 64, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    alone = torch.ones(1, 1, dtype=torch.bool)
+    for parents in (list(range(-1, rows - 1)), [(row - 1) // 2 if row else -1 for row in range(rows)]):
+        mask = definitions.ancestors(parents)
+        block = quasar_kernels.block_attention(q, keys, values, torch.tensor([context]), mask, options)
+        for row in range(rows):
+            branch = [*range(context), *(context + mask[row].nonzero().flatten()).tolist()]
+            own_keys, own_values = keys[:, branch].contiguous(), values[:, branch].contiguous()
+            if options.window is not None:
+                own_keys[:, : -options.window], own_values[:, : -options.window] = 1e4, -1e4
+            start = torch.tensor([len(branch) - 1])
+            expected = quasar_kernels.block_attention(q[row : row + 1], own_keys, own_values, start, alone, options)
+            assert torch.equal(block[row : row + 1], expected), f"row {row}"
 
 
 @needs_kernels

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Imported after the check that Triton is there; tests/conftest.py has chosen the interpreter if there is no GPU.
-from quasar_kernels import GroupNumbers, Int4Weight, reference
+from quasar_kernels import AttentionOptions, GroupNumbers, Int4Weight, reference
 from quasar_kernels.ops.add_rms_norm import OP as NORM
 from quasar_kernels.ops.add_rms_norm import QUANTIZING as NORM_QUANTIZE
 from quasar_kernels.ops.block_attention import OP as BLOCK_ATTENTION
@@ -225,7 +225,7 @@ def test_attention_of_every_number_of_rows(generator: torch.Generator, rows: int
     assert_close(q, ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start))
     assert_close(cache, expected_cache)
     mask = torch.ones(rows, rows, dtype=torch.bool, device=DEVICE).tril()
-    assert_close(block_attention(q, cache[0], cache[1], start, mask, 2), BLOCK_ATTENTION.plain(q, *cache, start, mask))
+    assert_close(block_attention(q, cache[0], cache[1], start, mask, splits=2), BLOCK_ATTENTION.plain(q, *cache, start, mask))
 
 
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "fractional"])
@@ -453,8 +453,36 @@ def test_rotary_and_attention(
         assert torch.equal(cache[:, :, outside], expected_cache[:, :, outside])
     mask = torch.rand(rows, rows, generator=generator, device=DEVICE) > 0.5
     mask.fill_diagonal_(True)
-    attended = block_attention(expected, *expected_cache, start, mask, splits)
+    attended = block_attention(expected, *expected_cache, start, mask, splits=splits)
     assert_close(attended, BLOCK_ATTENTION.plain(expected, *expected_cache, start, mask))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [AttentionOptions(window=64), AttentionOptions(window=90, softcap=3.0), AttentionOptions(softcap=1.0, scale=0.4)],
+    ids=str,
+)
+@pytest.mark.parametrize("context", [0, 70, 300])
+def test_attention_with_window_softcap_and_scale(
+    generator: torch.Generator, context: int, options: AttentionOptions
+) -> None:
+    q = normal(generator, 9, 4, 32)
+    keys, values = normal(generator, 2, 2, context + 20, 32)
+    start = torch.tensor([context], device=DEVICE)
+    chain = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).tril()
+    tree = definitions.ancestors([-1, 0, 0, 1, 2, 2, 5, 4, 3]).to(DEVICE)
+    for mask in (chain, tree, tree.long()):
+        found = block_attention(q, keys, values, start, mask, options, splits=3)
+        assert_close(found, definitions.block_attention(q, keys, values, context, mask, options).to(q.dtype))
+
+
+def test_a_window_shorter_than_a_block_is_left_to_pytorch(generator: torch.Generator) -> None:
+    q, cache = (normal(generator, *size, dtype=torch.bfloat16) for size in ((3, 2, 32), (2, 1, 40, 32)))
+    start, mask = torch.tensor([9], device=DEVICE), torch.ones(3, 3, dtype=torch.bool, device=DEVICE).tril()
+    assert BLOCK_ATTENTION.triton is not None
+    for window, taken in ((63, False), (64, True), (None, True)):
+        options = AttentionOptions(window=window)
+        assert BLOCK_ATTENTION.triton.supports(q, cache[0], cache[1], start, mask, options) == taken
 
 
 def test_default_tilings_fill_the_gpu() -> None:

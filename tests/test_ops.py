@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import quasar_kernels.ops
 import torch
-from quasar_kernels import DenseWeight, InputOrder, Int4Weight, Int8Weight, Quantized, cpu, dispatch
+from quasar_kernels import AttentionOptions, DenseWeight, InputOrder, Int4Weight, Int8Weight, Quantized, cpu, dispatch
 from quasar_kernels.cases import LAYERS, Layer, Setting
 from quasar_kernels.dispatch import Kernel, LayerOp, Op
 from quasar_kernels.matmul import Matmul
@@ -283,6 +283,40 @@ def test_attention_of_blocks_of_any_size(dtype: torch.dtype, rows: int, context:
     for given in (mask, mask.long()):  # captured passes keep it beside their other integers
         found = block_attention.OP.plain(q, keys, values, torch.tensor([context]), given)
         assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AttentionOptions(window=1),
+        AttentionOptions(window=6),
+        AttentionOptions(window=30),
+        AttentionOptions(softcap=0.5),
+        AttentionOptions(scale=0.9),
+        AttentionOptions(window=9, softcap=2.0, scale=0.7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_with_window_softcap_and_scale(dtype: torch.dtype, options: AttentionOptions) -> None:
+    """In a tree, a window counts the slots of the row's branch, not those of other branches."""
+    q = normal(8, 4, 32, dtype=dtype)
+    keys, values = normal(2, 30, 32, dtype=dtype), normal(2, 30, 32, dtype=dtype).flip(1)
+    chain = torch.ones(8, 8, dtype=torch.bool).tril()
+    tree = definitions.ancestors([-1, 0, 0, 1, 2, 2, 5, 4])
+    for mask in (chain, tree):
+        expected = definitions.block_attention(q, keys, values, 11, mask, options)
+        assert not torch.allclose(expected, definitions.block_attention(q, keys, values, 11, mask)) or (
+            options.window == 30
+        )
+        found = block_attention.OP.plain(q, keys, values, torch.tensor([11]), mask, options)
+        assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"softcap": -1.0}, {"scale": 0.0}, {"scale": float("nan")}])
+def test_options_of_attention_are_positive(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected a positive number or None"):
+        AttentionOptions(**wrong)  # type: ignore[arg-type]
 
 
 def test_gradients_pass_through_a_fresh_cache() -> None:

@@ -135,15 +135,16 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
 
 
 def attentions() -> Iterator[Case]:
-    """Head dimensions and groups of SmolLM2, Qwen3-0.6B and Qwen3-8B, at one to many rows."""
+    """Head dimensions and groups of SmolLM2, Qwen3-0.6B, Qwen3-8B and Gemma 2 and 3, at one to many rows."""
     types = {"keys": "*bf16", "values": "*bf16", "start": "*i64", "head_stride": "i32", "q": "*bf16"}
-    types |= {"block_mask": "*i64", "partial": "*fp32", "statistics": "*fp32", "scale": "fp32"}
-    types |= {"rows": "i32", "heads": "i32", "splits": "i32"}
-    for group, head_dim in ((3, 64), (2, 128), (4, 128)):
+    types |= {"block_mask": "*i64", "partial": "*fp32", "statistics": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    types |= {"rows": "i32", "heads": "i32", "splits": "i32", "window": "i32"}
+    for group, head_dim in ((3, 64), (2, 128), (4, 128), (2, 256)):
         for rows in (1, 8):
             constants, options = attention_launch(rows, group, head_dim)
+            constants |= {"WIDE": False, "CAPPED": head_dim == 256, "WINDOWED": head_dim == 256}
             name = f"attention of {rows} rows, group {group}, head dimension {head_dim}"
-            yield Case(name, "attention", block_attention_kernel, types, {**constants, "WIDE": False}, options)
+            yield Case(name, "attention", block_attention_kernel, types, constants, options)
     merge = {"partial": "*fp32", "statistics": "*fp32", "out": "*bf16", "stripes": "i32", "width": "i32"}
     for splits, head_dim in ((32, 64), (16, 128)):
         constants = {"SPLITS": splits, "PADDED": splits, "HEAD_DIM": head_dim, "BLOCK": MERGE_ELEMENTS}

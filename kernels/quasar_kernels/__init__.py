@@ -4,6 +4,7 @@ This package works on tensors only and knows nothing of configs, models or decod
 every op; the functions exported here choose the backend that the tensors' device offers.
 """
 
+from quasar_kernels.attention_options import AttentionOptions
 from quasar_kernels.group_numbers import GroupNumbers
 from quasar_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_quantize
 from quasar_kernels.ops.block_attention import block_attention
@@ -28,6 +29,7 @@ from quasar_kernels.weights import (
 )
 
 __all__ = [
+    "AttentionOptions",
     "DenseWeight",
     "Fp8Weight",
     "GroupInt8Weight",

@@ -68,7 +68,9 @@ def rotary_write(
             _require(name, norm, (head_dim,), contiguous=True, device=qkv.device)
 
 
-def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> None:
+def block_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor, options: Any = None
+) -> None:
     _require_cache(keys, values, q)
     kv_heads, _, head_dim = keys.shape
     if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % kv_heads:

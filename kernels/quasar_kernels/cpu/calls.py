@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quasar_kernels.attention_options import PLAIN_ATTENTION, AttentionOptions
 from quasar_kernels.cpu.library import (
     ACTIVATION_DTYPES,
     ACTIVATIONS_BFLOAT16,
@@ -191,7 +192,15 @@ def rotary_write(
     return q
 
 
-def block_attention(library: Library, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+def block_attention(
+    library: Library,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    mask: Tensor,
+    options: AttentionOptions = PLAIN_ATTENTION,
+) -> Tensor:
     """Every row attends to all slots below ``start``, int64 [1], and to the rows of the block that mask allows.
 
     mask: bool [R, R]. Raises ValueError for a mask of another shape.
@@ -213,6 +222,9 @@ def block_attention(library: Library, q: Tensor, keys: Tensor, values: Tensor, s
         len(keys),
         head_dim,
         keys.stride(0),
+        options.window or 0,
+        options.softcap or 0.0,
+        options.scale or 0.0,
         torch.get_num_threads(),
     )
     return out

@@ -43,10 +43,12 @@ FUNCTION(rotary_write, const uint8_t *qkv, const float *cosines, const float *si
 
 // q and out [rows][heads][head_dim]; keys, values [kv_heads][..][head_dim], with head_stride elements from head to
 // head; head_dim is a multiple of 32, at most 512. Every row attends to all slots below `*start`, and to row j of the
-// block, in slot `*start + j`, if its element j of mask [rows][rows] is nonzero.
+// block, in slot `*start + j`, if its element j of mask [rows][rows] is nonzero. If window is not 0, a row attends only
+// to the last `window` positions up to its own. If softcap is not 0, a score s becomes softcap * tanh(s / softcap). If
+// scale is 0, it is 1 / sqrt(head_dim).
 FUNCTION(attention, const uint16_t *q, const uint16_t *keys, const uint16_t *values, const uint8_t *mask,
          uint16_t *out, const int64_t *start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-         int64_t head_stride, int32_t threads)
+         int64_t head_stride, int64_t window, float softcap, float scale, int32_t threads)
 
 // Requests huge pages for a buffer that has not been written yet.
 FUNCTION(advise_huge_pages, uint8_t *memory, int64_t bytes)
