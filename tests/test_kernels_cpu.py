@@ -477,7 +477,13 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_attention_with_window_softcap_and_scale(level: str, options: AttentionOptions) -> None:
     """Contexts that end before, in and after the window, in chains and trees."""
-    for rows, heads, kv_heads, context in [(1, 3, 1, 0), (8, 9, 3, 292), (5, 4, 4, 124), (40, 8, 2, 107), (1, 2, 1, 600)]:
+    for rows, heads, kv_heads, context in [
+        (1, 3, 1, 0),
+        (8, 9, 3, 292),
+        (5, 4, 4, 124),
+        (40, 8, 2, 107),
+        (1, 2, 1, 600),
+    ]:
         q = normal(rows, heads, 64, dtype=torch.bfloat16)
         keys, values = (normal(kv_heads, context + rows + 5, 64, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
         chain = torch.ones(rows, rows, dtype=torch.bool).tril()

@@ -225,7 +225,9 @@ def test_attention_of_every_number_of_rows(generator: torch.Generator, rows: int
     assert_close(q, ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start))
     assert_close(cache, expected_cache)
     mask = torch.ones(rows, rows, dtype=torch.bool, device=DEVICE).tril()
-    assert_close(block_attention(q, cache[0], cache[1], start, mask, splits=2), BLOCK_ATTENTION.plain(q, *cache, start, mask))
+    assert_close(
+        block_attention(q, cache[0], cache[1], start, mask, splits=2), BLOCK_ATTENTION.plain(q, *cache, start, mask)
+    )
 
 
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "fractional"])
