@@ -100,14 +100,21 @@ def quantized(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]
     return (groups / scales.unsqueeze(2)).round().to(torch.int8).flatten(1), scales
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool = False) -> Tensor:
     wide = x.double()
-    return wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    factor = weight.double() + 1 if one_plus else weight.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * factor
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.double().tensor_split(2, dim=-1)
     return gate * torch.sigmoid(gate) * up
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """GELU by its approximation with tanh (Hendrycks & Gimpel 2016, section 2)."""
+    gate, up = gate_up.double().tensor_split(2, dim=-1)
+    return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,6 +135,7 @@ def rotary_write(
     start: int,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    one_plus: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [R, H, D] and the cache's keys and values after the write, all in float64."""
     keys, values = (part.double().clone() for part in cache)
@@ -137,7 +145,11 @@ def rotary_write(
     count = heads.shape[1] - 2 * kv_heads
     q, k, v = heads[:, :count], heads[:, count : count + kv_heads], heads[:, count + kv_heads :]
     if norms is not None:
-        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+        # A weight has the size of a head, or of all heads, which are then normalized together.
+        q, k = (
+            rms_norm(part.reshape(rows, -1, len(weight)), weight, eps, one_plus).view(part.shape)
+            for part, weight in zip((q, k), norms, strict=True)
+        )
     keys[:, start : start + rows] = rotated(k, *rotation).transpose(0, 1)
     values[:, start : start + rows] = v.transpose(0, 1)
     return rotated(q, *rotation), keys, values

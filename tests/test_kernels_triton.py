@@ -24,16 +24,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 from quasar_kernels import AttentionOptions, GroupNumbers, Int4Weight, reference
 from quasar_kernels.ops.add_rms_norm import OP as NORM
 from quasar_kernels.ops.add_rms_norm import QUANTIZING as NORM_QUANTIZE
+from quasar_kernels.ops.add_scaled import OP as ADD_SCALED
 from quasar_kernels.ops.block_attention import OP as BLOCK_ATTENTION
+from quasar_kernels.ops.gelu_mul import OP as GELU
+from quasar_kernels.ops.gelu_mul import QUANTIZING as GELU_QUANTIZE
 from quasar_kernels.ops.rotary_write import OP as ROTARY_WRITE
 from quasar_kernels.ops.silu_mul import OP as SILU
 from quasar_kernels.ops.silu_mul import QUANTIZING as SILU_QUANTIZE
 from quasar_kernels.triton import linear_bf16, linear_fp8, linear_w4, linear_w8a8, tuning
-from quasar_kernels.triton.activation import silu_mul, silu_mul_quantize
+from quasar_kernels.triton.activation import gelu_mul, gelu_mul_quantize, silu_mul, silu_mul_quantize
 from quasar_kernels.triton.attention import block_attention
 from quasar_kernels.triton.int4_packing import pack_int4
 from quasar_kernels.triton.linear_w8_groups import PackedGroupInt8, TransposedNumbers, linear_w8_groups
-from quasar_kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
+from quasar_kernels.triton.norm import add_rms_norm, add_rms_norm_quantize, add_scaled
 from quasar_kernels.triton.quantize import quantize_tokens, quantize_tokens_fp8
 from quasar_kernels.triton.rotary import rotary_write
 from quasar_kernels.triton.tuning import Shape, Tiling
@@ -403,12 +406,18 @@ def test_norm_activation_and_quantization(
         assert_quantized_close(quantized, NORM_QUANTIZE.plain(x, weight, 1e-5, added), dtype)
         assert_close(quantized[2], expected[1])
     gate_up = torch.cat([x, residual], dim=1)
+    for added in (None, residual):
+        actual = add_rms_norm(x, weight, 1e-5, added, one_plus=True)[0]
+        assert_close(actual, NORM.plain(x, weight, 1e-5, added, True)[0])
     assert_close(silu_mul(gate_up), SILU.plain(gate_up))
     assert_quantized_close(silu_mul_quantize(gate_up), SILU_QUANTIZE.plain(gate_up), dtype)
+    assert_close(gelu_mul(gate_up), GELU.plain(gate_up))
+    assert_quantized_close(gelu_mul_quantize(gate_up), GELU_QUANTIZE.plain(gate_up), dtype)
+    assert_close(add_scaled(x, residual, 0.22), ADD_SCALED.plain(x, residual, 0.22))
     for size in (None, 4):
         for actual, wanted in zip(quantize_tokens(x, size), reference.quantize_tokens(x, size), strict=True):
             assert torch.equal(actual, wanted)
-        quantized = add_rms_norm_quantize(x, weight, 1e-5, residual, size)
+        quantized = add_rms_norm_quantize(x, weight, 1e-5, residual, group_size=size)
         assert_quantized_close(quantized, NORM_QUANTIZE.plain(x, weight, 1e-5, residual, size), dtype)
         assert_quantized_close(silu_mul_quantize(gate_up, size), SILU_QUANTIZE.plain(gate_up, size), dtype)
 
@@ -444,9 +453,10 @@ def test_rotary_and_attention(
     start = torch.tensor([context], device=DEVICE)
     cache = normal(generator, 2, kv_heads, context + rows + 5, head_dim, dtype=dtype)
     expected_cache = cache.clone()
-    for q_norm, k_norm in ((None, None), norms):
-        q = rotary_write(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6)
-        expected = ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6)
+    whole = (normal(generator, heads * head_dim, dtype=dtype), normal(generator, kv_heads * head_dim, dtype=dtype))
+    for q_norm, k_norm, one_plus in ((None, None, False), (*norms, False), (*norms, True), (*whole, False)):
+        q = rotary_write(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6, one_plus)
+        expected = ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6, one_plus)
         # Rotation mixes values of a whole head, and truncation before it counts double.
         assert (q.float() - expected.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected.float().abs().max()
         assert (cache.float() - expected_cache.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected_cache.abs().max()
@@ -567,7 +577,7 @@ TENSOR_CORES = {
     "attention": r"mma\.\S*f32\.bf16\.bf16",
 }
 """The instructions by which each kind of kernel multiplies, as patterns."""
-OTHER_KINDS = {"merge", "rotary", "norm", "silu", "quantize"}
+OTHER_KINDS = {"merge", "rotary", "norm", "gates", "add", "quantize"}
 
 
 @pytest.mark.parametrize("options", always([(), ("candidates",)], ()), ids=str)

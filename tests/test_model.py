@@ -190,8 +190,8 @@ def test_layer_subset_skips_the_others(tiny: Transformer) -> None:
 
 def hidden_through(model: Transformer, tokens: torch.Tensor, layers: list[int]) -> torch.Tensor:
     mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-    rows = Rows(model.rope(torch.arange(len(tokens))), torch.zeros(1, dtype=torch.int64), mask)
-    x = model.embedding(tokens)
+    rows = Rows(model.ropes(torch.arange(len(tokens))), torch.zeros(1, dtype=torch.int64), mask)
+    x = model.embed(tokens)
     for layer in layers:
         x = model.blocks[layer](ResidualStream(x), rows, None).total()
     return x

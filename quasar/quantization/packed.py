@@ -17,6 +17,7 @@ from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
 from quasar.model.linear import QuantizedLinear
 from quasar.model.loading import Progress, load_model
+from quasar.model.rope import Ropes
 from quasar.model.sources import Checkpoint
 from quasar.model.tensor_names import EMBEDDING, source_names
 from quasar.model.transformer import Transformer
@@ -147,7 +148,7 @@ def load_packed(
     checkpoint.require_all_read()
     if checkpoint.config.tie_word_embeddings and isinstance(model.embedding, nn.Embedding):
         model.lm_head.weight = model.embedding.weight
-    model.rope = type(model.rope)(checkpoint.config.rope, checkpoint.config.head_dim).to(device)
+    model.ropes = Ropes(checkpoint.config).to(device)
     return model.eval().requires_grad_(False)
 
 
