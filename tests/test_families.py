@@ -167,7 +167,7 @@ def test_bfloat16_passes_are_recorded_and_exact(name: str, kind: str, tmp_path: 
         single.append(verifier.verify(token, Draft()).logits)
         verifier.keep([])
     chained = []
-    verifier.clear()
+    verifier.rewind(0)
     verifier.prefill(TOKENS[:8])
     for part in TOKENS[8:60].split([7, 1, 20, 24]):
         last, *rest = part.tolist()
@@ -213,7 +213,7 @@ def test_every_verifier_of_a_family(name: str, choice: str, tmp_path: Path) -> N
     found = verifier.teacher_forced(TOKENS[:60], 0).double()
     agreement = torch.cosine_similarity(found, expected[-len(found) :], dim=-1).mean()
     assert agreement > (0.5 if choice.startswith("pruned") else 0.98), float(agreement)
-    verifier.clear()
+    verifier.rewind(0)
     verifier.prefill(TOKENS[:30])
     logits = verifier.verify(int(TOKENS[30]), Draft.chain(TOKENS[31:45].tolist())).logits
     assert relative_error(logits.double(), found[30 - 60 + len(found) :][: len(logits)]) < 1e-3
@@ -275,7 +275,7 @@ def test_gemma3_config_of_transformers_4() -> None:
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 100,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 100,
 }  # fmt: skip
 
 

@@ -706,7 +706,7 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     start = guarded.copy(torch.tensor([slots - rows]))
     loaded.rotary_write(qkv, *rotation, *norms, q, *cache, start.data_ptr(), *shape, slots * head_dim, 1e-5, 0, 0, 1)
     mask = other(rows, rows, dtype=torch.bool)
-    loaded.attention(q, *cache, mask, out, start.data_ptr(), *shape, slots * head_dim, 1)
+    loaded.attention(q, *cache, mask, out, start.data_ptr(), *shape, slots * head_dim, 1, 2.0, 0.0, 1)
 
 
 @needs_kernels

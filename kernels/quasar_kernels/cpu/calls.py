@@ -172,7 +172,7 @@ def rotary_write(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
-    one_plus: bool,
+    one_plus: bool = False,
 ) -> Tensor:
     """start: int64 [1], the first slot, which the kernel reads when it runs. The rows must fit the cache."""
     qkv = qkv.contiguous()
