@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from quasar_kernels import cpu
 from transformers import (
     AutoModelForCausalLM,
@@ -22,13 +25,16 @@ from transformers import (
 )
 
 from quasar.config.build import build
+from quasar.config.schema import ModelSource, PackageSource
 from quasar.decoding.draft import ROOT, Draft
-from quasar.errors import RequestError
+from quasar.errors import QuasarError, RequestError
 from quasar.model.config import RopeConfig
-from quasar.model.config_file import config_of
+from quasar.model.config_file import config_of, read_config
 from quasar.model.execution.cpu_tape import CpuTapeExecutor
+from quasar.model.gguf_file import GGUFFile
 from quasar.model.loading import load_transformer
 from quasar.model.rope import head_order
+from quasar.model.sources import locate
 from quasar.model.transformer import Transformer
 from quasar.quantization.rotation import Rotation
 from quasar.quantization.smoothing import fold
@@ -311,3 +317,98 @@ def test_context_length(changes: dict[str, Any], length: int) -> None:
 def test_keys_of_other_families_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         config_of({**LLAMA, **changes})
+
+
+def test_a_gguf_file_of_gemma3(tmp_path: Path) -> None:
+    """It has the config and the tensors of the checkpoint: norms are stored as 1 + weight, layer types not at all."""
+    pattern = ["full_attention" if layer == 5 else "sliding_attention" for layer in range(7)]
+    config = Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 7}, layer_types=pattern, query_pre_attn_scalar=32)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(0, 0.2 if "norm" in name else 0.1)
+    model.save_pretrained(tmp_path / "folder")
+    file = GGUFFile(write_gemma3(tmp_path / "model.gguf", model))
+    expected = read_config(tmp_path / "folder")
+    assert replace(file.config, rms_norm_eps=expected.rms_norm_eps) == expected
+    stored = model.state_dict()
+    assert file.shapes.keys() == stored.keys() - {"lm_head.weight"}
+    for name in file.shapes:
+        assert torch.allclose(file.dense(name), stored[name], atol=1e-6), name
+
+
+def write_gemma3(file: Path, model: Any) -> Path:
+    """Write a file as llama.cpp converts it: it adds 1 to the weights of all norms."""
+    config = model.config
+    writer = GGUFWriter(file, "gemma3")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1_000_000.0)
+    writer.add_sliding_window(config.sliding_window)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            shifted = tensor + 1 if "norm" in name else tensor
+            writer.add_tensor(gemma3_name(name), shifted.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def gemma3_name(name: str) -> str:
+    """Return the name of a tensor in llama.cpp."""
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    name = name.removesuffix(".weight")
+    if name.startswith("model.layers."):
+        _, _, index, rest = name.split(".", 3)
+        return f"blk.{index}.{names[rest]}.weight"
+    return f"{names[name]}.weight"
+
+
+def with_terms(sha256: str) -> ModelSource:
+    package = PackageSource(
+        requirement="some-model==1.0",
+        download_bytes=1,
+        file="model.gguf",
+        sha256=sha256,
+        parts=["some_model_one/data/model.part0", "some_model_two/data/model.part1"],
+        terms="https://example.com/terms",
+    )
+    return ModelSource(name="some", source="package", package=package)
+
+
+def test_a_package_with_terms_is_never_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quasar.model.sources.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("quasar.model.sources.subprocess.Popen", None)  # pip is not run
+    with pytest.raises(RequestError, match=r"terms at https://example\.com/terms .* pip install some-model==1\.0"):
+        locate(with_terms("0" * 64))
+
+
+def test_the_parts_of_an_installed_package_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest is that of the joined file, and the file is read as GGUF only if it is the expected one."""
+    monkeypatch.setattr("quasar.model.sources.cache_folder", lambda: tmp_path / "cache")
+    for name, part, content in (("one", 0, b"GG"), ("two", 1, b"UF")):
+        data = tmp_path / f"some_model_{name}" / "data"
+        data.mkdir(parents=True)
+        (data.parent / "__init__.py").touch()
+        (data / f"model.part{part}").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    digest = hashlib.sha256(b"GGUF").hexdigest()
+    with pytest.raises(QuasarError, match=f"has SHA-256 {digest}, expected 000"):
+        locate(with_terms("0" * 64))
+    with pytest.raises(RequestError, match=r"model\.gguf: not a readable GGUF file"):
+        locate(with_terms(digest))

@@ -204,11 +204,6 @@ def test_random_model_depends_on_its_seed_only() -> None:
     assert not torch.allclose(first(tokens), other(tokens))
 
 
-def test_sliding_window_bounds_the_context(tmp_path: Path) -> None:
-    MistralConfig(**SMALL, sliding_window=100).save_pretrained(tmp_path)
-    assert read_config(tmp_path).context_length == 100
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
