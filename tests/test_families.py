@@ -65,9 +65,7 @@ LONGROPE = {
     "long_factor": [2.0 + 0.5 * index for index in range(12)],
 }
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "gemma2": Gemma2Config(
-        **GEMMA, query_pre_attn_scalar=24, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
-    ),
+    "gemma2": Gemma2Config(**GEMMA, query_pre_attn_scalar=24, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
     "gemma3": Gemma3TextConfig(
         **GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
     ),
@@ -79,9 +77,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         rope_parameters={**LONGROPE, "partial_rotary_factor": 0.75},
     ),
     "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1, 0]),
-    "smollm3-sliding": SmolLM3Config(
-        **SMALL, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=20
-    ),
+    "smollm3-sliding": SmolLM3Config(**SMALL, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=20),
     "olmo2": Olmo2Config(**SMALL),
     "granite": GraniteConfig(
         **SMALL, embedding_multiplier=6.0, attention_multiplier=0.15, residual_multiplier=0.22, logits_scaling=4.0
@@ -218,7 +214,8 @@ def test_every_verifier_of_a_family(name: str, choice: str, tmp_path: Path) -> N
     verifier = made(choice, reference)
     found = verifier.teacher_forced(TOKENS[:60], 0).double()
     agreement = torch.cosine_similarity(found, expected[-len(found) :], dim=-1).mean()
-    assert agreement > (0.5 if choice.startswith("pruned") else 0.98), float(agreement)
+    least = {"pruned": 0.5, "int4": 0.93}.get(choice.split()[0], 0.98)
+    assert agreement > least, float(agreement)
     verifier.rewind(0)
     verifier.prefill(TOKENS[:30])
     logits = verifier.verify(int(TOKENS[30]), Draft.chain(TOKENS[31:45].tolist())).logits

@@ -158,7 +158,9 @@ def elementwise(architecture: int) -> Iterator[Case]:
         weight = "*bf16" if norm else "*fp32"  # the cosines stand in for a norm that is not there
         types = {**rotary, "q_norm": weight, "k_norm": weight}
         constants = {"HEAD_DIM": 128, "HALF": 64, "NORM": norm, "ONE_PLUS": False, "WHOLE": whole}
-        yield Case(f"rotary, norm {norm}, whole {whole}", "rotary", rotary_write_kernel, types, constants, {"num_warps": 1})
+        yield Case(
+            f"rotary, norm {norm}, whole {whole}", "rotary", rotary_write_kernel, types, constants, {"num_warps": 1}
+        )
     for quantize in (True, False):
         out, scales = ("*i8", "*fp32") if quantize else ("*bf16", "*bf16")
         for add in (True, False):

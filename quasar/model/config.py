@@ -78,7 +78,8 @@ class ModelConfig:
     activation:      of the MLP's gates: silu, or gelu, approximated by tanh
     attention_scale: factor of the products of queries and keys; None for 1 / sqrt(head_dim)
     attention_softcap, logit_softcap: caps of attention scores and of logits, ``cap * tanh(x / cap)``
-    embedding_multiplier, residual_multiplier: factors of the embeddings, and of what a block adds to the residual stream
+    embedding_multiplier, residual_multiplier: factors of the embeddings, and of what attention and MLP add to the
+        residual stream
     embedding_multiplier_rounded: whether the factor of the embeddings is rounded to the model's dtype
     logit_divisor:   divisor of the logits
     fused_tensors:   whether a checkpoint has q, k and v in one tensor, and gate and up in one, as this program does

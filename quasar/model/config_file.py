@@ -361,7 +361,10 @@ def _rope(raw: RawConfig, head_dim: int, place: str) -> RopeConfig:
     }
     share = 1.0
     if raw.model_type == "phi3":
-        spelled = {"partial_rotary_factor": raw.partial_rotary_factor, "rope": settings.pop("partial_rotary_factor", None)}
+        spelled = {
+            "partial_rotary_factor": raw.partial_rotary_factor,
+            "rope": settings.pop("partial_rotary_factor", None),
+        }
         share = checked(_Share, {"partial_rotary_factor": _agreed(spelled, place) or 1.0}, place).partial_rotary_factor
         if kind == "longrope":
             settings.setdefault("original_max_position_embeddings", raw.original_max_position_embeddings)
@@ -372,7 +375,9 @@ def _rope(raw: RawConfig, head_dim: int, place: str) -> RopeConfig:
         supported = ", ".join(_ROPES)
         raise RequestError(f"{place}: rope scaling {kind!r} is not supported; supported are {supported}")
     where = f"{place}: {next((key for key, of in spellings.items() if of), 'rope_parameters')}"
-    theta = checked(_Theta, {"rope_theta": _THETAS.get(raw.model_type, 10_000.0) if theta is None else theta}, where).rope_theta
+    theta = checked(
+        _Theta, {"rope_theta": _THETAS.get(raw.model_type, 10_000.0) if theta is None else theta}, where
+    ).rope_theta
     found = checked(_ROPES[kind], settings, where)
     if isinstance(found, _LongRope):
         longrope = _longrope(found, theta, raw.max_position_embeddings, head_dim, where)
@@ -420,8 +425,8 @@ def _longrope(found: _LongRope, theta: float, context_length: int, head_dim: int
     limit = {} if found.short_factor == found.long_factor else {"context_length": float(original)}
     if limit and context_length > original:
         warn_once(
-            f"{where}: the context ends after {original} tokens instead of {context_length}, because longer texts rotate "
-            "by long_factor also at positions before it, whose keys are in the cache already"
+            f"{where}: the context ends after {original} tokens instead of {context_length}, because longer texts "
+            "rotate by long_factor also at positions before it, whose keys are in the cache already"
         )
     factor = found.factor or context_length / found.original_max_position_embeddings
     scale = found.attention_factor

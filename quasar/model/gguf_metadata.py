@@ -56,8 +56,8 @@ def raw_config(metadata: Values, tensors: Collection[str], factors: Sequence[flo
         )
     if found.sliding_window and architecture != "gemma3":
         raise RequestError(
-            f"{place}: {architecture}.attention.sliding_window={found.sliding_window} changes what the model computes and "
-            "is not supported"
+            f"{place}: {architecture}.attention.sliding_window={found.sliding_window} changes what the model computes "
+            "and is not supported"
         )
     class_name, model_type = MODELS[architecture]
     rope = _rope(found, architecture, factors, place)
@@ -74,7 +74,11 @@ def raw_config(metadata: Values, tensors: Collection[str], factors: Sequence[flo
         "head_dim": head_dim,
         "max_position_embeddings": found.context_length,
         "rms_norm_eps": found.epsilon,
-        **(_gemma3(found, head_dim, rope) if architecture == "gemma3" else {"hidden_act": "silu", "rope_parameters": rope}),
+        **(
+            _gemma3(found, head_dim, rope)
+            if architecture == "gemma3"
+            else {"hidden_act": "silu", "rope_parameters": rope}
+        ),
         "tie_word_embeddings": "output.weight" not in tensors,
         **({"bias": biased} if model_type == "PanguEmbedded" else {}),
         **({"attention_bias": biased} if model_type in ("llama", "qwen3") else {}),

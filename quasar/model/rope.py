@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from quasar.model.config import ModelConfig, RopeConfig
 
-
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines, float32 [R, head_dim] each, whose two halves are equal."""
 
@@ -53,7 +52,7 @@ class Rope(nn.Module):
 def head_order(config: RopeConfig, head_dim: int) -> list[int] | None:
     """Return the order of a head's elements in which the rotated pairs are those that the ops rotate.
 
-    The ops pair element k with element k + head_dim / 2. Where only the first elements are rotated, a checkpoint pairs k
+    The ops pair element k with element k + head_dim / 2. If only the first elements are rotated, a checkpoint pairs k
     with k + rotated / 2. None if both are the same. Queries and keys are reordered alike, so their products stay.
 
     >>> head_order(RopeConfig(share=0.5), 8)

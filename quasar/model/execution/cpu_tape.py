@@ -31,7 +31,8 @@ class CpuTapeExecutor(EagerExecutor):
         self._embedded = torch.zeros(MAX_ROWS, model.config.hidden_size, dtype=model.dtype)
         self._rows = Rows(
             tuple(
-                (torch.zeros(MAX_ROWS, head_dim), torch.zeros(MAX_ROWS, head_dim)) for _ in range(len(model.ropes.ropes))
+                (torch.zeros(MAX_ROWS, head_dim), torch.zeros(MAX_ROWS, head_dim))
+                for _ in range(len(model.ropes.ropes))
             ),
             torch.zeros(1, dtype=torch.int64),
             torch.zeros(MAX_ROWS, MAX_ROWS, dtype=torch.bool),
