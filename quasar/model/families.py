@@ -69,7 +69,9 @@ def uses_second_rope(raw: RawConfig, place: str) -> list[bool]:
         return [kind == "sliding_attention" for kind in _layer_types(raw, place)]
     if raw.model_type != "smollm3":
         return [False] * count
-    rotates = raw.no_rope_layers or [(layer + 1) % raw.no_rope_layer_interval for layer in range(count)]
+    rotates: list[int] = [*(raw.no_rope_layers or ())]
+    if not rotates:
+        rotates = [(layer + 1) % raw.no_rope_layer_interval for layer in range(count)]
     if len(rotates) != count:
         raise RequestError(
             f"{place}: no_rope_layers has {len(rotates)} entries, but num_hidden_layers is {raw.num_hidden_layers}"

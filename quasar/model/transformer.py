@@ -188,9 +188,9 @@ class Attention(nn.Module):
     def forward(self, x: Activations, rows: Rows, slots: Slots | None) -> Tensor:
         qkv = self.qkv(x)
         keys, values = self._fresh_slots(qkv) if slots is None else slots
-        q = quasar_kernels.rotary_write(
-            qkv, *rows.rotations[self.rotation], keys, values, rows.start, *self._head_norms()
-        )
+        q_norm, k_norm, eps, one_plus = self._head_norms()
+        rotation = rows.rotations[self.rotation]
+        q = quasar_kernels.rotary_write(qkv, *rotation, keys, values, rows.start, q_norm, k_norm, eps, one_plus)
         mixed = quasar_kernels.block_attention(q, keys, values, rows.start, rows.mask, self.options)
         update: Tensor = self.output(mixed)
         return update
