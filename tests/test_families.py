@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from quasar.config.build import build
 from quasar.config.schema import ModelSource, PackageSource
 from quasar.decoding.draft import ROOT, Draft
 from quasar.errors import QuasarError, RequestError
+from quasar.experiment.export import export_verifier
 from quasar.model.config import RopeConfig
 from quasar.model.config_file import config_of, read_config
 from quasar.model.execution.cpu_tape import CpuTapeExecutor
@@ -35,10 +37,13 @@ from quasar.model.gguf_file import GGUFFile
 from quasar.model.loading import load_transformer
 from quasar.model.rope import head_order
 from quasar.model.sources import locate
+from quasar.model.tokenizer import _byte_tokenizer
 from quasar.model.transformer import Transformer
+from quasar.quantization.packed import load_packed
 from quasar.quantization.rotation import Rotation
 from quasar.quantization.smoothing import fold
 from quasar.quantization.statistics import Calibration
+from quasar.results.console import Reporter
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from quasar.verifiers.transformer import TransformerVerifier
@@ -409,3 +414,27 @@ def test_the_parts_of_an_installed_package_are_joined(tmp_path: Path, monkeypatc
         locate(with_terms("0" * 64))
     with pytest.raises(RequestError, match=r"model\.gguf: not a readable GGUF file"):
         locate(with_terms(digest))
+
+
+def test_partly_rotated_heads_of_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
+    """Their rows would have to change places, so that reading them as they are would be wrong."""
+    saved("phi4", tmp_path)
+    with pytest.raises(RequestError, match=r"partial_rotary_factor=0\.75 is supported for unquantized weights only"):
+        checkpoint: Any = SimpleNamespace(path=tmp_path, config=read_config(tmp_path))
+        load_packed(checkpoint, torch.float32, torch.device("cpu"), 16, lambda done, total: None)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "phi4", "granite", "olmo2"])
+def test_an_exported_family_is_read_back(name: str, tmp_path: Path) -> None:
+    """The file has the tensors of a checkpoint, under their names. Heads that are rotated in part are refused."""
+    saved(name, tmp_path / "model")
+    choice = ["model=path", f"model.path={tmp_path / 'model'}", "verifier=fp16", "device=cpu", "verifier.dtype=float32"]
+    _byte_tokenizer().save_pretrained(tmp_path / "model")
+    reporter = Reporter()
+    if name == "phi4":
+        with pytest.raises(RequestError, match="rotates 24 of 32 elements of a head"):
+            export_verifier(tmp_path / "out", choice, reporter)
+        return
+    export_verifier(tmp_path / "out", choice, reporter)
+    first, again = (load_transformer(tmp_path / folder, torch.float32) for folder in ("model", "out"))
+    assert torch.equal(first(TOKENS), again(TOKENS))
