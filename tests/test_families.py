@@ -419,8 +419,8 @@ def test_the_parts_of_an_installed_package_are_joined(tmp_path: Path, monkeypatc
 def test_partly_rotated_heads_of_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
     """Their rows would have to change places, so that reading them as they are would be wrong."""
     saved("phi4", tmp_path)
+    checkpoint: Any = SimpleNamespace(path=tmp_path, config=read_config(tmp_path))
     with pytest.raises(RequestError, match=r"partial_rotary_factor=0\.75 is supported for unquantized weights only"):
-        checkpoint: Any = SimpleNamespace(path=tmp_path, config=read_config(tmp_path))
         load_packed(checkpoint, torch.float32, torch.device("cpu"), 16, lambda done, total: None)
 
 
