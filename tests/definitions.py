@@ -6,8 +6,14 @@ token or group, is part of what is compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from quasar_kernels import AttentionOptions
 
 
 def int4_values(packed: Tensor) -> Tensor:
@@ -94,14 +100,21 @@ def quantized(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]
     return (groups / scales.unsqueeze(2)).round().to(torch.int8).flatten(1), scales
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool = False) -> Tensor:
     wide = x.double()
-    return wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    factor = weight.double() + 1 if one_plus else weight.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * factor
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.double().tensor_split(2, dim=-1)
     return gate * torch.sigmoid(gate) * up
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """GELU by its approximation with tanh (Hendrycks & Gimpel 2016, section 2)."""
+    gate, up = gate_up.double().tensor_split(2, dim=-1)
+    return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,6 +135,7 @@ def rotary_write(
     start: int,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    one_plus: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [R, H, D] and the cache's keys and values after the write, all in float64."""
     keys, values = (part.double().clone() for part in cache)
@@ -131,25 +145,58 @@ def rotary_write(
     count = heads.shape[1] - 2 * kv_heads
     q, k, v = heads[:, :count], heads[:, count : count + kv_heads], heads[:, count + kv_heads :]
     if norms is not None:
-        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+        # A weight has the size of a head, or of all heads, which are then normalized together.
+        q, k = (
+            rms_norm(part.reshape(rows, -1, len(weight)), weight, eps, one_plus).view(part.shape)
+            for part, weight in zip((q, k), norms, strict=True)
+        )
     keys[:, start : start + rows] = rotated(k, *rotation).transpose(0, 1)
     values[:, start : start + rows] = v.transpose(0, 1)
     return rotated(q, *rotation), keys, values
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, options: AttentionOptions | None = None
+) -> Tensor:
     """q: [R, H, D]; keys, values: [H_kv, capacity, D]; visible: bool [R, S]. Returns float64 [R, H D]."""
+    scale = None if options is None else options.scale
+    softcap = None if options is None else options.softcap
     rows, heads, head_dim = q.shape
     slots, group = visible.shape[1], heads // len(keys)
     out = torch.empty(rows, heads, head_dim, dtype=torch.float64, device=q.device)
     for head in range(heads):
         k, v = (stored[head // group, :slots].double() for stored in (keys, values))
-        logits = (q[:, head].double() @ k.T / head_dim**0.5).masked_fill(~visible, -torch.inf)
-        out[:, head] = torch.softmax(logits, dim=1) @ v
+        logits = q[:, head].double() @ k.T * (scale or 1 / head_dim**0.5)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        out[:, head] = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=1) @ v
     return out.flatten(1)
 
 
-def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, block_mask: Tensor) -> Tensor:
-    """Compute `attention` of a block that attends to all slots below ``start`` and to the rows that the mask allows."""
+def block_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    block_mask: Tensor,
+    options: AttentionOptions | None = None,
+) -> Tensor:
+    """Compute `attention` of a block that attends to all slots below ``start`` and to the rows that the mask allows.
+
+    With a window, every row attends only to the last slots of its branch.
+    """
     everything = torch.ones(len(q), start, dtype=torch.bool, device=q.device)
-    return attention(q, keys, values, torch.cat([everything, block_mask.bool()], dim=1))
+    visible = torch.cat([everything, block_mask.bool()], dim=1)
+    if options is not None and options.window is not None:
+        for row in visible:
+            row[row.nonzero().flatten()[: -options.window]] = False
+    return attention(q, keys, values, visible, options)
+
+
+def ancestors(parents: Sequence[int]) -> Tensor:
+    """Return the mask of a tree, bool [R, R]: every node attends to itself and its ancestors. A root has parent -1."""
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            mask[node] |= mask[parent]
+    return mask

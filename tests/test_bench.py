@@ -26,8 +26,8 @@ def test_report_covers_every_op_and_its_ratios_are_those_of_its_times(tmp_path) 
         assert one["speedup"] == pytest.approx(baseline[one["rows"]] / one["milliseconds"])
     assert {one["backend"] for one in report["measurements"]} >= {op.format for op in MATMULS}
     assert {one["op"] for one in report["layer_ops"]} == {
-        "add_rms_norm", "add_rms_norm_quantize", "silu_mul", "silu_mul_quantize", "rotary_write", "block_attention",
-        "first_maxima", "select_inputs",
+        "add_rms_norm", "add_rms_norm_quantize", "silu_mul", "silu_mul_quantize", "gelu_mul", "gelu_mul_quantize",
+        "add_scaled", "rotary_write", "block_attention", "first_maxima", "select_inputs",
     }  # fmt: skip
     for one in report["layer_ops"]:
         assert one["speedup"] == pytest.approx(one["torch_milliseconds"] / one["milliseconds"])

@@ -13,6 +13,7 @@ import pytest
 import quasar_kernels
 import torch
 from quasar_kernels import (
+    AttentionOptions,
     DenseWeight,
     Fp8Weight,
     GroupInt8Weight,
@@ -340,6 +341,8 @@ def test_packing_keeps_every_value(level: str) -> None:
 def test_norm_and_swiglu(level: str) -> None:
     for rows, size in [(1, 32), (3, 576), (17, 1536), (64, 2048)]:
         x, weight = normal(rows, size, dtype=torch.bfloat16), normal(size, seed=1, dtype=torch.bfloat16)
+        shifted, _ = quasar_kernels.add_rms_norm(x, weight, 1e-5, one_plus=True)
+        assert relative_error(shifted, definitions.rms_norm(x, weight, 1e-5, one_plus=True)) < 4e-3
         found, _ = quasar_kernels.add_rms_norm(x, weight, 1e-5)
         assert relative_error(found, definitions.rms_norm(x, weight, 1e-5)) < 4e-3
         for group_size in (None, 32):
@@ -350,13 +353,20 @@ def test_norm_and_swiglu(level: str) -> None:
             assert torch.equal(quantized[2], x)
 
         gate_up = normal(rows, 2 * size, dtype=torch.bfloat16) * 8
-        found = quasar_kernels.silu_mul(gate_up)
-        assert relative_error(found, definitions.silu_mul(gate_up)) < 4e-3
-        for group_size in (None, 32):
-            values, scales = definitions.quantized(found, group_size)
-            quantized = quasar_kernels.silu_mul_quantize(gate_up, group_size)
-            assert torch.equal(quantized[0], values)
-            assert torch.equal(quantized[1], scales)
+        for plain, quantizing, definition in (
+            (quasar_kernels.silu_mul, quasar_kernels.silu_mul_quantize, definitions.silu_mul),
+            (quasar_kernels.gelu_mul, quasar_kernels.gelu_mul_quantize, definitions.gelu_mul),
+        ):
+            found = plain(gate_up)
+            assert relative_error(found, definition(gate_up)) < 4e-3
+            for group_size in (None, 32):
+                values, scales = definitions.quantized(found, group_size)
+                quantized = quantizing(gate_up, group_size)
+                assert torch.equal(quantized[0], values)
+                assert torch.equal(quantized[1], scales)
+        update = normal(rows, size, seed=5, dtype=torch.bfloat16)
+        added = quasar_kernels.add_scaled(x, update, 0.22)
+        assert torch.equal(added, x + update * 0.22)
 
 
 def test_swiglu_far_from_zero(level: str) -> None:
@@ -364,6 +374,8 @@ def test_swiglu_far_from_zero(level: str) -> None:
     gate_up = torch.cat([gate, torch.ones(32)]).bfloat16().unsqueeze(0)
     found = quasar_kernels.silu_mul(gate_up)
     assert torch.allclose(found.float(), definitions.silu_mul(gate_up).float(), rtol=8e-3, atol=1e-7)
+    found = quasar_kernels.gelu_mul(gate_up)
+    assert torch.allclose(found.float(), definitions.gelu_mul(gate_up).float(), rtol=8e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [16, 64, 80, 4096])
@@ -423,7 +435,26 @@ def test_rotary_write(level: str, head_dim: int, normalized: bool) -> None:
         assert relative_error(keys[:, written_slots], plain_keys[:, written_slots]) < 4e-3
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("whole", [False, True])
+def test_norms_of_heads_with_one_plus_and_of_all_heads(level: str, whole: bool) -> None:
+    heads, kv_heads, head_dim, rows, start = 6, 2, 64, 5, 3
+    sizes = (heads * head_dim, kv_heads * head_dim) if whole else (head_dim, head_dim)
+    norms = normal(sizes[0], seed=1, dtype=torch.bfloat16), normal(sizes[1], seed=2, dtype=torch.bfloat16)
+    qkv = normal(rows, (heads + 2 * kv_heads) * head_dim, dtype=torch.bfloat16)
+    angles = normal(rows, head_dim // 2).repeat(1, 2)
+    for one_plus in (False, True):
+        keys, values = (normal(kv_heads, 20, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (3, 4))
+        expected, expected_keys, _ = definitions.rotary_write(
+            qkv, (angles.cos(), angles.sin()), (keys, values), start, norms, 1e-6, one_plus
+        )
+        q = quasar_kernels.rotary_write(
+            qkv, angles.cos(), angles.sin(), keys, values, torch.tensor([start]), *norms, 1e-6, one_plus
+        )
+        assert relative_error(q, expected) < 1e-2
+        assert relative_error(keys, expected_keys) < 1e-2
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 def test_attention_over_a_cache(level: str, head_dim: int) -> None:
     """Masks as trees have them; slots behind the block are never read."""
     shapes = [(1, 3, 1, 0), (8, 9, 3, 292), (5, 4, 4, 124), (33, 8, 2, 107), (2, 40, 1, 14)]
@@ -463,6 +494,57 @@ def test_attention_of_a_row_depends_on_what_it_sees_alone(level: str) -> None:
         assert torch.equal(attend(0, 1), block[:1])
     finally:
         torch.set_num_threads(1)
+
+
+OPTIONS = [
+    AttentionOptions(window=3),
+    AttentionOptions(window=130, scale=0.05),
+    AttentionOptions(softcap=2.0),
+    AttentionOptions(window=128, softcap=30.0, scale=0.3),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_attention_with_window_softcap_and_scale(level: str, options: AttentionOptions) -> None:
+    """Contexts that end before, in and after the window, in chains and trees."""
+    for rows, heads, kv_heads, context in [
+        (1, 3, 1, 0),
+        (8, 9, 3, 292),
+        (5, 4, 4, 124),
+        (40, 8, 2, 107),
+        (1, 2, 1, 600),
+    ]:
+        q = normal(rows, heads, 64, dtype=torch.bfloat16)
+        keys, values = (normal(kv_heads, context + rows + 5, 64, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+        chain = torch.ones(rows, rows, dtype=torch.bool).tril()
+        tree = definitions.ancestors([(row - 1) // 2 if row else -1 for row in range(rows)])
+        for mask in (chain, tree):
+            found = quasar_kernels.block_attention(q, keys, values, torch.tensor([context]), mask, options)
+            expected = definitions.block_attention(q, keys, values, context, mask, options)
+            assert relative_error(found, expected) < 1e-2
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_window_keeps_rows_independent(level: str, options: AttentionOptions) -> None:
+    """A row of a chain or tree has the bits that it has alone, and slots before its window have no influence."""
+    if level == "torch":
+        pytest.skip("holds for the kernels")
+    context, rows = 250, 40
+    q = normal(rows, 6, 64, dtype=torch.bfloat16)
+    keys, values = (normal(2, context + rows, 64, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    alone = torch.ones(1, 1, dtype=torch.bool)
+    for parents in (list(range(-1, rows - 1)), [(row - 1) // 2 if row else -1 for row in range(rows)]):
+        mask = definitions.ancestors(parents)
+        block = quasar_kernels.block_attention(q, keys, values, torch.tensor([context]), mask, options)
+        for row in range(rows):
+            branch = [*range(context), *(context + mask[row].nonzero().flatten()).tolist()]
+            own_keys, own_values = keys[:, branch].contiguous(), values[:, branch].contiguous()
+            if options.window is not None:
+                own_keys[:, : -options.window], own_values[:, : -options.window] = 1e4, -1e4
+            start = torch.tensor([len(branch) - 1])
+            expected = quasar_kernels.block_attention(q[row : row + 1], own_keys, own_values, start, alone, options)
+            assert torch.equal(block[row : row + 1], expected), f"row {row}"
 
 
 @needs_kernels
@@ -607,10 +689,12 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     size, heads, kv_heads, head_dim, slots = 96, 3, 1, 96, 150 + rows
     x, weight, sums = bfloat16(rows, size), bfloat16(size), bfloat16(rows, size)
     quantized = other(rows, size, dtype=torch.int8), other(rows, size // 32)
-    loaded.rms_norm(x, None, weight, None, bfloat16(rows, size), None, None, rows, size, size, 1e-5, 1)
-    loaded.rms_norm(x, bfloat16(rows, size), weight, sums, None, *quantized, rows, size, 32, 1e-5, 1)
+    loaded.rms_norm(x, None, weight, None, bfloat16(rows, size), None, None, rows, size, size, 1e-5, 0, 1)
+    loaded.rms_norm(x, bfloat16(rows, size), weight, sums, None, *quantized, rows, size, 32, 1e-5, 1, 1)
     loaded.silu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, size, 1)
     loaded.silu_mul(bfloat16(rows, 2 * size), None, *quantized, rows, size, 32, 1)
+    loaded.gelu_mul(bfloat16(rows, 2 * size), bfloat16(rows, size), None, None, rows, size, size, 1)
+    loaded.add_scaled(x, bfloat16(rows, size), bfloat16(rows, size), rows, size, 0.5, 1)
     loaded.first_maxima(x, other(rows, dtype=torch.int64), rows, size, 1)
     order = guarded.copy(torch.arange(size).flip(0))
     loaded.select_inputs(x, order.data_ptr(), bfloat16(rows, size), rows, size, 1)
@@ -620,9 +704,9 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     norms = bfloat16(head_dim), bfloat16(head_dim)
     shape = rows, heads, kv_heads, head_dim
     start = guarded.copy(torch.tensor([slots - rows]))
-    loaded.rotary_write(qkv, *rotation, *norms, q, *cache, start.data_ptr(), *shape, slots * head_dim, 1e-5, 1)
+    loaded.rotary_write(qkv, *rotation, *norms, q, *cache, start.data_ptr(), *shape, slots * head_dim, 1e-5, 0, 0, 1)
     mask = other(rows, rows, dtype=torch.bool)
-    loaded.attention(q, *cache, mask, out, start.data_ptr(), *shape, slots * head_dim, 1)
+    loaded.attention(q, *cache, mask, out, start.data_ptr(), *shape, slots * head_dim, 1, 2.0, 0.0, 1)
 
 
 @needs_kernels

@@ -21,19 +21,22 @@ pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Imported after the check that Triton is there; tests/conftest.py has chosen the interpreter if there is no GPU.
-from quasar_kernels import GroupNumbers, Int4Weight, reference
+from quasar_kernels import AttentionOptions, GroupNumbers, Int4Weight, reference
 from quasar_kernels.ops.add_rms_norm import OP as NORM
 from quasar_kernels.ops.add_rms_norm import QUANTIZING as NORM_QUANTIZE
+from quasar_kernels.ops.add_scaled import OP as ADD_SCALED
 from quasar_kernels.ops.block_attention import OP as BLOCK_ATTENTION
+from quasar_kernels.ops.gelu_mul import OP as GELU
+from quasar_kernels.ops.gelu_mul import QUANTIZING as GELU_QUANTIZE
 from quasar_kernels.ops.rotary_write import OP as ROTARY_WRITE
 from quasar_kernels.ops.silu_mul import OP as SILU
 from quasar_kernels.ops.silu_mul import QUANTIZING as SILU_QUANTIZE
 from quasar_kernels.triton import linear_bf16, linear_fp8, linear_w4, linear_w8a8, tuning
-from quasar_kernels.triton.activation import silu_mul, silu_mul_quantize
+from quasar_kernels.triton.activation import gelu_mul, gelu_mul_quantize, silu_mul, silu_mul_quantize
 from quasar_kernels.triton.attention import block_attention
 from quasar_kernels.triton.int4_packing import pack_int4
 from quasar_kernels.triton.linear_w8_groups import PackedGroupInt8, TransposedNumbers, linear_w8_groups
-from quasar_kernels.triton.norm import add_rms_norm, add_rms_norm_quantize
+from quasar_kernels.triton.norm import add_rms_norm, add_rms_norm_quantize, add_scaled
 from quasar_kernels.triton.quantize import quantize_tokens, quantize_tokens_fp8
 from quasar_kernels.triton.rotary import rotary_write
 from quasar_kernels.triton.tuning import Shape, Tiling
@@ -225,7 +228,9 @@ def test_attention_of_every_number_of_rows(generator: torch.Generator, rows: int
     assert_close(q, ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start))
     assert_close(cache, expected_cache)
     mask = torch.ones(rows, rows, dtype=torch.bool, device=DEVICE).tril()
-    assert_close(block_attention(q, cache[0], cache[1], start, mask, 2), BLOCK_ATTENTION.plain(q, *cache, start, mask))
+    assert_close(
+        block_attention(q, cache[0], cache[1], start, mask, splits=2), BLOCK_ATTENTION.plain(q, *cache, start, mask)
+    )
 
 
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "fractional"])
@@ -401,13 +406,19 @@ def test_norm_activation_and_quantization(
         assert_quantized_close(quantized, NORM_QUANTIZE.plain(x, weight, 1e-5, added), dtype)
         assert_close(quantized[2], expected[1])
     gate_up = torch.cat([x, residual], dim=1)
+    for added in (None, residual):
+        actual = add_rms_norm(x, weight, 1e-5, added, one_plus=True)[0]
+        assert_close(actual, NORM.plain(x, weight, 1e-5, added, True)[0])
     assert_close(silu_mul(gate_up), SILU.plain(gate_up))
     assert_quantized_close(silu_mul_quantize(gate_up), SILU_QUANTIZE.plain(gate_up), dtype)
+    assert_close(gelu_mul(gate_up), GELU.plain(gate_up))
+    assert_quantized_close(gelu_mul_quantize(gate_up), GELU_QUANTIZE.plain(gate_up), dtype)
+    assert_close(add_scaled(x, residual, 0.22), ADD_SCALED.plain(x, residual, 0.22))
     for size in (None, 4):
         for actual, wanted in zip(quantize_tokens(x, size), reference.quantize_tokens(x, size), strict=True):
             assert torch.equal(actual, wanted)
-        quantized = add_rms_norm_quantize(x, weight, 1e-5, residual, size)
-        assert_quantized_close(quantized, NORM_QUANTIZE.plain(x, weight, 1e-5, residual, size), dtype)
+        quantized = add_rms_norm_quantize(x, weight, 1e-5, residual, group_size=size)
+        assert_quantized_close(quantized, NORM_QUANTIZE.plain(x, weight, 1e-5, residual, False, size), dtype)
         assert_quantized_close(silu_mul_quantize(gate_up, size), SILU_QUANTIZE.plain(gate_up, size), dtype)
 
 
@@ -442,9 +453,10 @@ def test_rotary_and_attention(
     start = torch.tensor([context], device=DEVICE)
     cache = normal(generator, 2, kv_heads, context + rows + 5, head_dim, dtype=dtype)
     expected_cache = cache.clone()
-    for q_norm, k_norm in ((None, None), norms):
-        q = rotary_write(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6)
-        expected = ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6)
+    whole = (normal(generator, heads * head_dim, dtype=dtype), normal(generator, kv_heads * head_dim, dtype=dtype))
+    for q_norm, k_norm, one_plus in ((None, None, False), (*norms, False), (*norms, True), (*whole, False)):
+        q = rotary_write(qkv, cos, sin, cache[0], cache[1], start, q_norm, k_norm, 1e-6, one_plus)
+        expected = ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6, one_plus)
         # Rotation mixes values of a whole head, and truncation before it counts double.
         assert (q.float() - expected.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected.float().abs().max()
         assert (cache.float() - expected_cache.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected_cache.abs().max()
@@ -453,8 +465,36 @@ def test_rotary_and_attention(
         assert torch.equal(cache[:, :, outside], expected_cache[:, :, outside])
     mask = torch.rand(rows, rows, generator=generator, device=DEVICE) > 0.5
     mask.fill_diagonal_(True)
-    attended = block_attention(expected, *expected_cache, start, mask, splits)
+    attended = block_attention(expected, *expected_cache, start, mask, splits=splits)
     assert_close(attended, BLOCK_ATTENTION.plain(expected, *expected_cache, start, mask))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [AttentionOptions(window=64), AttentionOptions(window=90, softcap=3.0), AttentionOptions(softcap=1.0, scale=0.4)],
+    ids=str,
+)
+@pytest.mark.parametrize("context", [0, 70, 300])
+def test_attention_with_window_softcap_and_scale(
+    generator: torch.Generator, context: int, options: AttentionOptions
+) -> None:
+    q = normal(generator, 9, 4, 32)
+    keys, values = normal(generator, 2, 2, context + 20, 32)
+    start = torch.tensor([context], device=DEVICE)
+    chain = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).tril()
+    tree = definitions.ancestors([-1, 0, 0, 1, 2, 2, 5, 4, 3]).to(DEVICE)
+    for mask in (chain, tree, tree.long()):
+        found = block_attention(q, keys, values, start, mask, options, splits=3)
+        assert_close(found, definitions.block_attention(q, keys, values, context, mask, options).to(q.dtype))
+
+
+def test_a_window_shorter_than_a_block_is_left_to_pytorch(generator: torch.Generator) -> None:
+    q, cache = (normal(generator, *size, dtype=torch.bfloat16) for size in ((3, 2, 32), (2, 1, 40, 32)))
+    start, mask = torch.tensor([9], device=DEVICE), torch.ones(3, 3, dtype=torch.bool, device=DEVICE).tril()
+    assert BLOCK_ATTENTION.triton is not None
+    for window, taken in ((63, False), (64, True), (None, True)):
+        options = AttentionOptions(window=window)
+        assert BLOCK_ATTENTION.triton.supports(q, cache[0], cache[1], start, mask, options) == taken
 
 
 def test_default_tilings_fill_the_gpu() -> None:
@@ -537,7 +577,7 @@ TENSOR_CORES = {
     "attention": r"mma\.\S*f32\.bf16\.bf16",
 }
 """The instructions by which each kind of kernel multiplies, as patterns."""
-OTHER_KINDS = {"merge", "rotary", "norm", "silu", "quantize"}
+OTHER_KINDS = {"merge", "rotary", "norm", "gates", "add", "quantize"}
 
 
 @pytest.mark.parametrize("options", always([(), ("candidates",)], ()), ids=str)

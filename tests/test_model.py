@@ -190,8 +190,8 @@ def test_layer_subset_skips_the_others(tiny: Transformer) -> None:
 
 def hidden_through(model: Transformer, tokens: torch.Tensor, layers: list[int]) -> torch.Tensor:
     mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-    rows = Rows(model.rope(torch.arange(len(tokens))), torch.zeros(1, dtype=torch.int64), mask)
-    x = model.embedding(tokens)
+    rows = Rows(model.ropes(torch.arange(len(tokens))), torch.zeros(1, dtype=torch.int64), mask)
+    x = model.embed(tokens)
     for layer in layers:
         x = model.blocks[layer](ResidualStream(x), rows, None).total()
     return x
@@ -202,11 +202,6 @@ def test_random_model_depends_on_its_seed_only() -> None:
     tokens = torch.arange(20)
     assert torch.equal(first(tokens), again(tokens))
     assert not torch.allclose(first(tokens), other(tokens))
-
-
-def test_sliding_window_bounds_the_context(tmp_path: Path) -> None:
-    MistralConfig(**SMALL, sliding_window=100).save_pretrained(tmp_path)
-    assert read_config(tmp_path).context_length == 100
 
 
 @pytest.mark.parametrize(

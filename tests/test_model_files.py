@@ -157,8 +157,8 @@ def test_missing_keys_mean_what_transformers_makes_of_them(kind: str) -> None:
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert ours.layers[0].num_kv_heads == theirs.num_key_value_heads
     assert ours.rms_norm_eps == theirs.rms_norm_eps
-    window = theirs.sliding_window if kind != "llama" else None
-    assert ours.context_length == min(theirs.max_position_embeddings, window or 1 << 30)
+    assert ours.layers[0].window == (theirs.sliding_window if kind == "mistral" else None)
+    assert ours.context_length == theirs.max_position_embeddings
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
 
@@ -193,10 +193,13 @@ def test_rope_scaling_equals_transformers(rope: dict, folder: Path) -> None:
     assert Rope(read_config(folder).rope, 8).frequencies.shape == (4,)
 
 
-def test_longrope_whose_frequencies_depend_on_the_length_is_refused(folder: Path) -> None:
+def test_longrope_whose_frequencies_depend_on_the_length_ends_the_context(folder: Path) -> None:
+    """Longer texts rotate by other factors, also where the keys are in the cache already."""
     edit(folder / "config.json", rope_parameters=LONG | {"long_factor": [2.0] * 4})
-    with pytest.raises(RequestError, match="only if short_factor equals long_factor"):
-        read_config(folder)
+    with pytest.warns(RuntimeWarning, match="the context ends after 64 tokens"):
+        config = read_config(folder)
+    assert config.context_length == 64
+    assert config.rope.factors == tuple(FACTORS)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

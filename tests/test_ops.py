@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import quasar_kernels.ops
 import torch
-from quasar_kernels import DenseWeight, InputOrder, Int4Weight, Int8Weight, Quantized, cpu, dispatch
+from quasar_kernels import AttentionOptions, DenseWeight, InputOrder, Int4Weight, Int8Weight, Quantized, cpu, dispatch
 from quasar_kernels.cases import LAYERS, Layer, Setting
 from quasar_kernels.dispatch import Kernel, LayerOp, Op
 from quasar_kernels.matmul import Matmul
@@ -17,8 +17,10 @@ from quasar_kernels.ops import (
     LAYER_OPS,
     MATMULS,
     add_rms_norm,
+    add_scaled,
     block_attention,
     first_maxima,
+    gelu_mul,
     linear_w4a8,
     rotary_write,
     select_inputs,
@@ -70,7 +72,7 @@ def matmul(weight_bits: int, activations: str = "float") -> Matmul:
 def test_every_file_of_an_op_is_in_the_table() -> None:
     files = {path.stem for path in Path(quasar_kernels.ops.__file__).parent.glob("*.py")} - {"__init__"}
     names = [op.name for op in (*MATMULS, *LAYER_OPS)]
-    assert len(set(names)) == len(names) == 14
+    assert len(set(names)) == len(names) == 17
     assert files == {name.removesuffix("_quantize") for name in names}
 
 
@@ -167,20 +169,24 @@ def test_norms_and_swiglu(dtype: torch.dtype, rows: int) -> None:
         found, found_total = add_rms_norm.OP.plain(x, weight, 1e-5, added)
         assert torch.equal(found_total, total)
         assert_close(found, definitions.rms_norm(total, weight, 1e-5), dtype)
+        shifted, _ = add_rms_norm.OP.plain(x, weight, 1e-5, added, True)
+        assert_close(shifted, definitions.rms_norm(total, weight, 1e-5, one_plus=True), dtype)
         for group_size in (None, 32):
-            values, scales, found_total = add_rms_norm.QUANTIZING.plain(x, weight, 1e-5, added, group_size)
+            values, scales, found_total = add_rms_norm.QUANTIZING.plain(x, weight, 1e-5, added, False, group_size)
             expected = definitions.quantized(found, group_size)
             assert torch.equal(values, expected[0])
             assert torch.equal(scales, expected[1])
             assert torch.equal(found_total, total)
     gate_up = torch.cat([x * 4, residual], dim=1)
-    found = silu_mul.OP.plain(gate_up)
-    assert_close(found, definitions.silu_mul(gate_up), dtype)
-    for group_size in (None, 32):
-        pairs = zip(
-            silu_mul.QUANTIZING.plain(gate_up, group_size), definitions.quantized(found, group_size), strict=True
-        )
-        assert all(torch.equal(*pair) for pair in pairs)
+    for module, definition in ((silu_mul, definitions.silu_mul), (gelu_mul, definitions.gelu_mul)):
+        found = module.OP.plain(gate_up)
+        assert_close(found, definition(gate_up), dtype)
+        for group_size in (None, 32):
+            pairs = zip(
+                module.QUANTIZING.plain(gate_up, group_size), definitions.quantized(found, group_size), strict=True
+            )
+            assert all(torch.equal(*pair) for pair in pairs)
+    assert_close(add_scaled.OP.plain(x, residual, 0.3), x.double() + 0.3 * residual.double(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,6 +203,11 @@ def test_rotation_and_attention(dtype: torch.dtype, rows: int, normalized: bool)
     slot = torch.tensor([start])
     q = rotary_write.OP.plain(qkv, *rotation, *cache, slot, *(norms or (None, None)), 1e-6)
     for found, wanted in ((q, expected), (cache[0], expected_keys)):
+        assert_close(found, wanted, dtype)
+    if normalized:
+        whole = normal(heads * head_dim, dtype=dtype), normal(kv_heads * head_dim, dtype=dtype).flip(0)
+        found = rotary_write.OP.plain(qkv, *rotation, cache[0].clone(), cache[1].clone(), slot, *whole, 1e-6, True)
+        wanted = definitions.rotary_write(qkv, rotation, cache, start, whole, 1e-6, one_plus=True)[0]
         assert_close(found, wanted, dtype)
     assert torch.equal(cache[1].double(), expected_values)
     mask = torch.rand(rows, rows, generator=torch.Generator().manual_seed(rows)) < 0.5
@@ -283,6 +294,40 @@ def test_attention_of_blocks_of_any_size(dtype: torch.dtype, rows: int, context:
     for given in (mask, mask.long()):  # captured passes keep it beside their other integers
         found = block_attention.OP.plain(q, keys, values, torch.tensor([context]), given)
         assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AttentionOptions(window=1),
+        AttentionOptions(window=6),
+        AttentionOptions(window=30),
+        AttentionOptions(softcap=0.5),
+        AttentionOptions(scale=0.9),
+        AttentionOptions(window=9, softcap=2.0, scale=0.7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_with_window_softcap_and_scale(dtype: torch.dtype, options: AttentionOptions) -> None:
+    """In a tree, a window counts the slots of the row's branch, not those of other branches."""
+    q = normal(8, 4, 32, dtype=dtype)
+    keys, values = normal(2, 30, 32, dtype=dtype), normal(2, 30, 32, dtype=dtype).flip(1)
+    chain = torch.ones(8, 8, dtype=torch.bool).tril()
+    tree = definitions.ancestors([-1, 0, 0, 1, 2, 2, 5, 4])
+    for mask in (chain, tree):
+        expected = definitions.block_attention(q, keys, values, 11, mask, options)
+        assert not torch.allclose(expected, definitions.block_attention(q, keys, values, 11, mask)) or (
+            options.window == 30
+        )
+        found = block_attention.OP.plain(q, keys, values, torch.tensor([11]), mask, options)
+        assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"softcap": -1.0}, {"scale": 0.0}, {"scale": float("nan")}])
+def test_options_of_attention_are_positive(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected a positive number or None"):
+        AttentionOptions(**wrong)  # type: ignore[arg-type]
 
 
 def test_gradients_pass_through_a_fresh_cache() -> None:

@@ -260,13 +260,13 @@ def test_other_operations_cannot_be_recorded(run: object, message: str) -> None:
 
 def test_every_listed_function_is_called_and_recorded_with_its_own_arguments() -> None:
     """The header, ctypes and the tape use one list. A float in an integer register would be noticed."""
-    assert FUNCTIONS["rms_norm"].arguments == (*[c_void_p] * 7, *[c_int64] * 3, c_float, c_int32)
+    assert FUNCTIONS["rms_norm"].arguments == (*[c_void_p] * 7, *[c_int64] * 3, c_float, c_int32, c_int32)
     rows = {name: signature.rows for name, signature in FUNCTIONS.items()}
     matmuls = dict.fromkeys(name for name in rows if name.startswith("linear_"))
     assert len(matmuls) == 6
     assert rows == dict.fromkeys(matmuls, 5) | {
-        "rms_norm": 7, "silu_mul": 4, "first_maxima": 2, "select_inputs": 3, "rotary_write": 9, "attention": 6,
-        "advise_huge_pages": None,
+        "rms_norm": 7, "silu_mul": 4, "gelu_mul": 4, "add_scaled": 3, "first_maxima": 2, "select_inputs": 3,
+        "rotary_write": 9, "attention": 6, "advise_huge_pages": None,
     }  # fmt: skip
     library = cpu.backend()
     assert library is not None

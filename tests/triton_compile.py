@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from quasar_kernels.triton.activation import silu_mul_kernel
+from quasar_kernels.triton.activation import gated_mul_kernel
 from quasar_kernels.triton.attention import MERGE_ELEMENTS, attention_launch, block_attention_kernel, merge_kernel
 from quasar_kernels.triton.linear_bf16 import linear_bf16_kernel
 from quasar_kernels.triton.linear_fp8 import linear_fp8_kernel
 from quasar_kernels.triton.linear_w4 import linear_w4_kernel
 from quasar_kernels.triton.linear_w8_groups import linear_w8_groups_kernel
 from quasar_kernels.triton.linear_w8a8 import linear_w8a8_kernel
-from quasar_kernels.triton.norm import rms_norm_kernel
+from quasar_kernels.triton.norm import add_scaled_kernel, rms_norm_kernel
 from quasar_kernels.triton.quantize import quantize_tokens_fp8_kernel, quantize_tokens_kernel
 from quasar_kernels.triton.rotary import rotary_write_kernel
 from quasar_kernels.triton.tuning import Shape, Tiling, candidates, default_tiling
@@ -135,15 +135,16 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
 
 
 def attentions() -> Iterator[Case]:
-    """Head dimensions and groups of SmolLM2, Qwen3-0.6B and Qwen3-8B, at one to many rows."""
+    """Head dimensions and groups of SmolLM2, Qwen3-0.6B, Qwen3-8B and Gemma 2 and 3, at one to many rows."""
     types = {"keys": "*bf16", "values": "*bf16", "start": "*i64", "head_stride": "i32", "q": "*bf16"}
-    types |= {"block_mask": "*i64", "partial": "*fp32", "statistics": "*fp32", "scale": "fp32"}
-    types |= {"rows": "i32", "heads": "i32", "splits": "i32"}
-    for group, head_dim in ((3, 64), (2, 128), (4, 128)):
+    types |= {"block_mask": "*i64", "partial": "*fp32", "statistics": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    types |= {"rows": "i32", "heads": "i32", "splits": "i32", "window": "i32"}
+    for group, head_dim in ((3, 64), (2, 128), (4, 128), (2, 256)):
         for rows in (1, 8):
             constants, options = attention_launch(rows, group, head_dim)
+            constants |= {"WIDE": False, "CAPPED": head_dim == 256, "WINDOWED": head_dim == 256}
             name = f"attention of {rows} rows, group {group}, head dimension {head_dim}"
-            yield Case(name, "attention", block_attention_kernel, types, {**constants, "WIDE": False}, options)
+            yield Case(name, "attention", block_attention_kernel, types, constants, options)
     merge = {"partial": "*fp32", "statistics": "*fp32", "out": "*bf16", "stripes": "i32", "width": "i32"}
     for splits, head_dim in ((32, 64), (16, 128)):
         constants = {"SPLITS": splits, "PADDED": splits, "HEAD_DIM": head_dim, "BLOCK": MERGE_ELEMENTS}
@@ -153,25 +154,31 @@ def attentions() -> Iterator[Case]:
 def elementwise(architecture: int) -> Iterator[Case]:
     rotary = {"keys": "*bf16", "values": "*bf16", "start": "*i64", "head_stride": "i32", "eps": "fp32"}
     rotary |= {"qkv": "*bf16", "cos": "*fp32", "sin": "*fp32", "queries": "*bf16", "heads": "i32", "kv_heads": "i32"}
-    for norm in (True, False):
+    for norm, whole in ((True, False), (True, True), (False, False)):
         weight = "*bf16" if norm else "*fp32"  # the cosines stand in for a norm that is not there
         types = {**rotary, "q_norm": weight, "k_norm": weight}
-        constants = {"HEAD_DIM": 128, "HALF": 64, "NORM": norm}
-        yield Case(f"rotary, norm {norm}", "rotary", rotary_write_kernel, types, constants, {"num_warps": 1})
+        constants = {"HEAD_DIM": 128, "HALF": 64, "NORM": norm, "ONE_PLUS": False, "WHOLE": whole}
+        yield Case(
+            f"rotary, norm {norm}, whole {whole}", "rotary", rotary_write_kernel, types, constants, {"num_warps": 1}
+        )
     for quantize in (True, False):
         out, scales = ("*i8", "*fp32") if quantize else ("*bf16", "*bf16")
         for add in (True, False):
             types = dict.fromkeys(("x", "residual", "total", "weight"), "*bf16")
             types |= {"out": out, "scales": scales, "eps": "fp32", "width": "i32"}
             for group in (4096, GROUP_SIZE) if quantize else (4096,):
-                constants = {"ADD": add, "QUANTIZE": quantize, "BLOCK": 4096, "GROUP": group}
+                constants = {"ONE_PLUS": quantize, "ADD": add, "QUANTIZE": quantize, "BLOCK": 4096, "GROUP": group}
                 name = f"norm, add {add}, quantize {quantize} by {group}"
                 yield Case(name, "norm", rms_norm_kernel, types, constants, {"num_warps": 8})
         types = {"gate_up": "*bf16", "out": out, "scales": scales, "width": "i32"}
         block, warps = (16384, {"num_warps": 16}) if quantize else (1024, {"num_warps": 4})
         for group in (block, GROUP_SIZE) if quantize else (block,):
-            constants = {"QUANTIZE": quantize, "BLOCK": block, "GROUP": group}
-            yield Case(f"silu, quantize {quantize} by {group}", "silu", silu_mul_kernel, types, constants, warps)
+            for gelu in (False, True):
+                constants = {"GELU": gelu, "QUANTIZE": quantize, "BLOCK": block, "GROUP": group}
+                name = f"{'gelu' if gelu else 'silu'}, quantize {quantize} by {group}"
+                yield Case(name, "gates", gated_mul_kernel, types, constants, warps)
+    types = {"x": "*bf16", "update": "*bf16", "out": "*bf16", "factor": "fp32", "size": "i32"}
+    yield Case("add scaled", "add", add_scaled_kernel, types, {"BLOCK": 1024}, {"num_warps": 4})
     types = {"x": "*bf16", "out": "*i8", "scales": "*fp32", "width": "i32"}
     for group in (16384, GROUP_SIZE):
         constants = {"BLOCK": 16384, "GROUP": group}

@@ -4,10 +4,13 @@ This package works on tensors only and knows nothing of configs, models or decod
 every op; the functions exported here choose the backend that the tensors' device offers.
 """
 
+from quasar_kernels.attention_options import AttentionOptions
 from quasar_kernels.group_numbers import GroupNumbers
 from quasar_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_quantize
+from quasar_kernels.ops.add_scaled import add_scaled
 from quasar_kernels.ops.block_attention import block_attention
 from quasar_kernels.ops.first_maxima import first_maxima
+from quasar_kernels.ops.gelu_mul import gelu_mul, gelu_mul_quantize
 from quasar_kernels.ops.linear_bf16 import linear_bf16, linear_dense
 from quasar_kernels.ops.linear_fp8 import linear_fp8
 from quasar_kernels.ops.linear_w4a8 import linear_w4a8
@@ -28,6 +31,7 @@ from quasar_kernels.weights import (
 )
 
 __all__ = [
+    "AttentionOptions",
     "DenseWeight",
     "Fp8Weight",
     "GroupInt8Weight",
@@ -38,8 +42,11 @@ __all__ = [
     "Quantized",
     "add_rms_norm",
     "add_rms_norm_quantize",
+    "add_scaled",
     "block_attention",
     "first_maxima",
+    "gelu_mul",
+    "gelu_mul_quantize",
     "linear_bf16",
     "linear_dense",
     "linear_fp8",

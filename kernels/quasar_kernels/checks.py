@@ -13,7 +13,12 @@ from torch import Tensor
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    one_plus: bool = False,
+    group_size: int | None = None,
 ) -> None:
     size = x.shape[-1]
     _require("weight", weight, (size,), contiguous=True, device=x.device)
@@ -22,7 +27,11 @@ def rms_norm(
     _require_groups(size, group_size)
 
 
-def silu_mul(gate_up: Tensor, group_size: int | None = None) -> None:
+def add_scaled(x: Tensor, update: Tensor, factor: float) -> None:
+    _require("update", update, x.shape, x.dtype, device=x.device)
+
+
+def gated_mul(gate_up: Tensor, group_size: int | None = None) -> None:
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected two halves [M, 2 S], got {list(gate_up.shape)}")
     _require_groups(gate_up.shape[1] // 2, group_size)
@@ -50,6 +59,7 @@ def rotary_write(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    one_plus: bool = False,
 ) -> None:
     _require_cache(keys, values, qkv)
     kv_heads, capacity, head_dim = keys.shape
@@ -63,12 +73,16 @@ def rotary_write(
     _require("start", start, (1,), torch.int64, device=qkv.device)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm: expected both or neither")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            _require(name, norm, (head_dim,), contiguous=True, device=qkv.device)
+    if q_norm is not None and k_norm is not None:
+        whole = q_norm.shape != (head_dim,)
+        for name, norm, width in (("q_norm", q_norm, qkv.shape[1] - 2 * len(keys) * head_dim), ("k_norm", k_norm, 0)):
+            size = (width or len(keys) * head_dim) if whole else head_dim
+            _require(name, norm, (size,), contiguous=True, device=qkv.device)
 
 
-def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> None:
+def block_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor, options: Any = None
+) -> None:
     _require_cache(keys, values, q)
     kv_heads, _, head_dim = keys.shape
     if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % kv_heads:

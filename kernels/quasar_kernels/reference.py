@@ -76,14 +76,18 @@ def zero_points(values: Tensor, scales: Tensor, minimums: Tensor) -> tuple[Tenso
     return values, scales, minimums / scales
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool = False) -> Tensor:
     """Compute root mean square normalization over the last dimension (Zhang & Sennrich 2019).
 
     It is computed in float32, or in float64 for float64, and rounded to the dtype of x before the multiplication by the
     weight.
+
+    one_plus: whether the factor is ``1 + weight`` instead, and the product is rounded once, at the end (Gemma)
     """
     wide = widened(x)
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if one_plus:
+        return (normalized * (1.0 + widened(weight))).to(x.dtype)
     return weight * normalized.to(x.dtype)
 
 

@@ -58,13 +58,21 @@ class Grid:
 
 @dataclass
 class PackageSource:
-    """A GGUF file inside a wheel: the wheel's requirement and size, the file's path, SHA-256 and quantization grid."""
+    """A GGUF file inside a wheel: the wheel's requirement and size, the file's path, SHA-256 and quantization grid.
+
+    parts: the paths of the parts that the file is made of, in the wheels that the requirement installs; if it is empty,
+        the file is in the wheel itself
+    terms: the address of the terms under which the package may be used. It is then never downloaded, but read if it is
+        installed
+    """
 
     requirement: Text = MISSING
     download_bytes: Count = MISSING
     file: Text = MISSING
     sha256: Text = MISSING
     grid: Grid | None = None
+    parts: Annotated[list[Text], Must("a list of paths")] = field(default_factory=list)
+    terms: OptionalText = None
 
 
 @dataclass

@@ -18,6 +18,7 @@ from quasar.model.config import QUANTIZATION_KEYS, LayerShape, ModelConfig
 from quasar.model.config_file import config_of
 from quasar.model.json_files import read_object
 from quasar.model.linear import QuantizedLinear
+from quasar.model.rope import head_order
 from quasar.quantization.export import Exported, export_tensors
 from quasar.results.console import Reporter
 from quasar.verifiers.transformer import TransformerVerifier
@@ -65,13 +66,19 @@ def _config(built: Standalone, verifier: TransformerVerifier) -> tuple[dict[str,
     if isinstance(verifier.model.lm_head, QuantizedLinear):
         own = replace(own, tie_word_embeddings=False)
     _require_alike(own.layers)
+    if head_order(own.rope, own.head_dim) is not None:
+        raise RequestError(
+            f"the model rotates {own.rope.rotated(own.head_dim)} of {own.head_dim} elements of a head, which are in "
+            "another order here than in a checkpoint; exporting such a model is not supported"
+        )
     folder = built.checkpoint.folder
     raw = _llama(own) if folder is None else read_object(folder / "config.json")
     for key in (*QUANTIZATION_KEYS, "torch_dtype"):
         raw.pop(key, None)
     shape: LayerShape = own.layers[0]
     if isinstance(raw.get("layer_types"), list):
-        raw["layer_types"] = raw["layer_types"][: own.num_layers]
+        windows = [layer.window is not None for layer in own.layers]
+        raw["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     raw |= {
         "num_hidden_layers": own.num_layers,
         "num_attention_heads": shape.num_heads,
@@ -94,7 +101,7 @@ def _config(built: Standalone, verifier: TransformerVerifier) -> tuple[dict[str,
 
 
 def _require_alike(layers: Sequence[LayerShape]) -> None:
-    if len(set(layers)) > 1:
+    if len({(layer.num_heads, layer.num_kv_heads, layer.intermediate_size) for layer in layers}) > 1:
         widths = sorted({layer.intermediate_size for layer in layers})
         heads = sorted({layer.num_kv_heads for layer in layers})
         raise RequestError(

@@ -39,7 +39,7 @@ def header_of(parts: Prepared) -> dict[str, str]:
         "verifier": _verifier(parts),
         **({"decode": rule.description} if rule.description else {}),
         "device": parts.machine.name + _kernels(parts.machine),
-        "prompts": f"{len(parts.prompts)} from data={settings.data.name}",
+        "prompts": f"{len(parts.prompts)} from data={settings.data.name}" + _continued(parts),
         **({} if parts.isolation is None else {"sandbox": f"generated code is isolated by {parts.isolation}"}),
     }
 
@@ -72,6 +72,11 @@ def _verifier(parts: Prepared) -> str:
     if not (verifier.is_reference or rule.lossy or rule.simulated):
         said.append(f"lossless with respect to the {verifier.label}, not to the reference")
     return "; ".join(said)
+
+
+def _continued(parts: Prepared) -> str:
+    """Say that a base model continues the prompts; an empty text for a model with a chat template."""
+    return "" if parts.tokenizer.has_chat_template else ", continued as they are: a base model, without a chat template"
 
 
 def _kernels(machine: Machine) -> str:

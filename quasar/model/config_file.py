@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quasar.errors import RequestError
 from quasar.model.config import QUANTIZATION_KEYS, SUPPORTED, LayerShape, ModelConfig, RopeConfig
+from quasar.model.families import family_options, uses_second_rope, windows_of
 from quasar.model.json_files import checked, read_object, warn_once
 
 
@@ -37,8 +39,8 @@ def config_of(raw: dict[str, Any], place: str = "config.json") -> ModelConfig:
         raise RequestError(
             f"{place}: model_type {kind!r} (architecture {architecture}) is not supported; supported are {names}"
         )
-    _require_understood(raw, place)
-    found = checked(_Raw, {**_DEFAULTS.get(kind, {}), **raw}, place)
+    _require_understood(raw, kind, place)
+    found = checked(RawConfig, {**_DEFAULTS.get(kind, {}), **raw}, place)
     heads = found.num_attention_heads
     kv_heads = found.num_key_value_heads or heads
     if heads % kv_heads:
@@ -49,25 +51,54 @@ def config_of(raw: dict[str, Any], place: str = "config.json") -> ModelConfig:
     # The flag includes the output projection. Qwen2 has no flag, and biases for q, k and v only.
     bias = found.bias if kind == "PanguEmbedded" else None
     biases = _agreed({"attention_bias": found.attention_bias, "bias": bias}, place) or False
+    rope, second_rope = _ropes(found, head_dim, place)
+    context_length = _context_length(found, rope)
+    family = family_options(found, head_dim, place)
+    second = uses_second_rope(found, place)
+    windows = [None if window is None or window >= context_length else window for window in windows_of(found, place)]
     return ModelConfig(
         vocab_size=found.vocab_size,
         hidden_size=found.hidden_size,
         head_dim=head_dim,
-        layers=(LayerShape(heads, kv_heads, found.intermediate_size),) * found.num_hidden_layers,
+        layers=tuple(
+            LayerShape(heads, kv_heads, found.intermediate_size, *own) for own in zip(windows, second, strict=True)
+        ),
         rms_norm_eps=found.rms_norm_eps,
-        rope=_rope(found, head_dim, place),
-        context_length=_context_length(found, place),
+        rope=rope,
+        second_rope=second_rope if any(second) else None,
+        context_length=context_length,
         tie_word_embeddings=bool(found.tie_word_embeddings),
         qkv_bias=biases or kind == "qwen2",
         output_bias=biases and kind != "qwen2",
         gate_up_bias=bool(found.mlp_bias),
         down_bias=bool(found.mlp_bias),
-        qk_norm=kind == "qwen3",
+        **family,
     )
 
 
-# What transformers assumes if a key is missing, where it differs from `_Raw`'s default.
+# What transformers assumes if a key is missing, where it differs from `RawConfig`'s default.
 _DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+    },
+    "phi3": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "smollm3": {"max_position_embeddings": 32_768, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "olmo2": {"rms_norm_eps": 1e-5},
     "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
@@ -77,18 +108,32 @@ _Count = Annotated[int, Field(ge=1, le=1 << 20)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+# Keys of one family, which `_REFUSED` refuses for all others.
+_OWN_KEYS: dict[str, set[str]] = {
+    "gemma2": {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"},
+    "gemma3_text": {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"},
+    "phi3": {"partial_rotary_factor"},
+    "smollm3": {"no_rope_layers"},
+    "granite": {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
+}
+
+_THETAS = {"smollm3": 2_000_000.0, "gemma3_text": 1_000_000.0}
+"""The base of the rotary embedding if a config names none, where it is not 10,000."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class _Raw(_Strict):
+class RawConfig(_Strict):
     """The keys of config.json that are used. The bounds are far above those of every published model."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model_type: str
     architectures: list[str] | None = None
-    hidden_act: Literal["silu", "swish"] = "silu"  # two names of one function
+    hidden_act: Literal["silu", "swish", "gelu_pytorch_tanh"] | None = None
+    hidden_activation: Literal["gelu_pytorch_tanh"] | None = None
     vocab_size: Annotated[int, Field(ge=1, le=1 << 23)]
     hidden_size: _Count
     intermediate_size: _Count
@@ -110,6 +155,22 @@ class _Raw(_Strict):
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
     eos_token_id: int | list[int] | None = None  # checked where it is used, in `quasar.model.tokenizer`
+    # These belong to one family each, see `_OWN_KEYS`.
+    attn_logit_softcapping: _Positive | None = None
+    final_logit_softcapping: _Positive | None = None
+    query_pre_attn_scalar: _Positive | None = None
+    rope_local_base_freq: _Positive | None = None
+    sliding_window_pattern: Annotated[int, Field(ge=1)] | None = None
+    # transformers writes it beside layer_types.
+    other_pattern: Annotated[int | None, Field(ge=1, alias="_sliding_window_pattern")] = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    original_max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    no_rope_layers: list[Literal[0, 1]] | None = None
+    no_rope_layer_interval: Annotated[int, Field(ge=1)] = 4
+    attention_multiplier: _Positive = 1.0
+    embedding_multiplier: _Positive = 1.0
+    logits_scaling: _Positive = 1.0
+    residual_multiplier: _Positive = 1.0
 
 
 _HARMLESS = {
@@ -122,8 +183,10 @@ _HARMLESS = {
     "attn_implementation",
     "auto_map",  # code in a checkpoint is never executed
     "bos_token_id",
+    "cache_implementation",
     "chunk_size_feed_forward",
     "dtype",
+    "embd_pdrop",
     "finetuning_task",
     "hidden_dropout",
     "id2label",
@@ -137,6 +200,7 @@ _HARMLESS = {
     "pad_token_id",
     "pretraining_tp",  # splits matmuls, whose sum is the same
     "problem_type",
+    "resid_pdrop",
     "residual_dropout",
     "return_dict",
     "task_specific_params",
@@ -180,19 +244,20 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "rotation": ({}, False),
     "rotation_config": ({}, False),
     "transform_config": ({}, False),
+    "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
     "use_qk_norm": (False,),
 }
 """Keys that change the function, with the values besides null at which they do not."""
 
 
-def _require_understood(raw: dict[str, Any], place: str) -> None:
+def _require_understood(raw: dict[str, Any], kind: str, place: str) -> None:
     """Refuse keys that change the function, and warn about keys that are on no list."""
     for key, value in raw.items():
-        neutral = _REFUSED.get(key)
+        neutral = None if key in _OWN_KEYS.get(kind, ()) else _REFUSED.get(key)
         if neutral is not None and value is not None and value not in neutral:
             raise RequestError(f"{place}: {key}={value} changes what the model computes and is not supported")
-    known = {*_Raw.model_fields, *_HARMLESS, *_REFUSED, *QUANTIZATION_KEYS}
+    known = {*RawConfig.model_fields, "_sliding_window_pattern", *_HARMLESS, *_REFUSED, *QUANTIZATION_KEYS}
     for key in raw:
         if key not in known:
             warn_once(f"{place}: the key {key!r} is not known and has no effect here")
@@ -262,7 +327,28 @@ _ROPES: dict[str, type[_Strict]] = {
 }
 
 
-def _rope(raw: _Raw, head_dim: int, place: str) -> RopeConfig:
+def _ropes(raw: RawConfig, head_dim: int, place: str) -> tuple[RopeConfig, RopeConfig | None]:
+    """Return the rotary embedding, and the second one of the families that have two."""
+    if raw.model_type == "smollm3":
+        return _rope(raw, head_dim, place), RopeConfig(type="none")
+    if raw.model_type != "gemma3_text":
+        return _rope(raw, head_dim, place), None
+    # transformers 5 writes one object for every type of layer.
+    by_type = raw.rope_parameters or {}
+    nested = {"full_attention", "sliding_attention"} & by_type.keys()
+    if not nested:
+        theta = 10_000.0 if raw.rope_local_base_freq is None else raw.rope_local_base_freq
+        return _rope(raw, head_dim, place), RopeConfig(theta)
+    if extra := sorted(by_type.keys() - {"full_attention", "sliding_attention"}):
+        raise RequestError(f"{place}: rope_parameters.{extra[0]} beside those of layer types is not understood")
+    full, sliding = (by_type.get(kind) for kind in ("full_attention", "sliding_attention"))
+    alone = raw.model_copy(update={"rope_parameters": full, "rope_theta": None})
+    local = {"rope_theta": raw.rope_local_base_freq or 10_000.0, **(sliding or {})}
+    second = raw.model_copy(update={"rope_parameters": local, "rope_theta": None, "rope_scaling": None})
+    return _rope(alone, head_dim, place), _rope(second, head_dim, place)
+
+
+def _rope(raw: RawConfig, head_dim: int, place: str) -> RopeConfig:
     # transformers 5 writes rope_parameters. Earlier versions write rope_theta and, optionally, rope_scaling.
     spellings = {key: dict(getattr(raw, key) or {}) for key in ("rope_parameters", "rope_scaling")}
     names = sorted({name for settings in spellings.values() for name in settings} - {"rope_theta", "rope_type", "type"})
@@ -273,21 +359,40 @@ def _rope(raw: _Raw, head_dim: int, place: str) -> RopeConfig:
     settings = {
         name: _agreed({f"{key}.{name}": of.get(name) for key, of in spellings.items()}, place) for name in names
     }
+    share = 1.0
+    if raw.model_type == "phi3":
+        spelled = {
+            "partial_rotary_factor": raw.partial_rotary_factor,
+            "rope": settings.pop("partial_rotary_factor", None),
+        }
+        share = checked(_Share, {"partial_rotary_factor": _agreed(spelled, place) or 1.0}, place).partial_rotary_factor
+        if kind == "longrope":
+            settings.setdefault("original_max_position_embeddings", raw.original_max_position_embeddings)
+        head_dim = int(head_dim * share)
+        if head_dim % 2:
+            raise RequestError(f"{place}: partial_rotary_factor={share} rotates {head_dim} elements; it must be even")
     if kind not in _ROPES:
         supported = ", ".join(_ROPES)
         raise RequestError(f"{place}: rope scaling {kind!r} is not supported; supported are {supported}")
     where = f"{place}: {next((key for key, of in spellings.items() if of), 'rope_parameters')}"
-    theta = checked(_Theta, {"rope_theta": 10_000.0 if theta is None else theta}, where).rope_theta
+    theta = checked(
+        _Theta, {"rope_theta": _THETAS.get(raw.model_type, 10_000.0) if theta is None else theta}, where
+    ).rope_theta
     found = checked(_ROPES[kind], settings, where)
     if isinstance(found, _LongRope):
-        return _longrope(found, theta, raw.max_position_embeddings, head_dim, where)
+        longrope = _longrope(found, theta, raw.max_position_embeddings, head_dim, where)
+        return replace(longrope, share=share)
     if isinstance(found, _YarnRope):
         parameters = _yarn_parameters(found, raw.max_position_embeddings, where)
     else:
         parameters = found.model_dump(exclude_none=True, exclude={"partial_rotary_factor"})
     if kind == "default":
         parameters = {}
-    return RopeConfig(theta, kind, {key: float(value) for key, value in parameters.items()})
+    return RopeConfig(theta, kind, {key: float(value) for key, value in parameters.items()}, share=share)
+
+
+class _Share(_Strict):
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)]
 
 
 class _Theta(_Strict):
@@ -308,37 +413,31 @@ def _yarn_parameters(found: _YarnRope, context_length: int, where: str) -> dict[
 
 
 def _longrope(found: _LongRope, theta: float, context_length: int, head_dim: int, where: str) -> RopeConfig:
-    """LongRoPE (Ding et al. 2024), whose frequencies must not depend on the length of the text."""
-    if found.short_factor != found.long_factor:
-        raise RequestError(
-            f"{where}: rope scaling 'longrope' is supported only if short_factor equals long_factor, because otherwise "
-            "the keys in the cache depend on the length of the text"
+    """LongRoPE (Ding et al. 2024), as far as the frequencies do not depend on the length of the text.
+
+    Texts that are longer than the original context rotate by other factors, also at positions whose keys are in the
+    cache already. If the factors differ, the context therefore ends with the original one.
+    """
+    for name in ("short_factor", "long_factor"):
+        if len(factors := getattr(found, name)) != head_dim // 2:
+            raise RequestError(f"{where}: {name} has {len(factors)} numbers, but needs {head_dim // 2}")
+    original = found.original_max_position_embeddings
+    limit = {} if found.short_factor == found.long_factor else {"context_length": float(original)}
+    if limit and context_length > original:
+        warn_once(
+            f"{where}: the context ends after {original} tokens instead of {context_length}, because longer texts "
+            "rotate by long_factor also at positions before it, whose keys are in the cache already"
         )
-    if len(found.short_factor) != head_dim // 2:
-        raise RequestError(f"{where}: short_factor has {len(found.short_factor)} numbers, but needs {head_dim // 2}")
     factor = found.factor or context_length / found.original_max_position_embeddings
     scale = found.attention_factor
     if scale is None:
         growth = math.log(max(factor, 1.0)) / math.log(max(found.original_max_position_embeddings, 2))
         scale = math.sqrt(1.0 + growth)
-    return RopeConfig(theta, "factors", {"attention_factor": scale}, tuple(found.short_factor))
+    return RopeConfig(theta, "factors", {"attention_factor": scale, **limit}, tuple(found.short_factor))
 
 
-def _context_length(raw: _Raw, place: str) -> int:
-    length = raw.max_position_embeddings
-    # The configs of Qwen2 and Qwen3 contain a window that is used only if use_sliding_window is true.
-    used = raw.model_type == "mistral" if raw.use_sliding_window is None else raw.use_sliding_window
-    if raw.layer_types is not None:
-        if len(raw.layer_types) != raw.num_hidden_layers:
-            raise RequestError(
-                f"{place}: layer_types has {len(raw.layer_types)} entries, but num_hidden_layers is "
-                f"{raw.num_hidden_layers}"
-            )
-        sliding = "sliding_attention" in raw.layer_types
-        if sliding and (not used or raw.sliding_window is None):
-            raise RequestError(
-                f"{place}: layer_types has sliding_attention, but use_sliding_window={raw.use_sliding_window} and "
-                f"sliding_window={raw.sliding_window}, which disagree"
-            )
-        used = used and (sliding or raw.model_type == "mistral")
-    return min(length, raw.sliding_window) if used and raw.sliding_window else length
+def _context_length(raw: RawConfig, rope: RopeConfig) -> int:
+    """Return the length of the longest sequence. YaRN extends the original one by its factor, as in vLLM."""
+    if rope.type == "yarn":
+        return int(rope.parameters["factor"] * rope.parameters["original_max_position_embeddings"])
+    return min(raw.max_position_embeddings, int(rope.parameters.get("context_length", raw.max_position_embeddings)))

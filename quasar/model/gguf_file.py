@@ -40,6 +40,14 @@ _IN_BLOCK = {
 }
 
 
+# The name of the norm before the MLP is that of the norm after attention in models that have the latter.
+_WITH_POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
 def parts_of(path: Path) -> list[Path]:
     """Return the files of a model, whose first one is ``path``: NAME-00001-of-0000N.gguf and those that follow.
 
@@ -89,7 +97,7 @@ class GGUFFile:
 
     def tensor(self, name: str) -> Any:  # gguf's reader is untyped
         """Return gguf's description of a tensor, which has its data and type."""
-        return self._tensors[_gguf_name(name)]
+        return self._tensors[self._gguf_name(name)]
 
     @property
     def tensors(self) -> Iterable[Any]:
@@ -98,7 +106,9 @@ class GGUFFile:
 
     def dense(self, name: str) -> Tensor:
         """Return a tensor in float32; it is dequantized if it is stored quantized."""
-        return self.in_order(name, self._dequantized(self.tensor(name)))
+        values = self.in_order(name, self._dequantized(self.tensor(name)))
+        # Files have the factors of norms, also where a checkpoint has the factors minus 1.
+        return values - 1.0 if self.config.norms_one_plus and name.endswith("norm.weight") else values
 
     def in_order(self, name: str, rows: Tensor) -> Tensor:
         """Reorder the rows or biases of q and k, [heads * D, ...], for the rotary embedding of Hugging Face.
@@ -131,7 +141,7 @@ class GGUFFile:
         return found
 
     def _require_exact(self) -> None:
-        expected = {_gguf_name(name): shape for name, shape in self.shapes.items()}
+        expected = {self._gguf_name(name): shape for name, shape in self.shapes.items()}
         missing = sorted(set(expected) - set(self._tensors))
         if missing:
             raise RequestError(
@@ -145,6 +155,14 @@ class GGUFFile:
         for name, shape in expected.items():
             if (found := tuple(int(size) for size in reversed(self._tensors[name].shape))) != shape:
                 raise RequestError(f"{self.path}: {name} has shape {found}, but the metadata implies {shape}")
+
+    def _gguf_name(self, name: str) -> str:
+        owner, _, kind = name.rpartition(".")
+        if owner in _TOP:
+            return f"{_TOP[owner]}.{kind}"
+        index, _, rest = owner.removeprefix("model.layers.").partition(".")
+        own = _WITH_POST_NORMS if self.config.post_norms else {}
+        return f"blk.{index}.{own.get(rest) or _IN_BLOCK[rest]}.{kind}"
 
 
 def write_dequantized(file: GGUFFile, folder: Path, progress: Callable[[int, int], None]) -> None:
@@ -166,14 +184,6 @@ def write_dequantized(file: GGUFFile, folder: Path, progress: Callable[[int, int
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / TYPES_FILE).write_text(json.dumps(types), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps({**file.raw, "dtype": "bfloat16"}, indent=2), encoding="utf-8")
-
-
-def _gguf_name(name: str) -> str:
-    owner, _, kind = name.rpartition(".")
-    if owner in _TOP:
-        return f"{_TOP[owner]}.{kind}"
-    index, _, rest = owner.removeprefix("model.layers.").partition(".")
-    return f"blk.{index}.{_IN_BLOCK[rest]}.{kind}"
 
 
 def _read_parts(paths: list[Path]) -> tuple[Values, dict[str, Any]]:

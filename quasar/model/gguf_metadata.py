@@ -21,6 +21,7 @@ MODELS = {
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "pangu-embedded": ("PanguEmbeddedForCausalLM", "PanguEmbedded"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
 """The architecture and the model_type of transformers, by the architecture of the file."""
 
@@ -53,12 +54,17 @@ def raw_config(metadata: Values, tensors: Collection[str], factors: Sequence[flo
             f"{place}: {architecture}.attention.scale={found.attention_scale} is not 1 / sqrt({head_dim}), the only "
             "supported scale"
         )
+    if found.sliding_window and architecture != "gemma3":
+        raise RequestError(
+            f"{place}: {architecture}.attention.sliding_window={found.sliding_window} changes what the model computes "
+            "and is not supported"
+        )
     class_name, model_type = MODELS[architecture]
+    rope = _rope(found, architecture, factors, place)
     biased = "blk.0.attn_q.bias" in tensors
     return {
         "architectures": [class_name],
         "model_type": model_type,
-        "hidden_act": "silu",
         "vocab_size": found.vocab_size,
         "hidden_size": found.hidden_size,
         "intermediate_size": found.intermediate_size,
@@ -68,13 +74,40 @@ def raw_config(metadata: Values, tensors: Collection[str], factors: Sequence[flo
         "head_dim": head_dim,
         "max_position_embeddings": found.context_length,
         "rms_norm_eps": found.epsilon,
-        "rope_parameters": _rope(found, architecture, factors, place),
+        **(
+            _gemma3(found, head_dim, rope)
+            if architecture == "gemma3"
+            else {"hidden_act": "silu", "rope_parameters": rope}
+        ),
         "tie_word_embeddings": "output.weight" not in tensors,
         **({"bias": biased} if model_type == "PanguEmbedded" else {}),
         **({"attention_bias": biased} if model_type in ("llama", "qwen3") else {}),
         **({"mlp_bias": "blk.0.ffn_gate.bias" in tensors} if model_type == "llama" else {}),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _stop_tokens(metadata),
+    }
+
+
+LARGEST_GEMMA3 = 62
+"""The number of layers of Gemma 3 27B, whose attention has another scale than that of the smaller models."""
+
+
+def _gemma3(found: _Metadata, head_dim: int, rope: Values) -> Values:
+    """Return the keys of config.json that only Gemma 3 has.
+
+    Files do not say that five layers out of six have a window, nor the base of their rotary embedding; llama.cpp has
+    both as constants.
+    """
+    kinds = ["full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(found.blocks)]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": found.hidden_size // found.heads if found.blocks == LARGEST_GEMMA3 else head_dim,
+        "sliding_window": found.sliding_window or 1024,
+        "layer_types": kinds,
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
     }
 
 
@@ -199,6 +232,7 @@ class _Metadata(BaseModel):
     original_context_length: Annotated[_Count | None, Field(alias="rope.scaling.original_context_length")] = None
     beta_fast: Annotated[_Number | None, Field(alias="rope.scaling.yarn_beta_fast")] = None
     beta_slow: Annotated[_Number | None, Field(alias="rope.scaling.yarn_beta_slow")] = None
+    sliding_window: Annotated[Annotated[int, Field(ge=0)] | None, Field(alias="attention.sliding_window")] = None
     # These say nothing about the function.
     finetuned: Annotated[bool | None, Field(alias="rope.scaling.finetuned")] = None
     tensor_data_layout: str | None = None
@@ -211,7 +245,6 @@ class _Metadata(BaseModel):
     leading_dense_block_count: Literal[0] | None = None
     nextn_predict_layers: Literal[0] | None = None
     pooling_type: Literal[0] | None = None
-    sliding_window: Annotated[Literal[0] | None, Field(alias="attention.sliding_window")] = None
     causal: Annotated[Literal[True] | None, Field(alias="attention.causal")] = None
     parallel_residual: Annotated[Literal[False] | None, Field(alias="use_parallel_residual")] = None
     clamp: Annotated[_NoLimit | None, Field(alias="attention.clamp_kqv")] = None

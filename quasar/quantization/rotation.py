@@ -13,6 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from quasar.errors import RequestError
 from quasar.model.transformer import Block, RMSNorm, Transformer
 
 SEED = 0
@@ -23,23 +24,32 @@ class Rotation:
 
     The linear layers of a block must be in float32 when it is rotated, so that their weights are rounded only once. The
     head and the embedding are separate matrices afterwards, because only the head takes over the last norm's weights.
+
+    Raises RequestError for a model with norms after attention and MLP.
     """
 
     def __init__(self, model: Transformer) -> None:
         generator = torch.Generator().manual_seed(SEED)
         config = model.config
+        if config.post_norms:
+            raise RequestError(
+                "verifier.rotation=hadamard: this model normalizes the outputs of attention and MLP channel by channel "
+                "before it adds them to the residual stream, which a rotation of that stream would change; choose "
+                "rotation=none"
+            )
         self._stream = random_hadamard(config.hidden_size, generator).to(model.device)
         self._values = random_hadamard(config.head_dim, generator).to(model.device)
-        head = model.lm_head.weight.detach().float() * model.norm.weight.float()
+        head = model.lm_head.weight.detach().float() * model.norm.factors()
         model.embedding.weight = _parameter(model.embedding.weight.float() @ self._stream, model.dtype)
         model.lm_head.weight = _parameter(head @ self._stream, model.dtype)
-        model.norm.weight = _parameter(torch.ones_like(model.norm.weight), model.dtype)
+        model.norm.set_factors(torch.ones_like(model.norm.weight))
         model.config = dataclasses.replace(config, tie_word_embeddings=False)
 
     def rotate(self, block: Block) -> None:
         """Rotate a block in place."""
         attention, mlp = block.attention, block.mlp
         for norm, layer in ((block.attention_norm, attention.qkv), (block.mlp_norm, mlp.gate_up)):
+            assert norm is not None  # every model without post-norms has them
             _fold_norm(norm, layer)
             layer.weight.data = layer.weight @ self._stream
         # The values are the last rows of qkv. R2 is undone by the columns of the output layer, head by head.
@@ -113,8 +123,8 @@ def _is_prime(number: int) -> bool:
 
 def _fold_norm(norm: RMSNorm, layer: nn.Linear) -> None:
     """Multiply a norm's weights into the columns of the layer after it."""
-    layer.weight.data = layer.weight * norm.weight.float()
-    norm.weight = _parameter(torch.ones_like(norm.weight), norm.weight.dtype)
+    layer.weight.data = layer.weight * norm.factors()
+    norm.set_factors(torch.ones_like(norm.weight))
 
 
 def _parameter(values: Tensor, dtype: torch.dtype) -> nn.Parameter:

@@ -18,6 +18,9 @@ from quasar.quantization.statistics import LinearStatistics
 LAYERS = ("mlp.down", "mlp.gate_up", "attention.output", "attention.qkv")
 """Linear layers of a decoder block in the order in which scales are folded: from the last layer to the first."""
 
+_NORMS = {"attention.qkv": "attention_norm", "mlp.gate_up": "mlp_norm"}
+"""The norms before the layers whose inputs are normalized."""
+
 SMOOTHING_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -54,8 +57,11 @@ def best_smoothing(
 def foldable(block: Block, layer: str, scales: Tensor) -> Tensor:
     """Return scales [K] that can be folded into the layer before.
 
-    For attention.output they are equal for all query heads of a group, because these read the same value channels.
+    For attention.output they are equal for all query heads of a group, because these read the same value channels. They
+    are ones for a layer that reads the residual stream itself, because there is no layer before it (OLMo 2).
     """
+    if layer in _NORMS and getattr(block, _NORMS[layer]) is None:
+        return torch.ones_like(scales)
     if layer != "attention.output":
         return scales
     attention = block.attention
@@ -71,10 +77,11 @@ def fold(block: Block, layer: str, scales: Tensor) -> Tensor:
     """
     linear = block.get_submodule(layer)
     assert isinstance(linear, nn.Linear)
-    if layer == "attention.qkv":
-        scales = _divide_norm(block.attention_norm, scales)
-    elif layer == "mlp.gate_up":
-        scales = _divide_norm(block.mlp_norm, scales)
+    if layer in _NORMS:
+        norm = getattr(block, _NORMS[layer])
+        if norm is None:
+            return scales  # `foldable` has made them ones
+        scales = _divide_norm(norm, scales)
     elif layer == "mlp.down":
         width = block.mlp.down.in_features
         _divide_rows(block.mlp.gate_up, slice(width, 2 * width), scales)
@@ -88,10 +95,10 @@ def fold(block: Block, layer: str, scales: Tensor) -> Tensor:
 
 
 def _divide_norm(norm: RMSNorm, scales: Tensor) -> Tensor:
-    before = norm.weight.detach().float()
-    norm.weight.data = (before / scales).to(norm.weight.dtype)
-    after = norm.weight.float()
-    # A channel whose norm weight is zero has only zeros, so its scale does not matter.
+    before = norm.factors()
+    norm.set_factors(before / scales)
+    after = norm.factors()
+    # A channel whose factor is zero has only zeros, so its scale does not matter.
     return torch.where(after != 0, before / torch.where(after != 0, after, torch.ones_like(after)), scales)
 
 

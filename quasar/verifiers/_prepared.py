@@ -108,7 +108,7 @@ class _Weights:
         if config != model.config:
             with torch.device("meta"):
                 result = Transformer(config)
-            result.rope, result.embedding, result.norm = model.rope, model.embedding, model.norm
+            result.ropes, result.embedding, result.norm = model.ropes, model.embedding, model.norm
             result.lm_head = model.lm_head
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in self.tensors.items():

@@ -8,7 +8,7 @@ from torch import nn
 
 from quasar.model.config import ModelConfig
 from quasar.model.linear import Linear
-from quasar.model.rope import Rope
+from quasar.model.rope import Ropes
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import W4Linear, W8A8Linear, W8A16Linear
 from scripts.gpu_suite.plan import GROUP_SIZE, SMALL_GROUP_SIZE
@@ -32,7 +32,7 @@ def random_model(config: ModelConfig, weights: str, device: torch.device, dtype:
             owner, _, attribute = name.rpartition(".")
             filled = _filled(parameter.shape, device, dtype)
             setattr(model.get_submodule(owner), attribute, nn.Parameter(filled, requires_grad=False))
-    model.rope = Rope(config.rope, config.head_dim).to(device)
+    model.ropes = Ropes(config).to(device)
     return model.eval().requires_grad_(False)
 
 

@@ -8,6 +8,9 @@
 // In a chain the position of a token is its slot. In a tree a node of a later branch has a slot after those of the other
 // branches. There the keys and values of each row's branch are copied to consecutive places first, so that they are
 // added in the same order and groups as in autoregressive decoding, and the result has the same bits.
+//
+// A window hides positions in the same way as the mask does: they are left out of a chunk's sums, and a chunk of hidden
+// positions is not read.
 #include <omp.h>
 
 #include <algorithm>
@@ -40,11 +43,27 @@ struct Attention {
     const uint8_t* mask;     // [rows][rows], for the slots after the prefix; every row attends to the whole prefix
     uint16_t* out;           // [rows][heads][head_dim]
     int64_t rows, heads, kv_heads, head_dim, slots, prefix, head_stride;
+    int64_t window;  // a row attends to this many positions up to its own; 0 for no limit
+    float softcap;   // 0 if scores are not capped
     float scale;
 
     int64_t group() const { return heads / kv_heads; }
     int64_t chunks() const { return (slots + CHUNK_KEYS - 1) / CHUNK_KEYS; }
     int64_t block() const { return slots - prefix; }
+
+    // Returns the first position in the window of a row. The row's own is the last one of its branch.
+    int64_t first_visible(int64_t row) const {
+        if (window == 0) return 0;
+        const uint8_t* own = mask + row * block();
+        const int64_t end = prefix + std::count_if(own, own + block(), [](uint8_t visible) { return visible != 0; });
+        return std::max<int64_t>(0, end - window);
+    }
+};
+
+// What a row attends to: the positions from `first` on that its mask allows.
+struct View {
+    const uint8_t* mask;
+    int64_t first;
 };
 
 // At most CHUNK_KEYS consecutive positions of the context.
@@ -93,17 +112,23 @@ inline Floats add_pairs(Floats sum, Ints key_pairs, int32_t query_pair) {
 
 // Returns sixteen bytes that are nonzero where the row attends to the positions from `first` on. At the edges of the mask
 // they are written to `padded`.
-inline const uint8_t* lane_mask(const Chunk& chunk, const uint8_t* mask, int64_t first, uint8_t (&padded)[LANES]) {
-    if (first >= chunk.prefix && first + LANES <= chunk.end) return mask + first - chunk.prefix;
+inline const uint8_t* lane_mask(const Chunk& chunk, const View& view, int64_t first, uint8_t (&padded)[LANES]) {
+    if (first >= chunk.prefix && first >= view.first && first + LANES <= chunk.end)
+        return view.mask + first - chunk.prefix;
     for (int64_t lane = 0; lane < LANES; ++lane) {
         const int64_t position = first + lane;
-        padded[lane] = position < chunk.prefix || (position < chunk.end && mask[position - chunk.prefix]);
+        padded[lane] = position >= view.first && (position < chunk.prefix ||
+                                                  (position < chunk.end && view.mask[position - chunk.prefix]));
     }
     return padded;
 }
 
+inline Floats capped(Floats scores, float softcap) {
+    return multiply(broadcast(softcap), hyperbolic_tangent(divide(scores, broadcast(softcap))));
+}
+
 template <int ROWS>
-void score_tile(const Attention& job, const Chunk& chunk, const int32_t* const* queries, const uint8_t* const* masks,
+void score_tile(const Attention& job, const Chunk& chunk, const int32_t* const* queries, const View* views,
                 int64_t first_key, const int32_t* key_units, float* scores) {
     Floats sums[ROWS];
 #pragma GCC unroll 24
@@ -113,12 +138,14 @@ void score_tile(const Attention& job, const Chunk& chunk, const int32_t* const* 
 #pragma GCC unroll 24
         for (int row = 0; row < ROWS; ++row) sums[row] = add_pairs(sums[row], pairs, queries[row][unit]);
     }
-    const bool all_visible = first_key + LANES <= chunk.prefix;
+    const bool before_block = first_key + LANES <= chunk.prefix;
 #pragma GCC unroll 24
     for (int row = 0; row < ROWS; ++row) {
         Floats scaled = multiply(sums[row], broadcast(job.scale));
+        if (job.softcap > 0) scaled = capped(scaled, job.softcap);
         uint8_t padded[LANES];
-        if (!all_visible) scaled = mask_invisible(scaled, lane_mask(chunk, masks[row], first_key, padded));
+        if (!before_block || first_key < views[row].first)
+            scaled = mask_invisible(scaled, lane_mask(chunk, views[row], first_key, padded));
         store_float32(scores + row * CHUNK_KEYS, scaled);
     }
 }
@@ -231,10 +258,13 @@ inline void to_weights(float* scores, int64_t keys, float* largest, float* sum) 
     *sum = sum_floats(total);
 }
 
-inline bool any_visible(const Chunk& chunk, const uint8_t* const* masks, int64_t rows) {
-    if (chunk.first() < chunk.prefix) return true;
-    for (int64_t row = 0; row < rows; ++row)
-        if (std::memchr(masks[row] + chunk.first() - chunk.prefix, 1, chunk.size()) != nullptr) return true;
+inline bool any_visible(const Chunk& chunk, const View* views, int64_t rows) {
+    for (const View* view = views; view < views + rows; ++view) {
+        const int64_t first = std::max(chunk.first(), view->first), end = chunk.first() + chunk.size();
+        if (first >= end) continue;
+        if (first < chunk.prefix) return true;
+        if (std::memchr(view->mask + first - chunk.prefix, 1, end - first) != nullptr) return true;
+    }
     return false;
 }
 
@@ -249,18 +279,18 @@ inline void prefetch_rows(const Attention& job, const uint16_t* rows, int64_t el
 void attend_chunk(const Attention& job, const Chunk& chunk, const Partials& partials, const Task& task,
                   Scratch& scratch) {
     const int32_t* queries[TILE_ROWS];
-    const uint8_t* masks[TILE_ROWS];
+    View views[TILE_ROWS];
     float* results[TILE_ROWS];
     const int64_t head_rows = job.group() * job.rows;
     for (int64_t index = 0; index < task.count; ++index) {
         const int64_t packed = task.first + index, row = packed / job.group();
         const int64_t head = task.kv_head * job.group() + packed % job.group();
         queries[index] = reinterpret_cast<const int32_t*>(job.q + (row * job.heads + head) * job.head_dim);
-        masks[index] = job.mask + row * job.block();
+        views[index] = {job.mask + row * job.block(), job.first_visible(row)};
         results[index] = partials.of(task.kv_head * head_rows + packed, chunk.index, job.chunks());
     }
     const int64_t keys = chunk.size();
-    if (keys <= 0 || !any_visible(chunk, masks, task.count)) {
+    if (keys <= 0 || !any_visible(chunk, views, task.count)) {
         for (int64_t index = 0; index < task.count; ++index) results[index][1] = 0;
         return;
     }
@@ -277,7 +307,7 @@ void attend_chunk(const Attention& job, const Chunk& chunk, const Partials& part
         }
         for (int64_t unit = 0; unit < job.head_dim / 2; unit += LANES)
             transpose(tile, unit, scratch.key_units + unit * LANES);
-        score(job, chunk, queries, masks, chunk.first() + key, scratch.key_units, scratch.scores + key);
+        score(job, chunk, queries, views, chunk.first() + key, scratch.key_units, scratch.scores + key);
     }
     for (int64_t index = 0; index < task.count; ++index)
         to_weights(scratch.scores + index * CHUNK_KEYS, keys, &results[index][0], &results[index][1]);
@@ -404,14 +434,14 @@ void attend_batch(const Attention& job, bool tree, int32_t threads) {
 
 void quasar_attention(const uint16_t* q, const uint16_t* keys, const uint16_t* values, const uint8_t* mask, uint16_t* out,
                       const int64_t* start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                      int64_t head_stride, int32_t threads) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+                      int64_t head_stride, int64_t window, float softcap, float scale, int32_t threads) {
+    if (scale == 0) scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     const int64_t prefix = *start, slots = prefix + rows;
     for (int64_t row = 0; row < rows; row += BATCH_ROWS) {
         const int64_t offset = row * heads * head_dim;
         const Attention job = {q + offset, keys, values, mask + row * rows, out + offset,
                                std::min(BATCH_ROWS, rows - row), heads, kv_heads, head_dim, slots, prefix, head_stride,
-                               scale};
+                               window, softcap, scale};
         attend_batch(job, is_tree(job, row), threads);
     }
 }

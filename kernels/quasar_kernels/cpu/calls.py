@@ -6,11 +6,13 @@ given tensors; the other functions do not check this again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quasar_kernels.attention_options import PLAIN_ATTENTION, AttentionOptions
 from quasar_kernels.cpu.library import (
     ACTIVATION_DTYPES,
     ACTIVATIONS_BFLOAT16,
@@ -94,12 +96,12 @@ def multiply(
 
 
 def rms_norm(
-    library: Library, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    library: Library, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, one_plus: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the normalized rows of ``x + residual``, and the sum."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    return out, _rms_norm(library, x, weight, eps, residual, out.data_ptr())
+    return out, _rms_norm(library, x, _Norm(weight, eps, one_plus), residual, out.data_ptr())
 
 
 def rms_norm_quantize(
@@ -108,31 +110,38 @@ def rms_norm_quantize(
     weight: Tensor,
     eps: float,
     residual: Tensor | None = None,
+    one_plus: bool = False,
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the normalized rows of ``x + residual`` [M, K] as int8, their scales [M, K / group_size], and the sum."""
     x = x.contiguous()
     values, scales = _quantized(len(x), x.shape[1], group_size)
-    return values, scales, _rms_norm(library, x, weight, eps, residual, None, (values, scales))
+    return values, scales, _rms_norm(library, x, _Norm(weight, eps, one_plus), residual, None, (values, scales))
 
 
 def silu_mul(library: Library, gate_up: Tensor) -> Tensor:
-    gate_up = gate_up.contiguous()
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((rows, size), dtype=torch.bfloat16)
-    library.silu_mul(gate_up.data_ptr(), out.data_ptr(), None, None, rows, size, size, torch.get_num_threads())
-    return out
+    return _gated_mul(library.silu_mul, gate_up)
 
 
 def silu_mul_quantize(library: Library, gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    gate_up = gate_up.contiguous()
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    values, scales = _quantized(rows, size, group_size)
-    group = size // scales.shape[1]
-    library.silu_mul(
-        gate_up.data_ptr(), None, values.data_ptr(), scales.data_ptr(), rows, size, group, torch.get_num_threads()
+    return _gated_mul_quantize(library.silu_mul, gate_up, group_size)
+
+
+def gelu_mul(library: Library, gate_up: Tensor) -> Tensor:
+    return _gated_mul(library.gelu_mul, gate_up)
+
+
+def gelu_mul_quantize(library: Library, gate_up: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    return _gated_mul_quantize(library.gelu_mul, gate_up, group_size)
+
+
+def add_scaled(library: Library, x: Tensor, update: Tensor, factor: float) -> Tensor:
+    x, update = x.contiguous(), update.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    library.add_scaled(
+        x.data_ptr(), update.data_ptr(), out.data_ptr(), len(x), x.shape[1], factor, torch.get_num_threads()
     )
-    return values, scales
+    return out
 
 
 def first_maxima(library: Library, x: Tensor) -> Tensor:
@@ -163,6 +172,7 @@ def rotary_write(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    one_plus: bool = False,
 ) -> Tensor:
     """start: int64 [1], the first slot, which the kernel reads when it runs. The rows must fit the cache."""
     qkv = qkv.contiguous()
@@ -186,12 +196,22 @@ def rotary_write(
         head_dim,
         keys.stride(0),
         eps,
+        one_plus,
+        q_norm is not None and len(q_norm) != head_dim,
         torch.get_num_threads(),
     )
     return q
 
 
-def block_attention(library: Library, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+def block_attention(
+    library: Library,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    mask: Tensor,
+    options: AttentionOptions = PLAIN_ATTENTION,
+) -> Tensor:
     """Every row attends to all slots below ``start``, int64 [1], and to the rows of the block that mask allows.
 
     mask: bool [R, R]. Raises ValueError for a mask of another shape.
@@ -213,9 +233,31 @@ def block_attention(library: Library, q: Tensor, keys: Tensor, values: Tensor, s
         len(keys),
         head_dim,
         keys.stride(0),
+        options.window or 0,
+        options.softcap or 0.0,
+        options.scale or 0.0,
         torch.get_num_threads(),
     )
     return out
+
+
+def _gated_mul(function: Callable[..., None], gate_up: Tensor) -> Tensor:
+    gate_up = gate_up.contiguous()
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((rows, size), dtype=torch.bfloat16)
+    function(gate_up.data_ptr(), out.data_ptr(), None, None, rows, size, size, torch.get_num_threads())
+    return out
+
+
+def _gated_mul_quantize(
+    function: Callable[..., None], gate_up: Tensor, group_size: int | None
+) -> tuple[Tensor, Tensor]:
+    gate_up = gate_up.contiguous()
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    values, scales = _quantized(rows, size, group_size)
+    group = size // scales.shape[1]
+    function(gate_up.data_ptr(), None, values.data_ptr(), scales.data_ptr(), rows, size, group, torch.get_num_threads())
+    return values, scales
 
 
 def _quantized(rows: int, size: int, group_size: int | None) -> tuple[Tensor, Tensor]:
@@ -224,11 +266,16 @@ def _quantized(rows: int, size: int, group_size: int | None) -> tuple[Tensor, Te
     return torch.empty((rows, size), dtype=torch.int8), torch.empty((rows, groups), dtype=torch.float32)
 
 
+class _Norm(NamedTuple):
+    weight: Tensor
+    eps: float
+    one_plus: bool
+
+
 def _rms_norm(
     library: Library,
     x: Tensor,
-    weight: Tensor,
-    eps: float,
+    norm: _Norm,
     residual: Tensor | None,
     out: int | None,
     quantized: tuple[Tensor, Tensor] | None = None,
@@ -245,7 +292,7 @@ def _rms_norm(
     library.rms_norm(
         x.data_ptr(),
         residual_pointer,
-        weight.data_ptr(),
+        norm.weight.data_ptr(),
         total_pointer,
         out,
         values,
@@ -253,7 +300,8 @@ def _rms_norm(
         x.numel() // size,
         size,
         group,
-        eps,
+        norm.eps,
+        norm.one_plus,
         torch.get_num_threads(),
     )
     return total

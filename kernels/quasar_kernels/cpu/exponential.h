@@ -1,4 +1,4 @@
-// The exponential function.
+// The exponential function and the hyperbolic tangent.
 #pragma once
 
 #include "simd.h"
@@ -22,6 +22,14 @@ inline Floats exponential(Floats x) {
     sum = multiply_add(sum, r, broadcast(1.0f));
     sum = multiply_add(sum, r, broadcast(1.0f));
     return keep_from(multiply(sum, power_of_two(n)), x, SMALLEST_EXPONENT);
+}
+
+// Returns tanh(x) = 2 / (1 + e^-2x) - 1, with an error of about 1e-7.
+inline Floats hyperbolic_tangent(Floats x) {
+    // For x below -44, e^-2x would overflow; tanh is -1 in float32 there.
+    const Floats bounded = larger(x, broadcast(-44.0f));
+    const Floats denominator = add(broadcast(1.0f), exponential(multiply(bounded, broadcast(-2.0f))));
+    return subtract(divide(broadcast(2.0f), denominator), broadcast(1.0f));
 }
 
 }  // namespace

@@ -18,13 +18,21 @@ FUNCTION(linear_f32, MATMUL_ARGUMENTS)
 // scales to `scales` [rows][size / group].
 
 // Normalizes the rows of x [rows][size]. If there is a residual, it normalizes x + residual and writes that sum to
-// `total`.
+// `total`. If one_plus is not 0, the factor is 1 + weight, and the product with it is rounded once.
 FUNCTION(rms_norm, const uint8_t *x, const uint8_t *residual, const uint8_t *weight, uint8_t *total, uint8_t *out,
-         int8_t *quantized, float *scales, int64_t rows, int64_t size, int64_t group, float eps, int32_t threads)
+         int8_t *quantized, float *scales, int64_t rows, int64_t size, int64_t group, float eps, int32_t one_plus,
+         int32_t threads)
 
-// Computes silu(gate) * up from gate_up [rows][2][size]. The first factor is rounded to bfloat16.
+// Computes silu(gate) * up, or gelu(gate) * up with the approximation of GELU by tanh, from gate_up [rows][2][size]. The
+// first factor is rounded to bfloat16.
 FUNCTION(silu_mul, const uint8_t *gate_up, uint8_t *out, int8_t *quantized, float *scales, int64_t rows, int64_t size,
          int64_t group, int32_t threads)
+FUNCTION(gelu_mul, const uint8_t *gate_up, uint8_t *out, int8_t *quantized, float *scales, int64_t rows, int64_t size,
+         int64_t group, int32_t threads)
+
+// Computes x + factor * update [rows][size]. The product is rounded to bfloat16.
+FUNCTION(add_scaled, const uint8_t *x, const uint8_t *update, uint8_t *out, int64_t rows, int64_t size, float factor,
+         int32_t threads)
 
 // Writes the argmax of each row of x [rows][size], the first one if several values are largest. No value is NaN.
 FUNCTION(first_maxima, const uint8_t *x, int64_t *indices, int64_t rows, int64_t size, int32_t threads)
@@ -35,18 +43,22 @@ FUNCTION(select_inputs, const uint16_t *x, const int64_t *order, uint16_t *out, 
 
 // Takes qkv [rows][heads + 2 * kv_heads][head_dim] and cosines, sines [rows][head_dim]. Rotated queries go to q
 // [rows][heads][head_dim]; rotated keys and values go to the slots from `*start` on of keys and values
-// [kv_heads][..][head_dim], with head_stride elements from head to head. q_weight, k_weight: weights of the heads'
-// norms [head_dim], or null.
+// [kv_heads][..][head_dim], with head_stride elements from head to head. q_weight, k_weight: weights of the norms, or
+// null: [head_dim] of every head, or, if whole_norm is not 0, [heads][head_dim] of all heads together. For one_plus, see
+// rms_norm.
 FUNCTION(rotary_write, const uint8_t *qkv, const float *cosines, const float *sines, const uint8_t *q_weight,
          const uint8_t *k_weight, uint8_t *q, uint8_t *keys, uint8_t *values, const int64_t *start, int64_t rows,
-         int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps, int32_t threads)
+         int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps, int32_t one_plus,
+         int32_t whole_norm, int32_t threads)
 
 // q and out [rows][heads][head_dim]; keys, values [kv_heads][..][head_dim], with head_stride elements from head to
 // head; head_dim is a multiple of 32, at most 512. Every row attends to all slots below `*start`, and to row j of the
-// block, in slot `*start + j`, if its element j of mask [rows][rows] is nonzero.
+// block, in slot `*start + j`, if its element j of mask [rows][rows] is nonzero. If window is not 0, a row attends only
+// to the last `window` positions up to its own. If softcap is not 0, a score s becomes softcap * tanh(s / softcap). If
+// scale is 0, it is 1 / sqrt(head_dim).
 FUNCTION(attention, const uint16_t *q, const uint16_t *keys, const uint16_t *values, const uint8_t *mask,
          uint16_t *out, const int64_t *start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-         int64_t head_stride, int32_t threads)
+         int64_t head_stride, int64_t window, float softcap, float scale, int32_t threads)
 
 // Requests huge pages for a buffer that has not been written yet.
 FUNCTION(advise_huge_pages, uint8_t *memory, int64_t bytes)

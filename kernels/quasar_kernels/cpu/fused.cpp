@@ -59,8 +59,33 @@ inline Floats rounded(Floats values) {
     return load_bfloat16(lanes);
 }
 
-inline Floats normalized(const uint8_t* x, const uint8_t* weight, int64_t k, float factor) {
-    return multiply(rounded(multiply(load_bfloat16(x + 2 * k), broadcast(factor))), load_bfloat16(weight + 2 * k));
+// Normalizes rows with these weights. With one_plus the factor is 1 + weight, and the product is rounded once.
+struct Norm {
+    const uint8_t* weight;
+    float eps;
+    bool one_plus;
+
+    Floats apply(const uint8_t* x, int64_t k, float magnitude) const {
+        const Floats scaled = multiply(load_bfloat16(x + 2 * k), broadcast(magnitude));
+        const Floats factor = load_bfloat16(weight + 2 * k);
+        return one_plus ? multiply(scaled, add(broadcast(1.0f), factor)) : multiply(rounded(scaled), factor);
+    }
+};
+
+// Computes gate * sigmoid(slope(gate)) * up.
+template <class Slope>
+void multiply_gates(const uint8_t* gate_up, const Target& target, int64_t rows, int64_t size, int32_t threads,
+                    Slope slope) {
+    for_each_row(target, rows, size, threads, [=](int64_t row, uint8_t* out) {
+        const uint8_t* source = gate_up + 4 * row * size;
+        for (int64_t k = 0; k < size; k += LANES) {
+            const Floats gate = load_bfloat16(source + 2 * k), up = load_bfloat16(source + 2 * (size + k));
+            // Below -88, the exponential would overflow; the product with the gate is 0 in bfloat16 there.
+            const Floats bounded = larger(slope(gate), broadcast(-88.0f));
+            const Floats denominator = add(broadcast(1.0f), exponential(subtract(zero_floats(), bounded)));
+            store_bfloat16(out + 2 * k, multiply(rounded(divide(gate, denominator)), up));
+        }
+    });
 }
 
 struct Rotation {
@@ -68,13 +93,12 @@ struct Rotation {
     const float* sines;
 };
 
-// Normalizes one head of one row if there is a weight, and then rotates it. Element k is paired with element
-// k + head_dim / 2.
-inline void rotate_head(const uint8_t* x, const uint8_t* weight, float eps, Rotation rotation, int64_t head_dim,
+// Multiplies one head of one row by the norm's weights and by `magnitude` if there are weights, and then rotates it.
+// Element k is paired with element k + head_dim / 2.
+inline void rotate_head(const uint8_t* x, const Norm& norm, float magnitude, Rotation rotation, int64_t head_dim,
                         uint8_t* out) {
-    const float factor = weight == nullptr ? 1.0f : inverse_magnitude(x, head_dim, eps);
     const auto load = [&](int64_t k) {
-        return weight == nullptr ? load_bfloat16(x + 2 * k) : rounded(normalized(x, weight, k, factor));
+        return norm.weight == nullptr ? load_bfloat16(x + 2 * k) : rounded(norm.apply(x, k, magnitude));
     };
     const int64_t half = head_dim / 2;
     for (int64_t k = 0; k < half; k += LANES) {
@@ -91,7 +115,8 @@ inline void rotate_head(const uint8_t* x, const uint8_t* weight, float eps, Rota
 
 void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* weight, uint8_t* total, uint8_t* out,
                      int8_t* quantized, float* scales, int64_t rows, int64_t size, int64_t group, float eps,
-                     int32_t threads) {
+                     int32_t one_plus, int32_t threads) {
+    const Norm norm = {weight, eps, one_plus != 0};
     for_each_row({out, quantized, scales, group}, rows, size, threads, [=](int64_t row, uint8_t* target) {
         const int64_t first = 2 * row * size;
         const uint8_t* source = x + first;
@@ -100,21 +125,33 @@ void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* w
                 store_bfloat16(total + first + k, add(load_bfloat16(source + k), load_bfloat16(residual + first + k)));
             source = total + first;
         }
-        const float factor = inverse_magnitude(source, size, eps);
-        for (int64_t k = 0; k < size; k += LANES) store_bfloat16(target + 2 * k, normalized(source, weight, k, factor));
+        const float magnitude = inverse_magnitude(source, size, eps);
+        for (int64_t k = 0; k < size; k += LANES) store_bfloat16(target + 2 * k, norm.apply(source, k, magnitude));
     });
 }
 
 void quasar_silu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size,
                      int64_t group, int32_t threads) {
-    for_each_row({out, quantized, scales, group}, rows, size, threads, [=](int64_t row, uint8_t* target) {
-        const uint8_t* source = gate_up + 4 * row * size;
-        for (int64_t k = 0; k < size; k += LANES) {
-            const Floats gate = load_bfloat16(source + 2 * k), up = load_bfloat16(source + 2 * (size + k));
-            // For a gate below -88, e^-gate would overflow; silu is 0 in bfloat16 there.
-            const Floats bounded = larger(gate, broadcast(-88.0f));
-            const Floats denominator = add(broadcast(1.0f), exponential(subtract(zero_floats(), bounded)));
-            store_bfloat16(target + 2 * k, multiply(rounded(divide(gate, denominator)), up));
+    multiply_gates(gate_up, {out, quantized, scales, group}, rows, size, threads, [](Floats gate) { return gate; });
+}
+
+void quasar_gelu_mul(const uint8_t* gate_up, uint8_t* out, int8_t* quantized, float* scales, int64_t rows, int64_t size,
+                     int64_t group, int32_t threads) {
+    // gelu(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3).
+    multiply_gates(gate_up, {out, quantized, scales, group}, rows, size, threads, [](Floats gate) {
+        const Floats square = multiply(gate, gate);
+        const Floats factor = multiply_add(square, broadcast(2 * 0.7978845608f * 0.044715f), broadcast(2 * 0.7978845608f));
+        return multiply(gate, factor);
+    });
+}
+
+void quasar_add_scaled(const uint8_t* x, const uint8_t* update, uint8_t* out, int64_t rows, int64_t size, float factor,
+                       int32_t threads) {
+    for_each_row({out, nullptr, nullptr, size}, rows, size, threads, [=](int64_t row, uint8_t* target) {
+        const int64_t first = 2 * row * size;
+        for (int64_t k = 0; k < 2 * size; k += 2 * LANES) {
+            const Floats scaled = rounded(multiply(load_bfloat16(update + first + k), broadcast(factor)));
+            store_bfloat16(target + k, add(load_bfloat16(x + first + k), scaled));
         }
     });
 }
@@ -148,17 +185,26 @@ void quasar_select_inputs(const uint16_t* x, const int64_t* order, uint16_t* out
 void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines, const uint8_t* q_weight,
                          const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, const int64_t* start,
                          int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,
-                         int32_t threads) {
+                         int32_t one_plus, int32_t whole_norm, int32_t threads) {
     const int64_t width = (heads + 2 * kv_heads) * head_dim, first = *start;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_ELEMENTS)
     for (int64_t row = 0; row < rows; ++row) {
         const uint8_t* source = qkv + 2 * row * width;
         const Rotation rotation = {cosines + row * head_dim, sines + row * head_dim};
         const auto slot = [&](int64_t head) { return 2 * (head * head_stride + (first + row) * head_dim); };
-        for (int64_t head = 0; head < heads; ++head, source += 2 * head_dim)
-            rotate_head(source, q_weight, eps, rotation, head_dim, q + 2 * (row * heads + head) * head_dim);
-        for (int64_t head = 0; head < kv_heads; ++head, source += 2 * head_dim)
-            rotate_head(source, k_weight, eps, rotation, head_dim, keys + slot(head));
+        // Rotates `count` heads, each to the memory that place(head) returns.
+        const auto rotate_heads = [&](const uint8_t* weight, int64_t count, auto place) {
+            Norm norm = {weight, eps, one_plus != 0};
+            float magnitude = 1.0f;
+            if (weight != nullptr && whole_norm) magnitude = inverse_magnitude(source, count * head_dim, eps);
+            for (int64_t head = 0; head < count; ++head, source += 2 * head_dim) {
+                if (weight != nullptr && !whole_norm) magnitude = inverse_magnitude(source, head_dim, eps);
+                rotate_head(source, norm, magnitude, rotation, head_dim, place(head));
+                if (weight != nullptr && whole_norm) norm.weight += 2 * head_dim;
+            }
+        };
+        rotate_heads(q_weight, heads, [&](int64_t head) { return q + 2 * (row * heads + head) * head_dim; });
+        rotate_heads(k_weight, kv_heads, [&](int64_t head) { return keys + slot(head); });
         for (int64_t head = 0; head < kv_heads; ++head, source += 2 * head_dim)
             __builtin_memcpy(values + slot(head), source, 2 * head_dim);
     }

@@ -5,8 +5,10 @@ The benchmark, the GPU suite and the tests go through this table.
 
 from quasar_kernels.ops import (
     add_rms_norm,
+    add_scaled,
     block_attention,
     first_maxima,
+    gelu_mul,
     linear_bf16,
     linear_fp8,
     linear_w4a8,
@@ -25,6 +27,9 @@ LAYER_OPS = (
     add_rms_norm.QUANTIZING,
     silu_mul.OP,
     silu_mul.QUANTIZING,
+    gelu_mul.OP,
+    gelu_mul.QUANTIZING,
+    add_scaled.OP,
     rotary_write.OP,
     block_attention.OP,
     first_maxima.OP,

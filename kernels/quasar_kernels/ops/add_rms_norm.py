@@ -12,43 +12,68 @@ from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function,
 from quasar_kernels.reference import quantize_tokens, rms_norm
 
 
-def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, one_plus: bool = False
+) -> tuple[Tensor, Tensor]:
     """Compute the RMS normalization (Zhang & Sennrich 2019) of ``x + residual``, rounded like separate operations.
 
-    x, residual: float [M, K]; weight: [K]. Returns the normalized rows and the sum, both [M, K] in the dtype of x.
+    x, residual: float [M, K]; weight: [K]; one_plus: see `reference.rms_norm`. Returns the normalized rows and the sum,
+    both [M, K] in the dtype of x.
     """
-    out: tuple[Tensor, Tensor] = OP(x, weight, eps, residual)
+    out: tuple[Tensor, Tensor] = OP(x, weight, eps, residual, one_plus)
     return out
 
 
 def add_rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    one_plus: bool = False,
+    group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `add_rms_norm`, then `reference.quantize_tokens`: int8 [M, K], scales float32 [M, G], the sum [M, K]."""
-    out: tuple[Tensor, Tensor, Tensor] = QUANTIZING(x, weight, eps, residual, group_size)
+    out: tuple[Tensor, Tensor, Tensor] = QUANTIZING(x, weight, eps, residual, one_plus, group_size)
     return out
 
 
-def _plain(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _plain(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, one_plus: bool = False
+) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, one_plus), total
 
 
 def _plain_quantizing(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    one_plus: bool = False,
+    group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normalized, total = _plain(x, weight, eps, residual)
+    normalized, total = _plain(x, weight, eps, residual, one_plus)
     return *quantize_tokens(normalized, group_size), total
 
 
 def _library_takes(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    one_plus: bool = False,
+    group_size: int | None = None,
 ) -> bool:
     return calls.fits(x, group_size or x.shape[-1]) and weight.dtype == x.dtype
 
 
 def _triton_quantizes(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, group_size: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    one_plus: bool = False,
+    group_size: int | None = None,
 ) -> bool:
     return in_16_bit(x) and triton_groups(group_size)
 
@@ -64,7 +89,7 @@ def _quantizing_case(setting: Setting) -> Case:
     group_size = setting.group_size
     moved_bytes = 3 * x.nbytes + x.numel() + weight.nbytes
     return Case(
-        (x, weight, EPS, residual, group_size),
+        (x, weight, EPS, residual, False, group_size),
         lambda: quantize_tokens(_normalized_by_torch(x, residual, weight), group_size),
         moved_bytes,
     )

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quasar_kernels import checks
+from quasar_kernels.attention_options import PLAIN_ATTENTION, AttentionOptions
 from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
+from quasar_kernels.reference import widened
 
 EXACT_BLOCK = 128
 """Largest float32 block whose attention accumulates in float64. Float32 is the mode in which exactness is asserted, and
@@ -17,19 +19,33 @@ this way a row's result does not depend on how many other rows are in its block.
 would otherwise turn a difference in the last bit into a different integer."""
 
 
-def block_attention(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
-    """Compute softmax attention. Every row attends to every slot below ``start``.
+def block_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    block_mask: Tensor,
+    options: AttentionOptions = PLAIN_ATTENTION,
+) -> Tensor:
+    """Compute softmax attention. Every row attends to every slot below ``start`` that is in its window.
 
     q: float [R, H, D]; keys, values: [H_kv, capacity, D], with the rows of the block in the slots from ``start`` on
     (int64 [1], read when the kernel runs); block_mask: bool or integer [R, R], nonzero if a row attends to a row of the
     block. Query head h reads KV head h // (H / H_kv). Returns [R, H D] in the dtype of q. On a CPU in bfloat16, a row's
     result does not depend on the other rows or on slots that the row does not attend to.
     """
-    out: Tensor = OP(q, keys, values, start, block_mask)
+    out: Tensor = OP(q, keys, values, start, block_mask, options)
     return out
 
 
-def _plain(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> Tensor:
+def _plain(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    block_mask: Tensor,
+    options: AttentionOptions = PLAIN_ATTENTION,
+) -> Tensor:
     """Compute blocks of any size, with gradients.
 
     To read ``start`` it would have to wait for the device, so it reads every slot of ``keys``. A caller that knows
@@ -38,11 +54,18 @@ def _plain(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: T
     rows = len(q)
     place = torch.arange(keys.shape[1], device=q.device) - start
     in_block = (place >= 0) & (place < rows)
-    visible = (place < 0) | (in_block & block_mask.bool()[:, place.clamp(0, rows - 1)])
-    return _attend(q, keys, values, visible)
+    own = place.clamp(0, rows - 1)
+    visible = (place < 0) | (in_block & block_mask.bool()[:, own])
+    if options.window is not None:
+        # The slots of the block that a row attends to are its branch, in order. The row itself is the last of them.
+        depths = block_mask.bool().cumsum(1)
+        depth = depths[:, -1:]
+        distance = torch.where(place < 0, depth - 1 - place, depth - depths[:, own])
+        visible = visible & (distance < options.window)
+    return _attend(q, keys, values, visible, options)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, options: AttentionOptions) -> Tensor:
     """Compute softmax attention: q [R, H, D]; keys, values [H_kv, S, D]; visible bool [R, S]. Returns [R, H * D].
 
     The H / H_kv query heads of a KV head are packed into rows, so that each key is read once.
@@ -54,19 +77,45 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     mask = visible.repeat(group, 1)
     if q.dtype == torch.float32 and rows <= EXACT_BLOCK:
         packed, keys, values = packed.double(), keys.double(), values.double()
-    out = F.scaled_dot_product_attention(packed, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask)
+    operands = packed, keys.unsqueeze(0), values.unsqueeze(0), mask
+    if options.softcap is None:
+        out = F.scaled_dot_product_attention(*operands, scale=options.scale)
+    else:
+        out = _capped_attention(*operands, options.scale or head_dim**-0.5, options.softcap)
     return out.view(heads, rows, head_dim).transpose(0, 1).reshape(rows, heads * head_dim).to(q.dtype)
 
 
-def _library_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> bool:
+def _capped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Compute attention whose scores are capped, which PyTorch's operation cannot. q: [1, H_kv, rows, D]."""
+    scores = widened(q) @ widened(keys).transpose(-1, -2) * scale
+    capped = softcap * torch.tanh(scores / softcap)
+    return torch.softmax(capped.masked_fill(~mask, -torch.inf), dim=-1) @ widened(values)
+
+
+def _library_takes(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    block_mask: Tensor,
+    options: AttentionOptions = PLAIN_ATTENTION,
+) -> bool:
     return calls.fits_heads(q, keys) and block_mask.dtype == torch.bool
 
 
-def _triton_takes(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor) -> bool:
+def _triton_takes(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    block_mask: Tensor,
+    options: AttentionOptions = PLAIN_ATTENTION,
+) -> bool:
     from quasar_kernels.triton.tuning import MAX_ROWS
 
-    # The kernel would split the context for each of the many rows of a prompt.
-    return in_16_bit(q) and len(q) <= MAX_ROWS
+    # The kernel would split the context for each of the many rows of a prompt. It applies the window to the context
+    # alone, so the window must not be shorter than a block.
+    return in_16_bit(q) and len(q) <= MAX_ROWS <= (options.window or MAX_ROWS)
 
 
 def _case(setting: Setting) -> Case:

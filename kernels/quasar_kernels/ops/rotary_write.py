@@ -22,15 +22,17 @@ def rotary_write(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    one_plus: bool = False,
 ) -> Tensor:
     """Split a QKV projection, normalize and rotate its queries and keys (Su et al. 2021), and write keys and values to
     the cache.
 
     qkv: float [R, (H + 2 H_kv) D], query heads first; cos, sin: float32 [R, D], halves repeated; keys, values:
     [H_kv, capacity, D], written to the slots from ``start`` on (int64 [1], read when the kernel runs); q_norm, k_norm:
-    weights [D] of an RMS normalization of each head, or None. Returns the rotated queries [R, H, D].
+    weights [D] of an RMS normalization of each head (Qwen3), or [H D] and [H_kv D] of all heads together (OLMo 2), or
+    None; one_plus: see `reference.rms_norm`. Returns the rotated queries [R, H, D].
     """
-    out: Tensor = OP(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps)
+    out: Tensor = OP(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps, one_plus)
     return out
 
 
@@ -44,16 +46,22 @@ def _plain(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    one_plus: bool = False,
 ) -> Tensor:
     rows, head_dim = len(qkv), cos.shape[1]
     heads = qkv.view(rows, -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * len(keys), len(keys), len(keys)], dim=1)
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+        q, k = _normalized(q, q_norm, eps, one_plus), _normalized(k, k_norm, eps, one_plus)
     slots = start + torch.arange(rows, device=qkv.device)
     keys.index_copy_(1, slots, rotate(k, cos, sin).transpose(0, 1))
     values.index_copy_(1, slots, v.transpose(0, 1))
     return rotate(q, cos, sin)
+
+
+def _normalized(heads: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
+    """Normalize heads [R, H, D], each by itself or all of a row together, as the size of the weight says."""
+    return rms_norm(heads.reshape(len(heads), -1, len(weight)), weight, eps, one_plus).view(heads.shape)
 
 
 def _library_takes(
@@ -66,6 +74,7 @@ def _library_takes(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    one_plus: bool = False,
 ) -> bool:
     return calls.fits_heads(qkv, keys) and (q_norm is None or q_norm.dtype == qkv.dtype)
 

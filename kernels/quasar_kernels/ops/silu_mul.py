@@ -61,7 +61,7 @@ OP = LayerOp(
     cpu=Kernel(_library_takes, calls.silu_mul),
     triton=Kernel(in_16_bit, triton_function("activation", "silu_mul")),
     case=_case,
-    check=checks.silu_mul,
+    check=checks.gated_mul,
 )
 QUANTIZING = LayerOp(
     "silu_mul_quantize",
@@ -69,5 +69,5 @@ QUANTIZING = LayerOp(
     cpu=Kernel(_library_takes, calls.silu_mul_quantize),
     triton=Kernel(_triton_quantizes, triton_function("activation", "silu_mul_quantize")),
     case=_quantizing_case,
-    check=checks.silu_mul,
+    check=checks.gated_mul,
 )

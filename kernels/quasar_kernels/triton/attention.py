@@ -14,20 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quasar_kernels.attention_options import PLAIN_ATTENTION, AttentionOptions
 from quasar_kernels.triton.device import interpreted, multiprocessors
 from quasar_kernels.triton.dot import multiply
+from quasar_kernels.triton.tuning import MAX_ROWS
 
 BLOCK_SLOTS = 64
+WIDE_HEAD = 128  # wider heads get half as many slots per tile, so that the tiles fit into shared memory
 MAX_PACKED_ROWS = 32
 MAX_SPLITS = 32
 MERGE_ELEMENTS = 128
 
 
 def block_attention(
-    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor, splits: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    block_mask: Tensor,
+    options: AttentionOptions = PLAIN_ATTENTION,
+    splits: int | None = None,
 ) -> Tensor:
     """Compute `ops.block_attention.block_attention`; ``start`` and the mask are read on the device. Returns [R, H * D].
 
+    options: its window must not be shorter than the block
     splits: number of programs that share the context. The default depends only on the device and on the number of
         heads, so that a captured CUDA graph is valid for every context length
     """
@@ -36,7 +46,7 @@ def block_attention(
     group = heads // kv_heads
     if splits is None:
         splits = min(MAX_SPLITS, max(1, multiprocessors(q.device) // kv_heads))
-    constants, options = attention_launch(rows, group, head_dim)
+    constants, launch = attention_launch(rows, group, head_dim)
     partial = torch.empty(splits, rows * heads, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(2, splits, rows * heads, dtype=torch.float32, device=q.device)
     block_attention_kernel[(kv_heads, splits, triton.cdiv(group * rows, constants["BLOCK_ROWS"]))](
@@ -47,14 +57,19 @@ def block_attention(
         block_mask,
         partial,
         statistics,
-        head_dim**-0.5 * math.log2(math.e),
+        (options.scale or head_dim**-0.5) * math.log2(math.e),
+        # Logits are in units of log 2, and so is the cap.
+        (options.softcap or 0.0) * math.log2(math.e),
+        options.window or 0,
         rows,
         heads,
         splits,
         keys.stride(0),
+        CAPPED=options.softcap is not None,
+        WINDOWED=options.window is not None,
         WIDE=interpreted(),
         **constants,
-        **options,
+        **launch,
     )
     out = torch.empty(rows, heads * head_dim, dtype=q.dtype, device=q.device)
     merge_kernel[(rows, triton.cdiv(heads * head_dim, MERGE_ELEMENTS))](
@@ -78,7 +93,8 @@ def attention_launch(rows: int, group: int, head_dim: int) -> tuple[dict[str, in
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_ROWS": min(MAX_PACKED_ROWS, max(16, triton.next_power_of_2(group * rows))),
-        "BLOCK_SLOTS": BLOCK_SLOTS,
+        "BLOCK_SLOTS": BLOCK_SLOTS if head_dim <= WIDE_HEAD else BLOCK_SLOTS // 2,
+        "MASK_COLUMNS": MAX_ROWS,
         "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
     }
     return constants, {"num_warps": 4, "num_stages": 3}
@@ -94,15 +110,20 @@ def block_attention_kernel(
     partial,
     statistics,
     scale,
+    softcap,
+    window,
     rows,
     heads,
     splits,
     head_stride,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     """Compute the partial results. Grid: (KV heads, splits, blocks of packed rows).
@@ -118,8 +139,17 @@ def block_attention_kernel(
     depth = tl.arange(0, BLOCK_DIM)
     context = tl.load(start).to(tl.int32)
     end = context + rows
-    share = tl.cdiv(tl.cdiv(end, splits), BLOCK_SLOTS) * BLOCK_SLOTS
-    begin, stop = split * share, tl.minimum(split * share + share, end)
+    oldest = 0  # no row attends to the slots before this one
+    if WINDOWED:
+        oldest = tl.maximum(context + 1 - window, 0) // BLOCK_SLOTS * BLOCK_SLOTS
+        column = tl.arange(0, MASK_COLUMNS)
+        column_inside = inside[:, None] & (column < rows)[None, :]
+        branch = tl.load(block_mask + row[:, None] * rows + column[None, :], mask=column_inside, other=0) != 0
+        # The position of a row is the number of slots of its branch before it.
+        first_seen = context + tl.sum(branch.to(tl.int32), axis=1) - window
+    share = tl.cdiv(tl.cdiv(end - oldest, splits), BLOCK_SLOTS) * BLOCK_SLOTS
+    begin = oldest + split * share
+    stop = tl.minimum(begin + share, end)
     # Every row attends to all slots before this one, so the mask is not read for them.
     middle = tl.minimum(tl.maximum(context // BLOCK_SLOTS * BLOCK_SLOTS, begin), stop)
     query_place = (row * heads + head)[:, None] * HEAD_DIM + depth[None, :]
@@ -138,6 +168,10 @@ def block_attention_kernel(
             value = tl.load(values + place, mask=depth[None, :] < HEAD_DIM, other=0.0)
         logits = tl.zeros([BLOCK_ROWS, BLOCK_SLOTS], dtype=tl.float32)
         logits = multiply(query, tl.trans(key), logits, WIDE) * scale
+        if CAPPED:
+            logits = capped(logits, softcap)
+        if WINDOWED:
+            logits = tl.where(slot[None, :] >= first_seen[:, None], logits, float("-inf"))
         largest, total, accumulator = add_slots(logits, value, largest, total, accumulator, WIDE)
     for first in tl.range(middle, stop, BLOCK_SLOTS, num_stages=1):
         slot = first + tl.arange(0, BLOCK_SLOTS)
@@ -150,13 +184,24 @@ def block_attention_kernel(
         own = slot[None, :] - context
         in_block = inside[:, None] & (own >= 0) & (own < rows)
         seen = tl.load(block_mask + row[:, None] * rows + own, mask=in_block, other=0) != 0
+        if CAPPED:
+            logits = capped(logits, softcap)
         logits = tl.where((own < 0) | seen, logits, float("-inf"))
+        if WINDOWED:
+            logits = tl.where((own >= 0) | (slot[None, :] >= first_seen[:, None]), logits, float("-inf"))
         largest, total, accumulator = add_slots(logits, value, largest, total, accumulator, WIDE)
     index = split * (rows * heads) + row * heads + head
     out_place = index.to(tl.int64)[:, None] * HEAD_DIM + depth[None, :]
     tl.store(partial + out_place, accumulator, mask=inside[:, None] & (depth[None, :] < HEAD_DIM))
     tl.store(statistics + index, largest, mask=inside)
     tl.store(statistics + splits * rows * heads + index, total, mask=inside)
+
+
+@triton.jit
+def capped(logits, softcap):
+    """Return ``softcap * tanh(logits / softcap)``, both in units of log 2."""
+    # e^2x is infinite for large x, and tanh is 1 then.
+    return softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * logits / softcap)))
 
 
 @triton.jit

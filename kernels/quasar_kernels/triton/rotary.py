@@ -18,6 +18,7 @@ def rotary_write(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    one_plus: bool = False,
 ) -> Tensor:
     """Compute `ops.rotary_write.rotary_write`; ``start`` is read on the device. Returns the queries [R, H, D]."""
     rows, head_dim = len(qkv), cos.shape[1]
@@ -41,6 +42,8 @@ def rotary_write(
         HEAD_DIM=head_dim,
         HALF=triton.next_power_of_2(head_dim // 2),
         NORM=q_norm is not None,
+        ONE_PLUS=one_plus,
+        WHOLE=q_norm is not None and len(q_norm) != head_dim,
         num_warps=1,
     )
     return queries
@@ -64,6 +67,8 @@ def rotary_write_kernel(
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Grid: (rows, query, key and value heads). A program computes both halves of a head; rotation mixes them."""
     dtype = qkv.dtype.element_ty
@@ -85,10 +90,28 @@ def rotary_write_kernel(
             weight = q_norm
             if head >= heads:
                 weight = k_norm
-            mean = (tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / HEAD_DIM
-            factor = 1.0 / tl.sqrt_rn(mean + eps)
-            a = (a * factor).to(dtype).to(tl.float32) * tl.load(weight + low, mask=inside, other=0.0).to(tl.float32)
-            b = (b * factor).to(dtype).to(tl.float32) * tl.load(weight + high, mask=inside, other=0.0).to(tl.float32)
+            squares = tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)
+            count = 1
+            if WHOLE:
+                # The weights are those of all heads, and so is the mean.
+                own, count = head, heads
+                if head >= heads:
+                    own, count = head - heads, kv_heads
+                weight += own * HEAD_DIM
+                squares = 0.0
+                for other in range(count):
+                    head_of_all = source + (other - own) * HEAD_DIM
+                    c = tl.load(head_of_all + low, mask=inside, other=0.0).to(tl.float32)
+                    d = tl.load(head_of_all + high, mask=inside, other=0.0).to(tl.float32)
+                    squares += tl.sum(c * c, axis=0) + tl.sum(d * d, axis=0)
+            factor = 1.0 / tl.sqrt_rn(squares / (count * HEAD_DIM) + eps)
+            low_weight = tl.load(weight + low, mask=inside, other=0.0).to(tl.float32)
+            high_weight = tl.load(weight + high, mask=inside, other=0.0).to(tl.float32)
+            if ONE_PLUS:
+                a, b = a * factor * (1.0 + low_weight), b * factor * (1.0 + high_weight)
+            else:
+                a = (a * factor).to(dtype).to(tl.float32) * low_weight
+                b = (b * factor).to(dtype).to(tl.float32) * high_weight
             a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
         cos_low = tl.load(cos + row * HEAD_DIM + low, mask=inside, other=0.0)
         cos_high = tl.load(cos + row * HEAD_DIM + high, mask=inside, other=0.0)

@@ -30,11 +30,14 @@ class CpuTapeExecutor(EagerExecutor):
         head_dim = model.config.head_dim
         self._embedded = torch.zeros(MAX_ROWS, model.config.hidden_size, dtype=model.dtype)
         self._rows = Rows(
-            (torch.zeros(MAX_ROWS, head_dim), torch.zeros(MAX_ROWS, head_dim)),
+            tuple(
+                (torch.zeros(MAX_ROWS, head_dim), torch.zeros(MAX_ROWS, head_dim))
+                for _ in range(len(model.ropes.ropes))
+            ),
             torch.zeros(1, dtype=torch.int64),
             torch.zeros(MAX_ROWS, MAX_ROWS, dtype=torch.bool),
         )
-        self._rotations = model.rope(torch.arange(cache.capacity))
+        self._rotations = model.ropes(torch.arange(cache.capacity))
         self._tapes: dict[tuple[int, ...] | None, Tape] = {}
         self._recorded_for = self._surroundings()
         self._tape(None)
@@ -54,12 +57,13 @@ class CpuTapeExecutor(EagerExecutor):
             return self.eagerly(tokens, offsets, block_mask, start, layers, outputs)
         start = self._cache.length if start is None else start
         self._cache.reserve(start - self._cache.length + count)
-        self._embedded[:count] = self._model.embedding(tokens)
+        self._embedded[:count] = self._model.embed(tokens)
         positions = offsets + start
-        if self._cache.capacity > len(self._rotations[0]):
-            self._rotations = self._model.rope(torch.arange(self._cache.capacity))
-        for buffer, known in zip(self._rows.rotation, self._rotations, strict=True):
-            torch.index_select(known, 0, positions, out=buffer[:count])
+        if self._cache.capacity > len(self._rotations[0][0]):
+            self._rotations = self._model.ropes(torch.arange(self._cache.capacity))
+        for buffers, known in zip(self._rows.rotations, self._rotations, strict=True):
+            for buffer, table in zip(buffers, known, strict=True):
+                torch.index_select(table, 0, positions, out=buffer[:count])
         self._rows.start[0] = start
         self._rows.mask.view(-1)[: count * count].view(count, count).copy_(block_mask)
         logits = self.run_kernels(count, layers, outputs)
