@@ -200,3 +200,35 @@ def ancestors(parents: Sequence[int]) -> Tensor:
         if parent >= 0:
             mask[node] |= mask[parent]
     return mask
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply by Sylvester's matrix: its element i, j is -1 to the number of ones that i and j share in binary.
+
+    Consecutive blocks of the largest power of two that divides the last dimension are transformed, in float64.
+    """
+    order = 1
+    while x.shape[-1] % (2 * order) == 0:
+        order *= 2
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(order)] for i in range(order)]
+    matrix = torch.tensor(signs, dtype=torch.float64, device=x.device) / order**0.5
+    return (x.double().unflatten(-1, (-1, order)) @ matrix).flatten(-2)
+
+
+def quantized_slot(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return what a key or value [D] is after quantization, and half a step of each element, both in float64.
+
+    8 bit: multiples of largest magnitude / 127. 4 bit: 15 steps from the minimum of every 32 elements (of all where 32
+    does not divide D) to their maximum, step and minimum in float16.
+    """
+    wide, size = x.double(), len(x)
+    if bits == 8:
+        step = (wide.abs().max() / 127).float().double()
+        return (wide / step).round() * step, (step / 2).expand(size)
+    found, halves = [], []
+    for group in wide.split(32 if size % 32 == 0 else size):
+        step = ((group.max() - group.min()).float() / 15).half().double()
+        least = group.min().half().double()
+        found.append(((group - least) / step).round().clamp(0, 15) * step + least)
+        halves.append((step / 2).expand(len(group)))
+    return torch.cat(found), torch.cat(halves)

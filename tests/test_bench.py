@@ -27,7 +27,8 @@ def test_report_covers_every_op_and_its_ratios_are_those_of_its_times(tmp_path) 
     assert {one["backend"] for one in report["measurements"]} >= {op.format for op in MATMULS}
     assert {one["op"] for one in report["layer_ops"]} == {
         "add_rms_norm", "add_rms_norm_quantize", "silu_mul", "silu_mul_quantize", "gelu_mul", "gelu_mul_quantize",
-        "add_scaled", "rotary_write", "block_attention", "first_maxima", "select_inputs",
+        "add_scaled", "rotary_write", "rotary_write_kv8", "rotary_write_kv4", "block_attention", "block_attention_kv8",
+        "block_attention_kv4", "first_maxima", "select_inputs",
     }  # fmt: skip
     for one in report["layer_ops"]:
         assert one["speedup"] == pytest.approx(one["torch_milliseconds"] / one["milliseconds"])
@@ -68,7 +69,7 @@ def test_an_op_and_its_peer_agree(layer: Layer, op: LayerOp) -> None:
             return
         if isinstance(ours, tuple):
             ours = ours[0]
-        if op.name == "block_attention":
+        if op.name.startswith("block_attention"):
             theirs = theirs[0].transpose(0, 1).reshape(5, -1)
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 

@@ -29,6 +29,7 @@ from quasar_kernels.cpu.levels import available_levels
 from quasar_kernels.matmul import Matmul
 from quasar_kernels.ops import MATMULS, rotary_write, select_inputs
 from quasar_kernels.reference import pack_int4
+from quasar_kernels.slots import slot_storage
 from torch import Tensor
 
 from tests import definitions
@@ -704,9 +705,17 @@ def run_fused_guarded(loaded: library.Library, guarded: Guarded, rows: int) -> N
     norms = bfloat16(head_dim), bfloat16(head_dim)
     shape = rows, heads, kv_heads, head_dim
     start = guarded.copy(torch.tensor([slots - rows]))
-    loaded.rotary_write(qkv, *rotation, *norms, q, *cache, start.data_ptr(), *shape, slots * head_dim, 1e-5, 0, 0, 1)
+    place = start.data_ptr(), *shape, slots
+    loaded.rotary_write(qkv, *rotation, *norms, q, *cache, None, None, *place, 16, 1e-5, 0, 0, 1)
     mask = other(rows, rows, dtype=torch.bool)
-    loaded.attention(q, *cache, mask, out, start.data_ptr(), *shape, slots * head_dim, 1, 2.0, 0.0, 1)
+    loaded.attention(q, *cache, None, None, mask, out, *place, 16, 1, 2.0, 0.0, 1)
+    for bits in (8, 4):
+        parts = [slot_storage((kv_heads, slots, head_dim), bits, "cpu") for _ in range(2)]
+        codes, scales = zip(*[[guarded.copy(part) for part in stored] for stored in parts], strict=True)
+        tensors += [*codes, *scales]
+        cache = tuple(part.data_ptr() for part in (*codes, *scales))
+        loaded.rotary_write(qkv, *rotation, *norms, q, *cache, *place, bits, 1e-5, 0, 0, 1)
+        loaded.attention(q, *cache, mask, out, *place, bits, 0, 0.0, 0.0, 1)
 
 
 @needs_kernels

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Imported after the check that Triton is there; tests/conftest.py has chosen the interpreter if there is no GPU.
-from quasar_kernels import AttentionOptions, GroupNumbers, Int4Weight, reference
+from quasar_kernels import AttentionOptions, GroupNumbers, Int4Weight, QuantizedSlots, reference
 from quasar_kernels.ops.add_rms_norm import OP as NORM
 from quasar_kernels.ops.add_rms_norm import QUANTIZING as NORM_QUANTIZE
 from quasar_kernels.ops.add_scaled import OP as ADD_SCALED
@@ -469,6 +469,74 @@ def test_rotary_and_attention(
     assert_close(attended, BLOCK_ATTENTION.plain(expected, *expected_cache, start, mask))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "head_dim", "context"),
+    [(1, 4, 2, 32, 0), (5, 6, 2, 64, 70), (3, 4, 1, 96, 63), (9, 8, 1, 40, 200)],  # 96 and 40 are no powers of two
+)
+def test_quantized_slots(
+    generator: torch.Generator,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    context: int,
+    dtype: torch.dtype,
+    bits: int,
+) -> None:
+    qkv = normal(generator, rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    cos, sin = normal(generator, rows, head_dim), normal(generator, rows, head_dim)
+    norms = (normal(generator, head_dim, dtype=dtype), normal(generator, head_dim, dtype=dtype))
+    whole = tuple(normal(generator, count * head_dim, dtype=dtype) for count in (heads, kv_heads))
+    start = torch.tensor([context], device=DEVICE)
+    cache = quantized_cache(generator, (2, kv_heads, context + rows + 5, head_dim), bits)
+    expected_cache = [QuantizedSlots(part.codes.clone(), part.scales.clone()) for part in cache]
+    for q_norm, k_norm, one_plus in ((None, None, False), (*norms, False), (*norms, True), (*whole, False)):
+        q = rotary_write(qkv, cos, sin, *cache, start, q_norm, k_norm, 1e-6, one_plus)
+        expected = ROTARY_WRITE.plain(qkv, cos, sin, *expected_cache, start, q_norm, k_norm, 1e-6, one_plus)
+        assert (q.float() - expected.float()).abs().max() <= 4 * TOLERANCE[dtype] * expected.float().abs().max()
+        for kind, found, wanted in zip("kv", cache, expected_cache, strict=True):
+            if kind == "v" or (dtype == torch.float16 and q_norm is None):
+                # Nothing is rounded in the interpreter before the quantization: the codes are those of the reference.
+                assert torch.equal(found.codes, wanted.codes)
+                assert torch.equal(found.scales, wanted.scales)
+            error = (found.dequantized(torch.float32) - wanted.dequantized(torch.float32)).abs()
+            step = wanted.dequantized(torch.float32).abs().max() * (
+                4 * TOLERANCE[dtype] + (2 / 15 if bits == 4 else 1 / 127)
+            )
+            assert error.max() <= step
+    mask = torch.rand(rows, rows, generator=generator, device=DEVICE) > 0.5
+    mask.fill_diagonal_(True)
+    queries = normal(generator, rows, heads, head_dim, dtype=dtype)
+    filled = quantized_cache(generator, (2, kv_heads, context + rows + 5, head_dim), bits)
+    attended = block_attention(queries, *filled, start, mask, splits=3).float()
+    wanted = BLOCK_ATTENTION.plain(queries, *(part.dequantized(dtype) for part in filled), start, mask).float()
+    # The interpreter truncates the dequantized values too.
+    error = (attended - wanted).abs() / wanted.abs().amax(-1, keepdim=True)
+    assert error.max() <= 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with NumPy
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_nan_is_not_lost_in_a_quantized_slot(generator: torch.Generator, bits: int) -> None:
+    head_dim = 32
+    cos, sin = torch.ones(1, head_dim, device=DEVICE), torch.zeros(1, head_dim, device=DEVICE)
+    start = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for place in (head_dim, 2 * head_dim):  # the first element of the key, and of the value
+        qkv = normal(generator, 1, 3 * head_dim)
+        qkv[0, place] = torch.nan
+        cache = quantized_cache(generator, (2, 1, 4, head_dim), bits)
+        rotary_write(qkv, cos, sin, *cache, start)
+        broken = [bool(part.dequantized(torch.float32)[0, 0].isnan().any()) for part in cache]
+        assert broken == [place == head_dim, place == 2 * head_dim]
+
+
+def quantized_cache(generator: torch.Generator, shape: tuple[int, ...], bits: int) -> list[QuantizedSlots]:
+    """Keys and values with random content in every slot."""
+    return [QuantizedSlots(*reference.quantize_slots(part, bits)) for part in normal(generator, *shape)]
+
+
 @pytest.mark.parametrize(
     "options",
     [AttentionOptions(window=64), AttentionOptions(window=90, softcap=3.0), AttentionOptions(softcap=1.0, scale=0.4)],
@@ -575,6 +643,7 @@ TENSOR_CORES = {
     "bf16": r"mma\.\S*f32\.bf16\.bf16",
     "fp8": r"mma\.\S*f32\.(e4m3\.e4m3|f16\.f16)",  # float16 holds every E4M3 number, and sm_90 multiplies it so
     "attention": r"mma\.\S*f32\.bf16\.bf16",
+    "attention over codes": r"mma\.\S*f32\.bf16\.bf16",
 }
 """The instructions by which each kind of kernel multiplies, as patterns."""
 OTHER_KINDS = {"merge", "rotary", "norm", "gates", "add", "quantize"}

@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 import quasar_kernels
 import torch
-from quasar_kernels import DenseWeight, GroupInt8Weight, GroupNumbers, InputOrder, Int4Weight, Int8Weight, Quantized
+from quasar_kernels import (
+    DenseWeight,
+    GroupInt8Weight,
+    GroupNumbers,
+    InputOrder,
+    Int4Weight,
+    Int8Weight,
+    Quantized,
+    QuantizedSlots,
+)
 from quasar_kernels.cpu import packing
 from quasar_kernels.cpu.levels import available_levels
+from quasar_kernels.slots import slot_storage
 
 ROWS, HIDDEN, HEADS, KV_HEADS, DIM, SLOTS = 3, 64, 4, 2, 32, 8
 needs_kernels = pytest.mark.skipif(not available_levels() or shutil.which("g++") is None, reason="no CPU kernels")
@@ -47,6 +57,43 @@ def attention() -> dict[str, Any]:
         "start": torch.zeros(1, dtype=torch.int64),
         "block_mask": torch.ones(ROWS, ROWS, dtype=torch.bool),
     }
+
+
+def slots(bits: int, capacity: int = SLOTS, kv_heads: int = KV_HEADS, dim: int = DIM) -> QuantizedSlots:
+    return QuantizedSlots(*slot_storage((kv_heads, capacity, dim), bits, "cpu"))
+
+
+def with_scales(bits: int, scales: torch.Tensor) -> QuantizedSlots:
+    return QuantizedSlots(slots(bits).codes, scales)
+
+
+def with_cache(bits: int, arguments: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    return lambda: arguments() | {"keys": slots(bits), "values": slots(bits)}
+
+
+WRONG_SLOTS: dict[int, list[QuantizedSlots | torch.Tensor]] = {
+    8: [
+        slots(4),
+        bf16(KV_HEADS, SLOTS, DIM),
+        slots(8, capacity=SLOTS - 1),
+        slots(8, kv_heads=1),
+        slots(8, dim=2 * DIM),
+        with_scales(8, torch.ones(KV_HEADS, SLOTS - 1, 1)),
+        with_scales(8, torch.ones(KV_HEADS, SLOTS, 1).half()),
+        with_scales(8, torch.ones(KV_HEADS, SLOTS)),
+        with_scales(8, torch.ones(KV_HEADS, SLOTS, 2)[..., :1]),
+        with_scales(8, torch.ones(SLOTS, KV_HEADS, 1).transpose(0, 1)),
+        with_scales(8, torch.ones(KV_HEADS, 2 * SLOTS, 1)[:, :SLOTS]),
+        QuantizedSlots(torch.zeros(SLOTS, KV_HEADS, DIM, dtype=torch.int8).transpose(0, 1), slots(8).scales),
+    ],
+    4: [
+        slots(8),
+        slots(4, capacity=SLOTS - 1),
+        slots(4, dim=2 * DIM),
+        with_scales(4, torch.ones(KV_HEADS, SLOTS, 1).half()),
+        with_scales(4, torch.ones(KV_HEADS, SLOTS, 2)),
+    ],
+}
 
 
 def int4() -> Int4Weight:
@@ -128,6 +175,11 @@ OPS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]], list[tuple[str
             ("block_mask", torch.ones(ROWS + 1, ROWS + 1, dtype=torch.bool)),
         ],
     ),
+    *(
+        (op, with_cache(bits, arguments), [(name, wrong) for wrong in WRONG_SLOTS[bits] for name in ("keys", "values")])
+        for op, arguments in ((quasar_kernels.rotary_write, rotary), (quasar_kernels.block_attention, attention))
+        for bits in (8, 4)
+    ),
     (
         quasar_kernels.select_inputs,
         lambda: {"x": bf16(ROWS, HIDDEN), "order": InputOrder(torch.arange(HIDDEN))},
@@ -194,3 +246,17 @@ def test_int8_weights_in_groups_have_minimums_for_each_group() -> None:
     values, two, four = torch.zeros(32, 64, dtype=torch.int8), *(GroupNumbers(torch.ones(32, n)) for n in (2, 4))
     with pytest.raises(ValueError, match=r"got torch\.int8 \[32, 64\] with 2 groups"):
         GroupInt8Weight(values, two, four)
+
+
+@needs_kernels
+def test_every_part_of_a_quantized_cache_is_checked() -> None:
+    """A slice of all slots is taken; scales of other heads than those of the codes are named."""
+    capacity = slots(8, capacity=2 * SLOTS)
+    good = attention() | {"keys": capacity.first(SLOTS), "values": capacity.first(SLOTS)}
+    with torch.inference_mode():
+        assert quasar_kernels.block_attention(**good).shape == (ROWS, HEADS * DIM)
+        wrong = with_scales(8, torch.ones(KV_HEADS, 2 * SLOTS, 1)[:, :SLOTS])
+        with pytest.raises(ValueError, match="as many slots from head to head"):
+            quasar_kernels.block_attention(**attention() | {"keys": wrong, "values": wrong})
+        with pytest.raises(ValueError, match="values: expected them in 8 bits like the keys"):
+            quasar_kernels.block_attention(**attention() | {"keys": slots(8)})

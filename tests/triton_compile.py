@@ -3,6 +3,7 @@ code 77 where that is impossible. Run as ``python -m tests.triton_compile 90 [ca
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -23,7 +24,8 @@ from quasar_kernels.triton.linear_w8_groups import linear_w8_groups_kernel
 from quasar_kernels.triton.linear_w8a8 import linear_w8a8_kernel
 from quasar_kernels.triton.norm import add_scaled_kernel, rms_norm_kernel
 from quasar_kernels.triton.quantize import quantize_tokens_fp8_kernel, quantize_tokens_kernel
-from quasar_kernels.triton.rotary import rotary_write_kernel
+from quasar_kernels.triton.rotary import rotary_quantize_kernel, rotary_write_kernel
+from quasar_kernels.triton.slots import slot_constants
 from quasar_kernels.triton.tuning import Shape, Tiling, candidates, default_tiling
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -34,7 +36,9 @@ DOWN, GATE_UP = (4096, 12288), (24576, 4096)  # of Qwen3-8B
 SMALL = (576, 1536)  # of SmolLM2-135M
 FP8 = 89  # the first compute capability with it
 GROUP_SIZE = 128
-NOT_DIVISIBLE = ("rows", "start", "block_mask", "counters", "width", "heads", "kv_heads", "splits", "stripes")
+NOT_DIVISIBLE = (
+    *("rows", "start", "block_mask", "counters", "width", "heads", "kv_heads", "splits", "stripes", "capacity"),
+)
 """Arguments that need not be multiples of 16."""
 
 
@@ -136,19 +140,28 @@ def product(name: str, kind: str, shape: Shape, tiling: Tiling, changes: dict[st
 
 def attentions() -> Iterator[Case]:
     """Head dimensions and groups of SmolLM2, Qwen3-0.6B, Qwen3-8B and Gemma 2 and 3, at one to many rows."""
-    types = {"keys": "*bf16", "values": "*bf16", "start": "*i64", "head_stride": "i32", "q": "*bf16"}
+    types = {"start": "*i64", "capacity": "i32", "q": "*bf16"}
     types |= {"block_mask": "*i64", "partial": "*fp32", "statistics": "*fp32", "scale": "fp32", "softcap": "fp32"}
     types |= {"rows": "i32", "heads": "i32", "splits": "i32", "window": "i32"}
-    for group, head_dim in ((3, 64), (2, 128), (4, 128), (2, 256)):
+    for bits, group, head_dim in itertools.product((16, 8, 4), (2, 3, 4), (64, 128, 256)):
+        if (group, head_dim) not in ((3, 64), (2, 128), (4, 128), (2, 256)):
+            continue
         for rows in (1, 8):
-            constants, options = attention_launch(rows, group, head_dim)
+            constants, options = attention_launch(rows, group, head_dim, bits)
             constants |= {"WIDE": False, "CAPPED": head_dim == 256, "WINDOWED": head_dim == 256}
-            name = f"attention of {rows} rows, group {group}, head dimension {head_dim}"
-            yield Case(name, "attention", block_attention_kernel, types, constants, options)
+            name = f"attention of {rows} rows, group {group}, head dimension {head_dim}, {bits}-bit cache"
+            kind = "attention" if bits == 16 else "attention over codes"
+            yield Case(name, kind, block_attention_kernel, types | slots_of(bits), constants, options)
     merge = {"partial": "*fp32", "statistics": "*fp32", "out": "*bf16", "stripes": "i32", "width": "i32"}
     for splits, head_dim in ((32, 64), (16, 128)):
         constants = {"SPLITS": splits, "PADDED": splits, "HEAD_DIM": head_dim, "BLOCK": MERGE_ELEMENTS}
         yield Case(f"merge of {splits} splits", "merge", merge_kernel, merge, constants, {"num_warps": 4})
+
+
+def slots_of(bits: int) -> dict[str, str]:
+    """Types of keys and values and of their scales; those of floats are stood in for by the floats."""
+    codes, scales = {16: ("*bf16", "*bf16"), 8: ("*i8", "*fp32"), 4: ("*u8", "*fp16")}[bits]
+    return {"keys": codes, "values": codes, "key_scales": scales, "value_scales": scales}
 
 
 def elementwise(architecture: int) -> Iterator[Case]:
@@ -161,6 +174,11 @@ def elementwise(architecture: int) -> Iterator[Case]:
         yield Case(
             f"rotary, norm {norm}, whole {whole}", "rotary", rotary_write_kernel, types, constants, {"num_warps": 1}
         )
+        for bits, head_dim in itertools.product((8, 4), (64, 96, 128)):
+            own = types | slots_of(bits) | {"capacity": "i32"}
+            constants = {"NORM": norm, "ONE_PLUS": False, "WHOLE": whole, **slot_constants(head_dim, bits)}
+            name = f"rotary, norm {norm}, whole {whole}, head dimension {head_dim}, {bits}-bit cache"
+            yield Case(name, "rotary", rotary_quantize_kernel, own, constants, {"num_warps": 1})
     for quantize in (True, False):
         out, scales = ("*i8", "*fp32") if quantize else ("*bf16", "*bf16")
         for add in (True, False):

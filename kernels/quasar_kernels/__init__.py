@@ -20,6 +20,7 @@ from quasar_kernels.ops.linear_w8a16 import linear_w8a16
 from quasar_kernels.ops.rotary_write import rotary_write
 from quasar_kernels.ops.select_inputs import select_inputs
 from quasar_kernels.ops.silu_mul import silu_mul, silu_mul_quantize
+from quasar_kernels.slots import QuantizedSlots, Slots
 from quasar_kernels.weights import (
     DenseWeight,
     Fp8Weight,
@@ -40,6 +41,8 @@ __all__ = [
     "Int4Weight",
     "Int8Weight",
     "Quantized",
+    "QuantizedSlots",
+    "Slots",
     "add_rms_norm",
     "add_rms_norm_quantize",
     "add_scaled",

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quasar_kernels.reference import quantize_slots
+from quasar_kernels.slots import QuantizedSlots, Slots
+
 EPS = 1e-6
 CPU = torch.device("cpu")
 
@@ -51,6 +54,13 @@ class Setting:
     def normal(self, *shape: int) -> Tensor:
         """Return random values in the dtype of the setting."""
         return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def slots(self, capacity: int, bits: int) -> Slots:
+        """Return random keys or values of the layer, in the dtype of the setting or quantized to 8 or 4 bits."""
+        rows = self.normal(self.layer.kv_heads, capacity, self.layer.head_dim)
+        if bits == 16:
+            return rows
+        return QuantizedSlots(*quantize_slots(rows, bits))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quasar_kernels.reference import slot_groups
+from quasar_kernels.slots import QuantizedSlots, Slots
+
 
 def rms_norm(
     x: Tensor,
@@ -53,8 +56,8 @@ def rotary_write(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
@@ -81,7 +84,7 @@ def rotary_write(
 
 
 def block_attention(
-    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, block_mask: Tensor, options: Any = None
+    q: Tensor, keys: Slots, values: Slots, start: Tensor, block_mask: Tensor, options: Any = None
 ) -> None:
     _require_cache(keys, values, q)
     kv_heads, _, head_dim = keys.shape
@@ -105,14 +108,42 @@ def matmul(x: Any, weight: Any, bias: Tensor | None = None, tiling: Any = None) 
         _require("bias", bias, (outputs,), device=rows.device)
 
 
-def _require_cache(keys: Tensor, values: Tensor, rows: Tensor) -> None:
+def _require_cache(keys: Slots, values: Slots, rows: Tensor) -> None:
+    if isinstance(keys, QuantizedSlots):
+        if not isinstance(values, QuantizedSlots):
+            raise ValueError(f"values: expected them in {keys.bits} bits like the keys, got {values.dtype}")
+        _require_quantized_cache(keys, values, rows.device)
+        return
     if keys.dim() != 3 or 0 in keys.shape:
         raise ValueError(f"keys: expected [H_kv, capacity, D], got {list(keys.shape)}")
+    if isinstance(values, QuantizedSlots):
+        raise ValueError(f"values: expected {keys.dtype} like the keys, got {values.bits} bits")
     _require("keys", keys, keys.shape, rows.dtype, device=rows.device)
     _require("values", values, keys.shape, keys.dtype, device=rows.device)
+    _require_consecutive(keys, values, "keys and values")
+
+
+def _require_quantized_cache(keys: QuantizedSlots, values: QuantizedSlots, device: torch.device) -> None:
+    codes = keys.codes
+    if codes.dim() != 3 or 0 in codes.shape or codes.dtype not in (torch.int8, torch.uint8):
+        raise ValueError(
+            f"codes of keys: expected int8 or uint8 [H_kv, capacity, D], got {codes.dtype} {list(codes.shape)}"
+        )
+    heads, capacity, head_dim = keys.shape
+    width, dtype = (1, torch.float32) if keys.bits == 8 else (2 * slot_groups(head_dim), torch.float16)
+    for name, part in (("keys", keys), ("values", values)):
+        _require(f"codes of {name}", part.codes, codes.shape, codes.dtype, device=device)
+        _require(f"scales of {name}", part.scales, (heads, capacity, width), dtype, device=device)
+    _require_consecutive(keys.codes, values.codes, "codes of keys and values")
+    _require_consecutive(keys.scales, values.scales, "scales of keys and values")
+    if heads > 1 and keys.scales.stride(0) // width != codes.stride(0) // codes.shape[2]:
+        raise ValueError("codes and scales: expected as many slots from head to head in both")
+
+
+def _require_consecutive(keys: Tensor, values: Tensor, name: str) -> None:
     if keys.stride() != values.stride() or keys.stride()[1:] != (keys.shape[2], 1):
         raise ValueError(
-            f"keys and values: expected heads of consecutive slots, got strides {keys.stride()} and {values.stride()}"
+            f"{name}: expected heads of consecutive slots, got strides {keys.stride()} and {values.stride()}"
         )
 
 

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
+UINT4_MAX = 15
+SLOT_GROUP = 32
+"""Elements of a key or value in 4 bit that share a scale and a minimum."""
 FP8_MAX = 448.0
 """Largest number of E4M3 (`torch.float8_e4m3fn`), which has no infinity."""
 
@@ -38,6 +41,72 @@ def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = largest / torch.full_like(largest, FP8_MAX)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return (wide / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
+
+
+def quantize_slots(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantize keys or values to 8 or 4 bit, every token and head by itself.
+
+    x: float [..., D]. Returns codes and scales, with which `dequantize_slots` gives x again:
+
+    - 8 bit, symmetric: int8 [..., D] in [-127, 127], and one scale per row, float32 [..., 1]
+    - 4 bit, asymmetric: uint8 [..., D / 2] as in `pack_int4`, and for every `slot_groups` group of elements its scale
+      and its minimum, float16 [..., 2 G]; codes are relative to the rounded scale and minimum
+
+    A row or group of equal elements gets scale 1 where it would be 0. If an element is NaN or infinite, the dequantized
+    row or group is not finite either.
+    """
+    wide = x.float()
+    if bits == 8:
+        largest = wide.abs().amax(dim=-1, keepdim=True)
+        # Divided by a tensor, not by a constant: see `quantize_tokens`.
+        scales = _nonzero(largest / torch.full_like(largest, INT8_MAX))
+        return torch.round(wide / scales).nan_to_num(0).to(torch.int8), scales
+    groups = wide.unflatten(-1, (slot_groups(x.shape[-1]), -1))
+    minimums, largest = groups.aminmax(dim=-1, keepdim=True)
+    scales = _nonzero(((largest - minimums) / torch.full_like(largest, UINT4_MAX)).half())
+    minimums = minimums.half()
+    steps = torch.round((groups - minimums.float()) / scales.float()).nan_to_num(0).clamp(0, UINT4_MAX)
+    codes = steps.to(torch.uint8).flatten(-2)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4), torch.cat([scales, minimums], dim=-1).flatten(-2)
+
+
+def dequantize_slots(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return ``code * scale`` or ``code * scale + minimum``, float32 [..., D], for results of `quantize_slots`."""
+    if codes.dtype == torch.int8:
+        return codes.float() * scales
+    values = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2).float()
+    scale, minimum = scales.float().unflatten(-1, (-1, 2)).split(1, dim=-1)
+    return (values.unflatten(-1, (scale.shape[-2], -1)) * scale + minimum).flatten(-2)
+
+
+def slot_groups(head_dim: int) -> int:
+    """Return the number of groups of a head in 4 bit: of 32 elements, or one group if 32 does not divide the head."""
+    return 1 if head_dim % SLOT_GROUP else head_dim // SLOT_GROUP
+
+
+def _nonzero(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """Multiply the last dimension by Sylvester's Hadamard matrix H / sqrt(n), which is its own inverse.
+
+    n is the largest power of two that divides the dimension; consecutive blocks of n elements are transformed. It is
+    computed in float32 (in float64 for float64) by butterflies of growing distance, in this order, which is the one of
+    the kernels, and returned in that dtype.
+
+    >>> hadamard_transform(torch.tensor([1.0, 0.0, 0.0, 0.0])).tolist()
+    [0.5, 0.5, 0.5, 0.5]
+    """
+    size = x.shape[-1]
+    order = size & -size
+    wide = widened(x)
+    distance = 1
+    while distance < order:
+        low, high = wide.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        wide = torch.stack([low + high, low - high], dim=-2).flatten(-3)
+        distance *= 2
+    return wide * order**-0.5
 
 
 def unpack_int4(packed: Tensor) -> Tensor:

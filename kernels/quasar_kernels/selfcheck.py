@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from quasar_kernels.dispatch import LayerOp, Op
 from quasar_kernels.gpu import has_gpu_kernels
 from quasar_kernels.matmul import Matmul
 from quasar_kernels.ops import LAYER_OPS, MATMULS
+from quasar_kernels.slots import QuantizedSlots
 
 TOLERANCE = 3 * 2**-7
 """Largest difference relative to the largest value of a row: bfloat16 has 8 bits, and norms round three times."""
@@ -61,14 +63,14 @@ def _arguments(op: Matmul | LayerOp, device: torch.device) -> tuple[Any, ...]:
 
 
 def _error(op: Op, arguments: tuple[Any, ...]) -> float | None:
-    copies = tuple(argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments)
+    copies = tuple(copy.deepcopy(one) if isinstance(one, Tensor | QuantizedSlots) else one for one in arguments)
     computed = _kernel_result(op, arguments)
     if computed is None:
         return None
     # An op may write to its arguments, as the one that fills the KV cache does.
     found = [*_tensors(computed), *_tensors(arguments)]
     expected = [*_tensors(op.plain(*copies)), *_tensors(copies)]
-    return max(_differences(found, expected))
+    return max([*_differences(found, expected), *_slot_differences(arguments, copies)])
 
 
 def _kernel_result(op: Op, arguments: tuple[Any, ...]) -> Any:
@@ -95,11 +97,21 @@ def _differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Iterato
         if ours.dtype == torch.int8:
             scales, their_scales = next(pairs)
             ours, theirs, slack = _restored(ours, scales), _restored(theirs, their_scales), QUANTIZATION_STEP
-        if not ours.double().isfinite().all():
-            yield float("inf")
-            continue
-        size = theirs.double().abs().amax(-1, keepdim=True).clamp_min(1e-9)
-        yield float(((ours.double() - theirs.double()).abs() / size).max()) - slack
+        yield _difference(ours, theirs) - slack
+
+
+def _slot_differences(found: Sequence[Any], expected: Sequence[Any]) -> Iterator[float]:
+    """Yield the largest difference of each pair of quantized keys or values."""
+    for ours, theirs in zip(found, expected, strict=True):
+        if isinstance(ours, QuantizedSlots):
+            yield _difference(ours.dequantized(torch.float32), theirs.dequantized(torch.float32)) - ours.largest_step
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    if not ours.double().isfinite().all():
+        return float("inf")
+    size = theirs.double().abs().amax(-1, keepdim=True).clamp_min(1e-9)
+    return float(((ours.double() - theirs.double()).abs() / size).max())
 
 
 def _restored(values: Tensor, scales: Tensor) -> Tensor:

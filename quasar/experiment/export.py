@@ -56,7 +56,7 @@ def export_verifier(folder: Path, overrides: Sequence[str], reporter: Reporter) 
     quantized = exported.quantization
     how = f"verifier=packed verifier.path={folder}" if quantized else f"model=path model.path={folder}"
     reporter.line(f"wrote {folder}: {quantized['format'] if quantized else 'not quantized'}; read it with {how}")
-    for warning in _warnings(exported):
+    for warning in _warnings(exported, built.verifier.cache.bits):
         reporter.warning(warning)
 
 
@@ -152,14 +152,17 @@ def _write(folder: Path, raw: dict[str, Any], exported: Exported, source: Path |
         raise
 
 
-def _warnings(exported: Exported) -> list[str]:
+def _warnings(exported: Exported, kv_bits: int) -> list[str]:
+    found = []
+    if kv_bits != 16:
+        found.append(f"verifier.kv_bits={kv_bits} is no part of a checkpoint; set it again where the checkpoint is run")
     if exported.quantization is None:
-        return []
+        return found
     groups = exported.quantization["config_groups"].values()
     inputs = [group["input_activations"] for group in groups if group["input_activations"] is not None]
     if any(entry["strategy"] == "group" for entry in inputs):
-        return [
+        found.append(
             "the inputs have a scale per token and group, which the format allows but few engines support; "
             "verifier.activation_group=null (int8) or verifier.activation_bits=16 (int4) exports what all support"
-        ]
-    return []
+        )
+    return found

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import quasar_kernels
 import torch
-from quasar_kernels import AttentionOptions, Quantized
+from quasar_kernels import AttentionOptions, Quantized, Slots
 from torch import Tensor, nn
 
 from quasar.model.config import LayerShape, ModelConfig
@@ -96,7 +96,7 @@ class Transformer(nn.Module):
         return Rows(self.ropes(offsets + start), start, block_mask)
 
     def run_blocks(
-        self, x: Tensor, rows: Rows, slots: Sequence[Slots] | None, layers: Sequence[int] | None = None
+        self, x: Tensor, rows: Rows, slots: Sequence[KeysValues] | None, layers: Sequence[int] | None = None
     ) -> ResidualStream:
         """Run the embedded rows [R, hidden_size] through the decoder blocks ``layers``.
 
@@ -143,7 +143,7 @@ class Block(nn.Module):
         self.mlp_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
         self.residual_multiplier = config.residual_multiplier
 
-    def forward(self, stream: ResidualStream, rows: Rows, slots: Slots | None) -> ResidualStream:
+    def forward(self, stream: ResidualStream, rows: Rows, slots: KeysValues | None) -> ResidualStream:
         """Run the block. slots: the layer's keys and values in the cache, or None if the rows have no context."""
         x, residual = _input(self.attention_norm, stream, self.attention.qkv)
         stream = self._added(residual, self.attention(x, rows, slots), self.attention_post_norm)
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         self.rotation = int(shape.second_rope)
         self.options = AttentionOptions(shape.window, config.attention_softcap, config.attention_scale)
 
-    def forward(self, x: Activations, rows: Rows, slots: Slots | None) -> Tensor:
+    def forward(self, x: Activations, rows: Rows, slots: KeysValues | None) -> Tensor:
         qkv = self.qkv(x)
         keys, values = self._fresh_slots(qkv) if slots is None else slots
         q_norm, k_norm, eps, one_plus = self._head_norms()
@@ -195,7 +195,7 @@ class Attention(nn.Module):
         update: Tensor = self.output(mixed)
         return update
 
-    def _fresh_slots(self, qkv: Tensor) -> Slots:
+    def _fresh_slots(self, qkv: Tensor) -> KeysValues:
         shape = self.num_kv_heads, len(qkv), self.head_dim
         return qkv.new_empty(shape), qkv.new_empty(shape)
 
@@ -293,5 +293,5 @@ class Rows:
     mask: Tensor
 
 
-Slots = tuple[Tensor, Tensor]
+KeysValues: TypeAlias = tuple[Slots, Slots]
 """Keys and values of a layer, [H_kv, capacity, D] each."""

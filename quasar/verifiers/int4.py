@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, PositiveInt, validate_call
 
 from quasar.errors import RequestError
+from quasar.model.kv_cache import KvBits
 from quasar.model.transformer import Transformer
 from quasar.quantization.mixed import candidates, choose, mean_bits
 from quasar.quantization.recipes import Int4Format, awq_w4, gptq_w4, quantize_head, quantize_w4, require_groups
@@ -39,6 +40,7 @@ class Int4Verifier(TransformerVerifier):
         The layers that gain most fidelity per byte have int8 weights, beside those of ``keep_8bit``, see
         `quasar.quantization.mixed`. None: no others
     lm_head_bits: 8 also quantizes the weights of the head, per output channel
+    kv_bits: bits of the keys and values in the KV cache
     """
 
     label = "INT4 model"
@@ -58,6 +60,7 @@ class Int4Verifier(TransformerVerifier):
         keep_8bit: Sequence[Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]] = (),
         bits: Annotated[float, Field(gt=4, le=9)] | None = None,
         lm_head_bits: Literal[16, 8] = 16,
+        kv_bits: KvBits = 16,
     ) -> None:
         if rotation != "none" and method == "awq":
             raise RequestError(
@@ -107,7 +110,7 @@ class Int4Verifier(TransformerVerifier):
                 f"{found['bits']:.3f} bits per weight of the blocks' layers, scales included; in 8 bit: "
                 f"{_listed(self.in_8bit)}",
             )
-        super().__init__(model, setup)
+        super().__init__(model, setup, kv_bits=kv_bits)
 
 
 def _listed(layers: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, validate_call
 
 from quasar.config.checks import ReadIf
 from quasar.errors import RequestError
+from quasar.model.kv_cache import KvBits
 from quasar.model.transformer import Transformer
 from quasar.quantization.recipes import Int8Format, gptq_w8, quantize_head, rtn_w8, smoothquant_w8a8
 from quasar.verifiers._prepared import Found, prepared
@@ -25,6 +26,7 @@ class Int8Verifier(TransformerVerifier):
     activation_group: number of inputs of a token that share a scale; None if all of them do
     lm_head_bits: 8 also quantizes the weights of the head, but not its inputs
     alphas: the smoothing strength of every layer, by name; empty for the other methods
+    kv_bits: bits of the keys and values in the KV cache
 
     Raises RequestError if an option has no effect with the others, or if the group size does not fit the model.
     """
@@ -44,6 +46,7 @@ class Int8Verifier(TransformerVerifier):
         activation_bits: Literal[16, 8] = 8,
         activation_group: Annotated[Annotated[int, Field(ge=16)] | None, ReadIf("activation_bits", (8,))] = 64,
         lm_head_bits: Literal[16, 8] = 16,
+        kv_bits: KvBits = 16,
     ) -> None:
         if activation_bits == 16:
             if method == "smoothquant":
@@ -81,4 +84,4 @@ class Int8Verifier(TransformerVerifier):
         if self.alphas:
             smoothed = [strength for strength in self.alphas.values() if strength] or [0.0]
             self.details = (f"{len(smoothed)} of {len(self.alphas)} layers smoothed, mean alpha {fmean(smoothed):.2f}",)
-        super().__init__(model, setup)
+        super().__init__(model, setup, kv_bits=kv_bits)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import ConfigDict, validate_call
 
 from quasar.errors import RequestError
+from quasar.model.kv_cache import KvBits
 from quasar.model.transformer import Transformer
 from quasar.quantization.packed import load_packed, open_packed, storage
 from quasar.verifiers.base import Setup
@@ -19,6 +20,7 @@ class PackedVerifier(TransformerVerifier):
 
     path: a GGUF file, or the first of several parts, or a checkpoint folder
     activation_bits: 8 also quantizes the inputs of 4-bit layers
+    kv_bits: bits of the keys and values in the KV cache
     """
 
     label = "quantized checkpoint"
@@ -31,6 +33,7 @@ class PackedVerifier(TransformerVerifier):
         *,
         path: str | None = None,
         activation_bits: Literal[16, 8] = 16,
+        kv_bits: KvBits = 16,
     ) -> None:
         if path is None:
             raise RequestError("verifier.path is not set; verifier=packed needs verifier.path=FOLDER_OR_GGUF_FILE")
@@ -41,5 +44,5 @@ class PackedVerifier(TransformerVerifier):
                 f"{model.config.vocab_size}; both must be the same model"
             )
         packed = load_packed(checkpoint, model.dtype, model.device, activation_bits, setup.progress)
-        super().__init__(packed, setup)
+        super().__init__(packed, setup, kv_bits=kv_bits)
         self.details = storage(packed)

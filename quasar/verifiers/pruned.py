@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, validate
 from quasar.config.build import build, chosen_node
 from quasar.config.checks import ReadIf, distinct, shown
 from quasar.errors import RequestError
+from quasar.model.kv_cache import KvBits
 from quasar.model.transformer import Transformer
 from quasar.pruning.allocation import WIDTH_MULTIPLE, Amount
 from quasar.pruning.depth import Selection, prune_depth, select_layers
@@ -54,6 +55,7 @@ class PrunedVerifier(TransformerVerifier):
     layers: if given, depth removes exactly these layers and ignores ``ratio``
     quantize: name of the verifier in conf/verifier that quantizes what is left, or a node such as ``{name: int4,
         group_size: 32}`` that replaces values of this file. Its calibration statistics are those of the pruned model
+    kv_bits: bits of the keys and values in the KV cache
 
     Remaining widths are multiples of the quantizer's groups, so that a group never reaches beyond the end of a row. A
     ratio of 0 changes nothing: the verifier is the reference, or the quantizer's, bit for bit.
@@ -77,6 +79,7 @@ class PrunedVerifier(TransformerVerifier):
             Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(distinct)] | None, OF_DEPTH
         ] = None,
         quantize: Annotated[Quantizer, AfterValidator(_quantizer)] | None = None,
+        kv_bits: KvBits = 16,
     ) -> None:
         node = None if quantize is None else chosen_node("verifier", quantize, _PLACE)
         settings = {
@@ -110,7 +113,7 @@ class PrunedVerifier(TransformerVerifier):
             self.label = f"pruned {quantized.label}"
             self.details = (*self.details, *quantized.details)
             model = quantized.model
-        super().__init__(model, setup)
+        super().__init__(model, setup, kv_bits=kv_bits)
 
 
 def _width_multiple(node: Mapping[str, Any] | None) -> int:

@@ -12,7 +12,7 @@ from quasar.decoding.draft import Draft
 from quasar.decoding.scores import Scores
 from quasar.errors import QuasarError, RequestError
 from quasar.model.execution.choose import executor_for
-from quasar.model.kv_cache import KVCache
+from quasar.model.kv_cache import KvBits, KVCache
 from quasar.model.linear import QuantizedLinear
 from quasar.model.transformer import Transformer
 from quasar.quantization.layers import pack_linears
@@ -31,13 +31,18 @@ EMULATED = (
 class TransformerVerifier(LayeredVerifier):
     """A verifier for a `Transformer`. Subclasses quantize or prune the model before they call this constructor.
 
+    kv_bits: bits of the keys and values in the KV cache, see `quasar.model.kv_cache.KVCache`; with fewer than 16 the
+        verifier is another model, and its label says so
     executor: runs the passes of the model
     """
 
-    def __init__(self, model: Transformer, setup: Setup) -> None:
+    def __init__(self, model: Transformer, setup: Setup, *, kv_bits: KvBits = 16) -> None:
         pack_linears(model)
         self.model = model
-        self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device)
+        if kv_bits != 16:
+            self.label = f"{self.label} with {'an 8' if kv_bits == 8 else 'a 4'}-bit KV cache"
+            self.is_reference = False
+        self.cache = KVCache(model.config, setup.capacity, model.dtype, model.device, kv_bits)
         self.cost = VerifierCost(weight_bytes(model), self.cache.bytes_per_token)
         self.device, self.dtype, self.context_length = model.device, model.dtype, model.config.context_length
         self.executor = executor_for(model, self.cache)
@@ -60,8 +65,13 @@ class TransformerVerifier(LayeredVerifier):
             )
         if self.cache is owner.cache:
             return
-        ours, theirs = ([(keys.shape[::2], keys.dtype) for keys in cache.keys] for cache in (self.cache, owner.cache))
-        if ours != theirs:
+        if self.cache.bits != owner.cache.bits:
+            raise RequestError(
+                f"the {self.label} cannot read the cache of the {owner.label}, whose keys and values have "
+                f"{owner.cache.bits} bits instead of {self.cache.bits}; set verifier.kv_bits={self.cache.bits}"
+            )
+        ours, theirs = ([keys.shape[::2] for keys in cache.keys] for cache in (self.cache, owner.cache))
+        if (ours, self.dtype) != (theirs, owner.dtype):
             raise RequestError(
                 f"the {self.label} cannot read the cache of the {owner.label}: their layers differ in number, width or "
                 "precision; draft with the same layers in another precision"
@@ -116,7 +126,10 @@ class TransformerVerifier(LayeredVerifier):
 
     @torch.inference_mode()
     def teacher_forced(self, tokens: Tensor, first: int) -> Tensor:
-        return self.model(tokens.to(self.device), outputs=slice(first, None))
+        cache = None
+        if self.cache.bits != 16:
+            cache = KVCache(self.model.config, len(tokens), self.dtype, self.device, self.cache.bits)
+        return self.model(tokens.to(self.device), cache, outputs=slice(first, None))
 
     def _outputs(self, draft: Draft) -> Tensor | slice:
         """Return the rows of a pass whose logits are needed: all rows except scratch rows that are not outputs."""

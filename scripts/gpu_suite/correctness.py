@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quasar_kernels import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, reference
+from quasar_kernels import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, QuantizedSlots, reference
 from quasar_kernels.cases import LAYERS, Layer, Setting
 from quasar_kernels.dispatch import LayerOp
 from quasar_kernels.matmul import Matmul, Weight
@@ -191,12 +192,15 @@ def _layer_op(plan: Plan, op: LayerOp, setting: Setting) -> Iterator[Json]:
     found += [argument for argument in arguments if isinstance(argument, Tensor)]
     expected += [argument for argument in exact if isinstance(argument, Tensor)]
     facts = {"rows": setting.rows, "context": setting.context, "group_size": setting.group_size}
-    error = max(_error(*pair) - slack for *pair, slack in _restored(zip(found, expected, strict=True)))
+    pairs = [*_restored(zip(found, expected, strict=True)), *_dequantized(arguments, exact)]
+    error = max(_error(*pair) - slack for *pair, slack in pairs)
     yield _case(plan, op.name, setting.dtype, error, layer=str(setting.layer), **facts)
 
 
 def _copied(argument: Any) -> Any:
     """Return a copy for the definition, with 16-bit values in float64."""
+    if isinstance(argument, QuantizedSlots):
+        return copy.deepcopy(argument)
     if not isinstance(argument, Tensor):
         return argument
     return argument.double() if argument.is_floating_point() else argument.clone()
@@ -215,6 +219,13 @@ def _restored(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, 
             continue
         scales, wanted_scales = next(remaining)
         yield _product(actual, scales), _product(wanted, wanted_scales), QUANTIZATION_STEP
+
+
+def _dequantized(found: tuple[Any, ...], expected: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """The pairs of quantized keys and values, and by how much they may differ more."""
+    for actual, wanted in zip(found, expected, strict=True):
+        if isinstance(actual, QuantizedSlots):
+            yield actual.dequantized(torch.float64), wanted.dequantized(torch.float64), actual.largest_step
 
 
 def _product(values: Tensor, scales: Tensor) -> Tensor:

@@ -214,6 +214,7 @@ KEYS: dict[tuple[str, ...], dict[str, Valid]] = {
         "drafter.branches": integer(1),
         "verifier.alpha": any_of(real(0, 1), either("auto")),
         "verifier.lm_head_bits": integer(16, 16),
+        "verifier.kv_bits": any_of(integer(16, 16), integer(8, 8), integer(4, 4)),
     },
     ("drafter=suffix_automaton",): {
         "drafter.match": either("scored", "recent", "frequent"),

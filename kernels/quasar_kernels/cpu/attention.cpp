@@ -9,6 +9,9 @@
 // branches. There the keys and values of each row's branch are copied to consecutive places first, so that they are
 // added in the same order and groups as in autoregressive decoding, and the result has the same bits.
 //
+// Keys and values in 8 or 4 bits are dequantized to bfloat16 chunk by chunk, and then attended to as if they had been
+// stored so: the result has the bits of attention over the dequantized cache.
+//
 // A window hides positions in the same way as the mask does: they are left out of a chunk's sums, and a chunk of hidden
 // positions is not read.
 #include <omp.h>
@@ -21,13 +24,13 @@
 #include "buffer.h"
 #include "exponential.h"
 #include "exports.h"
+#include "slots.h"
 
 namespace {
 
 constexpr int64_t LANES = 16;
 constexpr int64_t CHUNK_KEYS = 128;
 constexpr int64_t BATCH_ROWS = 32;  // query rows that share one buffer of partial results
-constexpr int64_t MAX_HEAD_DIM = 512;
 #ifdef __AVX512F__
 constexpr int TILE_ROWS = 24;  // packed rows of one task
 constexpr int VALUE_ROWS = 6, VALUE_VECTORS = 4;
@@ -37,12 +40,11 @@ constexpr int VALUE_ROWS = 4, VALUE_VECTORS = 1;
 #endif
 
 struct Attention {
-    const uint16_t* q;       // [rows][heads][head_dim]
-    const uint16_t* keys;    // [kv_heads][..][head_dim], head_stride elements from head to head
-    const uint16_t* values;  // likewise
-    const uint8_t* mask;     // [rows][rows], for the slots after the prefix; every row attends to the whole prefix
-    uint16_t* out;           // [rows][heads][head_dim]
-    int64_t rows, heads, kv_heads, head_dim, slots, prefix, head_stride;
+    const uint16_t* q;  // [rows][heads][head_dim]
+    Slots keys, values;
+    const uint8_t* mask;  // [rows][rows], for the slots after the prefix; every row attends to the whole prefix
+    uint16_t* out;        // [rows][heads][head_dim]
+    int64_t rows, heads, kv_heads, head_dim, slots, prefix;
     int64_t window;  // a row attends to this many positions up to its own; 0 for no limit
     float softcap;   // 0 if scores are not capped
     float scale;
@@ -68,7 +70,8 @@ struct View {
 
 // At most CHUNK_KEYS consecutive positions of the context.
 struct Chunk {
-    const uint16_t *keys, *values;  // of its first position; those of the others follow
+    // Keys and values of its first position, those of the others follow; null until they are dequantized.
+    const uint16_t *keys, *values;
     int64_t index;                  // its first position is index * CHUNK_KEYS
     int64_t prefix;                 // every row attends to the positions before this one
     int64_t end;                    // number of positions of the context
@@ -276,7 +279,34 @@ inline void prefetch_rows(const Attention& job, const uint16_t* rows, int64_t el
         _mm_prefetch(reinterpret_cast<const char*>(rows + element), _MM_HINT_T0);
 }
 
-void attend_chunk(const Attention& job, const Chunk& chunk, const Partials& partials, const Task& task,
+// Returns memory of the calling thread for the keys and values of a chunk, 2 * CHUNK_KEYS rows.
+uint16_t* chunk_memory(const Attention& job) {
+    thread_local Buffer buffer;
+    return static_cast<uint16_t*>(buffer.reserve(2 * CHUNK_KEYS * job.head_dim * sizeof(uint16_t)));
+}
+
+Chunk chunk_of_cache(const Attention& job, int64_t kv_head, int64_t index) {
+    Chunk chunk = {nullptr, nullptr, index, job.prefix, job.slots};
+    if (job.keys.bits == 16) {
+        const int64_t first = job.keys.row(kv_head, chunk.first());
+        chunk.keys = reinterpret_cast<const uint16_t*>(job.keys.codes_of(first));
+        chunk.values = reinterpret_cast<const uint16_t*>(job.values.codes_of(first));
+    }
+    return chunk;
+}
+
+// Dequantizes the keys and values of consecutive slots, from that of the chunk's first position on.
+void dequantize(const Attention& job, int64_t kv_head, Chunk& chunk) {
+    uint16_t *keys = chunk_memory(job), *values = keys + CHUNK_KEYS * job.head_dim;
+    const int64_t first = job.keys.row(kv_head, chunk.first());
+    for (int64_t key = 0; key < chunk.size(); ++key) {
+        read_row(job.keys, first + key, keys + key * job.head_dim);
+        read_row(job.values, first + key, values + key * job.head_dim);
+    }
+    chunk.keys = keys, chunk.values = values;
+}
+
+void attend_chunk(const Attention& job, Chunk chunk, const Partials& partials, const Task& task,
                   Scratch& scratch) {
     const int32_t* queries[TILE_ROWS];
     View views[TILE_ROWS];
@@ -294,6 +324,7 @@ void attend_chunk(const Attention& job, const Chunk& chunk, const Partials& part
         for (int64_t index = 0; index < task.count; ++index) results[index][1] = 0;
         return;
     }
+    if (chunk.keys == nullptr) dequantize(job, task.kv_head, chunk);
     const ScoreFunction score = score_function(task.count, std::make_integer_sequence<int, TILE_ROWS>());
     for (int64_t key = 0; key < keys; key += LANES) {
         // Sixteen rows are read at a time, which hardware prefetchers do not detect.
@@ -343,28 +374,23 @@ void merge_row(const Attention& job, const Partials& partials, int64_t packed) {
         store_bfloat16(out + element, divide(load_float32(total + element), broadcast(sum)));
 }
 
-Chunk chunk_of_cache(const Attention& job, int64_t kv_head, int64_t index) {
-    const int64_t place = kv_head * job.head_stride + index * CHUNK_KEYS * job.head_dim;
-    return {job.keys + place, job.values + place, index, job.prefix, job.slots};
-}
-
-// Copies the keys and values of the chunk's positions in the row's branch to `memory`, which holds 2 * CHUNK_KEYS rows.
-// The branch is the prefix and then the slots of the block that the row attends to, in ascending order.
-Chunk chunk_of_branch(const Attention& job, int64_t kv_head, int64_t row, int64_t index, uint16_t* memory) {
-    const uint16_t *keys = job.keys + kv_head * job.head_stride, *values = job.values + kv_head * job.head_stride;
+// Copies the keys and values of the chunk's positions in the row's branch. The branch is the prefix and then the slots of
+// the block that the row attends to, in ascending order.
+Chunk chunk_of_branch(const Attention& job, int64_t kv_head, int64_t row, int64_t index) {
+    uint16_t *keys = chunk_memory(job), *values = keys + CHUNK_KEYS * job.head_dim;
     const uint8_t* mask = job.mask + row * job.block();
     const int64_t first = index * CHUNK_KEYS;
     int64_t position = std::min(first, job.prefix);
     for (int64_t slot = position; slot < job.slots && position < first + CHUNK_KEYS; ++slot) {
         if (slot >= job.prefix && !mask[slot - job.prefix]) continue;
         if (position >= first) {
-            uint16_t* copy = memory + (position - first) * job.head_dim;
-            std::memcpy(copy, keys + slot * job.head_dim, job.head_dim * sizeof *copy);
-            std::memcpy(copy + CHUNK_KEYS * job.head_dim, values + slot * job.head_dim, job.head_dim * sizeof *copy);
+            const int64_t stored = job.keys.row(kv_head, slot), place = (position - first) * job.head_dim;
+            read_row(job.keys, stored, keys + place);
+            read_row(job.values, stored, values + place);
         }
         ++position;
     }
-    return {memory, memory + CHUNK_KEYS * job.head_dim, index, position, position};
+    return {keys, values, index, position, position};
 }
 
 // Returns whether some row does not attend to exactly the slots up to its own.
@@ -408,9 +434,7 @@ struct Tasks {
         const int64_t tile = index / chunks % branch_tiles, row = index / chunks / branch_tiles % job.rows;
         const int64_t kv_head = index / chunks / branch_tiles / job.rows;
         const int64_t first = tile * job.group() / branch_tiles, end = (tile + 1) * job.group() / branch_tiles;
-        thread_local Buffer branch;
-        auto* memory = static_cast<uint16_t*>(branch.reserve(2 * CHUNK_KEYS * job.head_dim * sizeof(uint16_t)));
-        attend_chunk(job, chunk_of_branch(job, kv_head, row, chunk, memory), partials,
+        attend_chunk(job, chunk_of_branch(job, kv_head, row, chunk), partials,
                      {kv_head, row * job.group() + first, end - first}, scratch);
     }
 };
@@ -432,16 +456,19 @@ void attend_batch(const Attention& job, bool tree, int32_t threads) {
 
 }  // namespace
 
-void quasar_attention(const uint16_t* q, const uint16_t* keys, const uint16_t* values, const uint8_t* mask, uint16_t* out,
-                      const int64_t* start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                      int64_t head_stride, int64_t window, float softcap, float scale, int32_t threads) {
+void quasar_attention(const uint16_t* q, uint8_t* keys, uint8_t* values, uint8_t* key_scales, uint8_t* value_scales,
+                      const uint8_t* mask, uint16_t* out, const int64_t* start, int64_t rows, int64_t heads,
+                      int64_t kv_heads, int64_t head_dim, int64_t capacity, int64_t bits, int64_t window, float softcap,
+                      float scale, int32_t threads) {
     if (scale == 0) scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     const int64_t prefix = *start, slots = prefix + rows;
+    const Slots stored_keys = {keys, key_scales, bits, head_dim, capacity};
+    const Slots stored_values = {values, value_scales, bits, head_dim, capacity};
     for (int64_t row = 0; row < rows; row += BATCH_ROWS) {
         const int64_t offset = row * heads * head_dim;
-        const Attention job = {q + offset, keys, values, mask + row * rows, out + offset,
-                               std::min(BATCH_ROWS, rows - row), heads, kv_heads, head_dim, slots, prefix, head_stride,
-                               window, softcap, scale};
+        const Attention job = {q + offset, stored_keys, stored_values, mask + row * rows, out + offset,
+                               std::min(BATCH_ROWS, rows - row), heads, kv_heads, head_dim, slots, prefix, window,
+                               softcap, scale};
         attend_batch(job, is_tree(job, row), threads);
     }
 }

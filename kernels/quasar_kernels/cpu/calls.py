@@ -22,6 +22,7 @@ from quasar_kernels.cpu.library import (
     MatmulFunction,
 )
 from quasar_kernels.cpu.packing import PackedWeight
+from quasar_kernels.slots import QuantizedSlots, Slots
 
 if TYPE_CHECKING:
     from quasar_kernels.weights import InputOrder
@@ -36,11 +37,12 @@ def fits(x: Tensor, size: int, multiple: int = LANES) -> bool:
     return x.dtype == torch.bfloat16 and size % multiple == 0
 
 
-def fits_heads(x: Tensor, keys: Tensor) -> bool:
+def fits_heads(x: Tensor, keys: Slots) -> bool:
     """Return whether the library takes x with a cache [H_kv, capacity, D] whose keys are ``keys``."""
     head_dim = keys.shape[2]
-    fitting_cache = head_dim <= MAX_HEAD_DIM and keys.stride()[1:] == (head_dim, 1) and keys.dtype == x.dtype
-    return fitting_cache and fits(x, head_dim, HEAD_DIM_MULTIPLE)
+    if isinstance(keys, Tensor) and (keys.stride()[1:] != (head_dim, 1) or keys.dtype != x.dtype):
+        return False
+    return head_dim <= MAX_HEAD_DIM and fits(x, head_dim, HEAD_DIM_MULTIPLE)
 
 
 def multiply(
@@ -166,8 +168,8 @@ def rotary_write(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
@@ -187,14 +189,13 @@ def rotary_write(
         None if q_norm is None else q_norm.data_ptr(),
         None if k_norm is None else k_norm.data_ptr(),
         q.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
+        *_addresses(keys, values),
         start.data_ptr(),
         rows,
         heads,
         kv_heads,
         head_dim,
-        keys.stride(0),
+        *_capacity_and_bits(keys),
         eps,
         one_plus,
         q_norm is not None and len(q_norm) != head_dim,
@@ -206,8 +207,8 @@ def rotary_write(
 def block_attention(
     library: Library,
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     mask: Tensor,
     options: AttentionOptions = PLAIN_ATTENTION,
@@ -223,8 +224,7 @@ def block_attention(
     out = torch.empty((rows, heads * head_dim), dtype=torch.bfloat16)
     library.attention(
         q.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
+        *_addresses(keys, values),
         mask.data_ptr(),
         out.data_ptr(),
         start.data_ptr(),
@@ -232,7 +232,7 @@ def block_attention(
         heads,
         len(keys),
         head_dim,
-        keys.stride(0),
+        *_capacity_and_bits(keys),
         options.window or 0,
         options.softcap or 0.0,
         options.scale or 0.0,
@@ -258,6 +258,18 @@ def _gated_mul_quantize(
     group = size // scales.shape[1]
     function(gate_up.data_ptr(), None, values.data_ptr(), scales.data_ptr(), rows, size, group, torch.get_num_threads())
     return values, scales
+
+
+def _addresses(keys: Slots, values: Slots) -> tuple[int, int, int | None, int | None]:
+    """Return where keys and values are, and then where their scales are."""
+    scales = [part.scales.data_ptr() if isinstance(part, QuantizedSlots) else None for part in (keys, values)]
+    return keys.data_ptr(), values.data_ptr(), scales[0], scales[1]
+
+
+def _capacity_and_bits(keys: Slots) -> tuple[int, int]:
+    """Return the number of slots from head to head, of which ``keys`` may be only the first, and their bits."""
+    codes, bits = (keys.codes, keys.bits) if isinstance(keys, QuantizedSlots) else (keys, 16)
+    return codes.stride(0) // codes.shape[2], bits
 
 
 def _quantized(rows: int, size: int, group_size: int | None) -> tuple[Tensor, Tensor]:

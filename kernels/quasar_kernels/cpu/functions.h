@@ -42,23 +42,25 @@ FUNCTION(select_inputs, const uint16_t *x, const int64_t *order, uint16_t *out, 
          int32_t threads)
 
 // Takes qkv [rows][heads + 2 * kv_heads][head_dim] and cosines, sines [rows][head_dim]. Rotated queries go to q
-// [rows][heads][head_dim]; rotated keys and values go to the slots from `*start` on of keys and values
-// [kv_heads][..][head_dim], with head_stride elements from head to head. q_weight, k_weight: weights of the norms, or
-// null: [head_dim] of every head, or, if whole_norm is not 0, [heads][head_dim] of all heads together. For one_plus, see
-// rms_norm.
+// [rows][heads][head_dim]; rotated keys and values go to the slots from `*start` on. q_weight, k_weight: weights of the
+// norms, or null: [head_dim] of every head, or, if whole_norm is not 0, [heads][head_dim] of all heads together. For
+// one_plus, see rms_norm.
+//
+// keys, values [kv_heads][capacity][head_dim] are bfloat16 if bits is 16. If it is 8 or 4, they are codes, and their
+// scales are float32 [kv_heads][capacity], or float16 [kv_heads][capacity][head_dim / 32][2] with a minimum after each
+// scale; queries and keys are then rotated by a Hadamard matrix too.
 FUNCTION(rotary_write, const uint8_t *qkv, const float *cosines, const float *sines, const uint8_t *q_weight,
-         const uint8_t *k_weight, uint8_t *q, uint8_t *keys, uint8_t *values, const int64_t *start, int64_t rows,
-         int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps, int32_t one_plus,
-         int32_t whole_norm, int32_t threads)
+         const uint8_t *k_weight, uint8_t *q, uint8_t *keys, uint8_t *values, uint8_t *key_scales,
+         uint8_t *value_scales, const int64_t *start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
+         int64_t capacity, int64_t bits, float eps, int32_t one_plus, int32_t whole_norm, int32_t threads)
 
-// q and out [rows][heads][head_dim]; keys, values [kv_heads][..][head_dim], with head_stride elements from head to
-// head; head_dim is a multiple of 32, at most 512. Every row attends to all slots below `*start`, and to row j of the
-// block, in slot `*start + j`, if its element j of mask [rows][rows] is nonzero. If window is not 0, a row attends only
-// to the last `window` positions up to its own. If softcap is not 0, a score s becomes softcap * tanh(s / softcap). If
-// scale is 0, it is 1 / sqrt(head_dim).
-FUNCTION(attention, const uint16_t *q, const uint16_t *keys, const uint16_t *values, const uint8_t *mask,
-         uint16_t *out, const int64_t *start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-         int64_t head_stride, int64_t window, float softcap, float scale, int32_t threads)
+// q and out [rows][heads][head_dim]; keys and values as above; head_dim is a multiple of 32, at most 512. Every row
+// attends to all slots below `*start`, and to row j of the block, in slot `*start + j`, if its element j of mask
+// [rows][rows] is nonzero. If window is not 0, a row attends only to the last `window` positions up to its own. If
+// softcap is not 0, a score s becomes softcap * tanh(s / softcap). If scale is 0, it is 1 / sqrt(head_dim).
+FUNCTION(attention, const uint16_t *q, uint8_t *keys, uint8_t *values, uint8_t *key_scales, uint8_t *value_scales,
+         const uint8_t *mask, uint16_t *out, const int64_t *start, int64_t rows, int64_t heads, int64_t kv_heads,
+         int64_t head_dim, int64_t capacity, int64_t bits, int64_t window, float softcap, float scale, int32_t threads)
 
 // Requests huge pages for a buffer that has not been written yet.
 FUNCTION(advise_huge_pages, uint8_t *memory, int64_t bytes)

@@ -5,6 +5,7 @@
 #include "activations.h"
 #include "exponential.h"
 #include "exports.h"
+#include "slots.h"
 
 namespace {
 
@@ -111,6 +112,11 @@ inline void rotate_head(const uint8_t* x, const Norm& norm, float magnitude, Rot
     }
 }
 
+// Converts a row of bfloat16 to float32.
+inline void widen_row(const uint8_t* x, int64_t size, float* out) {
+    for (int64_t k = 0; k < size; k += LANES) store_float32(out + k, load_bfloat16(x + 2 * k));
+}
+
 }  // namespace
 
 void quasar_rms_norm(const uint8_t* x, const uint8_t* residual, const uint8_t* weight, uint8_t* total, uint8_t* out,
@@ -183,29 +189,52 @@ void quasar_select_inputs(const uint16_t* x, const int64_t* order, uint16_t* out
 }
 
 void quasar_rotary_write(const uint8_t* qkv, const float* cosines, const float* sines, const uint8_t* q_weight,
-                         const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, const int64_t* start,
-                         int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t head_stride, float eps,
-                         int32_t one_plus, int32_t whole_norm, int32_t threads) {
+                         const uint8_t* k_weight, uint8_t* q, uint8_t* keys, uint8_t* values, uint8_t* key_scales,
+                         uint8_t* value_scales, const int64_t* start, int64_t rows, int64_t heads, int64_t kv_heads,
+                         int64_t head_dim, int64_t capacity, int64_t bits, float eps, int32_t one_plus, int32_t whole_norm,
+                         int32_t threads) {
     const int64_t width = (heads + 2 * kv_heads) * head_dim, first = *start;
+    const Slots key_slots = {keys, key_scales, bits, head_dim, capacity};
+    const Slots value_slots = {values, value_scales, bits, head_dim, capacity};
+    const bool quantized = bits != 16;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_ELEMENTS)
     for (int64_t row = 0; row < rows; ++row) {
         const uint8_t* source = qkv + 2 * row * width;
         const Rotation rotation = {cosines + row * head_dim, sines + row * head_dim};
-        const auto slot = [&](int64_t head) { return 2 * (head * head_stride + (first + row) * head_dim); };
-        // Rotates `count` heads, each to the memory that place(head) returns.
-        const auto rotate_heads = [&](const uint8_t* weight, int64_t count, auto place) {
+        alignas(64) float wide[MAX_HEAD_DIM];
+        alignas(64) uint8_t rotated[2 * MAX_HEAD_DIM];
+        // Rotates `count` heads, each to the memory that place(head) returns, and then calls finish(head).
+        const auto rotate_heads = [&](const uint8_t* weight, int64_t count, auto place, auto finish) {
             Norm norm = {weight, eps, one_plus != 0};
             float magnitude = 1.0f;
             if (weight != nullptr && whole_norm) magnitude = inverse_magnitude(source, count * head_dim, eps);
             for (int64_t head = 0; head < count; ++head, source += 2 * head_dim) {
                 if (weight != nullptr && !whole_norm) magnitude = inverse_magnitude(source, head_dim, eps);
                 rotate_head(source, norm, magnitude, rotation, head_dim, place(head));
+                if (quantized) {
+                    widen_row(place(head), head_dim, wide);
+                    hadamard_transform(wide, head_dim);
+                    finish(head);
+                }
                 if (weight != nullptr && whole_norm) norm.weight += 2 * head_dim;
             }
         };
-        rotate_heads(q_weight, heads, [&](int64_t head) { return q + 2 * (row * heads + head) * head_dim; });
-        rotate_heads(k_weight, kv_heads, [&](int64_t head) { return keys + slot(head); });
-        for (int64_t head = 0; head < kv_heads; ++head, source += 2 * head_dim)
-            __builtin_memcpy(values + slot(head), source, 2 * head_dim);
+        const auto query = [&](int64_t head) { return q + 2 * (row * heads + head) * head_dim; };
+        rotate_heads(q_weight, heads, query, [&](int64_t head) {
+            for (int64_t k = 0; k < head_dim; k += LANES) store_bfloat16(query(head) + 2 * k, load_float32(wide + k));
+        });
+        const auto key_row = [&](int64_t head) { return key_slots.row(head, first + row); };
+        rotate_heads(
+            k_weight, kv_heads, [&](int64_t head) { return quantized ? rotated : key_slots.codes_of(key_row(head)); },
+            [&](int64_t head) { write_row(key_slots, key_row(head), wide); });
+        for (int64_t head = 0; head < kv_heads; ++head, source += 2 * head_dim) {
+            const int64_t slot = value_slots.row(head, first + row);
+            if (!quantized) {
+                __builtin_memcpy(value_slots.codes_of(slot), source, 2 * head_dim);
+                continue;
+            }
+            widen_row(source, head_dim, wide);
+            write_row(value_slots, slot, wide);
+        }
     }
 }

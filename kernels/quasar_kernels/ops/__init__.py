@@ -31,7 +31,11 @@ LAYER_OPS = (
     gelu_mul.QUANTIZING,
     add_scaled.OP,
     rotary_write.OP,
+    rotary_write.KV8,
+    rotary_write.KV4,
     block_attention.OP,
+    block_attention.KV8,
+    block_attention.KV4,
     first_maxima.OP,
     select_inputs.OP,
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +15,7 @@ from quasar_kernels.cases import Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
 from quasar_kernels.reference import widened
+from quasar_kernels.slots import QuantizedSlots, Slots
 
 EXACT_BLOCK = 128
 """Largest float32 block whose attention accumulates in float64. Float32 is the mode in which exactness is asserted, and
@@ -21,8 +25,8 @@ would otherwise turn a difference in the last bit into a different integer."""
 
 def block_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     block_mask: Tensor,
     options: AttentionOptions = PLAIN_ATTENTION,
@@ -33,6 +37,9 @@ def block_attention(
     (int64 [1], read when the kernel runs); block_mask: bool or integer [R, R], nonzero if a row attends to a row of the
     block. Query head h reads KV head h // (H / H_kv). Returns [R, H D] in the dtype of q. On a CPU in bfloat16, a row's
     result does not depend on the other rows or on slots that the row does not attend to.
+
+    Quantized keys and values are dequantized to the dtype of q. The result has the bits of attention over the
+    dequantized tensors.
     """
     out: Tensor = OP(q, keys, values, start, block_mask, options)
     return out
@@ -40,8 +47,8 @@ def block_attention(
 
 def _plain(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     block_mask: Tensor,
     options: AttentionOptions = PLAIN_ATTENTION,
@@ -51,6 +58,7 @@ def _plain(
     To read ``start`` it would have to wait for the device, so it reads every slot of ``keys``. A caller that knows
     where the block ends passes only the slots up to there.
     """
+    keys, values = (part.dequantized(q.dtype) if isinstance(part, QuantizedSlots) else part for part in (keys, values))
     rows = len(q)
     place = torch.arange(keys.shape[1], device=q.device) - start
     in_block = (place >= 0) & (place < rows)
@@ -94,8 +102,8 @@ def _capped_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sca
 
 def _library_takes(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     block_mask: Tensor,
     options: AttentionOptions = PLAIN_ATTENTION,
@@ -105,8 +113,8 @@ def _library_takes(
 
 def _triton_takes(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     block_mask: Tensor,
     options: AttentionOptions = PLAIN_ATTENTION,
@@ -118,16 +126,18 @@ def _triton_takes(
     return in_16_bit(q) and len(q) <= MAX_ROWS <= (options.window or MAX_ROWS)
 
 
-def _case(setting: Setting) -> Case:
+def _case(setting: Setting, bits: int = 16) -> Case:
     layer, rows, context = setting.layer, setting.rows, setting.context
-    keys, values = (setting.normal(layer.kv_heads, context + rows, layer.head_dim) for _ in range(2))
+    keys, values = (setting.slots(context + rows, bits) for _ in range(2))
     q = setting.normal(rows, layer.heads, layer.head_dim)
     start = torch.tensor([context], device=setting.device)
     causal = torch.ones(rows, rows, dtype=torch.bool, device=setting.device).tril()
     visible = F.pad(causal, (context, 0), value=True)
 
+    k, v = (part if isinstance(part, Tensor) else part.dequantized(q.dtype) for part in (keys, values))
+
     def peer() -> Tensor:
-        batch = (q.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
+        batch = (q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))
         return F.scaled_dot_product_attention(*batch, attn_mask=visible, enable_gqa=True)
 
     return Case((q, keys, values, start, causal), peer, keys.nbytes + values.nbytes + 2 * q.nbytes)
@@ -142,3 +152,6 @@ OP = LayerOp(
     check=checks.block_attention,
     reads_cache=True,
 )
+KV8 = replace(OP, name="block_attention_kv8", case=partial(_case, bits=8))
+KV4 = replace(OP, name="block_attention_kv4", case=partial(_case, bits=4))
+"""The same op with quantized keys and values. PyTorch has no such attention, so its peer reads 16 bit."""

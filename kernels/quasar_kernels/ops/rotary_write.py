@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,15 +12,16 @@ from quasar_kernels import checks
 from quasar_kernels.cases import EPS, Case, Setting
 from quasar_kernels.cpu import calls
 from quasar_kernels.dispatch import Kernel, LayerOp, in_16_bit, triton_function
-from quasar_kernels.reference import rms_norm, rotate
+from quasar_kernels.reference import hadamard_transform, rms_norm, rotate
+from quasar_kernels.slots import QuantizedSlots, Slots
 
 
 def rotary_write(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
@@ -31,6 +35,9 @@ def rotary_write(
     [H_kv, capacity, D], written to the slots from ``start`` on (int64 [1], read when the kernel runs); q_norm, k_norm:
     weights [D] of an RMS normalization of each head (Qwen3), or [H D] and [H_kv D] of all heads together (OLMo 2), or
     None; one_plus: see `reference.rms_norm`. Returns the rotated queries [R, H, D].
+
+    If keys and values are quantized slots, they are quantized here, and queries and keys are multiplied by a Hadamard
+    matrix before, see `quasar_kernels.slots`.
     """
     out: Tensor = OP(qkv, cos, sin, keys, values, start, q_norm, k_norm, eps, one_plus)
     return out
@@ -40,8 +47,8 @@ def _plain(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
@@ -53,10 +60,17 @@ def _plain(
     q, k, v = heads.split([heads.shape[1] - 2 * len(keys), len(keys), len(keys)], dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = _normalized(q, q_norm, eps, one_plus), _normalized(k, k_norm, eps, one_plus)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin).transpose(0, 1)
     slots = start + torch.arange(rows, device=qkv.device)
-    keys.index_copy_(1, slots, rotate(k, cos, sin).transpose(0, 1))
+    if isinstance(keys, QuantizedSlots):
+        assert isinstance(values, QuantizedSlots)
+        keys.write(slots, hadamard_transform(k))
+        values.write(slots, v.transpose(0, 1))
+        return hadamard_transform(q).to(q.dtype)
+    assert isinstance(values, Tensor)
+    keys.index_copy_(1, slots, k)
     values.index_copy_(1, slots, v.transpose(0, 1))
-    return rotate(q, cos, sin)
+    return q
 
 
 def _normalized(heads: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
@@ -68,8 +82,8 @@ def _library_takes(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
@@ -79,10 +93,10 @@ def _library_takes(
     return calls.fits_heads(qkv, keys) and (q_norm is None or q_norm.dtype == qkv.dtype)
 
 
-def _case(setting: Setting) -> Case:
+def _case(setting: Setting, bits: int = 16) -> Case:
     layer, rows, head_dim = setting.layer, setting.rows, setting.layer.head_dim
     qkv = setting.normal(rows, (layer.heads + 2 * layer.kv_heads) * head_dim)
-    keys, values = (setting.normal(layer.kv_heads, setting.context + 2 * rows, head_dim) for _ in range(2))
+    keys, values = (setting.slots(setting.context + 2 * rows, bits) for _ in range(2))
     angles = torch.rand(rows, head_dim, device=setting.device)
     norms = (setting.normal(head_dim), setting.normal(head_dim)) if layer.head_norms else (None, None)
     start = torch.tensor([setting.context + rows], device=setting.device)
@@ -98,3 +112,6 @@ OP = LayerOp(
     case=_case,
     check=checks.rotary_write,
 )
+KV8 = replace(OP, name="rotary_write_kv8", case=partial(_case, bits=8))
+KV4 = replace(OP, name="rotary_write_kv4", case=partial(_case, bits=4))
+"""The same op with quantized keys and values."""

@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quasar_kernels.attention_options import PLAIN_ATTENTION, AttentionOptions
+from quasar_kernels.slots import QuantizedSlots, Slots
 from quasar_kernels.triton.device import interpreted, multiprocessors
 from quasar_kernels.triton.dot import multiply
+from quasar_kernels.triton.slots import load_slots, slot_constants
 from quasar_kernels.triton.tuning import MAX_ROWS
 
 BLOCK_SLOTS = 64
@@ -28,8 +30,8 @@ MERGE_ELEMENTS = 128
 
 def block_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Slots,
+    values: Slots,
     start: Tensor,
     block_mask: Tensor,
     options: AttentionOptions = PLAIN_ATTENTION,
@@ -46,13 +48,18 @@ def block_attention(
     group = heads // kv_heads
     if splits is None:
         splits = min(MAX_SPLITS, max(1, multiprocessors(q.device) // kv_heads))
-    constants, launch = attention_launch(rows, group, head_dim)
+    key_codes, value_codes = (part.codes if isinstance(part, QuantizedSlots) else part for part in (keys, values))
+    # The codes of a float cache stand in for scales that are not there.
+    key_scales, value_scales = (part.scales if isinstance(part, QuantizedSlots) else part for part in (keys, values))
+    constants, launch = attention_launch(rows, group, head_dim, keys.bits if isinstance(keys, QuantizedSlots) else 16)
     partial = torch.empty(splits, rows * heads, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(2, splits, rows * heads, dtype=torch.float32, device=q.device)
     block_attention_kernel[(kv_heads, splits, triton.cdiv(group * rows, constants["BLOCK_ROWS"]))](
         q,
-        keys,
-        values,
+        key_codes,
+        value_codes,
+        key_scales,
+        value_scales,
         start,
         block_mask,
         partial,
@@ -64,7 +71,7 @@ def block_attention(
         rows,
         heads,
         splits,
-        keys.stride(0),
+        key_codes.stride(0) // key_codes.shape[2],
         CAPPED=options.softcap is not None,
         WINDOWED=options.window is not None,
         WIDE=interpreted(),
@@ -87,15 +94,19 @@ def block_attention(
     return out
 
 
-def attention_launch(rows: int, group: int, head_dim: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Return compile-time values and launch options for ``rows`` rows with ``group`` query heads per KV head."""
+def attention_launch(rows: int, group: int, head_dim: int, bits: int = 16) -> tuple[dict[str, int], dict[str, int]]:
+    """Return compile-time values and launch options for ``rows`` rows with ``group`` query heads per KV head.
+
+    bits: those of keys and values
+    """
+    # Codes are dequantized in registers, of which wide heads need too many.
+    wide = head_dim > WIDE_HEAD or (bits != 16 and head_dim == WIDE_HEAD)
     constants = {
-        "GROUP": group,
-        "HEAD_DIM": head_dim,
+        "HEADS": group,
+        **slot_constants(head_dim, bits),
         "BLOCK_ROWS": min(MAX_PACKED_ROWS, max(16, triton.next_power_of_2(group * rows))),
-        "BLOCK_SLOTS": BLOCK_SLOTS if head_dim <= WIDE_HEAD else BLOCK_SLOTS // 2,
+        "BLOCK_SLOTS": BLOCK_SLOTS // 2 if wide else BLOCK_SLOTS,
         "MASK_COLUMNS": MAX_ROWS,
-        "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
     }
     return constants, {"num_warps": 4, "num_stages": 3}
 
@@ -105,6 +116,8 @@ def block_attention_kernel(
     q,
     keys,
     values,
+    key_scales,
+    value_scales,
     start,
     block_mask,
     partial,
@@ -115,26 +128,29 @@ def block_attention_kernel(
     rows,
     heads,
     splits,
-    head_stride,
-    GROUP: tl.constexpr,
+    capacity,
+    HEADS: tl.constexpr,
+    BITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
     CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     MASK_COLUMNS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
 ):
     """Compute the partial results. Grid: (KV heads, splits, blocks of packed rows).
 
-    Packed row p is head p % GROUP of row p // GROUP. partial: unnormalized sums, float32 [splits, R * H, D];
+    Packed row p is head p % HEADS of row p // HEADS. partial: unnormalized sums, float32 [splits, R * H, D];
     statistics: float32 [2, splits, R * H], the largest logit in units of log 2 and the sum of exponentials relative to
     it.
     """
     kv_head, split = tl.program_id(0), tl.program_id(1)
     packed = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+    row, head = packed // HEADS, kv_head * HEADS + packed % HEADS
     inside = row < rows
     depth = tl.arange(0, BLOCK_DIM)
     context = tl.load(start).to(tl.int32)
@@ -154,18 +170,15 @@ def block_attention_kernel(
     middle = tl.minimum(tl.maximum(context // BLOCK_SLOTS * BLOCK_SLOTS, begin), stop)
     query_place = (row * heads + head)[:, None] * HEAD_DIM + depth[None, :]
     query = tl.load(q + query_place, mask=inside[:, None] & (depth[None, :] < HEAD_DIM), other=0.0)
-    base = kv_head.to(tl.int64) * head_stride
+    base = kv_head.to(tl.int64) * capacity
+    dtype: tl.constexpr = q.dtype.element_ty
     largest = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     accumulator = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
     for first in range(begin, middle, BLOCK_SLOTS):
         slot = first + tl.arange(0, BLOCK_SLOTS)
-        place = base + slot[:, None] * HEAD_DIM + depth[None, :]
-        if HEAD_DIM == BLOCK_DIM:
-            key, value = tl.load(keys + place), tl.load(values + place)
-        else:
-            key = tl.load(keys + place, mask=depth[None, :] < HEAD_DIM, other=0.0)
-            value = tl.load(values + place, mask=depth[None, :] < HEAD_DIM, other=0.0)
+        key = load_slots(keys, key_scales, base + slot, None, dtype, BITS, HEAD_DIM, BLOCK_DIM, GROUP, GROUPS)
+        value = load_slots(values, value_scales, base + slot, None, dtype, BITS, HEAD_DIM, BLOCK_DIM, GROUP, GROUPS)
         logits = tl.zeros([BLOCK_ROWS, BLOCK_SLOTS], dtype=tl.float32)
         logits = multiply(query, tl.trans(key), logits, WIDE) * scale
         if CAPPED:
@@ -175,10 +188,9 @@ def block_attention_kernel(
         largest, total, accumulator = add_slots(logits, value, largest, total, accumulator, WIDE)
     for first in tl.range(middle, stop, BLOCK_SLOTS, num_stages=1):
         slot = first + tl.arange(0, BLOCK_SLOTS)
-        place = base + slot[:, None] * HEAD_DIM + depth[None, :]
-        present = (slot[:, None] < end) & (depth[None, :] < HEAD_DIM)
-        key = tl.load(keys + place, mask=present, other=0.0)
-        value = tl.load(values + place, mask=present, other=0.0)
+        present = slot < end
+        key = load_slots(keys, key_scales, base + slot, present, dtype, BITS, HEAD_DIM, BLOCK_DIM, GROUP, GROUPS)
+        value = load_slots(values, value_scales, base + slot, present, dtype, BITS, HEAD_DIM, BLOCK_DIM, GROUP, GROUPS)
         logits = tl.zeros([BLOCK_ROWS, BLOCK_SLOTS], dtype=tl.float32)
         logits = multiply(query, tl.trans(key), logits, WIDE) * scale
         own = slot[None, :] - context
