@@ -67,7 +67,7 @@ class _Weights:
     found:   the results of the preparation besides the weights
     """
 
-    shapes: list[dict[str, int]]
+    shapes: list[dict[str, Any]]
     options: dict[str, bool]
     layers: dict[str, Found]
     tensors: dict[str, Tensor]

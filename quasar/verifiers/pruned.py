@@ -42,6 +42,10 @@ def _quantizer(choice: Quantizer) -> Quantizer:
         raise RequestError(f"{_PLACE}={shown(choice)}: must be int8, int4, another verifier of their classes, or null")
     if node["dtype"] != "auto":
         raise RequestError(f"{_PLACE}.dtype={node['dtype']}: has no effect; the dtype of the model is verifier.dtype")
+    if node["kv_bits"] != 16:
+        raise RequestError(
+            f"{_PLACE}.kv_bits={node['kv_bits']}: has no effect; the bits of the KV cache are verifier.kv_bits"
+        )
     return choice
 
 
