@@ -137,7 +137,9 @@ def _path_rows(path: Path, hub: HubDataset) -> Iterator[tuple[str, Any]]:
     files = _data_files(path, hub)
     if files[0].suffix == ".parquet":
         try:
-            dataset = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+            # Local files have no revision.
+            names = list(map(str, files))
+            dataset = load_dataset("parquet", data_files=names, split="train")  # nosec B615
         except (OSError, ValueError, DatasetsError) as error:
             raise RequestError(f"data.path={path}: cannot be read as parquet ({first_line(error)})") from None
         yield from _dataset_rows(dataset, str(path))

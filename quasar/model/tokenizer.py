@@ -115,11 +115,12 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, LlamaTokenizerFast
 
     try:
+        # A local folder has no revision.
         if read_object(folder / "config.json").get("model_type") == "PanguEmbedded":
             # The checkpoint's tokenizer class is remote code for a SentencePiece model. Llama's class reads it as well.
-            inner = LlamaTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+            inner = LlamaTokenizerFast.from_pretrained(folder, trust_remote_code=False)  # nosec B615
         else:
-            inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615
         if not inner.encode("a", add_special_tokens=False):
             raise ValueError("it makes no token of the text 'a'")
     except (KeyboardInterrupt, SystemExit):
