@@ -41,6 +41,7 @@ class Tokenizer:
         folder: Path | None = None,
         vocab_size: int | None = None,
     ) -> None:
+        _switch_off_word_cache(inner)
         self._inner = inner
         self._template = template
         self._folder, self._vocab_size = folder, vocab_size
@@ -129,6 +130,18 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
         check_vocabulary_files(folder)
         raise RequestError(f"{folder}: contains no usable tokenizer ({first_line(error)})") from None
     return inner
+
+
+def _switch_off_word_cache(inner: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer remember no words that it has split into tokens.
+
+    The library ``tokenizers`` never frees these words, not even with their tokenizer, so that the memory of a process
+    would grow with every prompt and with every job of a sweep. Prompts are too short for the cache to save time.
+    """
+    model = getattr(getattr(inner, "backend_tokenizer", None), "model", None)
+    resize = getattr(model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerBase:
