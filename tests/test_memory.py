@@ -30,15 +30,17 @@ from quasar.verifiers.fp16 import FP16Verifier
 from tests.in_process import Start, starter
 
 INTERRUPTED = 130
+# fmt: off
+_MALLOC_COUNTS = (
+    "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+)
+# fmt: on
 
 
 class _MallocInformation(ctypes.Structure):
     """glibc's ``struct mallinfo2``; ``uordblks`` and ``hblkhd`` are the allocated bytes below and in own mappings."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    )
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLOC_COUNTS)
 
 
 class Held(NamedTuple):
