@@ -137,6 +137,17 @@ def export_model(
         export_verifier(folder, overrides, Reporter())
 
 
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def evaluate_tasks(context: typer.Context) -> None:
+    """Evaluate tasks of the lm-evaluation-harness. Takes the arguments of lm_eval, which then knows --model quasar."""
+    from quasar.experiment.harness import evaluate
+
+    with reported_errors():
+        evaluate(context.args)
+
+
 @app.command("plot")
 def plot_runs(
     folder: Annotated[Path, typer.Argument(help="an experiment's results, a sweep, or any folder above runs")],

@@ -48,6 +48,11 @@ class Tokenizer:
         self.stop_tokens = stop_tokens
 
     @property
+    def inner(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of transformers, for what works with its interface."""
+        return self._inner
+
+    @property
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None
 
