@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from quasar.cli import app
+from quasar.errors import RequestError
+from quasar.evaluation.prompts import load_prompts
+from tests.compose import composed_run
 from tests.in_process import Start, starter
 
 
@@ -78,3 +82,39 @@ def test_runs_without_answers_are_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["collect", str(tmp_path), "--format", "spec-bench"])
     assert done.exit_code == 2
     assert f"{tmp_path}: no run has an answer yet" in done.output
+
+
+ROWS = [
+    {"question_id": "a1", "category": "coding", "sub_category": "x", "turns": ["Write.", "Shorten it."], "source": "s"},
+    {"question_id": "a2", "category": "coding", "sub_category": "x", "turns": ["Write again."], "source": "s"},
+    {"question_id": "b1", "category": "math", "sub_category": "y", "turns": ["1 + 1?"], "source": "s"},
+]
+
+
+def prepared(folder: Path, rows: list[dict]) -> Path:
+    """A folder as specdec_bench's prepare_data.py writes it."""
+    (folder / "qualitative").mkdir(parents=True)
+    pd.DataFrame(rows).to_parquet(folder / "qualitative" / "test.parquet")
+    return folder
+
+
+def test_prepared_prompts_of_speed_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = prepared(tmp_path / "speed", ROWS)
+    found = load_prompts(composed_run("data=speed_bench", f"data.path={folder}", "data.limit=1").data)
+    assert [(prompt.key, prompt.family, prompt.turns) for prompt in found] == [
+        ("speed_bench/a1", "coding", ("Write.", "Shorten it.")),
+        ("speed_bench/b1", "math", ("1 + 1?",)),
+    ]
+    everything = load_prompts(composed_run("data=speed_bench", f"data.path={folder}", "data.limit=null").data)
+    assert [prompt.key for prompt in everything] == ["speed_bench/a1", "speed_bench/a2", "speed_bench/b1"]
+
+
+def test_prompts_of_speed_bench_that_were_not_fetched_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    missing = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH\n\nfor this role"
+    folder = prepared(tmp_path / "speed", [*ROWS, {**ROWS[0], "question_id": "c", "turns": [missing]}])
+    with pytest.raises(RequestError, match=r"question c of SPEED-Bench has no text yet: .*prepare_data\.py"):
+        load_prompts(composed_run("data=speed_bench", f"data.path={folder}").data)
