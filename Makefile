@@ -54,6 +54,7 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive quasar kernels hydra_plugins run.py
 	$(BIN)/mypy
 
 clean:

@@ -190,7 +190,7 @@ def test_w8a8_safetensors(dense: LlamaForCausalLM, dense_folder: Path, tmp_path:
 def test_what_cannot_be_read_is_named(dense: LlamaForCausalLM, dense_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"verifier\.path=.*nowhere: no such file"):
         verifier(tmp_path / "nowhere", dense_folder)
-    with pytest.raises(RequestError, match=r"quant_method is None; supported are compressed-tensors, gptq, awq"):
+    with pytest.raises(RequestError, match=r"quant_method is None; supported are compressed-tensors, gptq, awq, bits"):
         verifier(dense_folder, dense_folder)
     (tmp_path / "cut.gguf").write_bytes(b"GGUF")
     with pytest.raises(RequestError, match=r"cut\.gguf: not a readable GGUF file"):

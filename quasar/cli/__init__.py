@@ -60,14 +60,16 @@ def examine() -> None:
 @app.command("collect")
 def collect_runs(
     folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],
-    output: Annotated[Path | None, typer.Option(help="stem of the table's files; FOLDER/collected by default")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="stem of the files; FOLDER/collected by default. Of spec-bench: a folder")
+    ] = None,
     watch: Annotated[bool, typer.Option(help="refresh a table of states until every run has ended")] = False,
     every: Annotated[float, typer.Option(help="seconds between refreshes")] = 5.0,
     columns: Annotated[
         str | None, typer.Option(help="metrics or configuration keys, such as tokens_per_second,verifier.group_size")
     ] = None,
     sort: Annotated[str | None, typer.Option(help="column to sort by; -NAME: the largest first")] = None,
-    form: Annotated[str, typer.Option("--format", help="table, markdown or csv")] = "table",
+    form: Annotated[str, typer.Option("--format", help="table, markdown, csv, or spec-bench: answer files")] = "table",
 ) -> None:
     """Write a table of all runs below a folder, as Parquet and CSV, and print the states and metrics of the runs."""
     from quasar.results.overview import collect, follow
@@ -78,7 +80,7 @@ def collect_runs(
         choice = Choice.parsed(columns, sort, form)
         if watch:
             follow(folder, every, reporter)
-        collect(folder, output or folder / "collected", choice, reporter)
+        collect(folder, output, choice, reporter)
 
 
 @app.command("show")
@@ -133,6 +135,17 @@ def export_model(
 
     with reported_errors():
         export_verifier(folder, overrides, Reporter())
+
+
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def evaluate_tasks(context: typer.Context) -> None:
+    """Evaluate tasks of the lm-evaluation-harness. Takes the arguments of lm_eval, which then knows --model quasar."""
+    from quasar.experiment.harness import evaluate
+
+    with reported_errors():
+        evaluate(context.args)
 
 
 @app.command("plot")

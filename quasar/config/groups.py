@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
@@ -79,12 +79,17 @@ def _load(path: str) -> dict[str, Any] | None:
     """Return the content of a file of the search path without its defaults list; None if there is none."""
     loader = GlobalHydra.instance().config_loader()
     assert isinstance(loader, ConfigLoaderImpl)
-    return _loaded(loader.repository, path)
+    files = _FILES.setdefault(loader.repository, {})
+    if path not in files:
+        files[path] = _loaded(loader.repository, path)
+    return files[path]
 
 
-@lru_cache(maxsize=64)
+# A sweep reads the same files for each of its jobs. They are forgotten with the search path that they come from.
+_FILES: WeakKeyDictionary[IConfigRepository, dict[str, dict[str, Any] | None]] = WeakKeyDictionary()
+
+
 def _loaded(repository: IConfigRepository, path: str) -> dict[str, Any] | None:
-    # A sweep reads the same files for each of its jobs.
     result = repository.load_config(path)
     if result is None or not isinstance(result.config, DictConfig):
         return None

@@ -19,15 +19,17 @@ Row = dict[str, Any]
 """One row of a dataset, or of a Spec-Bench file: column names and their values."""
 
 _SUFFIXES = (".parquet", ".jsonl", ".json")
+NOT_FETCHED = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+"""How a turn of SPEED-Bench begins whose text belongs to another dataset."""
 
 
 def benchmark_rows(data: DataConfig) -> Iterator[tuple[str, Row]]:
-    """Yield the place and the Spec-Bench form of the first ``data.limit`` rows.
+    """Yield the place and the Spec-Bench form of the first ``data.limit`` rows, or of all of a set with categories.
 
     The rows come from ``data.path`` if it is set, otherwise from ``data.hub`` through the cache of ``datasets``. The
     form has the keys ``question_id``, ``turns``, ``reference`` and what grades an answer. ``question_id`` is the row's
-    number in its split, from 0. The place of a row of a JSONL file is the file and the line; otherwise it ends in the
-    row's number.
+    number in its split, from 0, unless the dataset has one. The place of a row of a JSONL file is the file and the
+    line; otherwise it ends in the row's number.
 
     Raises RequestError if the dataset is not available, lacks a column or has a value of another type; the message
     names the place and the remedy.
@@ -41,17 +43,22 @@ def benchmark_rows(data: DataConfig) -> Iterator[tuple[str, Row]]:
     else:
         rows = _path_rows(expanded(data.path, "data.path"), data.hub)
     # Only these rows are read and converted: a split may hold tens of thousands.
-    for number, (place, row) in enumerate(islice(rows, data.limit)):
+    for number, (place, row) in enumerate(rows if form.has_categories else islice(rows, data.limit)):
         yield place, {"question_id": number, **form.converted(row, place, data.name)}
 
 
 @dataclass(frozen=True)
 class _Form:
-    """The columns that a benchmark's rows must have, and how one becomes a row of a Spec-Bench file."""
+    """The columns that a benchmark's rows must have, and how one becomes a row of a Spec-Bench file.
+
+    kind: type of the columns; None if ``convert`` and `quasar.evaluation.prompts` check them
+    has_categories: whether the rows are of several task families, of which ``data.limit`` takes the first ones each
+    """
 
     columns: tuple[str, ...]
     convert: Callable[[Row], Row]
-    kind: type = str
+    kind: type | None = str
+    has_categories: bool = False
 
     def converted(self, row: Any, place: str, name: str) -> Row:
         if not isinstance(row, dict):
@@ -62,7 +69,7 @@ class _Form:
                 f"{place}: data={name} needs the columns {', '.join(self.columns)}; {', '.join(missing)} not found"
             )
         for column in self.columns:
-            if not isinstance(row[column], self.kind):
+            if self.kind is not None and not isinstance(row[column], self.kind):
                 kind = "a text" if self.kind is str else "a list of texts"
                 raise RequestError(f"{place}: the column {column} must be {kind}, found {row[column]!r:.80}")
         return self.convert(row)
@@ -92,12 +99,26 @@ def _cnn_dm(row: Row) -> Row:
     return {"turns": [f"Summarize: {row['article']}"], "reference": [row["highlights"]]}
 
 
+def _speed_bench(row: Row) -> Row:
+    """Keep the columns of Spec-Bench, which are a part of SPEED-Bench's."""
+    turns = row["turns"]
+    if isinstance(turns, list) and any(isinstance(turn, str) and turn.startswith(NOT_FETCHED) for turn in turns):
+        raise RequestError(
+            f"question {row['question_id']} of SPEED-Bench has no text yet: the dataset names its sources only. Fetch "
+            "them with prepare_data.py of NVIDIA's specdec_bench, and pass its folder as data.path"
+        )
+    if not isinstance(row["category"], str):
+        raise RequestError(f"question {row['question_id']}: category must be a text, found {row['category']!r:.80}")
+    return {key: row[key] for key in ("question_id", "category", "turns")}
+
+
 _FORMS = {
     "mt_bench": _Form(("prompt", "reference"), _mt_bench, list),
     "humaneval": _Form(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
     "gsm8k": _Form(("question", "answer"), _gsm8k),
     "alpaca": _Form(("instruction", "input", "output"), _alpaca),
     "cnn_dm": _Form(("article", "highlights"), _cnn_dm),
+    "speed_bench": _Form(("question_id", "category", "turns"), _speed_bench, None, True),
 }
 
 
@@ -137,7 +158,9 @@ def _path_rows(path: Path, hub: HubDataset) -> Iterator[tuple[str, Any]]:
     files = _data_files(path, hub)
     if files[0].suffix == ".parquet":
         try:
-            dataset = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+            # Local files have no revision.
+            names = list(map(str, files))
+            dataset = load_dataset("parquet", data_files=names, split="train")  # nosec B615
         except (OSError, ValueError, DatasetsError) as error:
             raise RequestError(f"data.path={path}: cannot be read as parquet ({first_line(error)})") from None
         yield from _dataset_rows(dataset, str(path))

@@ -86,7 +86,12 @@ def _from_files(data: DataConfig, key: str) -> list[Prompt]:
 
 
 def _from_hub(data: DataConfig) -> list[Prompt]:
-    return [_prompt(row, place, data.name, prefix=f"{data.name}/") for place, row in benchmark_rows(data)]
+    prompts = [
+        _prompt(row, place, row.get("category", data.name), prefix=f"{data.name}/")
+        for place, row in benchmark_rows(data)
+    ]
+    _refuse_repeated_keys(prompts)
+    return _limited(prompts, data.limit)
 
 
 def _parse(raw: Any, file: Path, place: str, by_file: bool) -> Prompt:

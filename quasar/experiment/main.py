@@ -23,6 +23,7 @@ from quasar.config.rules import check, require_path
 from quasar.config.schema import CONF, register
 from quasar.errors import RequestError, report
 from quasar.experiment.entry import INTERRUPTED
+from quasar.experiment.memory import release_memory
 from quasar.experiment.sweep.ending import SweepEnded
 
 DONE, WRONG_REQUEST = 0, 2
@@ -36,7 +37,10 @@ def main() -> int:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> int:
         # A job of a sweep may run in another process, which gets the code as the return value.
-        codes.append(_run(config))
+        try:
+            codes.append(_run(config))
+        finally:
+            release_memory()
         return codes[-1]
 
     try:

@@ -33,7 +33,8 @@ def gguf_tokenizer(path: Path, metadata: Values) -> PreTrainedTokenizerBase:
             "folder of the checkpoint that the file was made of"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # A local folder, which has no revision.
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)  # nosec B615
     except Exception as error:  # the libraries below raise whatever a damaged vocabulary makes them raise
         raise RequestError(f"{path}: contains no usable tokenizer ({first_line(error)})") from error
     if kind == "gpt2" and split is None:

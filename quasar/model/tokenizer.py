@@ -41,10 +41,16 @@ class Tokenizer:
         folder: Path | None = None,
         vocab_size: int | None = None,
     ) -> None:
+        _switch_off_word_cache(inner)
         self._inner = inner
         self._template = template
         self._folder, self._vocab_size = folder, vocab_size
         self.stop_tokens = stop_tokens
+
+    @property
+    def inner(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of transformers, for what works with its interface."""
+        return self._inner
 
     @property
     def has_chat_template(self) -> bool:
@@ -115,11 +121,12 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, LlamaTokenizerFast
 
     try:
+        # A local folder has no revision.
         if read_object(folder / "config.json").get("model_type") == "PanguEmbedded":
             # The checkpoint's tokenizer class is remote code for a SentencePiece model. Llama's class reads it as well.
-            inner = LlamaTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+            inner = LlamaTokenizerFast.from_pretrained(folder, trust_remote_code=False)  # nosec B615
         else:
-            inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615
         if not inner.encode("a", add_special_tokens=False):
             raise ValueError("it makes no token of the text 'a'")
     except (KeyboardInterrupt, SystemExit):
@@ -128,6 +135,18 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
         check_vocabulary_files(folder)
         raise RequestError(f"{folder}: contains no usable tokenizer ({first_line(error)})") from None
     return inner
+
+
+def _switch_off_word_cache(inner: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer remember no words that it has split into tokens.
+
+    The library ``tokenizers`` never frees these words, not even with their tokenizer, so that the memory of a process
+    would grow with every prompt and with every job of a sweep. Prompts are too short for the cache to save time.
+    """
+    model = getattr(getattr(inner, "backend_tokenizer", None), "model", None)
+    resize = getattr(model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerBase:

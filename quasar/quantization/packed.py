@@ -53,7 +53,7 @@ QuantizedLayer = W4Linear | W8A8Linear | W8A16Linear | Fp8Linear | GroupInt8Line
 
 
 def open_packed(path: Path) -> PackedCheckpoint:
-    """Open a GGUF file, or a folder with compressed-tensors, GPTQ or AWQ safetensors.
+    """Open a GGUF file, or a folder with compressed-tensors, GPTQ, AWQ or bitsandbytes safetensors.
 
     Raises RequestError if the path is neither; the message names the path and the supported formats.
     """

@@ -1,4 +1,4 @@
-"""Reads quantized safetensors in the format of their ``quantization_config``: compressed-tensors, GPTQ or AWQ.
+"""Reads quantized safetensors in the format of their ``quantization_config``.
 
 Nothing is guessed from a shape: the config says how every tensor is encoded, and a key, tensor, dtype or shape that
 does not follow from it is refused by name.
@@ -19,19 +19,25 @@ from quasar.model.tensor_files import TensorFiles
 from quasar.model.tensor_names import source_shapes
 from quasar.model.transformer import Transformer
 from quasar.quantization.packed_awq import Awq
+from quasar.quantization.packed_bitsandbytes import Bitsandbytes
 from quasar.quantization.packed_compressed import CompressedTensors
 from quasar.quantization.packed_gptq import Gptq
 from quasar.quantization.packed_rows import PackedRows
 from quasar.quantization.packed_source import QuantizedTensors, Reader
 
-_READERS: dict[str, type[Reader]] = {"compressed-tensors": CompressedTensors, "gptq": Gptq, "awq": Awq}
+_READERS: dict[str, type[Reader]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
+    "bitsandbytes": Bitsandbytes,
+}
 
 
 class SafetensorsCheckpoint:
     """Implements `PackedCheckpoint` for a folder.
 
     Raises RequestError if the format is not supported. Supported are compressed-tensors (integers of 4 or 8 bits, per
-    tensor, channel or group, and FP8 per tensor or channel), GPTQ of 4 or 8 bits, and 4-bit AWQ.
+    tensor, channel or group, and FP8 per tensor or channel), GPTQ of 4 or 8 bits, 4-bit AWQ, and int8 of bitsandbytes.
     """
 
     def __init__(self, path: Path) -> None:

@@ -17,21 +17,29 @@ from quasar.results.console import Reporter
 from quasar.results.load import DISTURBED
 from quasar.results.run_table import Choice, print_runs
 from quasar.results.runs import STATES, StoredRun, flatten
+from quasar.results.spec_bench import write_answers
 
 STATUS_ROWS = 24
 LISTED = 15
 ERROR_WIDTH = 90
 
 
-def collect(root: Path, stem: Path, choice: Choice, reporter: Reporter) -> None:
+def collect(root: Path, output: Path | None, choice: Choice, reporter: Reporter) -> None:
     """Write the table of all runs below ``root``, and print what ``choice`` wants to see of it.
 
-    The default choice shows the states of the runs too. Markdown and CSV are printed alone.
+    The default choice shows the states of the runs too. Markdown and CSV are printed alone. The format ``spec-bench``
+    writes the runs' answers instead.
+
+    output: stem of the table's files, or folder of the answers; by default below ``root``
 
     Raises RequestError if there are no runs, or for an unknown column.
     """
     runs = all_runs(root)
-    written = write(tabulate(runs, root), stem)
+    if choice.format == "spec-bench":
+        for file in write_answers(runs, root, output or root / "spec-bench"):
+            reporter.line(f"wrote {file}")
+        return
+    written = write(tabulate(runs, root), output or root / "collected")
     if choice.is_default:
         print_states(runs, root, reporter)
     print_runs(runs, root, choice, reporter)

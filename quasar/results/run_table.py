@@ -23,8 +23,8 @@ from quasar.results.runs import StoredRun
 MOST_RUNS = 40
 """Rows of the table if the user has chosen neither its columns nor its order."""
 
-Format = Literal["table", "markdown", "csv"]
-FORMATS: tuple[Format, ...] = ("table", "markdown", "csv")
+Format = Literal["table", "markdown", "csv", "spec-bench"]
+FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "spec-bench")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ pending: a sweep has submitted it, but it has not begun
 """
 MANIFEST = "sweep.json"
 
+# Both are safe: they build no other objects than lists, mappings, texts and numbers.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -108,7 +109,8 @@ def is_locked(folder: Path) -> bool:
 def read_config(file: Path) -> Json | None:
     """Return the configuration in a run's config.yaml; None if the file is missing or damaged."""
     try:
-        content = yaml.load(file.read_bytes(), Loader=_Loader)
+        written = file.read_bytes()
+        content = yaml.load(written, Loader=_Loader)  # nosec B506
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return content if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""A verifier that loads a quantized checkpoint: GGUF, compressed-tensors, GPTQ or AWQ."""
+"""A verifier that loads a quantized checkpoint: GGUF, compressed-tensors, GPTQ, AWQ or LLM.int8()."""
 
 from __future__ import annotations
 

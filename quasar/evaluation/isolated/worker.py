@@ -16,6 +16,8 @@ from quasar.evaluation.isolated.wire import EndedError, Peer
 
 PASSED, FAILED, NOT_STARTED = 57, 1, 3
 READY = b"r"
+TEMPORARY = "/tmp"  # nosec B108
+"""A folder of the process's own namespace, which no other process sees."""
 JOB = "job.json"
 
 
@@ -47,7 +49,7 @@ def _isolate(folder: str, parts: Sequence[str], seconds: int, megabytes: int) ->
     readable, writable = kernel.readable_paths(), []
     if "namespaces" in parts:
         kernel.enter_namespaces(folder, readable)
-        writable = ["/work", "/tmp"]
+        writable = ["/work", TEMPORARY]
         os.environ["HOME"] = "/work"
         # Threads are counted per user, in a user namespace apart from those outside; seccomp refuses processes.
         resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
@@ -106,7 +108,7 @@ def _execute_answer(job: dict[str, Any], reader: BinaryIO, writer: BinaryIO, sta
     peer = Peer(reader, writer, serves=True, trusts=False)
     peer.send("ready")
     program = _module("program")
-    exec(compile(job["program"], "program", "exec"), program.__dict__)
+    _execute(job["program"], "program", program)
     names: dict[str, Any] = {}
     for name, value in list(vars(program).items()):
         if isinstance(value, types.ModuleType) or name.startswith("__"):
@@ -134,7 +136,7 @@ def _execute_test(job: dict[str, Any], reader: BinaryIO, writer: BinaryIO, statu
     os.write(status, READY)
     names = peer.receive()
     module = _module("__main__")
-    exec(compile(job["context"], "context", "exec"), module.__dict__)
+    _execute(job["context"], "context", module)
     peer.errors |= {name: value for name, value in vars(module).items() if _is_error(value)}
     for name, (kind, *content) in names.items():
         # Classes are always those of the answer, which works with their objects.
@@ -145,8 +147,14 @@ def _execute_test(job: dict[str, Any], reader: BinaryIO, writer: BinaryIO, statu
             vars(module)[name] = peer.error_class(*content)
         else:
             vars(module)[name] = peer.remote(name) if kind == "object" else peer.decode(*content)
-    exec(compile(job["test"], "test", "exec"), module.__dict__)
+    _execute(job["test"], "test", module)
     return True
+
+
+def _execute(source: str, name: str, module: types.ModuleType) -> None:
+    """Execute code that nobody has read. It is what this process is isolated for."""
+    code = compile(source, name, "exec")
+    exec(code, module.__dict__)  # nosec B102
 
 
 def _is_error(value: object) -> bool:

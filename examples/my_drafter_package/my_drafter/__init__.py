@@ -1,0 +1,1 @@
+"""A drafter and a verifier around transformers: an example of a package that extends Quasar from outside."""

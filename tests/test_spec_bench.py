@@ -1,0 +1,120 @@
+"""Interoperability with Spec-Bench and SPEED-Bench: answer files that their evaluation reads, and prompt files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from quasar.cli import app
+from quasar.errors import RequestError
+from quasar.evaluation.prompts import load_prompts
+from tests.compose import composed_run
+from tests.in_process import Start, starter
+
+
+@pytest.fixture
+def start(
+    tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Start:
+    return starter(tmp_path, prompt_file, monkeypatch, capfd, tokens=12)
+
+
+def answers(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def speed(lines: list[dict]) -> tuple[float, float]:
+    """The arithmetic of Spec-Bench's evaluation/speed.py: mean accepted tokens, and tokens per second."""
+    speeds, lengths = [], []
+    for line in lines:
+        choice = line["choices"][0]
+        speeds.append(sum(choice["new_tokens"]) / sum(choice["wall_time"]))
+        lengths += choice["accept_lengths"]
+    return sum(lengths) / len(lengths), sum(speeds) / len(speeds)
+
+
+def test_answers_are_written_as_spec_bench_reads_them(start: Start, tmp_path: Path) -> None:
+    assert start("drafter=ngram", "evaluate.repetitions=2", "hydra.run.dir=out")[0] == 0
+    done = CliRunner().invoke(app, ["collect", str(tmp_path / "out"), "--format", "spec-bench"])
+    assert (done.exit_code, done.output) == (0, f"wrote {tmp_path}/out/spec-bench/tiny-ngram-fp16.jsonl\n")
+    lines = answers(tmp_path / "out" / "spec-bench" / "tiny-ngram-fp16.jsonl")
+    assert [(line["question_id"], line["category"]) for line in lines] == [(1, "math"), (2, "chat"), (3, "chat")]
+    assert {line["model_id"] for line in lines} == {"tiny-ngram-fp16"}
+    assert [[choice["index"] for choice in line["choices"]] for line in lines] == [[0, 1]] * 3
+    assert [len(line["choices"][0]["turns"]) for line in lines] == [1, 1, 2]
+
+    records = answers(tmp_path / "out" / "generations.jsonl")
+    two = next(record for record in records if record["question_id"] == "3" and record["repetition"] == 1)
+    choice = lines[2]["choices"][1]
+    assert choice["turns"] == [turn["text"] for turn in two["turns"]]
+    assert choice["new_tokens"] == [len(turn["token_ids"]) for turn in two["turns"]]
+    assert choice["decoding_steps"] == [len(turn["steps"]["drafted"]) for turn in two["turns"]]
+    assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
+    # The first token of every turn comes from the prefill.
+    assert sum(choice["accept_lengths"]) == sum(choice["new_tokens"]) - 2
+    laps = [sum(sum(phase) for phase in turn["milliseconds"].values()) / 1000 for turn in two["turns"]]
+    assert choice["wall_time"] == pytest.approx(laps)
+
+
+def test_their_evaluation_computes_what_the_run_did(start: Start, tmp_path: Path) -> None:
+    assert start("drafter=ngram", "hydra.run.dir=out")[0] == 0
+    CliRunner().invoke(app, ["collect", str(tmp_path / "out"), "--format", "spec-bench", "--output", str(tmp_path)])
+    length, speed_of_turns = speed(answers(tmp_path / "tiny-ngram-fp16.jsonl"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert length == pytest.approx(summary["mean_acceptance_length"])
+    assert speed_of_turns > 0
+
+
+def test_every_run_of_a_sweep_has_its_own_file(start: Start, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert start("data.limit=1", f"hydra.run.dir=runs/{name}")[0] == 0
+    CliRunner().invoke(app, ["collect", str(tmp_path / "runs"), "--format", "spec-bench"])
+    found = sorted(file.name for file in (tmp_path / "runs" / "spec-bench").iterdir())
+    assert found == ["tiny-none-fp16-a.jsonl", "tiny-none-fp16-b.jsonl"]
+
+
+def test_runs_without_answers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("{}")
+    done = CliRunner().invoke(app, ["collect", str(tmp_path), "--format", "spec-bench"])
+    assert done.exit_code == 2
+    assert f"{tmp_path}: no run has an answer yet" in done.output
+
+
+ROWS = [
+    {"question_id": "a1", "category": "coding", "sub_category": "x", "turns": ["Write.", "Shorten it."], "source": "s"},
+    {"question_id": "a2", "category": "coding", "sub_category": "x", "turns": ["Write again."], "source": "s"},
+    {"question_id": "b1", "category": "math", "sub_category": "y", "turns": ["1 + 1?"], "source": "s"},
+]
+
+
+def prepared(folder: Path, rows: list[dict]) -> Path:
+    """A folder as specdec_bench's prepare_data.py writes it."""
+    (folder / "qualitative").mkdir(parents=True)
+    pd.DataFrame(rows).to_parquet(folder / "qualitative" / "test.parquet")
+    return folder
+
+
+def test_prepared_prompts_of_speed_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = prepared(tmp_path / "speed", ROWS)
+    found = load_prompts(composed_run("data=speed_bench", f"data.path={folder}", "data.limit=1").data)
+    assert [(prompt.key, prompt.family, prompt.turns) for prompt in found] == [
+        ("speed_bench/a1", "coding", ("Write.", "Shorten it.")),
+        ("speed_bench/b1", "math", ("1 + 1?",)),
+    ]
+    everything = load_prompts(composed_run("data=speed_bench", f"data.path={folder}", "data.limit=null").data)
+    assert [prompt.key for prompt in everything] == ["speed_bench/a1", "speed_bench/a2", "speed_bench/b1"]
+
+
+def test_prompts_of_speed_bench_that_were_not_fetched_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    missing = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH\n\nfor this role"
+    folder = prepared(tmp_path / "speed", [*ROWS, {**ROWS[0], "question_id": "c", "turns": [missing]}])
+    with pytest.raises(RequestError, match=r"question c of SPEED-Bench has no text yet: .*prepare_data\.py"):
+        load_prompts(composed_run("data=speed_bench", f"data.path={folder}").data)
