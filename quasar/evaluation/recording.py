@@ -34,13 +34,15 @@ class Rows:
 
     Row 0 follows the prompt itself. Row n > 0 follows the sequence of row ``parents[n]`` and then ``tokens[n]``.
 
-    top: the `TOP` most likely tokens after it, the argmax first
+    best: the argmax of the logits after it. Where several tokens have the largest logit, ``top`` may begin with another
+    top: the `TOP` most likely tokens, in the order in which ``topk`` has returned them
     logits: their logits, strictly descending: of equal ones all but the first are lowered to the next number of float32
     """
 
     def __init__(self) -> None:
         self.parents: list[int] = []
         self.tokens: list[int] = []
+        self.best: list[int] = []
         self.top: list[list[int]] = []
         self.logits: list[list[float]] = []
         self._places: dict[tuple[int, int], int] = {}
@@ -54,10 +56,8 @@ class Rows:
 
     def add(self, parent: int, token: int, best: int, logits: Tensor) -> int:
         """Record a row, logits [V] with the argmax ``best``. Returns its number."""
-        found = logits.float().topk(min(TOP, len(logits)))
-        pairs = list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-        pairs.sort(key=lambda pair: pair[0] != best)
-        self._append(parent, token, [one for one, _ in pairs], _strictly_descending([value for _, value in pairs]))
+        found = logits.topk(min(TOP, len(logits)))
+        self._append(parent, token, best, found.indices.tolist(), _strictly_descending(found.values.tolist()))
         return len(self) - 1
 
     def save(self, file: Path) -> None:
@@ -67,6 +67,7 @@ class Rows:
                 stream,
                 parents=np.array(self.parents, dtype=np.int32),
                 tokens=np.array(self.tokens, dtype=np.int32),
+                best=np.array(self.best, dtype=np.int32),
                 top=np.array(self.top, dtype=np.int32),
                 logits=np.array(self.logits, dtype=np.float32),
             )
@@ -78,17 +79,18 @@ class Rows:
         rows = Rows()
         try:
             with np.load(file) as content:
-                columns = [content[name].tolist() for name in ("parents", "tokens", "top", "logits")]
+                columns = [content[name].tolist() for name in ("parents", "tokens", "best", "top", "logits")]
         except (OSError, ValueError, KeyError) as error:
             raise RequestError(f"{file}: not a recording ({error}); delete it, and it is recorded again") from None
         for row in zip(*columns, strict=True):
             rows._append(*row)
         return rows
 
-    def _append(self, parent: int, token: int, top: list[int], logits: list[float]) -> None:
+    def _append(self, parent: int, token: int, best: int, top: list[int], logits: list[float]) -> None:
         self._places[parent, token] = len(self)
         self.parents.append(parent)
         self.tokens.append(token)
+        self.best.append(best)
         self.top.append(top)
         self.logits.append(logits)
 
@@ -217,7 +219,7 @@ class RecordedVerifier(Verifier):
         logits = torch.full((len(rows), self._vocabulary), -torch.inf)
         top = torch.tensor([self._rows.top[row] for row in rows])
         logits.scatter_(1, top, torch.tensor([self._rows.logits[row] for row in rows]))
-        return Scores(logits, found=lambda: top[:, 0].tolist())
+        return Scores(logits, found=lambda: [self._rows.best[row] for row in rows])
 
 
 def _strictly_descending(values: Sequence[float]) -> list[float]:
