@@ -151,7 +151,7 @@ class RecordedVerifier(Verifier):
 
     def verify(self, last: int, draft: Draft) -> Scores:
         if draft.scratch is not None:
-            raise RequestError("the drafter has scratch rows, which are not recorded; it can only be run, not simulated")
+            raise RequestError("the drafter has scratch rows, which are not recorded; it can be run, not simulated")
         self._last, self._draft, self._passed = last, draft, False
         self._found = self._recorded(last, draft)
         return self._scores(self._found)

@@ -202,7 +202,7 @@ def _resources(name: str, located: Reference, verifier: Verifier, cost: PassCost
 def _settings(name: str, common: Sequence[str], settings: RunConfig) -> RunConfig:
     """Return the configuration of one drafter.
 
-    Raises RequestError if decoding is not greedy, or if the overrides change more than the drafter and the draft length.
+    Raises RequestError if decoding is not greedy, or if more than the drafter and the draft length differs.
     """
     own = settings_of([*common, *split(name)])
     if replace(own, drafter=settings.drafter, decode=settings.decode) != settings or (
