@@ -18,6 +18,7 @@ from quasar.decoding.sampling import Sampling
 from quasar.decoding.stopping import Limits
 from quasar.drafters._next_tokens import Evidence, LogitTokens, RunnersUp, TextTokens, _evidence
 from quasar.drafters._pass_cost import PassCost
+from quasar.drafters._tree_size import DECAY, MOST_RATE, Kind, RelatedRates, TreeSize, by_probability, subtree
 from quasar.drafters.base import FinishedSequence
 from quasar.drafters.mixture import LEAST_PROBABILITY, MixtureDrafter, _kind
 from quasar.drafters.none import NoneDrafter
@@ -215,6 +216,55 @@ def simulated(drafter: MixtureDrafter, truth: list[int]) -> float:
         drafter.observe(StepResult(draft, truth[end : end + len(path) + 1], path, logits, None))
         end, emitted = end + len(path) + 1, emitted + len(path) + 1
     return emitted / milliseconds * 10.0
+
+
+def test_the_search_ends_where_no_further_token_pays() -> None:
+    """Along a text with repetitions: the same draft as from all candidates, of which fewer are looked up."""
+    generator = random.Random(1)
+    passages = [[generator.randrange(VOCABULARY) for _ in range(12)] for _ in range(4)]
+    truth = [token for _ in range(30) for token in generator.choice(passages)]
+    drafter = MixtureDrafter()
+    drafter.use(STEEP)
+    drafter.begin(torch.tensor(truth[:2]))
+    looked_up = [0, 0]
+    for end in range(3, len(truth) - 20, 2):
+        draft = drafter.propose(context(truth[:end]), 20)
+        trees = [drafter._tree(20, cost) for cost in (0.065, 0.0)]
+        rates = [[drafter._pruning.rate(kind) for kind in tree.kinds] for tree in trees]
+        sizes = TreeSize(STEEP), TreeSize(STEEP)
+        chosen = []
+        for tree, own, size in zip(trees, rates, sizes, strict=True):
+            ranked = by_probability(tree.parents, own)
+            number = size.choose([probability for probability, _ in ranked], end)
+            chosen.append(subtree(tree.tokens, tree.parents, [node for _, node in ranked[:number]]))
+        assert chosen[0] == chosen[1]
+        looked_up = [count + len(tree.tokens) for count, tree in zip(looked_up, trees, strict=True)]
+        right = [node for node in draft.children(ROOT) if draft.tokens[node] == truth[end]][:1]
+        logits = torch.zeros(len(draft) + 1, VOCABULARY)
+        drafter.observe(StepResult(draft, truth[end : end + 1 + len(right)], right, logits, None))
+    assert looked_up[0] < 0.7 * looked_up[1]
+
+
+def test_cost_of_a_row() -> None:
+    """10 ms, 0.65 ms for each further row; and a plateau from 2 to 64 rows, where the mean of 63 rows is the least."""
+    assert TreeSize(STEEP).row_cost(10) == pytest.approx(0.065)
+    assert TreeSize(PassCost([1, 2, 64], [10], [[10.0, 15.0, 15.0]])).row_cost(10) == pytest.approx(0.5 / 63)
+
+
+def test_related_rates() -> None:
+    """2 of 20 tries of one kind were accepted, with older tries fading. Another kind keeps to the common factor."""
+    rates, tried, other = RelatedRates(10.0), Kind(("a",), 0.5), Kind(("b",), 0.3)
+    kept, assumed, own, total = 10.0, 10.0, 0.0, 0.0
+    for index in range(20):
+        right = index in (3, 15)
+        rates.add(tried, right)
+        kept, assumed = 10 + DECAY * (kept - 10) + right, 10 + DECAY * (assumed - 10) + 0.5
+        own, total = DECAY * own + right, DECAY * total + 1
+    assert rates.rate(other) == pytest.approx(0.3 * kept / assumed)
+    assert rates.rate(tried) == pytest.approx((own + 10 * kept / assumed * 0.5) / (total + 10))
+    for _ in range(300):
+        rates.add(tried, True)
+    assert rates.rate(Kind(("c",), 0.9)) == MOST_RATE
 
 
 def test_text_without_repetition_is_decoded_as_fast_as_autoregressively() -> None:

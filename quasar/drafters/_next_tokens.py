@@ -13,9 +13,9 @@ MOST_CONTEXTS = 1 << 16
 """Contexts that a source remembers, those that were seen most recently. Each takes up to about 400 bytes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
-    """Why a source suggests a token.
+    """Why a source suggests a token. There is one object for each kind, so that it is quick to compare.
 
     key: equal for evidence of one kind
     odds: assumed odds that the token is right, if no other source suggests it

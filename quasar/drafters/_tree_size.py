@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quasar.decoding.draft import ROOT, StepResult
+from quasar.decoding.draft import MAX_ROWS, ROOT, StepResult
 from quasar.drafters._pass_cost import PassCost
 from quasar.drafters._probing import ProbeCredit
 
@@ -57,6 +57,10 @@ class TreePruning:
     def rate(self, kind: Kind) -> float:
         """Return the present acceptance rate of a kind."""
         return self._rates.rate(kind)
+
+    def row_cost(self, context: int) -> float:
+        """Return `TreeSize.row_cost`."""
+        return self._size.row_cost(context)
 
     def prune(self, tree: Candidates, context: int, scratch_rows: int = 0) -> tuple[list[int], list[int]]:
         """Return tokens and parents of the part of a tree to verify after ``context`` cached tokens."""
@@ -109,6 +113,16 @@ class TreeSize:
             return size
         self._credit.spend(extra)
         return size + 1
+
+    def row_cost(self, context: int) -> float:
+        """Return the time that a row adds to a pass, over that of a pass with one row, at the cheapest number of rows.
+
+        The n-th most probable token is not worth its row if its probability is below c (1 + p_1 + … + p_n-1) /
+        (1 + c (n - 1)) for this cost c.
+        """
+        milliseconds = self._cost(np.arange(1, MAX_ROWS + 1), context)
+        added = (milliseconds[1:] - milliseconds[0]) / np.arange(1, MAX_ROWS)
+        return float(added.min() / milliseconds[0])
 
 
 class NodeRates:

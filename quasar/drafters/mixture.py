@@ -99,7 +99,8 @@ class MixtureDrafter(Drafter):
             source.read(context.tokens, self._read)
         self._read = len(context.tokens)
         self._tail = tuple(context.tokens[-self.order :])
-        return Draft(*self._pruning.prune(self._tree(budget), len(context.tokens) - 1))
+        cached = len(context.tokens) - 1
+        return Draft(*self._pruning.prune(self._tree(budget, self._pruning.row_cost(cached)), cached))
 
     def observe(self, step: StepResult) -> None:
         """Learn from every row of the pass, and count what was accepted."""
@@ -118,14 +119,18 @@ class MixtureDrafter(Drafter):
         """Read the tokens behind the first ``length`` anew. What came next before stays known, as one more guess."""
         self._read = min(self._read, length)
 
-    def _tree(self, deepest: int) -> Candidates:
-        """Return the most probable tokens, best first, with at most ``deepest`` tokens per path."""
+    def _tree(self, deepest: int, row_cost: float) -> Candidates:
+        """Return the most probable tokens, best first, with at most ``deepest`` tokens per path.
+
+        The last of them is the first that is not worth its row. Nothing behind it is looked up.
+        """
         tokens: list[int] = []
         parents: list[int] = []
         kinds: list[Kind] = []
         # Entries are (-probability, order, parent, depth, context before the token, token, kind); order decides ties.
         reachable: list[tuple[float, int, int, int, tuple[int, ...], int, Kind]] = []
         added = 0
+        expected, time = 1.0, 1.0
 
         def reach(probability: float, parent: int, depth: int, context: tuple[int, ...]) -> None:
             nonlocal added
@@ -142,6 +147,9 @@ class MixtureDrafter(Drafter):
             tokens.append(token)
             parents.append(parent)
             kinds.append(kind)
+            if -negative * time < row_cost * expected:
+                break
+            expected, time = expected - negative, time + row_cost
             if depth < deepest:
                 reach(-negative, len(tokens) - 1, depth + 1, (*context, token)[-self.order :])
         return Candidates(tokens, parents, kinds)
