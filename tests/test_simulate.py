@@ -112,6 +112,12 @@ def test_a_recorded_pass_has_the_most_likely_tokens_of_every_row(tmp_path: Path)
         assert bool((top.values.diff() < 0).all())
         assert int(found.logits[row].isfinite().sum()) == TOP
     assert found.argmax() == expected.argmax()
+    computed = recorded.computed
+    # The same sequences in other trees: rows are found by the tokens before them, wherever they are in the draft.
+    for tokens, parents, rows in (([3, 1, 4, 2], [-1, -1, 0, 1], [0, 3, 1, 4, 2]), ([3, 4], [-1, 0], [0, 3, 4])):
+        other = recorded.verify(5, Draft(tokens, parents))
+        assert recorded.computed == computed
+        assert other.logits.equal(found.logits[rows])
 
 
 def test_equal_logits_keep_their_order() -> None:
