@@ -188,7 +188,7 @@ class _SimulatedResources(Resources):
     cost: PassCost = field(kw_only=True)
 
     @property
-    def pass_cost(self) -> PassCost:  # type: ignore[override]
+    def pass_cost(self) -> PassCost:
         return self.cost
 
 
