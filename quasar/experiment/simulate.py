@@ -91,6 +91,7 @@ def simulate(request: Request, reporter: Reporter) -> pd.DataFrame:
                     total = len(request.slopes) * len(chosen) * len(prompts)
                     update(len(found), total, f"{name}, slope {slope:g}, {verifier.computed} new rows")
                     found.append(simulation.decode(prompt))
+                    verifier.save()
     rows = pd.DataFrame([asdict(one) for one in found])
     for title, headings, lines in sections(rows):
         reporter.table(title, headings, lines)
