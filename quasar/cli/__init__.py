@@ -125,6 +125,31 @@ def fidelity_of(
         measure_fidelity(Request(a, b, overrides or [], text, output), Reporter())
 
 
+@app.command("simulate")
+def simulate_drafters(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="overrides of model, verifier and prompts, such as data.limit=4")
+    ] = None,
+    drafter: Annotated[
+        list[str], typer.Option(help="overrides of a drafter, such as 'drafter=ngram drafter.num_tokens=8'; repeatable")
+    ] = ["drafter=ngram", "drafter=mixture"],  # noqa: B006 (typer copies it)
+    slope: Annotated[
+        list[float], typer.Option(help="time of a further row over that of a pass with one row; repeatable")
+    ] = [0.065, 0.01],  # noqa: B006
+    skip: Annotated[int, typer.Option(min=0, help="prompts per task family to leave out, the first ones")] = 0,
+    output: Annotated[Path | None, typer.Option(help="folder for the results, such as experiments/drafters")] = None,
+) -> None:
+    """Compare drafters on recorded answers, in seconds: τ, rows per pass and the speed for a given cost of a row.
+
+    The first time the model answers the prompts, and also computes what it thinks of rejected drafts. All of this is
+    recorded in outputs/recordings, so that the same drafters need no model again and others need it rarely.
+    """
+    from quasar.experiment.simulate import Request, simulate
+
+    with reported_errors():
+        simulate(Request(drafter, slope, overrides or [], skip, output), Reporter())
+
+
 @app.command("export")
 def export_model(
     folder: Annotated[Path, typer.Argument(help="a new folder for the checkpoint")],

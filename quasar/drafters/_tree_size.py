@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quasar.decoding.draft import ROOT, StepResult
+from quasar.decoding.draft import MAX_ROWS, ROOT, StepResult
 from quasar.drafters._pass_cost import PassCost
 from quasar.drafters._probing import ProbeCredit
 
 DECAY = 0.98
 """Factor on the weight of older tries of the same kind of token: about the last fifty tries count."""
+MOST_RATE = 0.98
+"""The highest estimate of `RelatedRates`, whose common factor may exceed 1."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,21 @@ class TreePruning:
     probable tokens are verified.
 
     cost: the measured time of a pass
+    rates: estimates the acceptance rates; `NodeRates` by default
     """
 
-    def __init__(self, cost: PassCost) -> None:
-        self._size, self._rates = TreeSize(cost), NodeRates()
+    def __init__(self, cost: PassCost, rates: NodeRates | None = None) -> None:
+        self._size, self._rates = TreeSize(cost), rates or NodeRates()
         self.kinds: list[Kind] = []
         """The kinds of the last draft's tokens."""
 
     def rate(self, kind: Kind) -> float:
         """Return the present acceptance rate of a kind."""
         return self._rates.rate(kind)
+
+    def row_cost(self, context: int) -> float:
+        """Return `TreeSize.row_cost`."""
+        return self._size.row_cost(context)
 
     def prune(self, tree: Candidates, context: int, scratch_rows: int = 0) -> tuple[list[int], list[int]]:
         """Return tokens and parents of the part of a tree to verify after ``context`` cached tokens."""
@@ -107,6 +114,16 @@ class TreeSize:
         self._credit.spend(extra)
         return size + 1
 
+    def row_cost(self, context: int) -> float:
+        """Return the time that a row adds to a pass, over that of a pass with one row, at the cheapest number of rows.
+
+        The n-th most probable token is not worth its row if its probability is below c (1 + p_1 + … + p_n-1) /
+        (1 + c (n - 1)) for this cost c.
+        """
+        milliseconds = self._cost(np.arange(1, MAX_ROWS + 1), context)
+        added = (milliseconds[1:] - milliseconds[0]) / np.arange(1, MAX_ROWS)
+        return float(added.min() / milliseconds[0])
+
 
 class NodeRates:
     """Running acceptance rates of draft tokens by kind, among the tokens whose parent was accepted.
@@ -126,6 +143,34 @@ class NodeRates:
         """Count one token of a kind whose parent was accepted."""
         tried, kept = self._counts.get(kind.key, (self._weight, self._weight * kind.first))
         self._counts[kind.key] = tried * DECAY + 1, kept * DECAY + accepted
+
+
+class RelatedRates(NodeRates):
+    """Rates of many kinds whose assumed rates are wrong by a common factor, as on a text that is harder than others.
+
+    The rate of a kind is (k + w g f) / (n + w), with its accepted tokens k of n tries, its assumed rate f, the weight w
+    and the common factor g. The factor compares all accepted tokens K with the assumed rates F of all tries:
+    (K + w) / (F + w). Older tries fade, w does not, so that a rare kind keeps to what is assumed and g.
+
+    Example with w = 10: if 2 of 20 tries with f = 0.5 were accepted, g is (2 + 10) / (10 + 10) = 0.6.
+    A kind that was never tried then has the rate 0.6 f.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__(weight)
+        self._kept, self._assumed = weight, weight
+
+    def rate(self, kind: Kind) -> float:
+        tried, kept = self._counts.get(kind.key, (0.0, 0.0))
+        factor = self._kept / self._assumed
+        return min(MOST_RATE, (kept + self._weight * factor * kind.first) / (tried + self._weight))
+
+    def add(self, kind: Kind, accepted: bool) -> None:
+        tried, kept = self._counts.get(kind.key, (0.0, 0.0))
+        self._counts[kind.key] = tried * DECAY + 1, kept * DECAY + accepted
+        fresh = (1 - DECAY) * self._weight
+        self._kept = self._kept * DECAY + accepted + fresh
+        self._assumed = self._assumed * DECAY + kind.first + fresh
 
 
 def by_probability(parents: Sequence[int], rates: Sequence[float]) -> list[tuple[float, int]]:

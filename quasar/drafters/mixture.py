@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
@@ -10,24 +12,30 @@ from pydantic import Field, validate_call
 from torch import Tensor
 
 from quasar.decoding.draft import MAX_ROWS, ROOT, Context, Draft, StepResult
-from quasar.drafters._next_tokens import SOURCES, NextTokens, Suggestion
+from quasar.drafters._next_tokens import SOURCES, Evidence, NextTokens
 from quasar.drafters._pass_cost import FREE_ROWS, PassCost
-from quasar.drafters._tree_size import Candidates, Kind, TreePruning
+from quasar.drafters._tree_size import Candidates, Kind, RelatedRates, TreePruning
 from quasar.drafters.base import Drafter, FinishedSequence, Resources
 
 LEAST_PROBABILITY = 0.02
 """Tokens with a lower estimated probability are not considered. This bounds the drafting time where rows are free."""
+ASSUMED_TRIES = 12.0
+"""Weight of a kind's assumed rate in tries. There are many kinds, and most of them are tried rarely."""
+
+Source = Literal["text", "logits", "runners_up"]
 
 
 class MixtureDrafter(Drafter):
     """Mixes suffix matches of several lengths with the verifier's own earlier guesses in one calibrated tree.
 
-    Each source suggests next tokens after the last n tokens, for n from ``order`` to 1 (`NextTokens`): ``text`` those
-    that came next after earlier occurrences, as in prompt lookup, and ``logits`` the most likely ones in the last pass
-    over the same tokens, as in Token Recycling. Every kind of suggestion (source, n, place in its list) has a running
-    acceptance rate. A token that several kinds suggest has the highest of their rates. The draft is the tree of the
-    most probable tokens by the product of the rates along the path. It ends where a further token is not worth its row
-    by the measured time of a pass (`TreePruning`): where rows are expensive and nothing is likely, there is no draft.
+    Each source suggests next tokens (`NextTokens`): ``text`` those that came next after earlier occurrences of the last
+    n tokens, for n from ``order`` to 1, as in prompt lookup; ``logits`` the most likely ones in the last pass over the
+    same n tokens, as in Token Recycling; ``runners_up`` those that were likely in place of the last token, as in
+    LogitSpec. What the sources say of a token (source, the largest n, place in its list) is its kind, and every kind
+    has a running acceptance rate, so that tokens on which sources agree have a rate of their own. The draft is the tree
+    of the most probable tokens by the product of the rates along the path. It ends where a further token is not worth
+    its row by the measured time of a pass (`TreePruning`): where rows are expensive and nothing is likely, there is no
+    draft.
 
     Example: the context is "the cat sat . the". The text suggests cat (n = 1, rate 0.5). After "the cat" it suggests
     sat (n = 2, rate 0.8), so that sat has the probability 0.4. If the last pass over "the" found dog second with rate
@@ -46,14 +54,18 @@ class MixtureDrafter(Drafter):
     def __init__(
         self,
         num_tokens: Annotated[int, Field(ge=1, le=MAX_ROWS - 1)] = MAX_ROWS - 1,
-        order: Annotated[int, Field(ge=1, le=16)] = 4,
+        order: Annotated[int, Field(ge=1, le=16)] = 6,
         candidates: Annotated[int, Field(ge=1, le=MAX_ROWS - 1)] = 8,
-        sources: Annotated[Sequence[Literal["text", "logits"]], Field(min_length=1)] = ("text", "logits"),
+        sources: Annotated[Sequence[Literal["text", "logits", "runners_up"]], Field(min_length=1)] = (
+            "text",
+            "logits",
+            "runners_up",
+        ),
         memory: Literal["prompt", "session"] = "prompt",
     ) -> None:
         self.num_tokens, self.order, self.candidates, self.memory = num_tokens, order, candidates, memory
         self._sources: list[NextTokens] = [SOURCES[name](order, candidates) for name in dict.fromkeys(sources)]
-        self._pruning = TreePruning(FREE_ROWS)
+        self._pruning = TreePruning(FREE_ROWS, RelatedRates(ASSUMED_TRIES))
         self._read = 0
         self._tail: tuple[int, ...] = ()
         if memory == "session":
@@ -68,7 +80,7 @@ class MixtureDrafter(Drafter):
 
     def use(self, cost: PassCost) -> None:
         """Weigh tokens against these times of a pass. Without this, rows count as free."""
-        self._pruning = TreePruning(cost)
+        self._pruning = TreePruning(cost, RelatedRates(ASSUMED_TRIES))
 
     def start(self, finished: Iterable[FinishedSequence]) -> None:
         self._clear()
@@ -87,7 +99,8 @@ class MixtureDrafter(Drafter):
             source.read(context.tokens, self._read)
         self._read = len(context.tokens)
         self._tail = tuple(context.tokens[-self.order :])
-        return Draft(*self._pruning.prune(self._tree(budget), len(context.tokens) - 1))
+        cached = len(context.tokens) - 1
+        return Draft(*self._pruning.prune(self._tree(budget, self._pruning.row_cost(cached)), cached))
 
     def observe(self, step: StepResult) -> None:
         """Learn from every row of the pass, and count what was accepted."""
@@ -106,44 +119,60 @@ class MixtureDrafter(Drafter):
         """Read the tokens behind the first ``length`` anew. What came next before stays known, as one more guess."""
         self._read = min(self._read, length)
 
-    def _tree(self, deepest: int) -> Candidates:
-        """Return the most probable tokens, best first, with at most ``deepest`` tokens per path."""
+    def _tree(self, deepest: int, row_cost: float) -> Candidates:
+        """Return the most probable tokens, best first, with at most ``deepest`` tokens per path.
+
+        The last of them is the first that is not worth its row. Nothing behind it is looked up.
+        """
         tokens: list[int] = []
         parents: list[int] = []
         kinds: list[Kind] = []
-        # Entries are (-probability, order, parent, depth, context before the token, suggestion); order decides ties.
-        reachable: list[tuple[float, int, int, int, tuple[int, ...], Suggestion]] = []
+        # Entries are (-probability, order, parent, depth, context before the token, token, kind); order decides ties.
+        reachable: list[tuple[float, int, int, int, tuple[int, ...], int, Kind]] = []
         added = 0
+        expected, time = 1.0, 1.0
 
         def reach(probability: float, parent: int, depth: int, context: tuple[int, ...]) -> None:
             nonlocal added
-            for suggestion in self._suggestions(context):
-                product = probability * self._pruning.rate(suggestion.kind)
+            for token, kind in self._suggestions(context):
+                product = probability * self._pruning.rate(kind)
                 if product >= LEAST_PROBABILITY:
-                    heapq.heappush(reachable, (-product, added, parent, depth, context, suggestion))
+                    heapq.heappush(reachable, (-product, added, parent, depth, context, token, kind))
                     added += 1
 
         if deepest > 0:
             reach(1.0, ROOT, 1, self._tail)
         while reachable and len(tokens) < self.num_tokens:
-            negative, _, parent, depth, context, suggestion = heapq.heappop(reachable)
-            tokens.append(suggestion.token)
+            negative, _, parent, depth, context, token, kind = heapq.heappop(reachable)
+            tokens.append(token)
             parents.append(parent)
-            kinds.append(suggestion.kind)
+            kinds.append(kind)
+            if -negative * time < row_cost * expected:
+                break
+            expected, time = expected - negative, time + row_cost
             if depth < deepest:
-                reach(-negative, len(tokens) - 1, depth + 1, (*context, suggestion.token)[-self.order :])
+                reach(-negative, len(tokens) - 1, depth + 1, (*context, token)[-self.order :])
         return Candidates(tokens, parents, kinds)
 
-    def _suggestions(self, context: tuple[int, ...]) -> Iterable[Suggestion]:
-        """Return every suggested token once, with the kind whose rate is the highest."""
-        best: dict[int, Suggestion] = {}
+    def _suggestions(self, context: tuple[int, ...]) -> Iterable[tuple[int, Kind]]:
+        """Return every suggested token once, with its kind: the evidence of all sources that suggest it."""
+        found: dict[int, tuple[Evidence, ...]] = {}
         for source in self._sources:
-            for suggestion in source.suggest(context):
-                known = best.get(suggestion.token)
-                if known is None or self._pruning.rate(suggestion.kind) > self._pruning.rate(known.kind):
-                    best[suggestion.token] = suggestion
-        return best.values()
+            for token, evidence in source.suggest(context).items():
+                found[token] = (*found.get(token, ()), evidence)
+        return [(token, _kind(evidence)) for token, evidence in found.items()]
 
     def _clear(self) -> None:
         for source in self._sources:
             source.clear()
+
+
+@functools.cache
+def _kind(evidence: tuple[Evidence, ...]) -> Kind:
+    """Return the kind of a token on which these sources agree. The odds of the first one are multiplied by the gains.
+
+    Example: odds of 0.1 and a gain of 3 are the odds 0.3, which is a rate of 0.23.
+    """
+    first, *others = evidence
+    odds = first.odds * math.prod(other.gain for other in others)
+    return Kind(tuple(part for one in evidence for part in one.key), odds / (1 + odds))

@@ -110,10 +110,6 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
     def exact_reference() -> Verifier:
         return FP16Verifier(load(torch.float32), setup)
 
-    on_grid = None
-    if checkpoint.folder is not None:
-        # Dequantized weights are on the grid of the integers that they come from.
-        on_grid = (quantized_share if checkpoint.dequantized else weights_on_grid)(checkpoint.folder)
     return Prepared(
         settings,
         prompts,
@@ -124,8 +120,16 @@ def prepare(settings: RunConfig, prompts: list[Prompt], drafter: Drafter, report
         reference,
         exact_reference if evaluate.noise_floor else None,
         machine,
-        on_grid,
+        share_on_grid(checkpoint),
     )
+
+
+def share_on_grid(checkpoint: Checkpoint) -> float | None:
+    """Return which share of the weights is on a low-bit grid; None for random weights."""
+    if checkpoint.folder is None:
+        return None
+    # Dequantized weights are on the grid of the integers that they come from.
+    return (quantized_share if checkpoint.dequantized else weights_on_grid)(checkpoint.folder)
 
 
 def _build_another(

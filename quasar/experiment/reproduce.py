@@ -21,6 +21,7 @@ from quasar.results.pass_rows import pass_rows_of_runs
 from quasar.results.provenance import provenance_of
 from quasar.results.publish import RESULTS, Experiment, publish, redraw, require_committable, shortcomings
 from quasar.results.rows import read_rows, rows_of_runs
+from quasar.results.simulation import SIMULATION, redraw_simulation
 from quasar.results.store import write_atomically
 
 COMMITTED = Path("experiments")
@@ -84,6 +85,8 @@ def redraw_all(reporter: Reporter) -> None:
         require_committable(folder, experiment)
         for file in redraw(folder, experiment.publish):
             reporter.line(f"wrote {file}")
+    for folder in simulated_folders():
+        reporter.line(f"wrote {redraw_simulation(folder)}")
     for file in readmes():
         write_atomically(file, refreshed(file.read_text(encoding="utf-8"), Path()))
 
@@ -95,6 +98,11 @@ def readmes() -> list[Path]:
 
 def committed_folders() -> list[Path]:
     return sorted(file.parent for file in COMMITTED.glob(f"*/{RESULTS}"))
+
+
+def simulated_folders() -> list[Path]:
+    """Return the folders of committed results of `quasar simulate`."""
+    return sorted(file.parent for file in COMMITTED.glob(f"*/{SIMULATION}"))
 
 
 def _run_sweep(arguments: list[str]) -> int:
