@@ -69,7 +69,7 @@ def tiny():
 def test_every_model_yaml_fits_the_schema(name: str) -> None:
     source = model_source(name)
     assert source.name == name
-    assert source.source in ("auto", "hub", "path", "random")
+    assert source.source in ("auto", "hub", "package", "path", "random")
 
 
 @pytest.mark.parametrize("group", ["decode", "data"])

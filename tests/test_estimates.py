@@ -243,7 +243,7 @@ def test_an_origin_is_stored_and_read(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"state": "partial"}, r"1 of 2 runs are not done: 1 \(partial\); finish"),
-        ({"code_versions": ("abc", "def")}, "several code versions: abc; def; draw each"),
+        ({"code_versions": ("abc", "def")}, "several code versions: abc; def; draw the runs of each"),
         ({"machines": ("there",)}, "several machines: here; there"),
         ({"origin": "a hub"}, "several model origins: random weights; a hub"),
         ({"threads": 3}, "several numbers of threads: 1; 3"),

@@ -219,7 +219,8 @@ def test_every_verifier_of_a_family(name: str, choice: str, tmp_path: Path) -> N
     verifier = made(choice, reference)
     found = verifier.teacher_forced(TOKENS[:60], 0).double()
     agreement = torch.cosine_similarity(found, expected[-len(found) :], dim=-1).mean()
-    least = {"pruned": 0.5, "int4": 0.93}.get(choice.split()[0], 0.98)
+    # Random weights are hard to quantize: four bits leave 0.87 to 0.99, a wrongly folded scale hardly anything.
+    least = {"pruned": 0.5, "int4": 0.8}.get(choice.split()[0], 0.98)
     assert agreement > least, float(agreement)
     verifier.rewind(0)
     verifier.prefill(TOKENS[:30])

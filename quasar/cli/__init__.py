@@ -167,9 +167,10 @@ def export_model(
 )
 def evaluate_tasks(context: typer.Context) -> None:
     """Evaluate tasks of the lm-evaluation-harness. Takes the arguments of lm_eval, which then knows --model quasar."""
-    from quasar.experiment.harness import evaluate
-
     with reported_errors():
+        # The import fails, and says why, if the harness is not installed.
+        from quasar.experiment.harness import evaluate
+
         evaluate(context.args)
 
 

@@ -51,8 +51,10 @@ def _source(value: yaml.Node, lines: list[str]) -> str:
 
 def _comment(key: yaml.Node, value: yaml.Node, lines: list[str]) -> str:
     """Return the comment on the key's line and on the lines below it that continue it."""
-    nested = isinstance(value, yaml.MappingNode) and not value.flow_style
-    line, column = (key.end_mark.line, key.end_mark.column) if nested else (value.end_mark.line, value.end_mark.column)
+    # What is written below the key has the comment on the line of the key.
+    below_key = isinstance(value, yaml.CollectionNode) and not value.flow_style
+    mark_of_end = key.end_mark if below_key else value.end_mark
+    line, column = mark_of_end.line, mark_of_end.column
     before, mark, text = lines[line][column:].partition("#")
     if not mark or before.strip(" :"):
         return ""
