@@ -139,9 +139,11 @@ def require_valid(arguments: list[str]) -> None:
 def require_run(arguments: list[str]) -> None:
     """Compose the configuration of a run or of the jobs of a sweep, and check it as a run does."""
     overrides = []
+    folder = EXAMPLES / "conf"
     for argument in arguments:
         if argument.startswith("--config-dir="):
-            assert (ROOT / argument.partition("=")[2]).is_dir(), argument
+            folder = ROOT / argument.partition("=")[2]
+            assert folder.is_dir(), argument
         elif argument not in ("-m", "--help", "--cfg", "job"):
             overrides.append(argument)
     choices = [
@@ -152,7 +154,7 @@ def require_run(arguments: list[str]) -> None:
     ]
     # As many jobs as the longest list, so that every value is in one of them.
     for job in range(max(map(len, choices), default=1)):
-        require_job([values[job % len(values)] for values in choices])
+        require_job([values[job % len(values)] for values in choices], folder)
 
 
 def require_job(overrides: list[str], folder: Path = EXAMPLES / "conf") -> None:
