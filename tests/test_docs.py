@@ -88,7 +88,8 @@ def test_the_pages_have_commands() -> None:
 
 @pytest.fixture(autouse=True)
 def examples_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for folder in (EXAMPLES, ROOT / "examples" / "my_drafter_package"):
+        monkeypatch.syspath_prepend(str(folder))
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
