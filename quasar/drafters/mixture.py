@@ -56,11 +56,7 @@ class MixtureDrafter(Drafter):
         num_tokens: Annotated[int, Field(ge=1, le=MAX_ROWS - 1)] = MAX_ROWS - 1,
         order: Annotated[int, Field(ge=1, le=16)] = 6,
         candidates: Annotated[int, Field(ge=1, le=MAX_ROWS - 1)] = 8,
-        sources: Annotated[Sequence[Literal["text", "logits", "runners_up"]], Field(min_length=1)] = (
-            "text",
-            "logits",
-            "runners_up",
-        ),
+        sources: Annotated[Sequence[Source], Field(min_length=1)] = ("text", "logits", "runners_up"),
         memory: Literal["prompt", "session"] = "prompt",
     ) -> None:
         self.num_tokens, self.order, self.candidates, self.memory = num_tokens, order, candidates, memory
