@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quasar.errors import RequestError
-
-if TYPE_CHECKING:
-    from quasar.model.config_file import RawConfig
+from quasar.model.config_keys import RawConfig
 
 GEMMA = ("gemma2", "gemma3_text")
 
