@@ -68,14 +68,7 @@ class Store(Generic[T]):
         key: everything that the value depends on, as JSON values. Device, dtype and the versions of torch and of the
             code are added
         """
-        whole = {
-            **key,
-            "device": device_identity(device),
-            "dtype": str(dtype),
-            "torch": metadata.version("torch"),
-            "code_version": code_version(),
-        }
-        text = json.dumps(whole, sort_keys=True)
+        text = whole_key(key, device, dtype)
         name = hashlib.sha256(text.encode()).hexdigest()[:24]
         content = cache_folder() / self.kind / f"{name}{self.suffix}"
         with _locked(content) as writable:
@@ -127,6 +120,18 @@ class Store(Generic[T]):
         finally:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
+
+
+def whole_key(key: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> str:
+    """Return the key of a value as JSON, with device, dtype and the versions of torch and of the code."""
+    whole = {
+        **key,
+        "device": device_identity(device),
+        "dtype": str(dtype),
+        "torch": metadata.version("torch"),
+        "code_version": code_version(),
+    }
+    return json.dumps(whole, sort_keys=True)
 
 
 FOLDER_CARD = ".card"

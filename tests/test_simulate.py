@@ -170,6 +170,14 @@ def test_the_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not set(others.question) & set(rows.question)
 
 
+def test_recordings_belong_to_the_code_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for versions, code in ((1, "the first"), (1, "the first"), (2, "the second")):
+        monkeypatch.setattr("quasar.cache.code_version", lambda code=code: code)
+        simulate(Request(["drafter=none"], [0.0], COMMON), Reporter())
+        assert len(list(simulation.RECORDINGS.iterdir())) == versions
+
+
 def test_tables_are_means_over_families() -> None:
     columns = [field.name for field in fields(Simulated)]
     values = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from quasar.cache import code_version, device_identity
+from quasar.cache import code_version, whole_key
 from quasar.config.build import build
 from quasar.config.schema import RunConfig
 from quasar.decoding.draft import MAX_ROWS, Draft
@@ -234,16 +233,13 @@ def _prompts(settings: RunConfig, skip: int) -> list[Prompt]:
 
 
 def _recordings(settings: RunConfig, located: Reference) -> Path:
-    """Return the folder for the recordings of the configuration's verifier."""
-    identity = {
+    """Return the folder for the recordings of the configuration's verifier by this version of the code."""
+    key = {
         "model": located.checkpoint.identity,
         "verifier": settings.verifier,
         "calibration": asdict(settings.calibration),
-        "dtype": str(located.dtype),
-        "device": device_identity(located.device),
-        "torch": torch.__version__,
     }
-    return RECORDINGS / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return RECORDINGS / hashlib.sha256(whole_key(key, located.device, located.dtype).encode()).hexdigest()[:12]
 
 
 def _provenance(settings: RunConfig, located: Reference, prompts: Sequence[Prompt], runs: int) -> Provenance:
