@@ -28,54 +28,58 @@ def rotary_write(
     kv_heads = len(keys)
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     queries = torch.empty(rows, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    grid = (rows, heads + 2 * kv_heads)
+    weights = cos if q_norm is None else q_norm, cos if k_norm is None else k_norm
+    sizes = start, eps, heads, kv_heads
+    norm = {
+        "NORM": q_norm is not None,
+        "ONE_PLUS": one_plus,
+        "WHOLE": q_norm is not None and len(q_norm) != head_dim,
+    }
     if isinstance(keys, QuantizedSlots):
         assert isinstance(values, QuantizedSlots)
-        rotary_quantize_kernel[(rows, heads + 2 * kv_heads)](
-            qkv,
-            cos,
-            sin,
-            cos if q_norm is None else q_norm,
-            cos if k_norm is None else k_norm,
-            queries,
-            keys.codes,
-            values.codes,
-            keys.scales,
-            values.scales,
-            start,
-            eps,
-            heads,
-            kv_heads,
-            keys.codes.stride(0) // keys.codes.shape[2],
-            NORM=q_norm is not None,
-            ONE_PLUS=one_plus,
-            WHOLE=q_norm is not None and len(q_norm) != head_dim,
-            **slot_constants(head_dim, keys.bits),
+        slots = keys.codes, values.codes, keys.scales, values.scales
+        capacity = keys.codes.stride(0) // keys.codes.shape[2]
+        constants = slot_constants(head_dim, keys.bits)
+        rotary_quantize_kernel[grid](
+            qkv, cos, sin, *weights, queries, *slots, *sizes, capacity, **norm, **constants, num_warps=1
+        )
+    else:
+        assert isinstance(values, Tensor)
+        half = triton.next_power_of_2(head_dim // 2)
+        head_stride = keys.stride(0)
+        rotary_write_kernel[grid](
+            *(qkv, cos, sin, *weights, queries, keys, values, *sizes, head_stride),
+            HEAD_DIM=head_dim,
+            HALF=half,
+            **norm,
             num_warps=1,
         )
-        return queries
-    assert isinstance(values, Tensor)
-    rotary_write_kernel[(rows, heads + 2 * kv_heads)](
-        qkv,
-        cos,
-        sin,
-        cos if q_norm is None else q_norm,
-        cos if k_norm is None else k_norm,
-        queries,
-        keys,
-        values,
-        start,
-        eps,
-        heads,
-        kv_heads,
-        keys.stride(0),
-        HEAD_DIM=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2),
-        NORM=q_norm is not None,
-        ONE_PLUS=one_plus,
-        WHOLE=q_norm is not None and len(q_norm) != head_dim,
-        num_warps=1,
-    )
     return queries
+
+
+@triton.jit
+def head_norm(head, heads, kv_heads, q_norm, k_norm, HEAD_DIM: tl.constexpr, WHOLE: tl.constexpr):
+    """Return a pointer to the weights of a query or key head, its number among its kind, and the heads of its mean.
+
+    WHOLE: whether the weights are those of all heads, and so is the mean
+    """
+    weight, own, count = q_norm, head, heads
+    if head >= heads:
+        weight, own, count = k_norm, head - heads, kv_heads
+    if WHOLE:
+        weight += own * HEAD_DIM
+    else:
+        count = 1
+    return weight, own, count
+
+
+@triton.jit
+def normalized(x, factor, weight, dtype: tl.constexpr, ONE_PLUS: tl.constexpr):
+    """Return the elements of a head times their factor and weights, rounded to a dtype as separate operations are."""
+    weight = weight.to(tl.float32)
+    x = x * factor * (1.0 + weight) if ONE_PLUS else (x * factor).to(dtype).to(tl.float32) * weight
+    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -116,17 +120,9 @@ def rotary_write_kernel(
     else:
         a, b = first.to(tl.float32), second.to(tl.float32)
         if NORM:
-            weight = q_norm
-            if head >= heads:
-                weight = k_norm
+            weight, own, count = head_norm(head, heads, kv_heads, q_norm, k_norm, HEAD_DIM, WHOLE)
             squares = tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)
-            count = 1
             if WHOLE:
-                # The weights are those of all heads, and so is the mean.
-                own, count = head, heads
-                if head >= heads:
-                    own, count = head - heads, kv_heads
-                weight += own * HEAD_DIM
                 squares = 0.0
                 for other in range(count):
                     head_of_all = source + (other - own) * HEAD_DIM
@@ -134,14 +130,8 @@ def rotary_write_kernel(
                     d = tl.load(head_of_all + high, mask=inside, other=0.0).to(tl.float32)
                     squares += tl.sum(c * c, axis=0) + tl.sum(d * d, axis=0)
             factor = 1.0 / tl.sqrt_rn(squares / (count * HEAD_DIM) + eps)
-            low_weight = tl.load(weight + low, mask=inside, other=0.0).to(tl.float32)
-            high_weight = tl.load(weight + high, mask=inside, other=0.0).to(tl.float32)
-            if ONE_PLUS:
-                a, b = a * factor * (1.0 + low_weight), b * factor * (1.0 + high_weight)
-            else:
-                a = (a * factor).to(dtype).to(tl.float32) * low_weight
-                b = (b * factor).to(dtype).to(tl.float32) * high_weight
-            a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+            a = normalized(a, factor, tl.load(weight + low, mask=inside, other=0.0), dtype, ONE_PLUS)
+            b = normalized(b, factor, tl.load(weight + high, mask=inside, other=0.0), dtype, ONE_PLUS)
         cos_low = tl.load(cos + row * HEAD_DIM + low, mask=inside, other=0.0)
         cos_high = tl.load(cos + row * HEAD_DIM + high, mask=inside, other=0.0)
         sin_low = tl.load(sin + row * HEAD_DIM + low, mask=inside, other=0.0)
@@ -197,30 +187,16 @@ def rotary_quantize_kernel(
         partner = tl.where(depth < HEAD_DIM // 2, depth + HEAD_DIM // 2, depth - HEAD_DIM // 2)
         y = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            weight = q_norm
-            if head >= heads:
-                weight = k_norm
+            weight, own, count = head_norm(head, heads, kv_heads, q_norm, k_norm, HEAD_DIM, WHOLE)
             squares = tl.sum(x * x, axis=0)
-            count = 1
             if WHOLE:
-                # The weights are those of all heads, and so is the mean.
-                own, count = head, heads
-                if head >= heads:
-                    own, count = head - heads, kv_heads
-                weight += own * HEAD_DIM
                 squares = 0.0
                 for other in range(count):
                     z = tl.load(source + (other - own) * HEAD_DIM + depth, mask=inside, other=0.0).to(tl.float32)
                     squares += tl.sum(z * z, axis=0)
             factor = 1.0 / tl.sqrt_rn(squares / (count * HEAD_DIM) + eps)
-            x_weight = tl.load(weight + depth, mask=inside, other=0.0).to(tl.float32)
-            y_weight = tl.load(weight + partner, mask=inside, other=0.0).to(tl.float32)
-            if ONE_PLUS:
-                x, y = x * factor * (1.0 + x_weight), y * factor * (1.0 + y_weight)
-            else:
-                x = (x * factor).to(dtype).to(tl.float32) * x_weight
-                y = (y * factor).to(dtype).to(tl.float32) * y_weight
-            x, y = x.to(dtype).to(tl.float32), y.to(dtype).to(tl.float32)
+            x = normalized(x, factor, tl.load(weight + depth, mask=inside, other=0.0), dtype, ONE_PLUS)
+            y = normalized(y, factor, tl.load(weight + partner, mask=inside, other=0.0), dtype, ONE_PLUS)
         y = tl.where(depth < HEAD_DIM // 2, -y, y)
         cosines = tl.load(cos + row * HEAD_DIM + depth, mask=inside, other=0.0)
         sines = tl.load(sin + row * HEAD_DIM + depth, mask=inside, other=0.0)
