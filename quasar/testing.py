@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,28 @@ NEW_TOKENS = 24
 def tiny_model(dtype: torch.dtype = torch.float32) -> Transformer:
     """Return a random Llama with 4 layers and a vocabulary of 64 tokens, the same at every call."""
     return random_transformer(tiny_config(vocab_size=VOCABULARY), 0, dtype)
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """Write a random Llama with a vocabulary of 64 tokens as transformers saves it, the same at every call.
+
+    Returns the folder, for verifiers that load their model from ``setup.folder``.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def tiny_setup() -> Setup:

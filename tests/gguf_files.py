@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,14 +77,8 @@ def write_gguf(
     """
     config = dense.config
     writer = GGUFWriter(file, architecture, split_max_tensors=tensors_per_part)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(512)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    add_shape(writer, config, context_length=512)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     add(writer)
     back: dict[str, Tensor] = {}
@@ -99,11 +94,25 @@ def write_gguf(
         stored = blocks_of(weight.numpy(), chosen)
         writer.add_tensor(gguf_name(name), interleaved(stored, heads), raw_dtype=chosen)
         back[name] = torch.from_numpy(np.array(quants.dequantize(stored, chosen), dtype=np.float32))
+    finish(writer)
+    return back
+
+
+def add_shape(writer: GGUFWriter, config: Any, context_length: int) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return back
 
 
 def gguf_name(name: str) -> str:

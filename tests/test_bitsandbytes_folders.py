@@ -20,24 +20,14 @@ from quasar.quantization.layers import W8A16Linear
 from quasar.quantization.packed import load_reference
 from quasar.verifiers.base import Setup
 from quasar.verifiers.packed import PackedVerifier
-
-TOKENS = torch.arange(40) % 90
+from tests.test_packed import CONFIG, TOKENS
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dense")
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(CONFIG).save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from quasar.config.build import build
 from quasar.config.schema import CONF
@@ -19,7 +18,7 @@ from quasar.decoding.sampling import Sampling
 from quasar.drafters.base import Drafter
 from quasar.drafters.ngram import NgramDrafter
 from quasar.model.transformer import Transformer
-from quasar.testing import check_drafter, check_verifier, tiny_model, tiny_setup
+from quasar.testing import check_drafter, check_verifier, tiny_checkpoint, tiny_model, tiny_setup
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
 from tests.compose import composed_run
@@ -54,7 +53,7 @@ def test_a_verifier_around_transformers_passes_and_agrees_with_ours(
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from transformers_verifier import TransformersVerifier  # type: ignore[import-not-found]
 
-    folder = llama(tmp_path / "model")
+    folder = tiny_checkpoint(tmp_path / "model")
     theirs = TransformersVerifier(tiny_model(), Setup(folder=folder))
     check_verifier(theirs)
     from quasar.model.loading import load_transformer
@@ -72,22 +71,6 @@ def test_the_drafter_of_the_tutorial_passes(monkeypatch: pytest.MonkeyPatch) -> 
     check_drafter(RepeatDrafter(num_tokens=3))
     context = Context([1, 5], 2, Sampling(), torch.Generator())
     assert RepeatDrafter(num_tokens=3).propose(context, budget=2).tokens == [5, 5]
-
-
-def llama(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 class Deep(Drafter):

@@ -18,6 +18,7 @@ from quasar.model.sources import Checkpoint
 from quasar.model.transformer import ResidualStream, Rows, Transformer
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
+from tests.blocks import logits_in_blocks
 
 SMALL: dict[str, Any] = {
     "vocab_size": 211,
@@ -107,17 +108,8 @@ def test_smollm2_logits_equal_transformers(smollm2: Checkpoint) -> None:
 def test_blocks_and_rollback_equal_one_pass(tiny: Transformer) -> None:
     tokens = torch.randint(0, 64, (60,), generator=torch.Generator().manual_seed(1))
     expected = tiny(tokens)
-    verifier = FP16Verifier(tiny, Setup(capacity=16))  # smaller than the sequence: the cache must grow too
-    rows = [verifier.prefill(tokens[:20]).logits]
-    position = 20
-    for size in (1, 5, 3, 8, 2, 7, 4, 9):
-        right = tokens[position + 1 : position + size].tolist()
-        # The draft is right up to `size - 1` tokens, then wrong: the wrong ones must leave no trace.
-        logits = verifier.verify(int(tokens[position]), Draft.chain([*right, 63, 62])).logits
-        rows.append(logits[:size])
-        verifier.keep(range(size - 1))
-        position += size
-    assert relative_error(torch.cat(rows), expected[19:position]) < 1e-5
+    found = logits_in_blocks(tiny, tokens, (1, 5, 3, 8, 2, 7, 4, 9))
+    assert relative_error(found, expected[19 : 19 + len(found)]) < 1e-5
 
 
 def test_tree_rows_equal_separate_sequences(tiny: Transformer) -> None:

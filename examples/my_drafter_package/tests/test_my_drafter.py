@@ -8,30 +8,17 @@ import pytest
 import torch
 from my_drafter.drafter import LookupDrafter
 from my_drafter.verifier import CachedVerifier
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from quasar.decoding.draft import Context
 from quasar.decoding.sampling import Sampling
 from quasar.drafters.ngram import NgramDrafter
-from quasar.testing import check_drafter, check_verifier, tiny_model
+from quasar.testing import check_drafter, check_verifier, tiny_checkpoint, tiny_model
 from quasar.verifiers.base import Setup
 
 
 @pytest.fixture
 def verifier(tmp_path: Path) -> CachedVerifier:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    return CachedVerifier(tiny_model(), Setup(folder=tmp_path))
+    return CachedVerifier(tiny_model(), Setup(folder=tiny_checkpoint(tmp_path)))
 
 
 def test_the_drafter_keeps_to_its_seam() -> None:
