@@ -73,11 +73,21 @@ def test_other_vocabularies_and_broken_logits_are_refused() -> None:
 
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 12, 13, 40])
 def test_windows_score_every_token_but_the_first_once_with_at_least_half_a_window_before_it(length: int) -> None:
-    found = list(windows(range(length), 8))
+    found = list(windows(range(length), size=8))
     assert [token for window in found for token in window.answer] == list(range(1, length))
     for window in found[1:]:
         assert len(window.prompt) == 4
         assert window.prompt[-1] + 1 == window.answer[0]
+    assert max(len(window.prompt) + len(window.answer) for window in found) <= 8
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 12, 13, 40])
+def test_windows_of_a_model_with_a_first_token_begin_with_it_and_score_every_token(length: int) -> None:
+    found = list(windows(range(length), beginning=[99], size=8))
+    assert [token for window in found for token in window.answer] == list(range(length))
+    assert found[0].prompt == [99]
+    for window in found[1:]:
+        assert window.prompt == [99, *range(window.answer[0] - 3, window.answer[0])]
     assert max(len(window.prompt) + len(window.answer) for window in found) <= 8
 
 

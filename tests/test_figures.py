@@ -81,6 +81,23 @@ def test_speedups_of_tasks_are_those_of_their_prompts(rows: pd.DataFrame) -> Non
             assert round(of(rows, arm, mean).value, 9) in heights
 
 
+def test_sampled_arms_have_a_panel_with_their_free_running_speedups(rows: pd.DataFrame) -> None:
+    greedy = [arm.name for arm in ARMS[2:]]
+    sampled = rows[rows["arm"].isin(greedy)].assign(temperature=1.0, text_ms=None, text_ar_ref_ms=None)
+    sampled["arm"] += ", T = 1"
+    both = pd.concat([rows, sampled], ignore_index=True)
+    drawn = picture("speedup_by_task", both, synthetic_provenance())
+    upper, lower = drawn.axes
+    assert upper.get_ylim() == lower.get_ylim()
+    heights = {round(float(value), 9) for line in lower.lines for value in line.get_ydata()}
+    for name in greedy:
+        found = sampled[sampled["arm"] == f"{name}, T = 1"]
+        for mean in ("speedup_vs_ar_ref", "speedup_vs_ar_ref_by_family"):
+            assert round(QUANTITIES[mean].of(found, both).value, 9) in heights
+    names = [text.get_text() for text in drawn.axes[0].get_legend().get_texts()]
+    assert names == [arm.name for arm in ARMS[1:]]
+
+
 def test_the_fastest_arm_is_the_highest_row(rows: pd.DataFrame) -> None:
     drawn = picture("speedup", rows, synthetic_provenance())
     names = [label.get_text() for label in drawn.axes[0].get_yticklabels()]

@@ -44,7 +44,7 @@ def peers() -> ModuleType:
     return module
 
 
-def test_ratios_are_paired(peers: ModuleType) -> None:
+def test_ratios_are_paired(peers: ModuleType, tmp_path: Path) -> None:
     """The second engine takes a third of the time on every prompt and repetition, though prompts differ by far."""
     turns: list[str] = []
 
@@ -66,6 +66,9 @@ def test_ratios_are_paired(peers: ModuleType) -> None:
     assert "| fast | 0.2 | 3.00x |" in text
     assert f"| {peers.BASELINE} | 0.1 | 1.00x |" in text
     assert "commit abc" in text
+    peers.draw(rows, {"commit": "abc"}, tmp_path / "peers")
+    assert {file.suffix for file in tmp_path.iterdir()} == {".pdf", ".png", ".svg"}
+    assert "tokens/s over" in (tmp_path / "peers.svg").read_text()
 
 
 def test_llama_cpp(peers: ModuleType, tmp_path: Path) -> None:

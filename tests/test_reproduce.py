@@ -221,6 +221,21 @@ def test_a_table_is_copied_into_its_place(tmp_path: Path) -> None:
         refreshed(text.replace("table.md", "none.md"), tmp_path)
 
 
+def test_a_cell_is_copied_into_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "experiments" / "speed"
+    folder.mkdir(parents=True)
+    quantities = "| arm | KL |\n| --- | ---: |\n| int4, 8-bit head | 0.14 (0.13 to 0.15) |"
+    (folder / "table.md").write_text(f"# x\n\n{quantities}\n\n| arm | KL |\n| --- | --- |\n| x | 2 |\n")
+    text = (
+        "| KL <!-- cell: speed; int4, 8-bit head; KL -->old<!-- end --> | <!-- cell: speed; x; KL --><!-- end --> |\n"
+    )
+    copied = text.replace("old", "0.14 (0.13 to 0.15)").replace("x; KL -->", "x; KL -->2")
+    assert refreshed(text, tmp_path) == copied
+    assert refreshed(copied, tmp_path) == copied
+    with pytest.raises(RequestError, match="has no arm 'x' with a column 'τ'"):
+        refreshed(text.replace("x; KL", "x; τ"), tmp_path)
+
+
 def test_metrics_and_quantities_of_one_name_have_one_format() -> None:
     for name, quantity in QUANTITIES.items():
         try:

@@ -71,15 +71,19 @@ def likelihood(logits: Tensor, tokens: Sequence[int]) -> tuple[list[float], list
     return loss, (logits.argmax(-1) == targets).tolist()
 
 
-def windows(tokens: Sequence[int], size: int = WINDOW) -> Iterator[Trajectory]:
-    """Cut a text into overlapping windows, so that every token but the first is scored once with a long context.
+def windows(tokens: Sequence[int], beginning: Sequence[int] = (), size: int = WINDOW) -> Iterator[Trajectory]:
+    """Cut a text into overlapping windows, so that every token is scored once with a long context.
 
-    tokens: ids of the text; size: tokens of a window, of which the first half is context (but in the first window)
+    tokens: ids of the text
+    beginning: ids that every window begins with, see `Tokenizer.beginning`; without them nothing comes before the first
+        token, which is then not scored
+    size: most tokens of a window. Half of its text is context, but in the first window
 
     For example five tokens in windows of four are scored as ``[1] -> [2, 3, 4]`` and ``[3, 4] -> [5]``.
     """
-    half = size // 2
-    first = list(tokens[:size])
-    yield Trajectory(first[:1], first[1:], [], [])
-    for start in range(size, len(tokens), half):
-        yield Trajectory(list(tokens[start - half : start]), list(tokens[start : start + half]), [], [])
+    start = list(beginning) or list(tokens[:1])
+    text, room = tokens[len(start) - len(beginning) :], size - len(beginning)
+    half, first = room // 2, size - len(start)
+    yield Trajectory(start, list(text[:first]), [], [])
+    for place in range(first, len(text), half):
+        yield Trajectory([*beginning, *text[place - half : place]], list(text[place : place + half]), [], [])

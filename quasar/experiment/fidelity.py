@@ -112,7 +112,8 @@ class _PlainText:
         tokens = a.tokenizer.encode(self._content)
         if len(tokens) < 2:
             raise RequestError(f"--text={self._path}: has {len(tokens)} tokens, but needs 2: the first is only context")
-        return [_Text("text", lambda window=window: [window]) for window in windows(tokens)]  # type: ignore[misc]
+        found = windows(tokens, a.tokenizer.beginning)
+        return [_Text("text", lambda window=window: [window]) for window in found]  # type: ignore[misc]
 
     def sentence(self, a: Standalone) -> str:
         digest = hashlib.sha256(self._content.encode()).hexdigest()[:12]

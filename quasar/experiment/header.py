@@ -53,7 +53,7 @@ def warnings_of(parts: Prepared) -> list[str]:
             f"the reference was dequantized: {parts.weights_on_grid:.0%} of its weights lie on a low-bit grid; "
             "a verifier that quantizes to the same grid is not a compression of it"
         )
-    if checkpoint.grid is not None and _on_grid(parts.settings.verifier, checkpoint.grid):
+    if checkpoint.grid is not None and stores_exactly(parts.settings.verifier, checkpoint.grid):
         found.append(
             f"these weights are already on a 4-bit grid in groups of {checkpoint.grid.group_size}, and verifier=int4 "
             "reproduces this grid at these settings. It is lossless here, but this does not show how lossy quantizing "
@@ -87,10 +87,18 @@ def _kernels(machine: Machine) -> str:
     return f", {level} kernels ({machine.kernels_reason})"
 
 
-def _on_grid(verifier: dict[str, Any], grid: Grid) -> bool:
-    """Whether quantization with these settings represents every weight of the grid exactly."""
+def stores_exactly(verifier: dict[str, Any], grid: Grid) -> bool:
+    """Whether int4 with these settings stores every weight of the grid exactly and changes nothing else either."""
     same = verifier["name"] == "int4" and grid.bits == 4 and verifier.get("symmetric") == grid.symmetric
-    return same and grid.group_size % int(verifier.get("group_size", 1)) == 0
+    return (
+        same
+        and grid.group_size % int(verifier.get("group_size", 1)) == 0
+        and verifier.get("method") != "awq"  # scales the channels first
+        and verifier.get("rotation") == "none"
+        and not verifier.get("keep_8bit")
+        and verifier.get("bits") is None
+        and all(verifier.get(key) == 16 for key in ("activation_bits", "lm_head_bits", "kv_bits"))
+    )
 
 
 def _describe(node: dict[str, Any]) -> str:

@@ -56,6 +56,13 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None
 
+    @property
+    def beginning(self) -> list[int]:
+        """The special tokens that the model expects before a text, such as Gemma's ``<bos>``; often none."""
+        whole, text = self._inner.encode("a"), self._inner.encode("a", add_special_tokens=False)
+        places = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+        return list(whole[: next(places, 0)])
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation, up to the place where the assistant's answer begins.
 

@@ -1,4 +1,4 @@
-"""Refreshes the generated parts of README.md and of pages: ``python -m scripts.docs.parts``; ``make docs`` does it too.
+"""Refreshes the generated parts of README files and pages: ``python -m scripts.docs.parts``; ``make docs`` does it too.
 
 They are in the sources, so that these can be read without building the site. A part stands between two comments:
 
@@ -14,12 +14,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.docs import pairs
+from scripts.docs import experiments, pairs
 from scripts.docs.record import recorded_text
 
 ROOT = Path(__file__).parents[2]
 PARTS: dict[str, Callable[[], str]] = {
     "pairs": lambda: f"{pairs.matrix()}\n\n{pairs.LEGEND}",
+    "experiments": experiments.table,
     "first run": lambda: f"```text\n{recorded_text('first_run')}```",
 }
 _PLACE = re.compile(r"(<!-- generated: (?P<name>[^\n]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -28,7 +29,7 @@ _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 def pages() -> list[Path]:
     """Return the files that may have generated parts."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def refreshed(text: str) -> str:

@@ -10,7 +10,7 @@ from matplotlib.transforms import offset_copy
 from quasar.errors import RequestError
 from quasar.results.estimates import QUANTITIES, UNQUANTIZED
 from quasar.results.figures import style
-from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting, largest, notes
+from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, Look, in_common_setting, largest, notes
 from quasar.results.figures.figure import Figure, Selection
 from quasar.results.figures.marks import (
     Name,
@@ -67,7 +67,9 @@ def draw_speedups(picture: style.Picture, arms: Arms, selection: Selection) -> N
 
 
 def _select_by_task(arms: Arms) -> Selection:
-    found = arms.measured(SPEEDUP, of=lambda arm: not arm.is_reference)
+    found = [arm for arm in arms.all if not arm.is_reference and arms.estimate(arm, _by_task(arm)) is not None]
+    if not found:
+        raise RequestError("no arm but the reference has a speedup")
     if max(arm.rows["family"].nunique() for arm in found) < 2:
         raise RequestError("the prompts are of one task family")
     kept: list[Arm] = []
@@ -76,41 +78,54 @@ def _select_by_task(arms: Arms) -> Selection:
         panel, left_out = largest(
             [arm for arm in found if arm.temperature == temperature],
             _MOST_BY_TASK,
-            lambda arm: arms.value(arm, SPEEDUP).value,
+            lambda arm: arms.value(arm, _by_task(arm)).value,
         )
         kept += panel
         note = note or left_out
     return Selection(kept, note)
 
 
+def _by_task(arm: Arm) -> str:
+    """Return the speedup of an arm. A sampled text cannot be forced along, so that each side decodes its own."""
+    return "speedup_vs_ar_ref" if arm.temperature else SPEEDUP
+
+
 def draw_by_task(picture: style.Picture, arms: Arms, selection: Selection) -> None:
     """A panel per temperature: a group of points per task family, and the means at the right."""
     temperatures = sorted({arm.temperature for arm in selection.arms})
     families = list(dict.fromkeys(family for arm in selection.arms for family in arm.rows["family"]))
-    means = {SPEEDUP: "all prompts", f"{SPEEDUP}_by_family": "mean of tasks"}
+    means = ["all prompts", "mean of tasks"]
     centres = [*range(len(families)), *(len(families) + 0.4 + place for place in range(len(means)))]
     panels = picture.subplots(len(temperatures), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, temperature in zip(panels, temperatures, strict=True):
         shown = [arm for arm in selection.arms if arm.temperature == temperature]
         for place, arm in enumerate(shown):
             offset = 0.7 * ((place + 0.5) / len(shown) - 0.5)
-            values = [arms.estimate(arm, SPEEDUP, family) for family in families]
-            values += [arms.estimate(arm, mean) for mean in means]
+            quantity = _by_task(arm)
+            values = [arms.estimate(arm, quantity, family) for family in families]
+            values += [arms.estimate(arm, quantity), arms.estimate(arm, f"{quantity}_by_family")]
             for centre, found in zip(centres, values, strict=True):
                 if found is not None:
                     point(axes, arm, centre + offset, found)
         axes.axvspan(len(families) - 0.3, centres[-1] + 0.5, color="#f3f3f3", zorder=0)
-        subtitle(axes, f"T = {temperature:g}", selection.note, width=style.TWO_COLUMNS)
+        text = "each on its own text" if temperature else "along the reference's text"
+        subtitle(axes, f"T = {temperature:g}, {text}", selection.note, width=style.TWO_COLUMNS)
+    limits = [limit for axes in panels for limit in axes.dataLim.intervaly]
     for axes in panels:
+        axes.update_datalim([(0.0, min(limits)), (0.0, max(limits))])
         ratio_axis(axes, "y")
         axes.tick_params(axis="x", length=0)
     panels[-1].set_xlim(-0.5, centres[-1] + 0.5)
     names = [family.replace("_", " ") for family in families]
-    panels[-1].set_xticks(centres, [*names, *means.values()])
+    panels[-1].set_xticks(centres, [*names, *means])
     if max(map(len, names)) * len(centres) > 100:
         panels[-1].tick_params(axis="x", rotation=20)
-    picture.supylabel(SPEEDUP_AXIS, fontsize=7.5)
-    legend(panels[0], list({arm.plain_name: arm for arm in reversed(selection.arms)}.values())[::-1], 3)
+    picture.supylabel("speedup over AR-ref", fontsize=7.5)
+    named: dict[Look, Arm] = {}
+    for arm in selection.arms:
+        # An arm of another temperature that looks alike needs no name of its own.
+        named.setdefault(arm.look, arm)
+    legend(panels[0], list(named.values()), 3)
 
 
 def _select_waterfall(arms: Arms) -> Selection:
@@ -353,7 +368,7 @@ def draw_steps(picture: style.Picture, arms: Arms, selection: Selection) -> None
     named_rows(axes, [arm.name for arm in selection.arms])
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("milliseconds per step" + (f" ({selection.note})" if selection.note else ""))
+    axes.set_xlabel("milliseconds per step" + (f"\n({selection.note})" if selection.note else ""))
     axes.legend(ncols=len(style.PARTS), loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0)
 
 
@@ -371,8 +386,9 @@ SPEED = (
     Figure(
         "speedup_by_task",
         "Is it faster, and on which tasks?",
-        "Speedup on the reference's text over AR-ref per task family and arm, a panel per temperature, with the means.",
-        _TEXT_COLUMNS,
+        "Speedup over AR-ref per task family and arm, with the means, a panel per temperature: at 0 along the "
+        "reference's text, otherwise each on its own text.",
+        (),
         _select_by_task,
         draw_by_task,
         lambda selection: 1.0 + 1.55 * len({arm.temperature for arm in selection.arms}),
