@@ -17,6 +17,7 @@ from quasar.results.intervals import (
     Estimate,
     Statistic,
     Sums,
+    divided,
     estimate,
     geometric_mean,
     mean_over_families,
@@ -167,10 +168,9 @@ def _free_speedup_by_family(sums: Sums) -> np.ndarray:
 
 def _throughputs(sums: Sums, baseline: str) -> np.ndarray:
     """Return the pair's tokens per millisecond over the baseline's."""
-    ours = sums["emitted"] / sums["decode_ms"]
-    theirs = sums[f"{baseline}_tokens"] / sums[f"{baseline}_ms"]
-    result: np.ndarray = ours / theirs
-    return result
+    return divided(
+        divided(sums["emitted"], sums["decode_ms"]), divided(sums[f"{baseline}_tokens"], sums[f"{baseline}_ms"])
+    )
 
 
 def _interaction(sums: Sums) -> np.ndarray:

@@ -84,19 +84,26 @@ def value_of(columns: Mapping[str, np.ndarray], families: Sequence[str], statist
     return float(statistic({name: values.sum(axis=1) @ member for name, values in columns.items()}))
 
 
+def divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Return the quotient; NaN where the denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient: np.ndarray = np.where(denominator == 0, np.nan, numerator / denominator)
+    return quotient
+
+
 def ratio_of_totals(numerator: str, denominator: str) -> Statistic:
     """The micro average: the total of one column over that of another."""
-    return lambda sums: _divided(sums[numerator].sum(-1), sums[denominator].sum(-1))
+    return lambda sums: divided(sums[numerator].sum(-1), sums[denominator].sum(-1))
 
 
 def mean_over_families(numerator: str, denominator: str) -> Statistic:
     """The mean of the families' ratios of totals, as papers report it."""
-    return lambda sums: _divided(sums[numerator], sums[denominator]).mean(-1)
+    return lambda sums: divided(sums[numerator], sums[denominator]).mean(-1)
 
 
 def geometric_mean(log_ratio: str, ones: str) -> Statistic:
     """The geometric mean of the prompts' ratios, from a column of their logarithms and a column of ones."""
-    return lambda sums: np.exp(_divided(sums[log_ratio].sum(-1), sums[ones].sum(-1)))
+    return lambda sums: np.exp(divided(sums[log_ratio].sum(-1), sums[ones].sum(-1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -156,9 +163,3 @@ def _p_of_one(resampled: np.ndarray) -> float | None:
         return None
     above = float(np.mean(resampled > 1))
     return max(2 * min(above, 1 - above), 1 / RESAMPLES)
-
-
-def _divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        quotient: np.ndarray = np.where(denominator == 0, np.nan, numerator / denominator)
-    return quotient
