@@ -184,7 +184,7 @@ def draw(rows: pd.DataFrame, origin: dict[str, Any], stem: Path) -> None:
         axes = picture.subplots()
         for row, (engine, value) in enumerate(found.items()):
             own = engine in OWN
-            colour = style.colours(engine.split()[1].rstrip(","))[0] if own else style.GREY
+            colour = style.colours(OWN[engine][0].removeprefix("verifier="))[0] if own else style.GREY
             interval(axes, "x", value, row, colour)
             axes.plot(value.value, row, "o", color=colour, markerfacecolor=colour if own else "white", zorder=3)
         named_rows(axes, list(found))

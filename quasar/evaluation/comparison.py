@@ -81,9 +81,8 @@ def windows(tokens: Sequence[int], beginning: Sequence[int] = (), size: int = WI
 
     For example five tokens in windows of four are scored as ``[1] -> [2, 3, 4]`` and ``[3, 4] -> [5]``.
     """
-    start = list(beginning) or list(tokens[:1])
-    text, room = tokens[len(start) - len(beginning) :], size - len(beginning)
-    half, first = room // 2, size - len(start)
-    yield Trajectory(start, list(text[:first]), [], [])
+    context, text = (beginning, tokens) if beginning else (tokens[:1], tokens[1:])
+    half, first = (size - len(beginning)) // 2, size - len(context)
+    yield Trajectory(list(context), list(text[:first]), [], [])
     for place in range(first, len(text), half):
         yield Trajectory([*beginning, *text[place - half : place]], list(text[place : place + half]), [], [])
