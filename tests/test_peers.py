@@ -68,7 +68,10 @@ def test_ratios_are_paired(peers: ModuleType, tmp_path: Path) -> None:
     assert "commit abc" in text
     peers.draw(rows, {"commit": "abc"}, tmp_path / "peers")
     assert {file.suffix for file in tmp_path.iterdir()} == {".pdf", ".png", ".svg"}
-    assert "tokens/s over" in (tmp_path / "peers.svg").read_text()
+    drawn = (tmp_path / "peers.svg").read_text()
+    assert "tokens/s over" in drawn
+    assert "fill: #ffffff; stroke: #555555" in drawn, "another engine is hollow and grey"
+    assert "fill: #ffffff; stroke: #000000" not in drawn, "the program's own is filled"
 
 
 def test_llama_cpp(peers: ModuleType, tmp_path: Path) -> None:
