@@ -194,6 +194,7 @@ def _row(generator: np.random.Generator, arm: SyntheticArm, effect: float, machi
         "match_ref": None,
         "correct": None,
         "context": steps * 200,
+        "drafted_by_length": depth,
         "depth_by_position": depth,
         "reached_by_position": reached,
         "accepted_by_position": accepted,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from quasar.cli import app
 from quasar.errors import QuasarError, RequestError
 from quasar.evaluation.comparison import Comparison, compare, likelihood, windows
 from quasar.evaluation.fidelity import Trajectory
+from quasar.experiment.fidelity import _PlainText
 from quasar.experiment.standalone import settings_of, split
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.results.comparison import Compared, Table
@@ -89,6 +92,22 @@ def test_windows_of_a_model_with_a_first_token_begin_with_it_and_score_every_tok
     for window in found[1:]:
         assert window.prompt == [99, *range(window.answer[0] - 3, window.answer[0])]
     assert max(len(window.prompt) + len(window.answer) for window in found) <= 8
+
+
+@pytest.mark.parametrize(("beginning", "needed"), [([], 2), ([99], 1)])
+def test_a_text_of_one_token_suffices_where_the_model_has_a_first_token(
+    beginning: list[int], needed: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "text.txt"
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text: [*text.encode()], beginning=beginning))
+    for length in (needed, needed - 1):
+        file.write_text("a" * length)
+        texts = _PlainText(file)
+        if length == needed:
+            assert sum(len(window.answer) for text in texts.texts(model) for window in text.trajectories()) == 1
+        else:
+            with pytest.raises(RequestError, match=f"has {length} tokens, but needs {needed}"):
+                texts.texts(model)
 
 
 def test_the_quantities_are_totals_over_all_tokens() -> None:

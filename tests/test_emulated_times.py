@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from quasar.results.estimates import QUANTITIES, estimates
 from quasar.results.measured import Measured
 from quasar.results.metrics import compute, summary_of
 from quasar.results.pass_rows import pass_rows_of_runs
+from quasar.results.quantities import QUANTITIES, estimates
 from quasar.results.rows import TIMES_OF_VERIFIER, rows_of_runs
 from quasar.results.runs import StoredRun, read_run
 from quasar.results.schema import Baselines, ForcedAnswer, PassRecord, PromptRecord, Timing

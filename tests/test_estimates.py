@@ -12,11 +12,12 @@ import pytest
 from scipy.stats import bootstrap
 
 from quasar.errors import RequestError
-from quasar.results.estimates import QUANTITIES, estimates, groups, partner_rows
+from quasar.results.estimates import groups, partner_rows
 from quasar.results.intervals import estimate, geometric_mean, holm, mean_over_families, ratio_of_totals
 from quasar.results.labels import arm_names
 from quasar.results.loading import load
 from quasar.results.provenance import provenance_of, read_provenance
+from quasar.results.quantities import QUANTITIES, estimates
 from quasar.results.rows import read_rows, rows_of_runs, write_rows
 from quasar.results.runs import StoredRun
 from quasar.results.schema import ForcedAnswer, PromptRecord
@@ -204,6 +205,7 @@ def test_rows_hold_the_sums_of_a_prompt(tmp_path: Path) -> None:
     assert {name: row[name] for name in expected} == expected
     assert row["kl"] == pytest.approx(0.3)
     assert list(row["depth_by_position"]) == [2, 2, 1]
+    assert list(row["drafted_by_length"]) == [2, 2, 1]
     assert list(row["accepted_by_position"]) == [2, 1, 1]
     # The draft of two tokens reached position 2 but not 3, because it has none there.
     assert list(row["reached_by_position"]) == [2, 2, 1]

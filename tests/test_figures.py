@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 
 from quasar.errors import RequestError
-from quasar.results.estimates import QUANTITIES, conditional_acceptance
 from quasar.results.figures import FIGURES, draw, draw_all, named, picture, style
 from quasar.results.figures.arms import Arms, in_common_setting, largest
 from quasar.results.figures.fidelity import pareto_front
@@ -18,6 +17,7 @@ from quasar.results.figures.interaction import interactions
 from quasar.results.figures.marks import ratio_ticks, spread
 from quasar.results.figures.speed import analytic_optimum
 from quasar.results.intervals import Estimate
+from quasar.results.quantities import QUANTITIES, conditional_acceptance
 from tests.synthetic import LENGTHS, MAIN, MATRIX, STRENGTHS, SyntheticArm, experiment_rows, synthetic_provenance
 
 FAMILIES = ("math", "chat")

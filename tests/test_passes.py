@@ -39,7 +39,7 @@ from tests.in_process import reproduced
 TINY = (
     *("model=tiny", "threads=1", "calibration.prompts=2", "decode.max_new_tokens=8", "data.limit=1"),
     "hydra.sweeper.only=[fp16,'int8, 8-bit head']",
-    *("evaluate.passes.rows=[1,2]", "evaluate.passes.contexts=[16,32]", "evaluate.passes.repetitions=3"),
+    *("evaluate.passes.rows=[1,2,6]", "evaluate.passes.contexts=[16,32]", "evaluate.passes.repetitions=3"),
 )
 
 
@@ -74,7 +74,9 @@ def test_ratios_of_hand_made_times() -> None:
     assert found.relative_time(4) == Estimate(1.4)
     # Between measured numbers of rows the time is interpolated.
     assert found.cost(3).value == pytest.approx(12.5 / 20)
-    assert found.break_even(1.5) == found.cost(2.5)
+    # The mean of two passes is not the pass of their mean number of rows, 2.5.
+    assert found.break_even({0: 0.5, 3: 0.5}).value == pytest.approx(12.0 / 20)
+    assert found.rows_of_cost(12.5 / 20) == pytest.approx(3.0)
     # 100 MB in 10 ms are 10 GB/s, half of the copy bandwidth.
     assert found.bandwidth_share(1).value == pytest.approx(0.5)
     assert found.floor() == found.bandwidth_share(1)
@@ -136,6 +138,7 @@ def decoded(**others: object) -> pd.DataFrame:
         "repetition": 0,
         "steps": [10, 10],
         "drafted": [20, 10],
+        "drafted_by_length": [[8, 6, 6], [5, 5]],  # 7 steps draft nothing, 2 a token, 5 two and 6 three
         "context": [4000, 4000],
         "text_tokens": [20.0, 20.0],
         "text_steps": [10.0, 10.0],
@@ -149,18 +152,20 @@ def test_predicted_and_measured_speedup_of_hand_made_rows() -> None:
     near, far = times([[10.0], [11.0], [14.0]]), times([[100.0], [110.0], [140.0]], context=4096)
     (found,) = speculations([near, far], decoded())
     assert (found.draft_tokens, found.context) == (1.5, 512)
-    # A pass with 2.5 rows takes 11.75 ms, 0.5875 of AR-ref's 20 ms.
-    assert found.needed.value == pytest.approx(0.5875)
+    # 7 passes of 10 ms, 2 of 11, 5 of 12.5 and 6 of 14: 11.925 ms, not the 11.75 of a pass with 1 + 1.5 rows.
+    assert found.needed.value == pytest.approx(11.925 / 20)
+    assert found.rows == pytest.approx(2 + 2 * 0.925 / 3)
     assert found.tau_ref.value == pytest.approx(2.0)
-    assert found.predicted.value == pytest.approx(2.0 / 0.5875)
+    assert found.predicted.value == pytest.approx(2.0 / (11.925 / 20))
     assert found.measured.value == pytest.approx(800 / 280)
-    # A step takes 14 ms instead of the 11.75 ms of its pass.
-    assert found.residual.value == pytest.approx(11.75 / 14)
+    # A step takes 14 ms instead of the 11.925 ms of its pass.
+    assert found.residual.value == pytest.approx(11.925 / 14)
     assert found.residual.value == pytest.approx(found.measured.value / found.predicted.value)
     assert nearest([near, far], "int8", 3000) is far
     assert nearest([near, far], "int4", 512) is None
     assert speculations([near], decoded(text_steps=None)) == []
     assert speculations([near], decoded(arm="another")) == []
+    assert speculations([near], decoded(drafted_by_length=[[1] * 4, []])) == [], "no pass with 5 rows was timed"
 
 
 def test_a_repetition_that_lacks_rows_is_left_out() -> None:
@@ -260,7 +265,7 @@ def test_an_experiment_publishes_its_passes(published: Path) -> None:
     passes = read_rows(published / PASSES)
     arms = list(dict.fromkeys(passes["arm"]))
     assert arms == ["fp16", "int8, 8-bit head"]
-    assert len(passes) == 2 * 2 * 2 * 3  # arms, contexts, rows, repetitions
+    assert len(passes) == 2 * 2 * 3 * 3  # arms, contexts, rows, repetitions
     assert (passes[["pass_ms", "reference_ms", "weight_bytes"]] > 0).all(axis=None)
     assert set(passes["copy_bandwidth"]) == {1e10}
     text = (published / TABLE).read_text()

@@ -31,6 +31,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
+OPENVINO_GENAI = """
+from types import SimpleNamespace as Space
+class TokenizedInputs(Space):
+    def __init__(self, ids, mask):
+        assert ids.dtype == mask.dtype == "int64" and ids.shape == mask.shape and mask.all()
+        self.ids = ids
+class LLMPipeline:
+    def __init__(self, folder, device, INFERENCE_NUM_THREADS, prompt_lookup=False):
+        assert (folder, device, INFERENCE_NUM_THREADS) == ("int8", "CPU", 3)
+        self.lookup = prompt_lookup
+    def get_generation_config(self):
+        return Space(num_assistant_tokens=None, max_ngram_size=None)
+    def generate(self, inputs, config):
+        assert config.do_sample is False
+        drafting = (config.num_assistant_tokens, config.max_ngram_size)
+        assert drafting == ((5, 3) if self.lookup else (None, None))
+        print("a library's message")
+        first, total = 40.0, 40.0 + 10.0 * inputs.ids.shape[1] / (2 if self.lookup else 1)
+        measured = Space(
+            get_ttft=lambda: Space(mean=first), get_generate_duration=lambda: Space(mean=total)
+        )
+        return Space(tokens=[[7] * config.max_new_tokens], perf_metrics=measured)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +107,14 @@ def test_llama_cpp(peers: ModuleType, tmp_path: Path) -> None:
     arguments.gguf = "another.gguf"
     with pytest.raises(RuntimeError, match="did not start"), peers._LlamaServer(arguments):
         pass
+
+
+def test_openvino_genai(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins of both modules hold what the process asks of them: with and without prompt lookup, in a process."""
+    (tmp_path / "openvino.py").write_text("def Tensor(array):\n    return array\n")
+    (tmp_path / "openvino_genai.py").write_text(OPENVINO_GENAI)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for options, seconds in (({}, 0.03), (peers.LOOKUP, 0.015)):
+        task = peers.Task("OpenVINO int8", "openvino", "int8", 8, 3, options)
+        with peers._Process(task, sys.executable) as engine:
+            assert engine.answer([1, 2, 3]) == peers.Answer(7, pytest.approx(seconds))

@@ -95,7 +95,7 @@ def test_a_wrong_name_is_refused_with_the_nearest_ones(three: Path) -> None:
         assert refused.exit_code == 2
         assert "tokens_per_sec: no such column; did you mean tokens_per_second" in refused.output
     wrong = CliRunner().invoke(app, ["collect", str(three), "--format", "latex"])
-    refusal = "error: --format latex: must be one of table, markdown, csv, spec-bench\n"
+    refusal = "error: --format latex: must be one of table, markdown, csv, spec-bench, specdec-bench\n"
     assert (wrong.exit_code, wrong.output) == (2, refusal)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from statistics import fmean, median
 
 import pandas as pd
 import pytest
@@ -12,8 +14,12 @@ from typer.testing import CliRunner
 from quasar.cli import app
 from quasar.errors import RequestError
 from quasar.evaluation.prompts import load_prompts
+from quasar.results.answers import Answers
+from quasar.results.schema import PromptRecord
+from quasar.results.specdec_bench import write_specdec_bench
 from tests.compose import composed_run
 from tests.in_process import Start, starter
+from tests.records import turn
 
 
 @pytest.fixture
@@ -77,9 +83,82 @@ def test_every_run_of_a_sweep_has_its_own_file(start: Start, tmp_path: Path) -> 
     assert found == ["tiny-none-fp16-a.jsonl", "tiny-none-fp16-b.jsonl"]
 
 
-def test_runs_without_answers_are_refused(tmp_path: Path) -> None:
+def chunks_of(record: dict) -> list[int]:
+    """The lengths that specdec_bench counts: in no turn the prefill's token or the last step."""
+    return [length for turn in record["turns"] for length in [1, *turn["steps"]["emitted"]][1:-1] or [1]]
+
+
+def times(turn: dict) -> list[float]:
+    """When a turn began, when its prefill ended, and when each of its steps did, in seconds."""
+    phases = turn["milliseconds"]
+    laps = [*phases["prefill"], *map(sum, zip(*(phases[name] for name in phases if name != "prefill"), strict=True))]
+    return [0.0, *accumulate(lap / 1000 for lap in laps)]
+
+
+def test_result_files_of_specdec_bench(start: Start, tmp_path: Path) -> None:
+    """The files hold what specdec_bench's metrics would compute from the chunks and times of every request."""
+    assert start("drafter=ngram", "evaluate.repetitions=2", "hydra.run.dir=out")[0] == 0
+    done = CliRunner().invoke(app, ["collect", str(tmp_path / "out"), "--format", "specdec-bench"])
+    folder = tmp_path / "out" / "specdec-bench" / "tiny-ngram-fp16"
+    assert done.exit_code == 0
+    assert f"wrote {folder}/timing.json\n" in done.output
+    records = answers(tmp_path / "out" / "generations.jsonl")
+    acceptance, timing = (json.loads((folder / name).read_text()) for name in ("acceptance_rate.json", "timing.json"))
+    assert json.loads((folder / "specbench_results.json").read_text()) == acceptance[0]
+
+    for repetition in (0, 1):
+        chosen = [record for record in records if record["repetition"] == repetition]
+        lengths = {record["question_id"]: chunks_of(record) for record in chosen}
+        means = {name: sum(found) / len(found) for name, found in lengths.items()}
+        found = acceptance[repetition]
+        assert found["Request_AL"] == pytest.approx(means)
+        assert found["Category_AL"] == pytest.approx({"chat": (means["2"] + means["3"]) / 2, "math": means["1"]})
+        assert found["Average_AL"] == pytest.approx(sum(means.values()) / 3)
+        steps = sorted(chain(*lengths.values()))
+        assert found["Acceptance_Length_Histogram"] == {str(length): steps.count(length) for length in sorted({*steps})}
+        at_least = {str(length): sum(step >= length for step in steps) / len(steps) for length in sorted({*steps})}
+        assert found["Joint_Acceptance_Rate"] == pytest.approx(at_least)
+        product = 1.0
+        for length, conditional in found["Conditional_Acceptance_Rate"].items():
+            product *= conditional
+            assert product == pytest.approx(at_least[length])
+
+        turns = [turn for record in chosen for turn in record["turns"]]
+        ends, tokens = [times(turn) for turn in turns], [len(turn["token_ids"]) for turn in turns]
+        found = timing[repetition]
+        assert found["Output TPS"] == pytest.approx(sum(tokens) / sum(end[-1] for end in ends))
+        assert float(found["TTFT Time"]["max"]) == pytest.approx(max(end[1] for end in ends), abs=1e-4)
+        gaps = [after - before for end in ends for before, after in pairwise(end)]
+        assert float(found["Request Generation Step Time"]["quantiles"]["0.5"]) == pytest.approx(median(gaps), abs=1e-4)
+        speeds = [(count - 1) / (end[-1] - end[1]) for count, end in zip(tokens, ends, strict=True)]
+        assert float(found["Request Generation Tokens Per Second"]["mean"]) == pytest.approx(fmean(speeds), abs=1e-3)
+        assert float(found["Number of Output Tokens"]["mean"]) == pytest.approx(fmean(tokens), abs=1e-4)
+
+    responses = answers(folder / "specbench_responses.jsonl")
+    first = next(record for record in records if record["question_id"] == "3" and record["repetition"] == 0)
+    assert [line["question_id"] for line in responses] == [1, 2, 3]
+    assert responses[2]["choices"] == [{"index": 0, "turns": [turn["text"] for turn in first["turns"]]}]
+    assert responses[2]["acceptance_lengths"] == chunks_of(first)
+
+
+def test_turns_that_end_early_count_as_one_token_in_specdec_bench(tmp_path: Path) -> None:
+    """A turn without a step, and one whose only step may be cut, have no time between tokens or no length of steps."""
+    first, second = turn([], []), turn([3], [2])
+    records = [PromptRecord("a", "math", [first]), PromptRecord("7", "math", [second])]
+    write_specdec_bench([Answers("run", 0.0, records)], tmp_path)
+    found = json.loads((tmp_path / "run" / "specbench_results.json").read_text())
+    assert found["Request_AL"] == {"a": 1.0, "7": 1.0}
+    assert found["Acceptance_Length_Histogram"] == {"1": 2}
+    write_specdec_bench([Answers("only", 0.0, records[:1])], tmp_path)
+    (timing,) = json.loads((tmp_path / "only" / "timing.json").read_text())
+    assert "TTFT Time" in timing
+    assert "Request Generation Step Time" not in timing
+
+
+@pytest.mark.parametrize("form", ["spec-bench", "specdec-bench"])
+def test_runs_without_answers_are_refused(tmp_path: Path, form: str) -> None:
     (tmp_path / "status.json").write_text("{}")
-    done = CliRunner().invoke(app, ["collect", str(tmp_path), "--format", "spec-bench"])
+    done = CliRunner().invoke(app, ["collect", str(tmp_path), "--format", form])
     assert done.exit_code == 2
     assert f"{tmp_path}: no run has an answer yet" in done.output
 

@@ -61,7 +61,7 @@ def examine() -> None:
 def collect_runs(
     folder: Annotated[Path, typer.Argument(help="a sweep, or any folder above runs")],
     output: Annotated[
-        Path | None, typer.Option(help="stem of the files; FOLDER/collected by default. Of spec-bench: a folder")
+        Path | None, typer.Option(help="stem of the table's files; FOLDER/collected by default. Of answers: a folder")
     ] = None,
     watch: Annotated[bool, typer.Option(help="refresh a table of states until every run has ended")] = False,
     every: Annotated[float, typer.Option(help="seconds between refreshes")] = 5.0,
@@ -69,7 +69,10 @@ def collect_runs(
         str | None, typer.Option(help="metrics or configuration keys, such as tokens_per_second,verifier.group_size")
     ] = None,
     sort: Annotated[str | None, typer.Option(help="column to sort by; -NAME: the largest first")] = None,
-    form: Annotated[str, typer.Option("--format", help="table, markdown, csv, or spec-bench: answer files")] = "table",
+    form: Annotated[
+        str,
+        typer.Option("--format", help="table, markdown, csv, or files of another benchmark: spec-bench, specdec-bench"),
+    ] = "table",
 ) -> None:
     """Write a table of all runs below a folder, as Parquet and CSV, and print the states and metrics of the runs."""
     from quasar.results.overview import collect, follow

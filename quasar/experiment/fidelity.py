@@ -109,10 +109,12 @@ class _PlainText:
         return [Prompt("text", "text", (self._content,), (), str(self._path))]
 
     def texts(self, a: Standalone) -> list[_Text]:
-        tokens = a.tokenizer.encode(self._content)
-        if len(tokens) < 2:
-            raise RequestError(f"--text={self._path}: has {len(tokens)} tokens, but needs 2: the first is only context")
-        found = windows(tokens, a.tokenizer.beginning)
+        tokens, beginning = a.tokenizer.encode(self._content), a.tokenizer.beginning
+        # A model without a first token of its own takes the text's first token as context.
+        needed = 1 if beginning else 2
+        if len(tokens) < needed:
+            raise RequestError(f"--text={self._path}: has {len(tokens)} tokens, but needs {needed} to score one")
+        found = windows(tokens, beginning)
         return [_Text("text", lambda window=window: [window]) for window in found]  # type: ignore[misc]
 
     def sentence(self, a: Standalone) -> str:

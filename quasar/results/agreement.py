@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from quasar.results.estimates import QUANTITIES, Estimate, estimates
+from quasar.results.intervals import Estimate
+from quasar.results.quantities import QUANTITIES, estimates
 
 
 @dataclass(frozen=True)

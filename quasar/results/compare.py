@@ -17,11 +17,12 @@ import pandas as pd
 from quasar.errors import RequestError
 from quasar.results.attempt import Inputs
 from quasar.results.console import Reporter
-from quasar.results.estimates import QUANTITIES, Quantity
+from quasar.results.estimates import Quantity
 from quasar.results.generations import read_records
 from quasar.results.intervals import Estimate, Sums, ratio_of_totals
 from quasar.results.labels import arm_names
 from quasar.results.metric import MISSING
+from quasar.results.quantities import QUANTITIES
 from quasar.results.rows import sums_of, untimed
 from quasar.results.runs import StoredRun, flatten
 from quasar.results.schema import Json

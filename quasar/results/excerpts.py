@@ -8,6 +8,10 @@ A README marks the place with two comments. Between them the table of a section 
 or one cell, named by its experiment, its arm and the heading of its column:
 
     <!-- cell: main_table; int8 (paper); τ_ref --><!-- end -->
+
+An arm that has several rows is followed by the second column's heading and value:
+
+    <!-- cell: draft_length; int8, draft tokens 3; τ_ref --><!-- end -->
 """
 
 from __future__ import annotations
@@ -62,7 +66,10 @@ def table_cell(root: Path, experiment: str, arm: str, heading: str) -> str:
 
 @lru_cache(maxsize=8)
 def _cells(text: str) -> dict[tuple[str, str], str]:
-    """Return the cells of all tables of a table.md, by arm and heading; of equal headings the first."""
+    """Return the cells of all tables of a table.md, by arm and heading, and by arm with its second column and heading.
+
+    Of equal keys the first counts.
+    """
     found: dict[tuple[str, str], str] = {}
     headings: list[str] = []
     for line in text.splitlines():
@@ -73,8 +80,9 @@ def _cells(text: str) -> dict[tuple[str, str], str]:
         if not headings:
             headings = cells
         elif not cells[0].startswith("---"):
-            for heading, cell in zip(headings[1:], cells[1:], strict=True):
-                found.setdefault((cells[0], heading), cell)
+            for arm in (cells[0], f"{cells[0]}, {headings[1]} {cells[1]}"):
+                for heading, cell in zip(headings[1:], cells[1:], strict=True):
+                    found.setdefault((arm, heading), cell)
     return found
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 
 from quasar.errors import QuasarError, RequestError
-from quasar.results.estimates import QUANTITIES, estimates, varying_conditions
+from quasar.results.estimates import varying_conditions
 from quasar.results.provenance import Provenance
+from quasar.results.quantities import QUANTITIES, estimates
 
 RESULTS_VARIABLE = "RESULTS"
 """The environment variable with the folder of results that notebooks read."""

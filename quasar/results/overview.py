@@ -12,31 +12,35 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
+from quasar.results.answers import answers_of
 from quasar.results.collect import Collector, all_runs, tabulate, write
 from quasar.results.console import Reporter
 from quasar.results.load import DISTURBED
 from quasar.results.run_table import Choice, print_runs
 from quasar.results.runs import STATES, StoredRun, flatten
-from quasar.results.spec_bench import write_answers
+from quasar.results.spec_bench import write_spec_bench
+from quasar.results.specdec_bench import write_specdec_bench
 
 STATUS_ROWS = 24
 LISTED = 15
 ERROR_WIDTH = 90
+BENCHMARKS = {"spec-bench": write_spec_bench, "specdec-bench": write_specdec_bench}
+"""What writes answers as the evaluation of another benchmark reads them, by format."""
 
 
 def collect(root: Path, output: Path | None, choice: Choice, reporter: Reporter) -> None:
     """Write the table of all runs below ``root``, and print what ``choice`` wants to see of it.
 
-    The default choice shows the states of the runs too. Markdown and CSV are printed alone. The format ``spec-bench``
-    writes the runs' answers instead.
+    The default choice shows the states of the runs too. Markdown and CSV are printed alone. The formats of `BENCHMARKS`
+    write the runs' answers instead.
 
     output: stem of the table's files, or folder of the answers; by default below ``root``
 
     Raises RequestError if there are no runs, or for an unknown column.
     """
     runs = all_runs(root)
-    if choice.format == "spec-bench":
-        for file in write_answers(runs, root, output or root / "spec-bench"):
+    if choice.format in BENCHMARKS:
+        for file in BENCHMARKS[choice.format](answers_of(runs, root), output or root / choice.format):
             reporter.line(f"wrote {file}")
         return
     written = write(tabulate(runs, root), output or root / "collected")

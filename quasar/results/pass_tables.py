@@ -120,8 +120,8 @@ PASS_TABLES: dict[str, PassTable] = {
     ),
     "break_even": PassTable(
         "When speculation pays, and the speedup that follows from τ_ref and the cost",
-        "γ is the mean draft length of the steps, τ needed = t(γ + 1) / t_ref(1) behind the measured context nearest "
-        "to theirs, predicted = τ_ref / τ needed, and residual = measured / predicted",
+        "γ is the mean draft length of the steps, τ needed the mean over the steps of t(γ + 1) / t_ref(1) behind the "
+        "measured context nearest to theirs, predicted = τ_ref / τ needed, and residual = measured / predicted",
         _break_even,
     ),
 }

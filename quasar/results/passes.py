@@ -8,15 +8,16 @@ the median over repetitions, with a percentile bootstrap over repetitions as its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from quasar.errors import RequestError
-from quasar.results.estimates import QUANTITIES, Group, Quantity, groups
+from quasar.results.estimates import Group, Quantity, groups
 from quasar.results.intervals import RESAMPLES, Estimate, Sums
+from quasar.results.quantities import QUANTITIES
 
 BEND = 1.25
 """A pass counts as no longer bound by memory from this multiple of the time of a pass with one row on."""
@@ -55,14 +56,22 @@ class PassTimes:
 
     def cost(self, rows: float) -> Estimate:
         """Return t(M) / t_ref(1), the time of a pass in units of a step of AR-ref."""
-        return self._at(rows, self.pass_ms / self.reference_ms)
+        return self._at(rows, self._cost)
 
-    def break_even(self, draft_tokens: float) -> Estimate:
-        """Return the τ above which a step with this draft length is faster than AR-ref; drafting itself is not counted.
+    def break_even(self, draft_lengths: Mapping[int, float]) -> Estimate:
+        """Return the τ above which steps are faster than AR-ref; drafting itself is not counted.
 
-        A step emits τ tokens in t(γ + 1), AR-ref one token in t_ref(1), so that τ has to be t(γ + 1) / t_ref(1).
+        draft_lengths: share of the steps by their number of draft tokens
+
+        A step emits τ tokens in t(γ + 1), AR-ref one token in t_ref(1), so that τ has to be the mean over the steps of
+        t(γ + 1) / t_ref(1). This is not the cost of the mean length, because t is no straight line.
         """
-        return self.cost(draft_tokens + 1)
+        return self._mean({1 + length: share for length, share in draft_lengths.items()}, self._cost)
+
+    def rows_of_cost(self, cost: float) -> float:
+        """Return the number of rows M at which t(M) / t_ref(1) reaches ``cost``; the last measured one if none does."""
+        medians = np.maximum.accumulate(np.median(self._cost, axis=1))
+        return float(np.interp(cost, medians, self.rows))
 
     def bandwidth_share(self, rows: float) -> Estimate:
         """Return the bytes that the pass reads per second over the copy bandwidth.
@@ -80,15 +89,26 @@ class PassTimes:
         return _estimate(self._relative, lambda medians: _crossing(self.rows, medians))
 
     @property
+    def _cost(self) -> np.ndarray:
+        cost: np.ndarray = self.pass_ms / self.reference_ms
+        return cost
+
+    @property
     def _relative(self) -> np.ndarray:
         ratio: np.ndarray = self.pass_ms / self.pass_ms[:1]
         return ratio
 
     def _at(self, rows: float, values: np.ndarray) -> Estimate:
-        if not self.rows[0] <= rows <= self.rows[-1]:
-            raise ValueError(f"{rows:g} rows are beyond the measured {self.rows[0]} to {self.rows[-1]}")
+        return self._mean({rows: 1.0}, values)
+
+    def _mean(self, shares: Mapping[float, float], values: np.ndarray) -> Estimate:
+        """Return the mean of the values at several numbers of rows, each with its share of the passes."""
+        for rows in shares:
+            if not self.rows[0] <= rows <= self.rows[-1]:
+                raise ValueError(f"{rows:g} rows are beyond the measured {self.rows[0]} to {self.rows[-1]}")
         # The weights of the measured numbers of rows in a linear interpolation.
-        weights = np.array([np.interp(rows, self.rows, unit) for unit in np.eye(len(self.rows))])
+        units = np.eye(len(self.rows))
+        weights = np.array([np.interp(list(shares), self.rows, unit) @ list(shares.values()) for unit in units])
         return _estimate(values, lambda medians: weights @ medians)
 
 
@@ -133,10 +153,11 @@ def nearest(times: Sequence[PassTimes], arm: str, context: float) -> PassTimes |
 class Speculation:
     """What the passes of an arm predict for its decoding along the reference's text, and what was measured.
 
-    draft_tokens: mean number γ of draft tokens per step
+    draft_tokens: mean number of draft tokens per step
     context: the context of the passes, the measured one that is nearest to the mean context of the steps
     tau_ref: tokens per step
-    needed: the τ above which a step is faster than AR-ref, t(γ + 1) / t_ref(1)
+    needed: the τ above which steps are faster than AR-ref, the mean over the steps of t(γ + 1) / t_ref(1)
+    rows: number of rows of a pass that costs as much
     predicted: speedup over AR-ref if a step were nothing but its pass, τ_ref / needed
     measured: speedup over AR-ref on the same text
     residual: measured over predicted; below 1 because of what a step does besides its pass
@@ -147,6 +168,7 @@ class Speculation:
     context: int
     tau_ref: Estimate
     needed: Estimate
+    rows: float
     predicted: Estimate
     measured: Estimate
     residual: Estimate
@@ -157,8 +179,8 @@ def speculations(times: Sequence[PassTimes], rows: pd.DataFrame) -> list[Specula
 
     rows: the table of `quasar.results.rows`
 
-    The draft length is the mean over the steps of free-running decoding. Groups are left out if they were not decoded
-    along the reference's text.
+    The draft lengths are those of free-running decoding. Groups are left out if they were not decoded along the
+    reference's text, or if a draft is longer than the measured passes.
     """
     found = []
     for group in groups(rows):
@@ -167,26 +189,41 @@ def speculations(times: Sequence[PassTimes], rows: pd.DataFrame) -> list[Specula
         if not steps:
             continue
         own = nearest(times, group.arm, max(1.0, float(table["context"].sum()) / steps))
-        draft_tokens = float(table["drafted"].sum()) / steps
+        lengths = draft_lengths(table)
         tau_ref, measured, step = (
             quantity.of(table, rows) for quantity in (QUANTITIES[_TAU_REF], QUANTITIES[_MEASURED], STEP_COST)
         )
-        if own is None or own.rows[-1] < draft_tokens + 1 or tau_ref is None or measured is None or step is None:
+        if own is None or own.rows[-1] < max(lengths) + 1 or tau_ref is None or measured is None or step is None:
             continue
-        needed = own.break_even(draft_tokens)
+        needed = own.break_even(lengths)
         found.append(
             Speculation(
                 group=group,
-                draft_tokens=draft_tokens,
+                draft_tokens=sum(length * share for length, share in lengths.items()),
                 context=own.context,
                 tau_ref=tau_ref,
                 needed=needed,
+                rows=own.rows_of_cost(needed.value),
                 predicted=quotient(tau_ref, needed),
                 measured=measured,
                 residual=quotient(needed, step),
             )
         )
     return found
+
+
+def draft_lengths(rows: pd.DataFrame) -> dict[int, float]:
+    """Return the share of the steps by their number of draft tokens, over rows of `quasar.results.rows`.
+
+    For example of 10 steps, of which 6 drafted at least one token and 2 at least two: ``{0: 0.4, 1: 0.4, 2: 0.2}``.
+    """
+    longest = max((len(counts) for counts in rows["drafted_by_length"]), default=0)
+    at_least = np.zeros(longest + 2)
+    at_least[0] = rows["steps"].sum()
+    for counts in rows["drafted_by_length"]:
+        at_least[1 : 1 + len(counts)] += counts
+    steps = at_least[:-1] - at_least[1:]
+    return {length: count / at_least[0] for length, count in enumerate(steps.tolist()) if count}
 
 
 def quotient(numerator: Estimate, denominator: Estimate) -> Estimate:

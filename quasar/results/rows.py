@@ -1,7 +1,7 @@
 """The results of an experiment as one tidy table: one row per prompt, arm and repetition.
 
 A row holds sums (tokens, steps, milliseconds), never ratios, so that every ratio, mean and interval can be computed
-from the rows alone, see `quasar.results.estimates`.
+from the rows alone, see `quasar.results.quantities`.
 
 | columns | meaning |
 | --- | --- |
@@ -18,6 +18,7 @@ from the rows alone, see `quasar.results.estimates`.
 | compared, match_self, match_ref, first_divergence | outputs compared with autoregressive decoding, equal ones, and the earliest token that differs |
 | correct | whether the answer solves the task; null if it was not graded |
 | context | tokens of context that verification passes read, summed over steps |
+| drafted_by_length | list: drafts of at least that many tokens, from 1 |
 | depth_by_position, reached_by_position, accepted_by_position | lists: drafts at least that deep, those of them whose tokens before that depth were accepted, and drafts accepted to that depth |
 | weight_bytes, kv_bytes_per_token, draft_weight_bytes, copy_bandwidth, emulated | facts of the run; where ``emulated`` is true, the times of the verifier are null, because they are those of an emulation of its number format |
 """  # noqa: E501
@@ -195,10 +196,12 @@ def _exactness(record: PromptRecord) -> Json:
 
 
 def _positions(record: PromptRecord) -> Json:
+    drafted = np.array([value for turn in record.turns for value in turn.steps.drafted], dtype=np.int64)
     depth = np.array([value for turn in record.turns for value in turn.steps.depth], dtype=np.int64)
     accepted = np.array([value for turn in record.turns for value in turn.steps.accepted], dtype=np.int64)
     positions = range(1, int(depth.max(initial=0)) + 1)
     return {
+        "drafted_by_length": [int((drafted >= length).sum()) for length in range(1, int(drafted.max(initial=0)) + 1)],
         "depth_by_position": [int((depth >= position).sum()) for position in positions],
         "reached_by_position": [int(((depth >= place) & (accepted >= place - 1)).sum()) for place in positions],
         "accepted_by_position": [int((accepted >= position).sum()) for position in positions],

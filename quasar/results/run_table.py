@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -23,8 +23,8 @@ from quasar.results.runs import StoredRun
 MOST_RUNS = 40
 """Rows of the table if the user has chosen neither its columns nor its order."""
 
-Format = Literal["table", "markdown", "csv", "spec-bench"]
-FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "spec-bench")
+Format = Literal["table", "markdown", "csv", "spec-bench", "specdec-bench"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from quasar.errors import RequestError
-from quasar.results.generations import GENERATIONS, GenerationsFile
-from quasar.results.runs import StoredRun
+from quasar.results.answers import Answers
 from quasar.results.schema import PHASES, Json, PromptRecord, Turn
 from quasar.results.store import write_atomically
 
 
-def write_answers(runs: Sequence[StoredRun], root: Path, folder: Path) -> list[Path]:
+def write_spec_bench(runs: Sequence[Answers], folder: Path) -> list[Path]:
     """Write one JSONL file of answers per run into ``folder``, and return the files.
 
     Each line is a question: ``question_id``, ``category``, ``answer_id``, ``model_id``, ``choices`` and ``tstamp``. A
@@ -25,40 +22,27 @@ def write_answers(runs: Sequence[StoredRun], root: Path, folder: Path) -> list[P
 
     For example, two steps that emit 3 tokens and 1 token after the first token of the prefill are
     ``"decoding_steps": [2], "new_tokens": [5], "accept_lengths": [3, 1]``.
-
-    Raises RequestError if no run has an answer.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for run in runs:
-        source = run.folder / GENERATIONS
-        generations = GenerationsFile(source)
-        if not generations.read_on():
-            continue
-        model, time = _model_id(run, root), source.stat().st_mtime
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in _answers(generations.records, model, time)]
-        folder.mkdir(parents=True, exist_ok=True)
-        files.append(folder / f"{model}.jsonl")
-        write_atomically(files[-1], "".join(lines))
-    if not files:
-        raise RequestError(f"{root}: no run has an answer yet; wait for the first prompt, or pass another folder")
+        files.append(folder / f"{run.name}.jsonl")
+        write_atomically(files[-1], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(run)))
     return files
 
 
-def _answers(records: Sequence[PromptRecord], model: str, time: float) -> list[Json]:
+def _lines(run: Answers) -> list[Json]:
     """Return one object per question, in the order of the file."""
-    questions: dict[str, list[PromptRecord]] = {}
-    for record in records:
-        questions.setdefault(record.question_id, []).append(record)
     return [
         {
-            "question_id": _as_written(name),
+            "question_id": question,
             "category": repetitions[0].family,
-            "answer_id": hashlib.sha256(f"{model}/{name}".encode()).hexdigest()[:22],
-            "model_id": model,
-            "choices": [_choice(record) for record in sorted(repetitions, key=lambda record: record.repetition)],
-            "tstamp": time,
+            "answer_id": hashlib.sha256(f"{run.name}/{question}".encode()).hexdigest()[:22],
+            "model_id": run.name,
+            "choices": [_choice(record) for record in repetitions],
+            "tstamp": run.time,
         }
-        for name, repetitions in questions.items()
+        for question, repetitions in run.questions().items()
     ]
 
 
@@ -75,15 +59,3 @@ def _choice(record: PromptRecord) -> Json:
 
 def _seconds(turn: Turn) -> float:
     return sum(sum(getattr(turn.milliseconds, phase)) for phase in PHASES) / 1000
-
-
-def _as_written(question: str) -> int | str:
-    """Return a question's id as Spec-Bench's file has it: an integer, unless it is a text that is no number."""
-    return int(question) if question.isdecimal() and str(int(question)) == question else question
-
-
-def _model_id(run: StoredRun, root: Path) -> str:
-    """Return a name of the run that is also the name of a file: its parts and its place below ``root``."""
-    parts = [str((run.config.get(group) or {}).get("name", "unknown")) for group in ("model", "drafter", "verifier")]
-    place = os.path.relpath(run.folder, root)
-    return "-".join([*parts, *(() if place == "." else (place.replace(os.sep, "-"),))])

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from quasar.results.estimates import QUANTITIES, Estimate, Group, Quantity, estimates, groups, varying_conditions
-from quasar.results.intervals import holm
+from quasar.results.estimates import Group, Quantity, groups, varying_conditions
+from quasar.results.intervals import Estimate, holm
 from quasar.results.markdown import markdown_table
 from quasar.results.metric import MISSING
 from quasar.results.pass_tables import pass_sections
 from quasar.results.provenance import Provenance
+from quasar.results.quantities import QUANTITIES, estimates
 
 FOOTER_CHARACTERS = 118
 PASS_INTERVALS = (

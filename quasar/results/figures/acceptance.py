@@ -5,12 +5,12 @@ from __future__ import annotations
 from matplotlib.ticker import MaxNLocator
 
 from quasar.errors import RequestError
-from quasar.results.estimates import conditional_acceptance
 from quasar.results.figures import style
 from quasar.results.figures.arms import Arm, Arms, in_common_setting, largest, notes
 from quasar.results.figures.figure import Figure, Selection
 from quasar.results.figures.marks import Name, name_ends, point, subtitle
 from quasar.results.intervals import Estimate
+from quasar.results.quantities import conditional_acceptance
 
 _FEWEST_DRAFTS = 30
 """A position that fewer drafts reach is not drawn."""

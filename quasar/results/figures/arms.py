@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from quasar.errors import RequestError
-from quasar.results.estimates import QUANTITIES, UNQUANTIZED, Group, Quantity, groups
+from quasar.results.estimates import UNQUANTIZED, Group, Quantity, groups
 from quasar.results.figures import style
 from quasar.results.intervals import Estimate
+from quasar.results.quantities import QUANTITIES
 from quasar.results.rows import CONDITIONS
 
 NO_DRAFTER = "none"

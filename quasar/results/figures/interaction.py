@@ -13,13 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from quasar.errors import RequestError
-from quasar.results.estimates import QUANTITIES
 from quasar.results.figures import style
 from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting, notes
 from quasar.results.figures.figure import Figure, Selection
 from quasar.results.figures.marks import subtitle
 from quasar.results.figures.speed import SPEEDUP
 from quasar.results.intervals import Estimate, Sums, estimate, holm
+from quasar.results.quantities import QUANTITIES
 
 Value = TypeVar("Value")
 TAU_REF = "mean_acceptance_length_ref"

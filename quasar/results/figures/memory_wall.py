@@ -117,7 +117,7 @@ def draw_wall(picture: style.Picture, times: Sequence[PassTimes], rows: pd.DataF
 
 
 def draw_break_even(picture: style.Picture, times: Sequence[PassTimes], rows: pd.DataFrame) -> None:
-    """Plot the τ that a verifier needs against the rows of a pass, and τ_ref of every arm at its mean draft length."""
+    """Plot the τ that a verifier needs against the rows of a pass, and τ_ref of every arm above the τ that it needs."""
     axes = picture.subplots()
     looks = _looks(times)
     measured = speculations(times, rows)
@@ -132,7 +132,7 @@ def draw_break_even(picture: style.Picture, times: Sequence[PassTimes], rows: pd
         ends.append((found.arm, float(found.rows[-1]), values[-1].value, colour))
     for entry in measured:
         colour, marker = looks[entry.group.arm]
-        _line(axes, [1 + entry.draft_tokens], [entry.tau_ref], colour, marker)
+        _line(axes, [entry.rows], [entry.tau_ref], colour, marker)
     logarithmic(axes, "y", min(axes.dataLim.ymin, 1.0), max(axes.dataLim.ymax, 1.0))
     axes.yaxis.set_major_locator(FixedLocator(_TOKENS))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -140,7 +140,7 @@ def draw_break_even(picture: style.Picture, times: Sequence[PassTimes], rows: pd
     _measured_axis(axes, times[0].rows.tolist())
     axes.set_xlabel("1 + draft tokens per step")
     axes.set_ylabel("tokens per step")
-    axes.set_title(f"lines: τ needed behind {context} tokens; marks: τ_ref", loc="left")
+    axes.set_title(f"lines: τ needed behind {context} tokens\nmarks: τ_ref, at the steps' mean cost", loc="left")
     _label_ends(axes, ends)
 
 

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import offset_copy
 
 from quasar.errors import RequestError
-from quasar.results.estimates import QUANTITIES, UNQUANTIZED
+from quasar.results.estimates import UNQUANTIZED
 from quasar.results.figures import style
 from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, Look, in_common_setting, largest, notes
 from quasar.results.figures.figure import Figure, Selection
@@ -25,6 +25,7 @@ from quasar.results.figures.marks import (
     subtitle,
 )
 from quasar.results.intervals import Estimate
+from quasar.results.quantities import QUANTITIES
 
 SPEEDUP = "reference_text_speedup"
 SPEEDUP_AXIS = "speedup over AR-ref on the same text"
