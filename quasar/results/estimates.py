@@ -18,6 +18,8 @@ from quasar.results.rows import CONDITIONS
 
 UNQUANTIZED = "fp16"
 """The verifier that speculation alone is measured with."""
+_PLACE = ["family", "question", "repetition"]
+"""The columns that identify a row within an arm."""
 PARTNER = "partner_"
 """What the columns of that arm begin with in a row of another arm."""
 
@@ -69,12 +71,12 @@ class Quantity:
             partner = None if all_rows is None else partner_rows(rows, all_rows)
             if partner is None:
                 return None
-            table = rows.merge(partner, on=["family", "question", "repetition"])
+            table = rows.merge(partner, on=_PLACE)
         if self.derive is not None:
             table = self.derive(table)
         if table.empty or not set(self.columns) <= set(table.columns):
             return None
-        wide = table.set_index(["family", "question", "repetition"])[list(self.columns)].astype(float).unstack()
+        wide = table[[*_PLACE, *self.columns]].set_index(_PLACE).astype(float).unstack()
         by_column = {column: wide[column].to_numpy() for column in self.columns}
         measured = np.logical_and.reduce([np.isfinite(values) for values in by_column.values()])
         repetitions = measured.any(axis=0)
@@ -101,9 +103,8 @@ def partner_rows(rows: pd.DataFrame, all_rows: pd.DataFrame) -> pd.DataFrame | N
     partner = all_rows[same]
     if partner.empty:
         return None
-    keys = ["family", "question", "repetition"]
-    return partner.drop_duplicates(keys).rename(
-        columns={name: f"{PARTNER}{name}" for name in partner if name not in keys}
+    return partner.drop_duplicates(_PLACE).rename(
+        columns={name: f"{PARTNER}{name}" for name in partner if name not in _PLACE}
     )
 
 

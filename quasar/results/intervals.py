@@ -56,26 +56,34 @@ def estimate(columns: Mapping[str, np.ndarray], families: Sequence[str], statist
     columns: arrays [Q, R] over prompts and repetitions, without missing values
     families: the task family of each prompt, [Q]
     """
-    member = _membership(families)
+    members = [np.flatnonzero(column) for column in _membership(families).T]
     prompts, repetitions = next(iter(columns.values())).shape
 
     def evaluate(prompt_weights: np.ndarray, repetition_weights: np.ndarray) -> np.ndarray:
-        sums = {
-            name: np.einsum("bq,qr,br,qf->bf", prompt_weights, values, repetition_weights, member, optimize=True)
-            for name, values in columns.items()
-        }
-        return statistic(sums)
+        def sums(values: np.ndarray) -> np.ndarray:
+            by_family = [prompt_weights[:, places] @ values[places] for places in members]
+            return np.stack([(found * repetition_weights).sum(axis=1) for found in by_family], axis=1)
+
+        return statistic({name: sums(values) for name, values in columns.items()})
 
     value = value_of(columns, families, statistic)
     alone = evaluate(np.ones((repetitions, prompts)), np.eye(repetitions))
-    by_repetition = tuple(map(float, alone)) if repetitions > 1 else ()
+    by_repetition = tuple(map(settled, alone)) if repetitions > 1 else ()
     if prompts < 2:
-        return Estimate(value, by_repetition=by_repetition)
+        return Estimate(settled(value), by_repetition=by_repetition)
     resampled = evaluate(*_draws(tuple(families), repetitions))
     resampled = resampled[np.isfinite(resampled)]
     without_one = evaluate(1 - np.eye(prompts), np.ones((prompts, repetitions)))
     bounds = _bca(value, resampled, without_one[np.isfinite(without_one)])
-    return Estimate(value, *bounds, by_repetition=by_repetition, p_of_one=_p_of_one(resampled))
+    return Estimate(settled(value), *bounds, by_repetition=by_repetition, p_of_one=_p_of_one(resampled))
+
+
+def settled(value: float) -> float:
+    """Return a value with 12 significant digits: the others depend on the order in which a processor adds.
+
+    A figure's bytes would show them.
+    """
+    return float(f"{value:.12g}")
 
 
 def value_of(columns: Mapping[str, np.ndarray], families: Sequence[str], statistic: Statistic) -> float:
@@ -155,7 +163,7 @@ def _bca(value: float, resampled: np.ndarray, without_one: np.ndarray) -> tuple[
     ends = ndtri([0.025, 0.975])
     levels = ndtr(bias + (bias + ends) / (1 - acceleration * (bias + ends)))
     low, high = np.quantile(resampled, levels)
-    return float(low), float(high)
+    return settled(low), settled(high)
 
 
 def _p_of_one(resampled: np.ndarray) -> float | None:

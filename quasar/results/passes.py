@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 
 from quasar.errors import RequestError
 from quasar.results.estimates import Group, Quantity, groups
-from quasar.results.intervals import RESAMPLES, Estimate, Sums
+from quasar.results.intervals import RESAMPLES, Estimate, Sums, settled
 from quasar.results.quantities import QUANTITIES
 
 BEND = 1.25
@@ -109,7 +110,8 @@ class PassTimes:
         # The weights of the measured numbers of rows in a linear interpolation.
         units = np.eye(len(self.rows))
         weights = np.array([np.interp(list(shares), self.rows, unit) @ list(shares.values()) for unit in units])
-        return _estimate(values, lambda medians: weights @ medians)
+        used = weights != 0
+        return _estimate(values[used], lambda medians: weights[used] @ medians)
 
 
 def pass_times(passes: pd.DataFrame) -> list[PassTimes]:
@@ -268,15 +270,22 @@ def _estimate(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray])
     statistic: returns [B] for medians [M, B]
     """
     repetitions = values.shape[1]
-    value = float(statistic(np.median(values, axis=1, keepdims=True))[0])
+    value = settled(statistic(np.median(values, axis=1, keepdims=True))[0])
     if repetitions < 2:
         return Estimate(value)
-    # A resample draws whole repetitions, so that what they share, such as a slow minute, stays together.
-    draws = np.random.default_rng(0).integers(repetitions, size=(RESAMPLES, repetitions))
-    resampled = statistic(np.median(values[:, draws], axis=2))
+    resampled = statistic(np.median(values[:, _draws(repetitions)], axis=2))
     # Bounds between two resamples would be made up where one of them is infinite.
     low, high = np.quantile(resampled, [0.025, 0.975], method="closest_observation")
-    return Estimate(value, float(low), float(high)) if low < high else Estimate(value)
+    return Estimate(value, settled(low), settled(high)) if low < high else Estimate(value)
+
+
+@lru_cache(maxsize=8)
+def _draws(repetitions: int) -> np.ndarray:
+    """Return the repetitions of every resample, [RESAMPLES, R].
+
+    A resample draws whole repetitions, so that what they share, such as a slow minute, stays together.
+    """
+    return np.random.default_rng(0).integers(repetitions, size=(RESAMPLES, repetitions))
 
 
 def _crossing(rows: np.ndarray, relative: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
-from matplotlib.transforms import Bbox
 
 from quasar.results.figures import style
 from quasar.results.figures.arms import Arm
@@ -157,9 +156,9 @@ def name_points(axes: Axes, names: Sequence[Name]) -> None:
     figure.draw_without_rendering()
     scale = figure.dpi / 72
     points = axes.transData.transform(np.array([(name.x, name.y) for name in names], dtype=float).reshape(-1, 2))
-    taken = [_around(place, 2.5 * scale) for place in points]
-    taken += [_around(place, 1.2 * scale) for line in axes.lines if line.get_zorder() > 1 for place in _along(line)]
-    inside = axes.get_window_extent()
+    covered = [_along(line) for line in axes.lines if line.get_zorder() > 1]
+    taken = np.concatenate([_around(points, 2.5 * scale), *(_around(places, 1.2 * scale) for places in covered)])
+    inside = np.array(axes.get_window_extent().extents)
     for name, place in sorted(zip(names, points, strict=False), key=lambda item: tuple(item[1])):
         text = axes.annotate(
             name.text,
@@ -175,20 +174,13 @@ def name_points(axes: Axes, names: Sequence[Name]) -> None:
         # The axes keep their size, however long a name is.
         text.set_in_layout(False)
         box = text.get_window_extent(figure.canvas.get_renderer())
-        choices = _places(box.width / 2 / scale, box.height / 2 / scale)
-        moved = [
-            Bbox.from_bounds(
-                place[0] + dx * scale - box.width / 2, place[1] + dy * scale - box.height / 2, box.width, box.height
-            )
-            for dx, dy, _ in choices
-        ]
-        costs = [
-            _cost(candidate, taken, inside) + distance for candidate, (*_, distance) in zip(moved, choices, strict=True)
-        ]
-        best = int(np.argmin(costs))
-        dx, dy, distance = choices[best]
+        choices = np.array(_places(box.width / 2 / scale, box.height / 2 / scale))
+        corners = place + choices[:, :2] * scale - np.array([box.width, box.height]) / 2
+        moved = np.concatenate([corners, corners + np.array([box.width, box.height])], axis=1)
+        best = int(np.argmin(_costs(moved, taken, inside) + choices[:, 2]))
+        dx, dy, distance = choices[best].tolist()
         text.set_position((dx, dy))
-        taken.append(moved[best])
+        taken = np.concatenate([taken, moved[best : best + 1]])
         if distance > _NEAR:
             line = axes.annotate(
                 "",
@@ -256,9 +248,9 @@ def _along(line: Line2D) -> np.ndarray:
     return np.concatenate([start + steps * (end - start) for start, end in pairwise(vertices)])
 
 
-def _around(place: np.ndarray, half: float) -> Bbox:
-    x, y = place
-    return Bbox.from_extents(x - half, y - half, x + half, y + half)
+def _around(places: np.ndarray, half: float) -> np.ndarray:
+    """Return squares around places [N, 2] as boxes [N, 4]: left, bottom, right, top."""
+    return np.concatenate([places - half, places + half], axis=1)
 
 
 def _places(width: float, height: float) -> list[tuple[float, float, float]]:
@@ -275,13 +267,21 @@ def _places(width: float, height: float) -> list[tuple[float, float, float]]:
     return found
 
 
-def _cost(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
-    """Return the penalty of a name's place: pixels that it shares with others, and pixels outside the axes."""
-    cost = 0.0
-    for other in taken:
-        shared = Bbox.intersection(box, other)
-        if shared is not None:
-            cost += 10.0 + shared.width * shared.height
-    within = Bbox.intersection(box, inside)
-    outside = box.width * box.height - (0.0 if within is None else within.width * within.height)
-    return cost + outside
+def _costs(boxes: np.ndarray, taken: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Return the penalties of a name's places, [K]: pixels that it shares with others, and pixels outside the axes.
+
+    boxes, taken, inside: [K, 4], [N, 4] and [4]
+    """
+    touches, shared = _overlaps(boxes, taken)
+    _, within = _overlaps(boxes, inside[None])
+    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    costs: np.ndarray = (10.0 * touches + shared).sum(axis=1) + area - within[:, 0]
+    return costs
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return whether boxes [K, 4] touch others [N, 4], and the areas that they share, both [K, N]."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    touches = (low <= high).all(axis=-1)
+    return touches, np.where(touches, np.prod(high - low, axis=-1), 0.0)
