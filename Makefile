@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-slurm test-exhaustive bench reproduce figures notebooks docs lint clean
+.PHONY: setup run test test-slow test-slurm test-exhaustive bench reproduce figures notebooks docs lint clean
 
 setup: $(STAMP)
 
@@ -20,10 +20,14 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# As root: starts a one-node SLURM, installing it where it lacks; runs what takes minutes too.
+# The other cases of tests that make test runs with some, and tests of a minute each.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not slurm and not exhaustive" $(ARGS)
+
+# As root: starts a one-node SLURM, installing it where it lacks.
 test-slurm: $(STAMP)
 	settings="$$(scripts/slurm_local.sh start)" && trap "scripts/slurm_local.sh stop" EXIT && eval "$$settings" && \
-	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS) && $(BIN)/python -m pytest -n 0 -m slurm $(ARGS)
+	$(BIN)/python -m pytest -n 0 -m slurm $(ARGS)
 
 # Further values of tests that always run with some of them; half an hour.
 test-exhaustive: $(STAMP)

@@ -19,7 +19,7 @@ from quasar.decoding.acceptance import Accepted, Greedy, RejectionSampling, Typi
 from quasar.decoding.draft import ROOT, Context, Draft
 from quasar.decoding.sampling import Sampling, draw, draw_on_device, most_likely
 from quasar.decoding.scores import Scores
-from tests.exhaustive import always
+from tests.selection import always
 
 SAMPLINGS = [
     Sampling(temperature, top_k, top_p)

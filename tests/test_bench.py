@@ -15,6 +15,7 @@ from quasar_kernels.ops import LAYER_OPS, MATMULS
 from typer.testing import CliRunner
 
 
+@pytest.mark.slow
 def test_report_covers_every_op_and_its_ratios_are_those_of_its_times(tmp_path) -> None:
     options = ["--shapes", "64x128", "--rows", "1,3", "--layers", "smollm2-135m", "--repetitions", "2"]
     result = CliRunner().invoke(app, [*options, "--output", str(tmp_path)])

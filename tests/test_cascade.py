@@ -42,7 +42,7 @@ from quasar.verifiers.int4 import Int4Verifier
 from quasar.verifiers.int8 import Int8Verifier
 from quasar.verifiers.pruned import PrunedVerifier
 from tests.compose import composed_run, resources_for
-from tests.exhaustive import always
+from tests.selection import always
 
 GREEDY = Sampling()
 COSTS = (PassCost([1, 32], [100], [[8.0, 12.0]]), PassCost([1, 32], [100], [[3.0, 9.0]]))

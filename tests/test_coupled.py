@@ -26,8 +26,8 @@ from quasar.evaluation.exactness import compare
 from quasar.model.loading import random_transformer, tiny_config
 from quasar.verifiers.base import Setup
 from quasar.verifiers.fp16 import FP16Verifier
-from tests.exhaustive import always
 from tests.in_process import Start, starter
+from tests.selection import always
 from tests.test_acceptance import ALPHA, assert_follows, random_logits
 from tests.test_decode import DRAFTERS, EVERYWHERE, ScriptedDrafter, build, draft_model, generate, prompts, trees
 

@@ -37,7 +37,7 @@ from quasar.verifiers.int4 import Int4Verifier
 from quasar.verifiers.int8 import Int8Verifier
 from quasar.verifiers.pruned import PrunedVerifier
 from quasar.verifiers.transformer import TransformerVerifier
-from tests.exhaustive import always
+from tests.selection import always
 
 GREEDY = Sampling()
 VERIFIERS: dict[str, Callable[..., TransformerVerifier]] = {

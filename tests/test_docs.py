@@ -242,6 +242,7 @@ def test_prompts_in_the_pages_can_be_read(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_documentation_builds_without_warnings_and_needs_no_other_server(tmp_path: Path) -> None:
     """One test, because building takes long, and parallel workers would build once for each test."""
     pytest.importorskip("mkdocs", reason="pip install -e .[docs]")

@@ -15,6 +15,8 @@ import pytest
 
 from quasar.results.collect import all_runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 PACKAGE = EXAMPLES / "my_drafter_package"

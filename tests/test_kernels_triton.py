@@ -42,7 +42,7 @@ from quasar_kernels.triton.rotary import rotary_write
 from quasar_kernels.triton.tuning import Shape, Tiling
 
 from tests import definitions
-from tests.exhaustive import always
+from tests.selection import always, fast
 
 # The interpreter truncates where the GPU rounds to the nearest bfloat16, once or twice in an op.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2**-6}
@@ -216,7 +216,7 @@ def test_every_number_of_rows(generator: torch.Generator, rows: int) -> None:
     assert torch.equal(quantize_tokens(x, 64)[0], by_group[0])
 
 
-@pytest.mark.parametrize("rows", range(1, 34))
+@pytest.mark.parametrize("rows", fast(range(1, 34), *range(1, 10), 16, 17, 32, 33))
 def test_attention_of_every_number_of_rows(generator: torch.Generator, rows: int) -> None:
     """Contexts that end before, at and behind the end of a tile of slots."""
     start = torch.tensor([60 + rows % 9], device=DEVICE)
@@ -288,7 +288,7 @@ def test_unquantized(
     assert_close(linear_bf16.linear_bf16(x, weight, bias, tiling), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", fast(DTYPES, torch.bfloat16))
 @pytest.mark.parametrize("minimums", [False, True])
 @pytest.mark.parametrize(
     ("rows", "outputs", "group_size", "shared", "tiling"),
@@ -427,7 +427,7 @@ def test_quantization_rounds_ties_to_even() -> None:
     assert quantize_tokens(x)[0].tolist() == [[127, 0, 2, 2, 0, -2, 0, 126]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", fast(DTYPES, torch.bfloat16))
 @pytest.mark.parametrize(
     ("rows", "heads", "kv_heads", "head_dim", "context", "splits"),
     [
@@ -470,7 +470,7 @@ def test_rotary_and_attention(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", fast([torch.float16, torch.bfloat16], torch.bfloat16))
 @pytest.mark.parametrize(
     ("rows", "heads", "kv_heads", "head_dim", "context"),
     [(1, 4, 2, 32, 0), (5, 6, 2, 64, 70), (3, 4, 1, 96, 63), (9, 8, 1, 40, 200)],  # 96 and 40 are no powers of two
@@ -649,6 +649,7 @@ TENSOR_CORES = {
 OTHER_KINDS = {"merge", "rotary", "norm", "gates", "add", "quantize"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", always([(), ("candidates",)], ()), ids=str)
 @pytest.mark.parametrize("architecture", always(SHARED_MEMORY, 90))
 def test_every_kernel_compiles_within_registers_and_shared_memory(architecture: int, options: tuple[str, ...]) -> None:

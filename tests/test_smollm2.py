@@ -19,7 +19,7 @@ from quasar.model.tokenizer import Tokenizer, load_tokenizer
 from quasar.verifiers.base import Setup
 from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed_run
-from tests.exhaustive import always
+from tests.selection import always
 
 pytestmark = pytest.mark.smollm2
 TOKENS = 8

@@ -17,6 +17,7 @@ from quasar.experiment import run as run_module
 from quasar.experiment.decoder import PromptDecoder
 from quasar.results.runs import read_run
 from tests.in_process import Start, disk_full_after
+from tests.selection import fast
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +72,7 @@ def test_a_forbidden_folder_is_told_before_the_model_is_loaded(start: Start, mon
     assert "out: Permission denied; choose a folder that you may write to" in err
 
 
-@pytest.mark.parametrize("writes", range(7))
+@pytest.mark.parametrize("writes", fast(range(7), 1, 5))
 def test_a_full_disk_is_named_and_the_status_says_failed(start: Start, tmp_path: Path, writes: int) -> None:
     """From the n-th write to disk on there is no room for another file or line."""
     with disk_full_after(writes):
