@@ -19,7 +19,7 @@ from quasar.decoding.acceptance import Accepted, Greedy, RejectionSampling, Typi
 from quasar.decoding.draft import ROOT, Context, Draft
 from quasar.decoding.sampling import Sampling, draw, draw_on_device, most_likely
 from quasar.decoding.scores import Scores
-from tests.selection import always
+from tests.selection import always, fast
 
 SAMPLINGS = [
     Sampling(temperature, top_k, top_p)
@@ -83,7 +83,7 @@ def first_token(draft: Draft, path: list[int], bonus: int) -> int:
 
 
 @pytest.mark.parametrize("sampling", always(SAMPLINGS, Sampling(0.7), Sampling(1.0, 5, 0.9)), ids=str)
-@pytest.mark.parametrize("token", [0, 3])
+@pytest.mark.parametrize("token", fast([0, 3], 3))
 @pytest.mark.parametrize("accept", [RejectionSampling.accept, RejectionSampling.accept_chain])
 def test_one_hot_draft_keeps_the_distribution(accept: Accept, sampling: Sampling, token: int) -> None:
     rule, generator = RejectionSampling(sampling), torch.Generator().manual_seed(token)

@@ -21,6 +21,7 @@ from quasar.results import environment
 from quasar.results.collect import Collector, tabulate
 from quasar.results.runs import read_run
 from tests.in_process import disk_full_after
+from tests.selection import fast
 
 PROMPTS = 10
 TIMINGS = ("_ms", "per_second", "speedup", "bandwidth", "peak_memory", "disturbed")
@@ -114,7 +115,7 @@ def test_killed_at_random_it_ends_the_same(prompts: Path, tmp_path: Path, kills:
             sweeps, lines = sweeps + 1, 0
 
 
-@pytest.mark.parametrize("writes", [0, 4, 9])
+@pytest.mark.parametrize("writes", fast([0, 4, 9], 4))
 def test_full_disk_loses_no_finished_prompt(prompts: Path, tmp_path: Path, writes: int) -> None:
     """From the n-th write to disk on there is no room for another."""
     with disk_full_after(writes):

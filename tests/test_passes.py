@@ -35,6 +35,7 @@ from quasar.results.rows import read_rows
 from quasar.results.schema import Json, PassRecord, checksum
 from quasar.verifiers.base import Verifier, VerifierCost
 from tests.in_process import reproduced
+from tests.selection import fast
 
 TINY = (
     *("model=tiny", "threads=1", "calibration.prompts=2", "decode.max_new_tokens=8", "data.limit=1"),
@@ -356,7 +357,7 @@ DAMAGES: dict[str, tuple[Callable[[list[Json]], list[Json]], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", fast(DAMAGES, "a changed time", "a duplicated line"))
 def test_passes_are_validated_before_a_run_continues(start: Start, tmp_path: Path, damage: str) -> None:
     assert start()[0] == 0
     file = tmp_path / "out" / PASS_LINES

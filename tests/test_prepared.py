@@ -17,6 +17,7 @@ from quasar.verifiers.int8 import Int8Verifier
 from quasar.verifiers.pruned import PrunedVerifier
 from quasar.verifiers.transformer import TransformerVerifier
 from tests.compose import composed_run
+from tests.selection import fast
 
 TOKENS = torch.arange(40) % 64
 CHOICES = (
@@ -51,7 +52,7 @@ def made(setup: Setup, dtype: torch.dtype, name: str, *options: str) -> Transfor
     return verifier
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", fast([torch.float32, torch.bfloat16], torch.bfloat16))
 @pytest.mark.parametrize("choice", CHOICES, ids=" ".join)
 def test_the_second_verifier_is_the_first_one(
     setup: Setup, choice: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
