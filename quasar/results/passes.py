@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from quasar.errors import RequestError
-from quasar.results.estimates import Group, Quantity, groups
-from quasar.results.intervals import RESAMPLES, Estimate, Sums, settled
+from quasar.results.estimates import Group, groups
+from quasar.results.intervals import RESAMPLES, Estimate, settled
 from quasar.results.quantities import QUANTITIES
 
 BEND = 1.25
@@ -192,9 +192,7 @@ def speculations(times: Sequence[PassTimes], rows: pd.DataFrame) -> list[Specula
             continue
         own = nearest(times, group.arm, max(1.0, float(table["context"].sum()) / steps))
         lengths = draft_lengths(table)
-        tau_ref, measured, step = (
-            quantity.of(table, rows) for quantity in (QUANTITIES[_TAU_REF], QUANTITIES[_MEASURED], STEP_COST)
-        )
+        tau_ref, measured, step = (quantity.of(table, rows) for quantity in (_TAU_REF, _MEASURED, _STEP_COST))
         if own is None or own.rows[-1] < max(lengths) + 1 or tau_ref is None or measured is None or step is None:
             continue
         needed = own.break_even(lengths)
@@ -245,22 +243,10 @@ def quotient(numerator: Estimate, denominator: Estimate) -> Estimate:
     return Estimate(value, value * math.exp(-below), value * math.exp(above))
 
 
-def _step_cost(sums: Sums) -> np.ndarray:
-    step = sums["text_ms"].sum(-1) / sums["text_steps"].sum(-1)
-    token = sums["text_ar_ref_ms"].sum(-1) / sums["text_tokens"].sum(-1)
-    cost: np.ndarray = step / token
-    return cost
-
-
-STEP_COST = Quantity(
-    "step_cost",
-    "step in AR-ref steps",
-    ("text_ms", "text_steps", "text_ar_ref_ms", "text_tokens"),
-    _step_cost,
-    "{:.2f}".format,
-    "time of a whole step over the time that AR-ref takes per token of the same text",
+_TAU_REF, _MEASURED, _STEP_COST = (
+    QUANTITIES[name]
+    for name in ("mean_acceptance_length_ref", "reference_text_speedup", "break_even_acceptance_length")
 )
-_TAU_REF, _MEASURED = "mean_acceptance_length_ref", "reference_text_speedup"
 
 
 def _estimate(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:

@@ -196,16 +196,24 @@ def _exactness(record: PromptRecord) -> Json:
 
 
 def _positions(record: PromptRecord) -> Json:
-    drafted = np.array([value for turn in record.turns for value in turn.steps.drafted], dtype=np.int64)
-    depth = np.array([value for turn in record.turns for value in turn.steps.depth], dtype=np.int64)
-    accepted = np.array([value for turn in record.turns for value in turn.steps.accepted], dtype=np.int64)
-    positions = range(1, int(depth.max(initial=0)) + 1)
+    drafted, depth, accepted = (
+        np.array([value for turn in record.turns for value in getattr(turn.steps, name)], dtype=np.int64)
+        for name in ("drafted", "depth", "accepted")
+    )
+    deepest = int(depth.max(initial=0))
     return {
-        "drafted_by_length": [int((drafted >= length).sum()) for length in range(1, int(drafted.max(initial=0)) + 1)],
-        "depth_by_position": [int((depth >= position).sum()) for position in positions],
-        "reached_by_position": [int(((depth >= place) & (accepted >= place - 1)).sum()) for place in positions],
-        "accepted_by_position": [int((accepted >= position).sum()) for position in positions],
+        "drafted_by_length": _at_least(drafted, int(drafted.max(initial=0))),
+        "depth_by_position": _at_least(depth, deepest),
+        "reached_by_position": [
+            int(((depth >= place) & (accepted >= place - 1)).sum()) for place in range(1, deepest + 1)
+        ],
+        "accepted_by_position": _at_least(accepted, deepest),
     }
+
+
+def _at_least(values: np.ndarray, longest: int) -> list[int]:
+    """Return how many of the values are at least 1, at least 2 and so on up to ``longest``."""
+    return [int((values >= number).sum()) for number in range(1, longest + 1)]
 
 
 def _distinct(outputs: Iterable[Sequence[int]]) -> float | None:

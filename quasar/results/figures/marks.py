@@ -175,8 +175,9 @@ def name_points(axes: Axes, names: Sequence[Name]) -> None:
         text.set_in_layout(False)
         box = text.get_window_extent(figure.canvas.get_renderer())
         choices = np.array(_places(box.width / 2 / scale, box.height / 2 / scale))
-        corners = place + choices[:, :2] * scale - np.array([box.width, box.height]) / 2
-        moved = np.concatenate([corners, corners + np.array([box.width, box.height])], axis=1)
+        size = np.array(box.size)
+        corners = place + choices[:, :2] * scale - size / 2
+        moved = np.concatenate([corners, corners + size], axis=1)
         best = int(np.argmin(_costs(moved, taken, inside) + choices[:, 2]))
         dx, dy, distance = choices[best].tolist()
         text.set_position((dx, dy))

@@ -117,7 +117,7 @@ def draw_wall(picture: style.Picture, times: Sequence[PassTimes], rows: pd.DataF
 
 
 def draw_break_even(picture: style.Picture, times: Sequence[PassTimes], rows: pd.DataFrame) -> None:
-    """Plot the τ that a verifier needs against the rows of a pass, and τ_ref of every arm above the τ that it needs."""
+    """Plot the τ that a verifier needs against the rows of a pass, and every arm's τ_ref at its steps' mean cost."""
     axes = picture.subplots()
     looks = _looks(times)
     measured = speculations(times, rows)
