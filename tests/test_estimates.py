@@ -269,3 +269,10 @@ def test_published_results_are_loaded(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match="contains no runs"):
         load(tmp_path / "empty")
+
+
+def test_an_estimate_does_not_show_the_order_of_additions() -> None:
+    """0.1 + 0.2 is not 0.3 in binary arithmetic, and another order of more terms has other last digits."""
+    ones = np.array([[0.5], [0.5]])
+    found = estimate({"sum": np.array([[0.1], [0.2]]), "ones": ones}, ["math"] * 2, ratio_of_totals("sum", "ones"))
+    assert (found.value, found.low, found.high) == (0.3, 0.2, 0.4)

@@ -15,7 +15,7 @@ from quasar.cli import app
 from quasar.errors import RequestError
 from quasar.evaluation.prompts import load_prompts
 from quasar.results.answers import Answers
-from quasar.results.schema import PromptRecord
+from quasar.results.schema import Milliseconds, PromptRecord
 from quasar.results.specdec_bench import write_specdec_bench
 from tests.compose import composed_run
 from tests.in_process import Start, starter
@@ -153,6 +153,18 @@ def test_turns_that_end_early_count_as_one_token_in_specdec_bench(tmp_path: Path
     (timing,) = json.loads((tmp_path / "only" / "timing.json").read_text())
     assert "TTFT Time" in timing
     assert "Request Generation Step Time" not in timing
+
+
+def test_the_times_between_tokens_begin_with_the_prefill_in_specdec_bench(tmp_path: Path) -> None:
+    laps = [[100.0, 50.0]] * 4
+    timed = turn([3, 3], [2, 1], milliseconds=Milliseconds([700.0], *laps))
+    write_specdec_bench([Answers("run", 0.0, [PromptRecord("1", "math", [timed])])], tmp_path)
+    (found,) = json.loads((tmp_path / "run" / "timing.json").read_text())
+    steps = found["Request Generation Step Time"]
+    assert (steps["min"], steps["quantiles"]["0.5"], steps["max"]) == ("0.2000", "0.4000", "0.7000")
+    assert found["E2E Request Time"]["mean"] == "1.3000"
+    assert found["TTFT Time"]["mean"] == "0.7000"
+    assert found["Request Generation Tokens Per Second"]["mean"] == f"{5 / 0.6:.4f}"
 
 
 @pytest.mark.parametrize("form", ["spec-bench", "specdec-bench"])
