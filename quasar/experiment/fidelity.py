@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from quasar.evaluation.prompts import Prompt, load_prompts, prompt_set_hash
 from quasar.experiment.standalone import Standalone, build_alone
 from quasar.results.comparison import Compared, Table
 from quasar.results.console import Reporter
-from quasar.results.store import write_atomically
+from quasar.results.files import write_json
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def measure_fidelity(request: Request, reporter: Reporter) -> Table:
     reporter.table("", ["", "value", "95 % interval"], table.rows())
     if request.output is not None:
         described = {"a": a.to_json(), "b": b.to_json(), "text": where, "code_version": code_version()}
-        write_atomically(request.output, json.dumps({**described, **table.to_json()}, indent=1) + "\n")
+        write_json(request.output, {**described, **table.to_json()})
         reporter.line(f"wrote {request.output}")
     return table
 

@@ -17,12 +17,12 @@ from quasar.results.agreement import agreements
 from quasar.results.collect import all_runs
 from quasar.results.console import Reporter
 from quasar.results.excerpts import refreshed
+from quasar.results.files import write_atomically
 from quasar.results.pass_rows import pass_rows_of_runs
 from quasar.results.provenance import provenance_of
 from quasar.results.publish import RESULTS, Experiment, publish, redraw, require_committable, shortcomings
 from quasar.results.rows import read_rows, rows_of_runs
 from quasar.results.simulation import SIMULATION, redraw_simulation
-from quasar.results.store import write_atomically
 
 COMMITTED = Path("experiments")
 """The folder of committed results, one folder per experiment."""

@@ -7,7 +7,6 @@ that differ in what must not differ within one table, so such a table cannot be 
 from __future__ import annotations
 
 import dataclasses
-import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from quasar.errors import RequestError
+from quasar.results.files import read_json, write_json
 from quasar.results.runs import StoredRun
 from quasar.results.schema import Json
-from quasar.results.store import read_json, read_status, write_atomically
+from quasar.results.store import read_status
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Provenance:
         return textwrap.wrap("; ".join(self.sentences()) + ".", width)
 
     def write(self, file: Path) -> None:
-        write_atomically(file, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_json(file, dataclasses.asdict(self))
 
 
 def read_provenance(file: Path) -> Provenance:

@@ -13,10 +13,10 @@ import pandas as pd
 
 from quasar.config.schema import PassesConfig, PublishConfig
 from quasar.errors import RequestError
+from quasar.results.files import write_atomically
 from quasar.results.pass_rows import pass_shortcomings
 from quasar.results.provenance import Provenance, read_provenance
 from quasar.results.rows import read_rows, write_rows
-from quasar.results.store import write_atomically
 from quasar.results.tables import document
 
 RESULTS, PASSES, ENVIRONMENT, TABLE = "results.parquet", "passes.parquet", "environment.json", "table.md"

@@ -33,11 +33,11 @@ import pandas as pd
 
 from quasar.errors import RequestError
 from quasar.evaluation.repetition import distinct_ngram_ratio
+from quasar.results.files import read_json
 from quasar.results.generations import read_records
 from quasar.results.labels import arm_names
 from quasar.results.runs import StoredRun
 from quasar.results.schema import Baselines, Json, PromptRecord, Timing
-from quasar.results.store import read_json
 
 CONDITIONS = ("drafter", "temperature", "max_new_tokens", "draft_tokens")
 """The columns of the configuration in which runs of one arm may differ, if a sweep crosses its arms with a grid."""

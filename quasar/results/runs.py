@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from quasar.results.attempt import Status
+from quasar.results.files import read_json
 from quasar.results.generations import GENERATIONS
 from quasar.results.schema import Json
-from quasar.results.store import LOCK, read_json, read_status
+from quasar.results.store import LOCK, read_status
 
 STATES = ("done", "running", "partial", "failed", "pending")
 """The states of a run.

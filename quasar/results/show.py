@@ -8,6 +8,7 @@ from pathlib import Path
 from quasar.config.checks import shown
 from quasar.errors import RequestError
 from quasar.results.console import Reporter
+from quasar.results.files import read_json
 from quasar.results.generations import read_passes, read_records
 from quasar.results.load import worst_of
 from quasar.results.measured import Measured, RunFacts
@@ -15,7 +16,7 @@ from quasar.results.metrics import compute
 from quasar.results.report import acceptance_line, print_results
 from quasar.results.runs import StoredRun, flatten, read_run
 from quasar.results.schema import Json
-from quasar.results.store import ENVIRONMENT, read_json
+from quasar.results.store import ENVIRONMENT
 
 
 def show(folder: Path, reporter: Reporter) -> None:

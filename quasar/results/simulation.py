@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from quasar.results.files import write_atomically
 from quasar.results.intervals import (
     Estimate,
     Statistic,
@@ -20,7 +21,6 @@ from quasar.results.intervals import (
 from quasar.results.markdown import markdown_table
 from quasar.results.provenance import Provenance, read_provenance
 from quasar.results.rows import read_rows, write_rows
-from quasar.results.store import write_atomically
 
 SIMULATION, ENVIRONMENT, TABLE = "simulation.parquet", "environment.json", "table.md"
 FOOTER_CHARACTERS = 118

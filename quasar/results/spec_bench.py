@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quasar.results.answers import Answers
+from quasar.results.files import write_atomically
 from quasar.results.schema import PHASES, Json, PromptRecord, Turn
-from quasar.results.store import write_atomically
 
 
 def write_spec_bench(runs: Sequence[Answers], folder: Path) -> list[Path]:

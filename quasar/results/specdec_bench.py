@@ -17,8 +17,8 @@ from statistics import fmean
 import numpy as np
 
 from quasar.results.answers import Answers
+from quasar.results.files import write_atomically
 from quasar.results.schema import DECODE_PHASES, Json, PromptRecord, Turn
-from quasar.results.store import write_atomically
 
 
 def write_specdec_bench(runs: Sequence[Answers], folder: Path) -> list[Path]:

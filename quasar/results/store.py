@@ -22,6 +22,7 @@ from quasar.config.hash import config_hash
 from quasar.config.text import config_yaml
 from quasar.errors import RequestError, actionable, storage_error
 from quasar.results.attempt import Environment, Inputs, Status
+from quasar.results.files import append_line, overwrite_json, read_json, write_atomically, write_json
 from quasar.results.generations import GENERATIONS, PASSES, GenerationsFile, PassesFile, RecordsFile, read_passes
 from quasar.results.load import LOAD, between, sample
 from quasar.results.schema import Json, PassPoint, PassRecord, PromptRecord
@@ -143,7 +144,7 @@ class RunFolder:
         return self._append(PASSES, record)
 
     def finish(self, summary: Json) -> None:
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(self.path / "summary.json", summary)
         self.status("done")
 
     def status(self, state: str, error: str | None = None) -> None:
@@ -160,20 +161,7 @@ class RunFolder:
 
     def _append(self, name: str, record: Record) -> Record:
         record = replace(record, attempt=self._attempt)
-        file = self.path / name
-        line = (json.dumps(record.to_json(), ensure_ascii=False) + "\n").encode()
-        with _named(file):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            try:
-                before = os.fstat(descriptor).st_size
-                try:
-                    _write_all(descriptor, line)
-                    os.fsync(descriptor)
-                except BaseException:
-                    os.ftruncate(descriptor, before)
-                    raise
-            finally:
-                os.close(descriptor)
+        append_line(self.path / name, json.dumps(record.to_json(), ensure_ascii=False))
         return record
 
     def _begin(self, command: list[str], environment: Environment, finished: Json) -> None:
@@ -181,7 +169,7 @@ class RunFolder:
             leftover.unlink()
         write_atomically(self.path / "config.yaml", config_yaml(self._config, command))
         content = self._environment(command, environment, finished)
-        write_atomically(self.path / ENVIRONMENT, json.dumps(content, indent=2) + "\n")
+        write_json(self.path / ENVIRONMENT, content)
         self.status("running")
 
     def _environment(self, command: list[str], environment: Environment, finished: Json) -> Json:
@@ -213,7 +201,7 @@ class RunFolder:
         content = read_json(self.path / ENVIRONMENT)
         if content is not None:
             content["attempts"][-1][key] = value
-            write_atomically(self.path / ENVIRONMENT, json.dumps(content, indent=2) + "\n")
+            write_json(self.path / ENVIRONMENT, content)
 
     def _failed(self, error: str) -> None:
         if self._begun or self._claimed():
@@ -302,13 +290,13 @@ def write_status(folder: Path, state: str, error: str | None, config_hash: str) 
     )
     file = folder / "status.json"
     try:
-        write_atomically(file, json.dumps(status.to_json(), indent=2) + "\n")
+        write_json(file, status.to_json())
     except OSError:
         if previous is None or state == "running":
             raise
         # A full disk has no room for a second file, but the existing one has room for a short error.
         short = replace(status, error=None if error is None else error.strip().splitlines()[-1])
-        _overwrite(file, json.dumps(short.to_json(), indent=2) + "\n")
+        overwrite_json(file, short.to_json())
 
 
 def read_status(folder: Path) -> Status | None:
@@ -316,64 +304,10 @@ def read_status(folder: Path) -> Status | None:
     return Status.from_json(read_json(folder / "status.json"))
 
 
-def read_json(file: Path) -> Json | None:
-    """Return the JSON object in a file; None if the file is missing or contains no object."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def write_atomically(file: Path, content: str) -> None:
-    """Replace a file's content at once, so that readers see the old or the new content; if writing fails, the old.
-
-    Raises OSError with the file's name.
-    """
-    # The name is random, because processes of several machines may have the same id.
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
-    with _named(file):
-        try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def _overwrite(file: Path, content: str) -> None:
-    """Write new content over the old one, which needs no room on the disk unless it is longer by blocks."""
-    data = content.encode()
-    with _named(file):
-        descriptor = os.open(file, os.O_WRONLY)
-        try:
-            _write_all(descriptor, data)
-            os.ftruncate(descriptor, len(data))
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Add the file's name to an OSError. Errors of a write do not have one."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
-
-
 def _cut(lines: RecordsFile[Record]) -> None:
     """Remove the incomplete line that a crash left after the complete ones."""
     if lines.file.exists() and lines.whole_bytes != lines.file.stat().st_size:
         os.truncate(lines.file, lines.whole_bytes)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _with(known: list[str], value: str) -> list[str]:

@@ -16,7 +16,8 @@ from quasar.experiment.sweep.plan import Job
 from quasar.model.sources import Checkpoint, locate
 from quasar.results.attempt import Inputs
 from quasar.results.console import Reporter
-from quasar.results.store import ENVIRONMENT, read_json, require_same_inputs
+from quasar.results.files import read_json
+from quasar.results.store import ENVIRONMENT, require_same_inputs
 
 Found = TypeVar("Found")
 

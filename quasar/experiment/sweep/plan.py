@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections import Counter
@@ -16,9 +15,9 @@ from filelock import FileLock
 from quasar.cache import code_version
 from quasar.config.schema import RunConfig
 from quasar.errors import RequestError
+from quasar.results.files import read_json, write_json
 from quasar.results.runs import MANIFEST, StoredRun, read_run
 from quasar.results.schema import Json
-from quasar.results.store import read_json, write_atomically
 
 SUPERSEDED = ".superseded"
 """Name of the folder, in a sweep's folder, for results that were computed by other versions of the code."""
@@ -107,7 +106,7 @@ def begin(jobs: Sequence[Job], root: Path, command: Sequence[str]) -> None:
         "command": list(command),
         "code_version": code_version(),
     }
-    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_json(root / MANIFEST, manifest)
 
 
 def newest_sweep(root: Path, hashes: Iterable[str]) -> Path | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quasar.config.schema import LoggerConfig
 from quasar.results.console import Reporter
-from quasar.results.store import read_json
+from quasar.results.files import read_json
 from quasar.results.wandb.log import sync_command
 from quasar.results.wandb.process import OUTCOME, stamp
 from quasar.results.wandb.target import FOLDER, choose_mode

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from quasar.results import metrics
+from quasar.results.files import read_json
 from quasar.results.generations import GENERATIONS, GenerationsFile
 from quasar.results.measured import Measured
 from quasar.results.runs import MANIFEST, StoredRun, read_run
 from quasar.results.schema import Json, PromptRecord
-from quasar.results.store import ENVIRONMENT, read_json
+from quasar.results.store import ENVIRONMENT
 from quasar.results.wandb.target import FOLDER, Target, choose_mode
 
 STAGING = "staging"

@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from quasar.results.files import write_atomically
 from quasar.results.runs import read_run
 from quasar.results.schema import Json
-from quasar.results.store import write_atomically
 from quasar.results.wandb.log import POLL_SECONDS, push
 from quasar.results.wandb.target import FOLDER, Target
 

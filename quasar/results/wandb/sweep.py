@@ -11,11 +11,11 @@ from typing import Any
 from quasar.errors import RequestError
 from quasar.results.collect import tabulate
 from quasar.results.figures import draw_all
+from quasar.results.files import write_atomically
 from quasar.results.provenance import provenance_of
 from quasar.results.rows import rows_of_runs
 from quasar.results.runs import StoredRun
 from quasar.results.schema import Json
-from quasar.results.store import write_atomically
 from quasar.results.wandb.log import open_run
 from quasar.results.wandb.target import FOLDER, Target
 
