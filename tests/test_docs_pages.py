@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,7 @@ from quasar.results.metrics import METRICS
 pytest.importorskip("griffe", reason="pip install -e .[docs]")
 pytest.importorskip("latex2mathml", reason="pip install -e .[docs]")
 
-from scripts.docs import command_line, config_keys, memory, metrics_table, pairs, parts
+from scripts.docs import command_line, config_keys, memory, metrics_table, pairs, parts, record
 from scripts.docs.docstrings import listed
 from scripts.docs.formulas import with_mathml
 from scripts.docs.hints import allowed
@@ -28,6 +29,7 @@ from scripts.docs.numbers import with_numbers
 from scripts.docs.yaml_keys import Key, keys
 
 ROOT = Path(__file__).parents[1]
+SVG = "{http://www.w3.org/2000/svg}"
 ALL_FILES = [file for file in sorted(CONF.rglob("*.yaml")) if file.parent.name != "experiment"]
 
 
@@ -170,3 +172,14 @@ def test_versions_agree() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert project["requires-python"] == f">={versions[0]},<3.{int(versions[-1].partition('.')[2]) + 1}"
+
+
+@pytest.mark.parametrize("name", record.RECORDED)
+def test_a_picture_of_a_recorded_run_shows_its_text_and_asks_no_other_server(name: str) -> None:
+    committed = (record.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert committed == record.picture(name), "run python -m scripts.docs.record"
+    assert not re.search(r"@font-face|url\(\W*http", committed)
+    shown = "".join(element.text or "" for element in ElementTree.fromstring(committed).iter(f"{SVG}text"))
+    title, *lines = (line.rstrip() for line in shown.replace("\N{NO-BREAK SPACE}", " ").splitlines())
+    assert title.startswith(record.RECORDED[name])
+    assert [title.removeprefix(record.RECORDED[name]), *lines] == record.recorded_text(name).splitlines()

@@ -20,6 +20,18 @@ LEGEND = (
 )
 
 
+def devices() -> str:
+    """Return the sentence that says where drafters and verifiers run."""
+    everywhere = ("cpu", "cuda")
+    others = [
+        f"`{group}={file.stem}` on {' and '.join(_target(file, group).devices)} only"
+        for group in ("drafter", "verifier")
+        for file in _files(group)
+        if _target(file, group).devices != everywhere
+    ]
+    return f"All of them run on CPUs and on NVIDIA GPUs{', but ' if others else ''}{', '.join(others)}."
+
+
 def matrix() -> str:
     """Return the table of all pairs of conf/drafter and conf/verifier, the reference first."""
     verifiers = sorted(_files("verifier"), key=lambda file: not _target(file, "verifier").is_reference)
@@ -33,7 +45,9 @@ def matrix() -> str:
 
 def page() -> str:
     """Return the page of all drafters and verifiers in Markdown."""
-    parts = [f"# Drafters and verifiers\n\nEvery drafter runs with every verifier.\n\n{matrix()}\n\n{LEGEND}\n"]
+    parts = [
+        f"# Drafters and verifiers\n\nEvery drafter runs with every verifier. {devices()}\n\n{matrix()}\n\n{LEGEND}\n"
+    ]
     for group in ("drafter", "verifier"):
         lines = [f"## {group.capitalize()}s\n", table_head(group, "what it is")]
         lines += [row(f"`{file.stem}`", escaped(description(file))) for file in _files(group)]
