@@ -14,6 +14,8 @@ from quasar_kernels.cpu import kernel_level
 
 from quasar.results.attempt import Machine
 
+CODE = ("quasar", "kernels", "conf", "hydra_plugins", "run.py", "pyproject.toml", "constraints.txt")
+"""What a run is made of. Results and texts are not: publishing one experiment must not spoil the next one."""
 PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "triton", "bitsandbytes", "torch-pruning", "numpy")
 
 
@@ -51,7 +53,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """Return the commit and whether tracked files differ from it; both are None if this code is in no repository."""
+    """Return the commit and whether files of `CODE` differ from it; both are None if this code is in no repository."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -64,7 +66,7 @@ def _git() -> tuple[str | None, bool | None]:
     # An installed wheel may be inside a repository of another project.
     if git("ls-files", "--error-unmatch", __file__) is None:
         return None, None
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return git("rev-parse", "HEAD"), None if changes is None else bool(changes)
 
 

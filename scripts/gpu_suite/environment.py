@@ -22,8 +22,8 @@ def measure(plan: Plan) -> Json:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "git_commit": _output("git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"),
-        "git_dirty": bool(_output("git", "-C", str(Path(__file__).parents[2]), "status", "--porcelain")),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--", "quasar", "kernels", "scripts")),
         "device": str(plan.device),
         "tiny": plan.tiny,
         "copy_bandwidth_bytes_per_second": None,
@@ -58,6 +58,10 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(Path(__file__).parents[2]), *arguments)
 
 
 def _output(*command: str) -> str | None:
