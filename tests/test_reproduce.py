@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
+from quasar.config.schema import CONF
 from quasar.errors import RequestError
 from quasar.experiment import reproduce as reproduction
 from quasar.experiment.main import main
@@ -39,6 +41,21 @@ TINY = (
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a tiny repetition of main_table leaves."""
     return reproduced("main_table", TINY, tmp_path_factory.mktemp("experiments"))
+
+
+@pytest.mark.parametrize("name", reproduction.experiment_names())
+@pytest.mark.parametrize("group", ["drafter", "verifier"])
+def test_every_arm_names_its_drafter_and_its_verifier(name: str, group: str) -> None:
+    """An arm must not get the program's default, which its name does not tell and which may change."""
+    experiment = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if any(f"override /{group}" in entry for entry in experiment.get("defaults", []) if isinstance(entry, dict)):
+        return
+    sweeper = experiment["hydra"]["sweeper"]
+    if group in sweeper.get("params", {}):
+        return
+    assert sweeper["arms"]
+    for arm, overrides in sweeper["arms"].items():
+        assert any(override.startswith(f"{group}=") for override in overrides), arm
 
 
 @pytest.mark.parametrize("name", reproduction.experiment_names())

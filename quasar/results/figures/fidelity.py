@@ -158,7 +158,7 @@ FIDELITY = (
         ("kl", "scored", "weight_bytes", "kv_bytes_per_token"),
         _select_pareto,
         draw_pareto,
-        lambda selection: 2.9,
+        lambda selection: 2.9 + 0.08 * max(len(selection.arms) - 10, 0),
         style.TWO_COLUMNS,
     ),
 )

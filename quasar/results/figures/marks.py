@@ -183,6 +183,8 @@ def name_points(axes: Axes, names: Sequence[Name]) -> None:
         text.set_position((dx, dy))
         taken = np.concatenate([taken, moved[best : best + 1]])
         if distance > _NEAR:
+            leader = np.linspace(place, place + np.array([dx, dy]) * scale, 9)
+            taken = np.concatenate([taken, _around(leader, 0.8 * scale)])
             line = axes.annotate(
                 "",
                 (name.x, name.y),
@@ -269,14 +271,15 @@ def _places(width: float, height: float) -> list[tuple[float, float, float]]:
 
 
 def _costs(boxes: np.ndarray, taken: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Return the penalties of a name's places, [K]: pixels that it shares with others, and pixels outside the axes.
+    """Return the penalties of a name's places, [K]: pixels that it shares with others, and pixels outside the axes,
+    which count more, because the figure may end there.
 
     boxes, taken, inside: [K, 4], [N, 4] and [4]
     """
     touches, shared = _overlaps(boxes, taken)
     _, within = _overlaps(boxes, inside[None])
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    costs: np.ndarray = (10.0 * touches + shared).sum(axis=1) + area - within[:, 0]
+    costs: np.ndarray = (10.0 * touches + shared).sum(axis=1) + 10.0 * (area - within[:, 0])
     return costs
 
 

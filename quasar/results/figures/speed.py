@@ -421,7 +421,7 @@ SPEED = (
         (*_TEXT_COLUMNS, "text_tokens", "text_steps"),
         _select_break_even,
         draw_break_even,
-        lambda selection: 2.9,
+        lambda selection: 2.9 + 0.08 * max(len(selection.arms) - 10, 0),
     ),
     Figure(
         "step",
