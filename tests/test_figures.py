@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from quasar.errors import RequestError
 from quasar.results.figures import FIGURES, draw, draw_all, named, picture, style
 from quasar.results.figures.arms import Arms, in_common_setting, largest
 from quasar.results.figures.fidelity import pareto_front
 from quasar.results.figures.interaction import interactions
-from quasar.results.figures.marks import ratio_ticks, spread
+from quasar.results.figures.marks import Name, name_points, ratio_ticks, spread
 from quasar.results.figures.speed import analytic_optimum
 from quasar.results.intervals import Estimate
 from quasar.results.quantities import QUANTITIES, conditional_acceptance
@@ -326,3 +329,23 @@ def test_names_at_ends_are_moved_apart() -> None:
     assert spread([0, 1, 10], 3) == [-1, 2, 10]
     assert spread([0, 0, 1, 1], 2) == [-2.5, -0.5, 1.5, 3.5]
     assert spread([], 2) == []
+
+
+def test_names_of_crowded_points_stay_inside_of_the_axes() -> None:
+    """A figure may end where its axes do, and would cut a name that goes on."""
+    drawn = Figure(figsize=(3.3, 2.9))
+    canvas = FigureCanvasAgg(drawn)
+    axes = drawn.subplots()
+    axes.set(xlim=(0, 270), ylim=(1.0, 2.1))
+    points = [(230.0 + 3 * number, 1.05 + 0.03 * (number % 5)) for number in range(10)]
+    for x, y in points:
+        axes.plot([x, x], [y - 0.05, y + 0.05])
+    name_points(axes, [Name(f"depth {number} % and more", *place, "#000000") for number, place in enumerate(points)])
+    drawn.draw_without_rendering()
+    written = [text for text in axes.findobj(Annotation) if text.get_text()]
+    assert len(written) == len(points)
+    inside = axes.get_window_extent()
+    for text in written:
+        box = text.get_window_extent(canvas.get_renderer())
+        assert inside.x0 <= box.x0, text.get_text()
+        assert box.x1 <= inside.x1, text.get_text()
