@@ -99,26 +99,27 @@ def candidates(
     }
 
     def measured() -> list[dict[str, object]]:
-        measured_on = _rotated(model) if rotated else model
-        if model.device.type == "cpu":
+        on_cpu = model.device.type == "cpu"
+        measured_on = copy.deepcopy(model) if rotated or on_cpu else model
+        if rotated:
+            _rotate(measured_on)
+        if on_cpu:
             # Processors without 16-bit arithmetic compute the gradients of 16-bit layers many times slower.
-            measured_on = (measured_on if rotated else copy.deepcopy(model)).float()
+            measured_on.float()
         return [vars(layer) for layer in _measure(measured_on, form, calibration.sequences, progress)]
 
     return [Candidate(**layer) for layer in STORE.get(key, model.device, model.dtype, measured)]
 
 
-def _rotated(model: Transformer) -> Transformer:
-    """Return a rotated copy of the model."""
-    result = copy.deepcopy(model)
+def _rotate(model: Transformer) -> None:
+    dtype = model.dtype
     with torch.no_grad():
-        rotation = Rotation(result)
-        for block in result.blocks:
+        rotation = Rotation(model)
+        for block in model.blocks:
             assert isinstance(block, Block)
             block.float()
             rotation.rotate(block)
-            block.to(model.dtype)
-    return result
+            block.to(dtype)
 
 
 def _measure(model: Transformer, form: Int4Format, sequences: Sequence[Tensor], progress: Progress) -> list[Candidate]:

@@ -1,4 +1,4 @@
-"""Writes to files that other processes read and that a crash may interrupt: a whole file, or a whole line."""
+"""Files that other processes read and that a crash may interrupt: they are written as a whole, or by whole lines."""
 
 from __future__ import annotations
 

@@ -20,8 +20,12 @@ LEGEND = (
 )
 
 
-def devices() -> str:
-    """Return the sentence that says where drafters and verifiers run."""
+def explained_matrix() -> str:
+    """Return the table of all pairs with what its words mean and where they run."""
+    return f"{matrix()}\n\n{LEGEND} {_devices()}"
+
+
+def _devices() -> str:
     everywhere = ("cpu", "cuda")
     others = [
         f"`{group}={file.stem}` on {' and '.join(_target(file, group).devices)} only"
@@ -45,9 +49,7 @@ def matrix() -> str:
 
 def page() -> str:
     """Return the page of all drafters and verifiers in Markdown."""
-    parts = [
-        f"# Drafters and verifiers\n\nEvery drafter runs with every verifier. {devices()}\n\n{matrix()}\n\n{LEGEND}\n"
-    ]
+    parts = [f"# Drafters and verifiers\n\nEvery drafter runs with every verifier.\n\n{explained_matrix()}\n"]
     for group in ("drafter", "verifier"):
         lines = [f"## {group.capitalize()}s\n", table_head(group, "what it is")]
         lines += [row(f"`{file.stem}`", escaped(description(file))) for file in _files(group)]

@@ -19,7 +19,7 @@ from scripts.docs.record import recorded_text
 
 ROOT = Path(__file__).parents[2]
 PARTS: dict[str, Callable[[], str]] = {
-    "pairs": lambda: f"{pairs.matrix()}\n\n{pairs.LEGEND} {pairs.devices()}",
+    "pairs": pairs.explained_matrix,
     "experiments": experiments.table,
     "first run": lambda: f"```text\n{recorded_text('first_run')}```",
 }

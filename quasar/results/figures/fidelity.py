@@ -12,7 +12,7 @@ from quasar.errors import RequestError
 from quasar.results.figures import style
 from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, in_common_setting
 from quasar.results.figures.figure import Figure, Selection
-from quasar.results.figures.marks import Name, name_points, point, ratio_axis, subtitle
+from quasar.results.figures.marks import Name, height_for_names, name_points, point, ratio_axis, subtitle
 from quasar.results.figures.speed import SPEEDUP, SPEEDUP_AXIS
 from quasar.results.intervals import Estimate
 
@@ -158,7 +158,7 @@ FIDELITY = (
         ("kl", "scored", "weight_bytes", "kv_bytes_per_token"),
         _select_pareto,
         draw_pareto,
-        lambda selection: 2.9 + 0.08 * max(len(selection.arms) - 10, 0),
+        lambda selection: height_for_names(len(selection.arms)),
         style.TWO_COLUMNS,
     ),
 )

@@ -183,7 +183,7 @@ def name_points(axes: Axes, names: Sequence[Name]) -> None:
         text.set_position((dx, dy))
         taken = np.concatenate([taken, moved[best : best + 1]])
         if distance > _NEAR:
-            leader = np.linspace(place, place + np.array([dx, dy]) * scale, 9)
+            leader = _between(place, place + np.array([dx, dy]) * scale)
             taken = np.concatenate([taken, _around(leader, 0.8 * scale)])
             line = axes.annotate(
                 "",
@@ -193,6 +193,11 @@ def name_points(axes: Axes, names: Sequence[Name]) -> None:
                 arrowprops={"arrowstyle": "-", "color": name.colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2},
             )
             line.set_in_layout(False)
+
+
+def height_for_names(count: int) -> float:
+    """Return the height in inches of axes with this many points that have names."""
+    return 2.9 + 0.08 * max(count - 10, 0)
 
 
 def name_ends(axes: Axes, names: Sequence[Name]) -> None:
@@ -247,8 +252,12 @@ def _along(line: Line2D) -> np.ndarray:
     vertices = line.get_transform().transform(line.get_xydata())
     if len(vertices) < 2:
         return np.asarray(vertices)
-    steps = np.linspace(0, 1, 9)[:, None]
-    return np.concatenate([start + steps * (end - start) for start, end in pairwise(vertices)])
+    return np.concatenate([_between(start, end) for start, end in pairwise(vertices)])
+
+
+def _between(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Return points from one place to another, [9, 2]."""
+    return start + np.linspace(0, 1, 9)[:, None] * (end - start)
 
 
 def _around(places: np.ndarray, half: float) -> np.ndarray:

@@ -14,6 +14,7 @@ from quasar.results.figures.arms import NO_DRAFTER, Arm, Arms, Look, in_common_s
 from quasar.results.figures.figure import Figure, Selection
 from quasar.results.figures.marks import (
     Name,
+    height_for_names,
     interval,
     legend,
     logarithmic,
@@ -421,7 +422,7 @@ SPEED = (
         (*_TEXT_COLUMNS, "text_tokens", "text_steps"),
         _select_break_even,
         draw_break_even,
-        lambda selection: 2.9 + 0.08 * max(len(selection.arms) - 10, 0),
+        lambda selection: height_for_names(len(selection.arms)),
     ),
     Figure(
         "step",
