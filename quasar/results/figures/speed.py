@@ -178,8 +178,8 @@ def draw_waterfall(picture: style.Picture, arms: Arms, selection: Selection) -> 
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
-    # The values stand to the right of the bars.
-    axes.update_datalim([(longest * 1.12, 0.0)])
+    # The values stand to the right of the bars, and take a share of an axis that is logarithmic.
+    axes.update_datalim([(longest * max(1.12, longest**0.12), 0.0)])
     ratio_axis(axes, "x")
     axes.set_xlabel(SPEEDUP_AXIS)
     subtitle(axes, selection.note)
